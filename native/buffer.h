@@ -1,0 +1,62 @@
+// Large aligned memory, on huge pages where the system has them. Zeroed when allocated, without touching the pages.
+#pragma once
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace mooli {
+
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t bytes) : bytes_(bytes) {
+    if (bytes == 0) return;
+#if defined(__linux__)
+    constexpr size_t huge = size_t(2) << 20;
+    mapped_ = (bytes + huge - 1) / huge * huge + (bytes >= huge ? huge : 0);
+    base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base_ == MAP_FAILED) { base_ = nullptr; throw std::bad_alloc(); }
+    data_ = (char*)base_;
+    if (bytes >= huge) {
+      data_ = (char*)(((uintptr_t)base_ + huge - 1) & ~(uintptr_t)(huge - 1));
+      madvise(data_, (bytes + huge - 1) / huge * huge, MADV_HUGEPAGE);
+    }
+#else
+    base_ = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+    if (!base_) throw std::bad_alloc();
+    memset(base_, 0, bytes);
+    data_ = (char*)base_;
+#endif
+  }
+  ~Buffer() { release(); }
+  Buffer(Buffer&& o) noexcept { swap(o); }
+  Buffer& operator=(Buffer&& o) noexcept { swap(o); return *this; }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  char* data() const { return data_; }
+  size_t size() const { return bytes_; }
+  template <class T> T* as() const { return reinterpret_cast<T*>(data_); }
+
+ private:
+  void swap(Buffer& o) {
+    std::swap(base_, o.base_); std::swap(data_, o.data_); std::swap(bytes_, o.bytes_); std::swap(mapped_, o.mapped_);
+  }
+  void release() {
+    if (!base_) return;
+#if defined(__linux__)
+    munmap(base_, mapped_);
+#else
+    std::free(base_);
+#endif
+  }
+  void* base_ = nullptr;
+  char* data_ = nullptr;
+  size_t bytes_ = 0, mapped_ = 0;
+};
+
+}  // namespace mooli

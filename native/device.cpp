@@ -1,0 +1,202 @@
+#include "device.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+namespace mooli {
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names{"scalar"};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    names.push_back("avx2");
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+      names.push_back("avx512");
+      if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
+    }
+  }
+#endif
+  return names;
+}
+
+const Kernels& select_kernels(const std::string& isa) {
+  auto names = available_isas();
+  std::string want = isa.empty() ? names.back() : isa;
+  if (std::find(names.begin(), names.end(), want) == names.end())
+    throw std::invalid_argument("instruction set '" + want + "' is not available on this processor");
+#if defined(__x86_64__)
+  if (want == "avx512_bf16") return kernels_avx512_bf16();
+  if (want == "avx512") return kernels_avx512();
+  if (want == "avx2") return kernels_avx2();
+#endif
+  return kernels_scalar();
+}
+
+Linear::Linear(int kind_, int n_, int k_, bool gated_) : kind(Kind(kind_)), n(n_), k(k_), gated(gated_) {
+  if (kind_ < 0 || kind_ >= kNumKinds || n <= 0 || k <= 0) throw std::invalid_argument("bad kind or shape of a linear weight");
+  padded_k = (k + kGroup - 1) / kGroup * kGroup;
+  stride = panel_bytes(kind, padded_k);
+  // one line beyond the end: the prefetch of the last panel
+  data = Buffer(stride * panels() + 64);
+}
+
+Device::Device(int num_threads, std::vector<int> cpus, const std::string& isa)
+    : pool(num_threads, std::move(cpus)), kernels(select_kernels(isa)) {}
+
+void Device::pack(Linear& w, int part, int first_row, Format format, const uint8_t* rows, size_t row_stride, int num_rows_) {
+  int limit = w.n;
+  if (first_row < 0 || num_rows_ < 0 || first_row + num_rows_ > limit || part < 0 || part > (w.gated ? 1 : 0))
+    throw std::invalid_argument("rows outside the linear weight");
+  if (w.k % block_values(format) != 0 || row_stride < row_bytes(format, w.k))
+    throw std::invalid_argument("row length does not fit the storage format");
+  if (num_rows_ == 0) return;
+  const int per_panel = w.gated ? 16 : kPanel;
+  const int p0 = first_row / per_panel, p1 = (first_row + num_rows_ - 1) / per_panel + 1;
+  std::atomic<int> next{p0};
+  pool.run([&](int) {
+    std::vector<float> scratch(size_t(w.padded_k));
+    for (int p; (p = next.fetch_add(1)) < p1;)
+      for (int row = std::max(first_row, p * per_panel); row < std::min(first_row + num_rows_, (p + 1) * per_panel); row++) {
+        int at, column;
+        w.locate(part, row, at, column);
+        pack_column(w.kind, format, rows + size_t(row - first_row) * row_stride, w.k, w.padded_k, w.panel(at), column, scratch.data());
+      }
+  });
+}
+
+void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, int page_size_, int64_t pages) {
+  if (page_size_ % kTile != 0 || head_dim_ % 16 != 0) throw std::invalid_argument("page size or head size does not fit the kernels");
+  kv_type = KvType(type);
+  if (kv_type == KV_BF16 && kernels.has_bf16_dot && head_dim_ % 32 == 0) kv_type = KV_BF16_DOT;
+  layers = layers_; kv_heads = kv_heads_; head_dim = head_dim_; page_size = page_size_;
+  num_pages = pages;
+  num_tiles = pages * (page_size / kTile);
+  kv = Buffer(size_t(layers) * num_tiles * kv_heads * 2 * tile_bytes());
+}
+
+void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int head) {
+  max_tokens = max_tokens_;
+  activations = Buffer(size_t(max_tokens) * ((max_k + 31) / 32 * 32) * 4 + 256);
+  queries = Buffer(size_t(max_tokens) * num_heads * head * 4 + 256);
+  const size_t rows = std::max<size_t>(size_t(16) * num_heads, kMaxRows);
+  work.resize(pool.size());
+  for (auto& w : work) {
+    w.out = Buffer(rows * head * 4);
+    w.lanes = Buffer(rows * 64);
+    w.maxima = Buffer(rows * 4);
+    w.scores = Buffer(size_t(kMaxRows) * kBlock * 4);
+    w.weights = Buffer(size_t(kMaxRows) * kBlock * 4);
+  }
+}
+
+void Device::clear_v(char* tile, int from) const {
+  if (kv_type == KV_BF16_DOT) {
+    uint16_t* v = (uint16_t*)tile;
+    for (int d = 0; d < head_dim; d++)
+      for (int t = from; t < kTile; t++) v[size_t(d / 32) * kTile * 32 + size_t(t / 2) * 64 + (d % 32) * 2 + (t & 1)] = 0;
+  } else {
+    size_t row = size_t(head_dim) * kv_element_bytes(kv_type);
+    memset(tile + from * row, 0, (kTile - from) * row);
+  }
+}
+
+void Device::copy_page(int source, int target, int tokens) {
+  if (source < 0 || target < 0 || source >= num_pages || target >= num_pages || tokens < 0 || tokens > page_size)
+    throw std::invalid_argument("page copy out of range");
+  const int per_page = page_size / kTile;
+  for (int layer = 0; layer < layers; layer++)
+    for (int t = 0; t * kTile < tokens; t++) {
+      int from = source * per_page + t, to = target * per_page + t;
+      memcpy(k_tile(layer, to, 0), k_tile(layer, from, 0), size_t(kv_heads) * 2 * tile_bytes());
+      int keep = std::min(tokens - t * kTile, kTile);
+      if (keep < kTile)  // values past the copied tokens are multiplied by exact zeros: they must be finite
+        for (int h = 0; h < kv_heads; h++) clear_v(v_tile(layer, to, h), keep);
+    }
+}
+
+void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, const int32_t* lengths, const int32_t* page_table,
+                  int pages_per_row, int vocab_size) {
+  if (tokens > max_tokens) throw std::invalid_argument("step of " + std::to_string(tokens) + " tokens, buffers for " + std::to_string(max_tokens));
+  num_tokens = tokens;
+  num_rows = rows;
+  token_ids.assign(ids, ids + tokens);
+  positions.assign(pos, pos + tokens);
+  token_tile.resize(tokens);
+  row_first.resize(rows);
+  row_length.assign(lengths, lengths + rows);
+  row_tiles.resize(rows);
+  const int per_page = page_size / kTile;
+  int first = 0;
+  for (int r = 0; r < rows; r++) {
+    row_first[r] = first;
+    if (lengths[r] <= 0 || first + lengths[r] > tokens) throw std::invalid_argument("row lengths do not add up to the step's tokens");
+    int last = pos[first + lengths[r] - 1], tiles = last / kTile + 1;
+    if (pos[first] < 0 || last < pos[first] || (tiles + per_page - 1) / per_page > pages_per_row)
+      throw std::invalid_argument("a row's positions lie outside its pages");
+    auto& table = row_tiles[r];
+    table.resize(tiles);
+    for (int t = 0; t < tiles; t++) {
+      int page = page_table[size_t(r) * pages_per_row + t / per_page];
+      if (page < 0 || page >= num_pages) throw std::invalid_argument("page " + std::to_string(page) + " outside the pool");
+      table[t] = page * per_page + t % per_page;
+    }
+    for (int i = first; i < first + lengths[r]; i++) {
+      if (ids[i] < 0 || ids[i] >= vocab_size) throw std::invalid_argument("token id " + std::to_string(ids[i]) + " outside the vocabulary");
+      if (pos[i] != pos[first] + i - first) throw std::invalid_argument("a row's positions are not consecutive");
+      token_tile[i] = table[pos[i] / kTile];
+    }
+    first += lengths[r];
+  }
+  if (first != tokens) throw std::invalid_argument("row lengths do not add up to the step's tokens");
+  tile_runs.clear();
+  for (int i = 0; i < tokens; i++) {
+    if (i > 0 && token_tile[i] == token_tile[i - 1] && pos[i] == pos[i - 1] + 1) tile_runs.back().tokens++;
+    else tile_runs.push_back({i, 1});
+  }
+  step++;
+  jobs_window = -1;
+}
+
+void Device::prepare_rope(RopeTable& rope) const {
+  if (rope.step == step) return;
+  rope.step = step;
+  const int half = int(rope.inv_freq.size());
+  rope.cosines.resize(size_t(num_tokens) * half);
+  rope.sines.resize(size_t(num_tokens) * half);
+  for (int i = 0; i < num_tokens; i++)
+    for (int j = 0; j < half; j++) {
+      double angle = double(positions[i]) * rope.inv_freq[j];
+      rope.cosines[size_t(i) * half + j] = float(std::cos(angle));
+      rope.sines[size_t(i) * half + j] = float(std::sin(angle));
+    }
+}
+
+void Device::prepare_attention(int num_heads, int window) {
+  if (jobs_heads == num_heads && jobs_window == window) return;
+  jobs_heads = num_heads;
+  jobs_window = window;
+  jobs.clear();
+  constexpr int kQueryTokens = 16;
+  const int group = num_heads / kv_heads;
+  int count = 0;
+  for (int r = 0; r < num_rows; r++) count += (row_length[r] + kQueryTokens - 1) / kQueryTokens * kv_heads;
+  // few and uneven jobs: share the query heads of a group too, so that no thread waits for another
+  const int parts = count < 4 * pool.size() && count % pool.size() != 0 ? group : 1;
+  for (int r = 0; r < num_rows; r++)
+    for (int t = 0; t < row_length[r]; t += kQueryTokens) {
+      int tokens = std::min(kQueryTokens, row_length[r] - t);
+      int split = row_length[r] == 1 ? parts : 1;
+      int64_t last = positions[row_first[r] + t + tokens - 1] + 1, span = window > 0 ? std::min<int64_t>(last, window + tokens) : last;
+      for (int h = 0; h < kv_heads; h++)
+        for (int s = 0; s < split; s++) {
+          int q0 = group * s / split, q1 = group * (s + 1) / split;
+          jobs.push_back({r, h, row_first[r] + t, tokens, q0, q1 - q0, span * tokens * (q1 - q0)});
+        }
+    }
+  std::stable_sort(jobs.begin(), jobs.end(), [](const AttendJob& a, const AttendJob& b) { return a.cost > b.cost; });
+}
+
+}  // namespace mooli

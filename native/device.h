@@ -1,0 +1,104 @@
+// The processor as a device: threads, kernels, packed weights, the paged KV pool, and the plan of the step being computed.
+// Owns memory and the step's host arrays; never knows a model: a model is a Tape of operations.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "buffer.h"
+#include "formats.h"
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace mooli {
+
+const Kernels& select_kernels(const std::string& isa);  // "" for the best this processor has
+std::vector<std::string> available_isas();              // worst first
+
+// A packed weight of n outputs and k inputs. `gated` interleaves 16 gate and 16 up columns in each panel.
+struct Linear {
+  Linear(int kind, int n, int k, bool gated);
+  Linear(const Linear&) = delete;
+  int panels() const { return (gated ? (n + 15) / 16 : (n + kPanel - 1) / kPanel); }
+  char* panel(int p) const { return data.data() + size_t(p) * stride; }
+  // Where output row `row` of part 0 (gate, or the only one) or 1 (up) lies.
+  void locate(int part, int row, int& p, int& column) const {
+    if (gated) { p = row / 16; column = row % 16 + 16 * part; }
+    else { p = row / kPanel; column = row % kPanel; }
+  }
+  Kind kind;
+  int n, k, padded_k;
+  bool gated;
+  size_t stride;
+  Buffer data;
+  std::vector<float> bias;  // empty, or one per output padded to whole panels
+};
+
+// Rows kept in the checkpoint's own format and decoded when gathered.
+struct Embedding {
+  Format format;
+  int rows, columns;
+  Buffer data;
+};
+
+struct RopeTable {
+  std::vector<double> inv_freq;
+  std::vector<float> cosines, sines;  // (tokens, head_dim / 2) of the step
+  uint64_t step = 0;                  // the step they are of
+};
+
+// Consecutive tokens of a step that lie in one KV tile.
+struct TileRun { int first_token, tokens; };
+
+struct AttendJob { int row, kv_head, first_token, tokens, first_q, num_q; int64_t cost; };
+
+class Device {
+ public:
+  Device(int num_threads, std::vector<int> cpus, const std::string& isa);
+  Device(const Device&) = delete;
+
+  void pack(Linear& w, int part, int first_row, Format format, const uint8_t* rows, size_t row_stride, int num_rows);
+  void allocate_kv(int kv_type, int layers, int kv_heads, int head_dim, int page_size, int64_t num_pages);
+  void allocate_scratch(int max_tokens, int max_k, int num_heads, int head_dim);
+  void copy_page(int source, int target, int tokens);
+  // Take over the host arrays of a step. Throws std::invalid_argument on an index out of range.
+  void plan(int num_tokens, const int32_t* token_ids, const int32_t* positions, int num_rows, const int32_t* lengths,
+            const int32_t* page_table, int pages_per_row, int vocab_size);
+  void prepare_attention(int num_heads, int window);
+  void prepare_rope(RopeTable& rope) const;
+
+  size_t tile_bytes() const { return size_t(kTile) * head_dim * kv_element_bytes(kv_type); }
+  char* k_tile(int layer, int tile, int head) const {
+    return kv.data() + (size_t(layer) * num_tiles + tile) * kv_heads * 2 * tile_bytes() + size_t(head) * 2 * tile_bytes();
+  }
+  char* v_tile(int layer, int tile, int head) const { return k_tile(layer, tile, head) + tile_bytes(); }
+  void clear_v(char* tile, int from) const;
+
+  ThreadPool pool;
+  const Kernels& kernels;
+
+  KvType kv_type = KV_F32;
+  int layers = 0, kv_heads = 0, head_dim = 0, page_size = 0;
+  int64_t num_pages = 0, num_tiles = 0;
+  Buffer kv;
+
+  // the step
+  int num_tokens = 0, num_rows = 0;
+  uint64_t step = 0;
+  std::vector<int32_t> token_ids, positions, token_tile, row_first, row_length;
+  std::vector<std::vector<int32_t>> row_tiles;
+  std::vector<TileRun> tile_runs;
+  std::vector<AttendJob> jobs;
+  int jobs_heads = 0, jobs_window = -1;
+  std::vector<std::unique_ptr<RopeTable>> ropes;
+
+  // scratch
+  int max_tokens = 0;
+  Buffer activations;  // prepared rows of the linear being computed
+  Buffer queries;      // (kv_heads, tokens, group, head_dim)
+  struct Work { Buffer out, lanes, maxima, scores, weights; };
+  std::vector<Work> work;
+};
+
+}  // namespace mooli

@@ -1,0 +1,29 @@
+// Storage formats of checkpoints (GGUF block types, float16, bfloat16, float32) and the packing of rows into panels.
+// Owns decoding and quantising; never allocates and never reads past the bytes of the rows it is given.
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace mooli {
+
+// Numbered as in GGUF.
+enum Format : int {
+  kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kBF16 = 30
+};
+
+bool known_format(int format);
+int block_values(Format format);
+size_t row_bytes(Format format, int columns);
+void decode_row(Format format, const uint8_t* row, int columns, float* out);
+
+// Write one weight row (k values of `format`) as column `column` of a panel of `kind`. Q8_0 and Q5_0 to Q8, Q4_0 to Q4 and
+// Q4_1 and Q4_K to Q4M keep their integers; everything else goes through float. `scratch` holds padded_k floats.
+void pack_column(Kind kind, Format format, const uint8_t* row, int k, int padded_k, char* panel, int column, float* scratch);
+// The inverse, for tests: the values the kernels compute with.
+void unpack_column(Kind kind, const char* panel, int k, int column, float* out);
+
+float half_to_float(uint16_t h);
+uint16_t float_to_half(float f);
+
+}  // namespace mooli

@@ -1,0 +1,99 @@
+// The kernel table: one per instruction set, chosen at run time. Owns layouts; never owns memory or threads.
+//
+// Packed weights. A panel holds 32 output columns over all of K (padded to 32), contiguous; lanes are output columns, so
+// one output element is one chain of operations in K order whatever the number of rows: results never depend on batching.
+//   Q8   per 32 of K: [32 x f16 scale][2 halves][8 k-steps][16 columns][4 x u8, value + 128]            1088 bytes
+//   Q4   per 32 of K: [32 x f16 scale][2 halves][4 lines][16 columns][4 bytes: low nibble k-step 2j,
+//                     high nibble k-step 2j+1, value + 8]                                                576 bytes
+//   Q4M  as Q4 with [32 x f16 scale][32 x f16 minimum], value = scale * code + minimum                   640 bytes
+//   BF16 per 2 of K: [32 columns][2];  F16 / F32 per 1 of K: [32 columns]
+// Activations of a block of R rows:
+//   int  per 32 of K: [R x f32 scale][R x i32 -zero * sum][8 k-steps][R][4 x s8]
+//   BF16 per 2 of K: [R][2];  float per 1 of K: [R] as f32
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace mooli {
+
+enum Kind : int { Q8 = 0, Q4 = 1, Q4M = 2, BF16 = 3, F16 = 4, F32 = 5, kNumKinds = 6 };
+
+constexpr int kPanel = 32;     // output columns of a panel
+constexpr int kGroup = 32;     // values of K that share a scale
+constexpr int kMaxRows = 12;   // largest row block of any kernel
+constexpr int kTile = 32;      // tokens of a KV tile
+constexpr int kBlockTiles = 4; // tiles of an attention block: 128 tokens at an absolute position
+constexpr int kBlock = kTile * kBlockTiles;
+
+inline size_t panel_bytes(Kind kind, int padded_k) {
+  switch (kind) {
+    case Q8: return size_t(padded_k / kGroup) * (64 + 1024);
+    case Q4: return size_t(padded_k / kGroup) * (64 + 512);
+    case Q4M: return size_t(padded_k / kGroup) * (128 + 512);
+    case BF16: case F16: return size_t(padded_k) * kPanel * 2;
+    default: return size_t(padded_k) * kPanel * 4;
+  }
+}
+inline size_t activation_row_bytes(Kind kind, int padded_k) {
+  switch (kind) {
+    case Q8: case Q4: case Q4M: return size_t(padded_k / kGroup) * (8 + kGroup);
+    case BF16: return size_t(padded_k) * 2;
+    default: return size_t(padded_k) * 4;
+  }
+}
+
+// How keys and values lie in a tile of 32 tokens for one head; see attend_block.
+enum KvType : int { KV_F32 = 0, KV_F16 = 1, KV_BF16 = 2, KV_BF16_DOT = 3 };
+inline size_t kv_element_bytes(KvType type) { return type == KV_F32 ? 4 : 2; }
+
+// One block of up to 128 tokens at absolute position `first`, attended by `rows` query rows.
+struct AttendBlock {
+  const void* q;             // rows x head_dim, row major: bf16 for KV_BF16_DOT, else f32
+  const int* positions;      // rows: last position each row attends to
+  const void* const* k;      // tiles
+  const void* const* v;
+  int rows, tiles, first, head_dim, window;
+  float scale_log2e;         // softmax scale times log2(e)
+  float* out;                // rows x head_dim, running weighted sum
+  float* lane_sums;          // rows x 16, running sum of weights
+  float* maxima;             // rows, running maximum of scaled scores
+  float* scores;             // scratch kMaxRows x 128 f32
+  void* weights;             // scratch kMaxRows x 128 f32 or bf16
+};
+
+using GemmFn = void (*)(const char* activations, const char* panel, int padded_k, float* tile, const char* prefetch, int lines);
+using PrepareFn = void (*)(const float* x, int k, int padded_k, char* block, int row, int rows);
+using StoreKvFn = void (*)(const float* k, const float* v, int head_dim, char* k_tile, char* v_tile, int token);
+
+struct Kernels {
+  const char* name;
+  int max_rows[kNumKinds];
+  GemmFn gemm[kNumKinds][kMaxRows + 1];
+  PrepareFn prepare[kNumKinds];
+  bool has_bf16_dot;
+  StoreKvFn store_kv[4];
+  void (*attend_block[4])(const AttendBlock&);
+  void (*finish_attention)(const float* out, const float* lane_sums, int head_dim, float* result);
+  void (*to_bf16)(const float* x, int n, uint16_t* out);
+  void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
+  void (*rope)(float* head, const float* cosines, const float* sines, int half);
+  // epilogues of one R x 32 tile: bias may be null; columns <= 32
+  void (*store)(const float* tile, int rows, int columns, const float* bias, const float* residual, float* out, size_t stride);
+  // the bias of a gated panel has 32 entries, as its columns lie
+  void (*store_silu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
+  // out = exp((x - max) * inverse_temperature); returns the sum, in a fixed order. out may be null.
+  double (*exp_sum)(const float* x, int n, float max, float inverse_temperature, float* out);
+  // largest value and its lowest index; returns -1 if any value is NaN or all are -inf
+  int (*argmax)(const float* x, int n, float* largest);
+  double (*dot_gauge)(long iterations);  // multiply-adds done, to time the integer units
+  long (*read_gauge)(const char* data, size_t bytes);
+};
+
+const Kernels& kernels_scalar();
+#if defined(__x86_64__)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+const Kernels& kernels_avx512_bf16();
+#endif
+
+}  // namespace mooli

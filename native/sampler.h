@@ -1,0 +1,38 @@
+// Choosing a token from one row of logits. A function of the row, its parameters, seed and position: never of other rows.
+// The meaning is that of the NumPy reference (backends/reference_sampling.py); this is the fast form.
+#pragma once
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace mooli {
+
+struct SamplingRow {
+  float temperature, top_p, min_p, frequency_penalty, presence_penalty, repetition_penalty;
+  int top_k;
+  uint64_t seed;
+  int64_t position;
+  const int32_t* history;  // prompt and output, only for rows with a penalty
+  int history_length, output_start;
+  const int32_t* bias_ids;
+  const float* bias_values;
+  int num_bias;
+};
+
+struct LogprobRow {
+  float logprob;
+  std::vector<std::pair<float, int>> top, chosen;
+};
+
+// u in [0, 1): splitmix64 of seed and position (Steele, Lea and Flood 2014).
+double uniform(uint64_t seed, int64_t position);
+
+// Token id, or -1 if the logits hold NaN or nothing can be chosen. `scratch` is reused between calls.
+int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingRow& row, std::vector<float>& scratch);
+
+// Log-softmax of the raw logits at `target` (NaN if target < 0), of the `num_top` best and of `ids`.
+LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, int target, int num_top, const std::vector<int>& ids);
+
+}  // namespace mooli

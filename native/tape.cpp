@@ -1,0 +1,179 @@
+#include "tape.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace mooli {
+
+void Tape::embed(const Embedding* table, float* out) { Op o{EMBED}; o.table = table; o.out = out; ops_.push_back(o); }
+void Tape::rms_norm(const float* x, const float* weight, float eps, int width, float* out) {
+  Op o{RMS_NORM}; o.x = x; o.a = weight; o.number = eps; o.width = width; o.out = out; ops_.push_back(o);
+}
+void Tape::linear(const float* x, const Linear* weight, const float* residual, float* out) {
+  Op o{LINEAR}; o.x = x; o.weight = weight; o.a = residual; o.out = out; ops_.push_back(o);
+}
+void Tape::head_norm(const float* x, const float* q, const float* k, float eps, int heads, int kv_heads, int head_dim, float* out) {
+  Op o{HEAD_NORM}; o.x = x; o.a = q; o.b = k; o.number = eps; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.out = out;
+  ops_.push_back(o);
+}
+void Tape::rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out) {
+  Op o{ROPE}; o.x = x; o.rope = table; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.out = out; ops_.push_back(o);
+}
+void Tape::attend(int layer, const float* qkv, int heads, float scale, int window, float* out) {
+  Op o{ATTEND}; o.x = qkv; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.out = out; ops_.push_back(o);
+}
+
+void Tape::run(int rows) {
+  if (rows <= 0 || rows > device_.max_tokens) throw std::invalid_argument("a tape runs on 1 to max_tokens rows");
+  if (counters_.size() != 2 * ops_.size()) counters_ = std::vector<Counter>(2 * ops_.size());
+  for (auto& c : counters_) c.next.store(0, std::memory_order_relaxed);
+  for (const Op& op : ops_) {
+    if ((op.code == EMBED || op.code == ROPE || op.code == ATTEND) && rows != device_.num_tokens)
+      throw std::invalid_argument("this tape needs the planned step's number of rows");
+    if (op.code == ATTEND) device_.prepare_attention(op.heads, op.window);
+    if (op.code == ROPE) device_.prepare_rope(*op.rope);
+  }
+  device_.pool.run([&](int thread) {
+    for (size_t i = 0; i < ops_.size(); i++) {
+      execute(ops_[i], rows, thread, &counters_[2 * i]);
+      device_.pool.barrier();
+    }
+  });
+}
+
+template <class F> void Tape::share(std::atomic<int>& next, int total, int chunk, F f) {
+  for (int i; (i = next.fetch_add(chunk, std::memory_order_relaxed)) < total;)
+    for (int j = i; j < std::min(total, i + chunk); j++) f(j);
+}
+
+void Tape::execute(const Op& op, int rows, int thread, Counter* counters) {
+  const Kernels& k = device_.kernels;
+  std::atomic<int>& next = counters[0].next;
+  switch (op.code) {
+    case EMBED:
+      share(next, rows, chunk(rows), [&](int i) {
+        const Embedding& e = *op.table;
+        decode_row(e.format, (const uint8_t*)e.data.data() + size_t(device_.token_ids[i]) * row_bytes(e.format, e.columns), e.columns,
+                   op.out + size_t(i) * e.columns);
+      });
+      return;
+    case RMS_NORM:
+      share(next, rows, chunk(rows), [&](int i) { k.rms_norm(op.x + size_t(i) * op.width, op.a, op.number, op.width, op.out + size_t(i) * op.width); });
+      return;
+    case LINEAR: run_linear(op, rows, counters); return;
+    case HEAD_NORM:
+    case ROPE:
+      share(next, rows, chunk(rows), [&](int i) {
+        const int width = (op.heads + 2 * op.kv_heads) * op.head_dim, half = op.head_dim / 2;
+        const float* x = op.x + size_t(i) * width;
+        float* y = op.out + size_t(i) * width;
+        if (x != y) memcpy(y, x, size_t(width) * 4);
+        for (int h = 0; h < op.heads + op.kv_heads; h++) {
+          float* head = y + h * op.head_dim;
+          if (op.code == HEAD_NORM) k.rms_norm(head, h < op.heads ? op.a : op.b, op.number, op.head_dim, head);
+          else k.rope(head, &op.rope->cosines[size_t(i) * half], &op.rope->sines[size_t(i) * half], half);
+        }
+      });
+      return;
+    case ATTEND: run_attend(op, rows, thread, counters); return;
+  }
+}
+
+void Tape::run_linear(const Op& op, int rows, Counter* counters) {
+  const Kernels& k = device_.kernels;
+  const Linear& w = *op.weight;
+  const int blocks = (rows + k.max_rows[w.kind] - 1) / k.max_rows[w.kind];
+  const size_t row_size = activation_row_bytes(w.kind, w.padded_k);
+  char* prepared = device_.activations.data();
+  share(counters[0].next, rows, chunk(rows), [&](int i) {
+    int b = int((int64_t(i) * blocks + blocks - 1) / rows);
+    while (int(int64_t(rows) * b / blocks) > i) b--;
+    while (int(int64_t(rows) * (b + 1) / blocks) <= i) b++;
+    int r0 = int(int64_t(rows) * b / blocks), r = int(int64_t(rows) * (b + 1) / blocks) - r0;
+    k.prepare[w.kind](op.x + size_t(i) * w.k, w.k, w.padded_k, prepared + r0 * row_size, i - r0, r);
+  });
+  device_.pool.barrier();
+  const int panels = w.panels(), steps = w.padded_k / kGroup;
+  const int lines = int((w.stride / 64 + size_t(steps) * blocks - 1) / (size_t(steps) * blocks));
+  const size_t width = size_t(w.n);
+  share(counters[1].next, panels, std::min(chunk(panels), 8), [&](int p) {
+    alignas(64) float tile[kMaxRows * kPanel];
+    const char* panel = w.panel(p);
+    for (int b = 0; b < blocks; b++) {
+      int r0 = int(int64_t(rows) * b / blocks), r = int(int64_t(rows) * (b + 1) / blocks) - r0;
+      size_t ahead = size_t(b) * steps * lines * 64;
+      // the next panel is fetched during this one's row blocks
+      bool fetch = p + 1 < panels && ahead < w.stride;
+      k.gemm[w.kind][r](prepared + r0 * row_size, panel, w.padded_k, tile, panel + w.stride + ahead, fetch ? lines : 0);
+      if (w.gated) {
+        int column = p * 16, columns = std::min(16, w.n - column);
+        k.store_silu_mul(tile, r, columns, w.bias.empty() ? nullptr : w.bias.data() + p * kPanel, op.out + r0 * width + column, width);
+      } else {
+        int column = p * kPanel, columns = std::min(kPanel, w.n - column);
+        k.store(tile, r, columns, w.bias.empty() ? nullptr : w.bias.data() + column,
+                op.a ? op.a + r0 * width + column : nullptr, op.out + r0 * width + column, width);
+      }
+    }
+  });
+}
+
+void Tape::run_attend(const Op& op, int rows, int thread, Counter* counters) {
+  Device& d = device_;
+  const Kernels& k = d.kernels;
+  const int D = d.head_dim, group = op.heads / d.kv_heads, width = (op.heads + 2 * d.kv_heads) * D;
+  const bool dot = d.kv_type == KV_BF16_DOT;
+  const size_t q_element = dot ? 2 : 4;
+  auto query = [&](int kv_head, int token) { return d.queries.data() + (size_t(kv_head) * rows + token) * group * D * q_element; };
+  share(counters[0].next, int(d.tile_runs.size()), 1, [&](int index) {
+    const TileRun& run = d.tile_runs[index];
+    const int tile = d.token_tile[run.first_token], first_slot = d.positions[run.first_token] % kTile;
+    for (int h = 0; h < d.kv_heads; h++) {
+      char *kt = d.k_tile(op.layer, tile, h), *vt = d.v_tile(op.layer, tile, h);
+      // a tile's first token clears its values: past the last token they are multiplied by exact zeros, so must be finite
+      if (first_slot == 0) memset(vt, 0, d.tile_bytes());
+      for (int i = run.first_token; i < run.first_token + run.tokens; i++) {
+        const float* x = op.x + size_t(i) * width;
+        const float* q = x + h * group * D;
+        if (dot) k.to_bf16(q, group * D, (uint16_t*)query(h, i));
+        else memcpy(query(h, i), q, size_t(group) * D * 4);
+        k.store_kv[d.kv_type](x + (op.heads + h) * D, x + (op.heads + d.kv_heads + h) * D, D, kt, vt,
+                              first_slot + i - run.first_token);
+      }
+    }
+  });
+  d.pool.barrier();
+  auto& w = d.work[thread];
+  share(counters[1].next, int(d.jobs.size()), 1, [&](int index) {
+    const AttendJob& job = d.jobs[index];
+    const int n = job.tokens * job.num_q;
+    float* out = w.out.as<float>();
+    float* lanes = w.lanes.as<float>();
+    float* maxima = w.maxima.as<float>();
+    std::fill(out, out + size_t(n) * D, 0.f);
+    std::fill(lanes, lanes + n * 16, 0.f);
+    std::fill(maxima, maxima + n, -1e30f);
+    std::vector<int> positions(n);
+    for (int i = 0; i < n; i++) positions[i] = d.positions[job.first_token + i / job.num_q];
+    const int last = positions[n - 1];
+    const auto& tiles = d.row_tiles[job.row];
+    int first_block = op.window > 0 ? std::max(0, positions[0] - op.window + 1) / kBlock : 0;
+    const void *kt[kBlockTiles], *vt[kBlockTiles];
+    for (int b = first_block; b * kBlock <= last; b++) {
+      int count = std::min(kBlockTiles, (last - b * kBlock) / kTile + 1);
+      for (int t = 0; t < count; t++) {
+        kt[t] = d.k_tile(op.layer, tiles[b * kBlockTiles + t], job.kv_head);
+        vt[t] = d.v_tile(op.layer, tiles[b * kBlockTiles + t], job.kv_head);
+      }
+      AttendBlock block{query(job.kv_head, job.first_token) + size_t(job.first_q) * D * q_element, positions.data(), kt, vt, n, count,
+                        b * kBlock, D, op.window, op.number * 1.44269504f, out, lanes, maxima, w.scores.as<float>(), w.weights.data()};
+      k.attend_block[d.kv_type](block);
+    }
+    for (int i = 0; i < n; i++) {
+      int token = job.first_token + i / job.num_q, head = job.kv_head * group + job.first_q + i % job.num_q;
+      k.finish_attention(out + size_t(i) * D, lanes + i * 16, D, op.out + (size_t(token) * op.heads + head) * D);
+    }
+  });
+}
+
+}  // namespace mooli

@@ -1,0 +1,51 @@
+// A recorded sequence of operations, replayed for any number of rows in one parallel region: Python records it once per
+// model and is not on the path of an operation. Owns the order; buffers belong to whoever recorded it.
+#pragma once
+#include <atomic>
+#include <vector>
+
+#include "device.h"
+
+namespace mooli {
+
+class Tape {
+ public:
+  explicit Tape(Device& device) : device_(device) {}
+  Tape(const Tape&) = delete;
+  // Addresses are of float32 rows, max rows each; strides are the widths. All must outlive the tape.
+  void embed(const Embedding* table, float* out);
+  void rms_norm(const float* x, const float* weight, float eps, int width, float* out);
+  void linear(const float* x, const Linear* weight, const float* residual, float* out);
+  void head_norm(const float* x, const float* q_weight, const float* k_weight, float eps, int heads, int kv_heads, int head_dim, float* out);
+  void rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out);
+  void attend(int layer, const float* qkv, int heads, float scale, int window, float* out);
+  // Compute all operations on `rows` rows (the planned step's tokens where operations depend on the step).
+  void run(int rows);
+  size_t size() const { return ops_.size(); }
+
+ private:
+  enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND };
+  struct Op {
+    Code code;
+    const float *x = nullptr, *a = nullptr, *b = nullptr;
+    float* out = nullptr;
+    const Linear* weight = nullptr;
+    const Embedding* table = nullptr;
+    RopeTable* rope = nullptr;
+    int width = 0, heads = 0, kv_heads = 0, head_dim = 0, layer = 0, window = 0;
+    float number = 0;
+  };
+  struct alignas(64) Counter { std::atomic<int> next{0}; };
+
+  void execute(const Op& op, int rows, int thread, Counter* counters);
+  void run_linear(const Op& op, int rows, Counter* counters);
+  void run_attend(const Op& op, int rows, int thread, Counter* counters);
+  template <class F> void share(std::atomic<int>& next, int total, int chunk, F f);
+  int chunk(int total) const { return std::max(1, total / (device_.pool.size() * 8)); }
+
+  Device& device_;
+  std::vector<Op> ops_;
+  std::vector<Counter> counters_;
+};
+
+}  // namespace mooli

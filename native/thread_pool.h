@@ -1,0 +1,45 @@
+// A persistent pool of pinned threads. The caller is thread 0. Owns threads and barriers; knows nothing of kernels.
+// Waiting is bounded spinning (a step's barriers are tens of nanoseconds apart), then yielding inside a region and sleeping
+// between regions, so that an idle engine uses no processor time and a busy neighbour costs its share and no more.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace mooli {
+
+class ThreadPool {
+ public:
+  // `cpus`: one processor number per thread, or empty for no pinning. The caller is pinned by pin_caller only.
+  ThreadPool(int num_threads, std::vector<int> cpus);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return num_threads_; }
+  void pin_caller() const;
+  // Runs job(thread) on every thread and returns when all are done. Not reentrant; callers take turns.
+  void run(const std::function<void(int)>& job);
+  // Inside a job: no thread passes before all have arrived.
+  void barrier();
+
+ private:
+  void work(int thread);
+  int num_threads_;
+  std::vector<int> cpus_;
+  std::mutex run_mutex_, sleep_mutex_;
+  std::condition_variable wake_;
+  alignas(64) std::atomic<uint64_t> epoch_{0};
+  alignas(64) std::atomic<int> pending_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> phase_{0};
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false};
+  const std::function<void(int)>* job_ = nullptr;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace mooli

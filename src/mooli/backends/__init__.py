@@ -1,0 +1,57 @@
+"""Which backends there are, and how one is made.
+
+Owns the names users write and the lazy import behind each. Never falls back to another backend than the one asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from mooli.backends.base import Backend
+from mooli.errors import BackendUnavailableError, ConfigError
+
+BACKENDS: dict[str, tuple[str, str]] = {
+    "cpu": ("mooli.backends.cpu", "CpuBackend"),
+    "reference": ("mooli.backends.reference", "ReferenceBackend"),
+}
+"""Name to (module, class). A module is imported only when its backend is asked for."""
+
+NOT_INSTALLED: dict[str, str] = {
+    "ascend": "Ascend NPUs need a release of mooli with the torch backend, and torch with torch_npu",
+    "npu": "Ascend NPUs need a release of mooli with the torch backend, and torch with torch_npu",
+    "cuda": "CUDA devices need a release of mooli with the torch backend, and torch built for CUDA",
+    "gpu": "CUDA devices need a release of mooli with the torch backend, and torch built for CUDA",
+    "torch": "it needs a release of mooli with the torch backend, and torch",
+}
+"""Names that mean something, of backends that this version does not contain, and what they need."""
+
+
+def create_backend(
+    name: str, *, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None
+) -> Backend:
+    """A new backend, with nothing loaded.
+
+    dtype: type of the computation ("auto" leaves it to the backend). quantization: None, "int8" or "int4".
+    num_threads: None lets the backend count the cores it may use.
+
+    Raises BackendUnavailableError if the backend is not part of this installation or its native part does not load,
+    ConfigError for an unknown name or for settings the backend cannot honour.
+    """
+    if name in NOT_INSTALLED:
+        raise BackendUnavailableError(
+            f"backend {name!r} is not part of this installation of mooli: {NOT_INSTALLED[name]}. "
+            f"Available here: {', '.join(BACKENDS)}."
+        )
+    if name not in BACKENDS:
+        raise ConfigError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    module_name, class_name = BACKENDS[name]
+    try:
+        module = importlib.import_module(module_name)
+        backend_class = getattr(module, class_name)
+    except (ImportError, AttributeError) as exc:
+        raise BackendUnavailableError(
+            f"backend {name!r} does not load: {exc}. Reinstall mooli (pip install --force-reinstall mooli), "
+            "or choose backend 'reference', which is slow but needs no native module."
+        ) from exc
+    backend: Backend = backend_class(dtype=dtype, quantization=quantization, num_threads=num_threads)
+    return backend

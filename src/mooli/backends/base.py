@@ -1,0 +1,193 @@
+"""The backend seam: the small set of operations models are written in, and what else a device must provide.
+
+Owns protocols and the plain specifications they take. Never computes. An `Array` is opaque to models: a tape register on
+the CPU backend, a `torch.Tensor` on torch backends, a NumPy array in the reference. `reference` (NumPy, float32) is the
+meaning of every operation; the others are tested against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
+from mooli.tensor import RawTensor
+
+Array = Any
+"""Opaque to models. Activations have shape (tokens, features)."""
+
+Weight = Any
+"""What a backend's `load_*` returned; handed back to its operations unopened."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding, rotate-half convention: pairs (i, i + head_dim / 2).
+
+    inv_freq: float64 (head_dim / 2,), radians per position, scaling (Llama 3, linear) already applied.
+    Source: Su et al., RoFormer, arXiv 2104.09864.
+    """
+
+    inv_freq: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Grouped-query attention over the paged KV pool; query head h reads kv head h // (num_heads / num_kv_heads).
+
+    A packed qkv row is [num_heads | num_kv_heads | num_kv_heads] * head_dim. `window` > 0: a token attends to the
+    last `window` positions, itself included; 0 means all.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """Shape of the KV pool. `dtype` is one of float32, float16, bfloat16."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """Memory of the device, in bytes, with any cgroup limit respected."""
+
+    total_bytes: int
+    available_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest step a runner will ever be given; backends size their buffers by it."""
+
+    max_tokens: int
+    max_rows: int
+    max_pages_per_row: int
+
+
+class Ops(Protocol):
+    """The operations models are written in. `batch` is opaque and passed through.
+
+    Shapes: T tokens in the step, H hidden size, x (T, H).
+    """
+
+    def embed(self, batch: Any, table: Weight) -> Array:
+        """Rows of `table` (vocab, H) at the step's token ids: (T, H)."""
+        ...
+
+    def rms_norm(self, x: Array, weight: Weight, eps: float) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
+        ...
+
+    def linear(self, x: Array, weight: Weight, residual: Array | None = None) -> Array:
+        """x @ weight.T + bias (+ residual). The weight knows its packing and its bias."""
+        ...
+
+    def linear_silu_mul(self, x: Array, weight: Weight) -> Array:
+        """silu(x @ gate.T) * (x @ up.T) for a weight loaded with `load_gated`. One op: the wide product stays in cache."""
+        ...
+
+    def head_norm(self, qkv: Array, spec: AttentionSpec, q_weight: Weight, k_weight: Weight, eps: float) -> Array:
+        """RMS norm of every query and key head on its own (Qwen3). Values pass through."""
+        ...
+
+    def rope(self, batch: Any, qkv: Array, spec: AttentionSpec, rope: RopeSpec) -> Array:
+        """Rotate query and key heads by the step's positions. Values pass through."""
+        ...
+
+    def attend(self, batch: Any, layer: int, qkv: Array, spec: AttentionSpec) -> Array:
+        """Store k and v in the step's slots, then causal attention over each row's pages: (T, num_heads * head_dim)."""
+        ...
+
+
+@dataclass(slots=True)
+class SampleResult:
+    """token_ids int32 (S,), -1 for NaN logits; for rows that asked: log-probability of the sampled token, the top k
+    (descending, ties by lower id) and the chosen ids."""
+
+    token_ids: NDArray[np.int32]
+    logprobs: list[tuple[float, list[tuple[float, int]], list[tuple[float, int]]] | None] = field(default_factory=list)
+
+
+class Backend(Protocol):
+    """Everything else a device provides. One instance serves one model."""
+
+    name: str
+    ops: Ops
+    default_page_size: int
+
+    def check_page_size(self, page_size: int) -> None:
+        """Raise ConfigError, naming the allowed sizes, if the kernels cannot use this page size."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the start-up log and `get_server_info`: device, instruction set, threads."""
+        ...
+
+    def memory(self) -> MemoryInfo: ...
+
+    # -- weights, packed once, one tensor at a time. `tensors` are stacked along rows (q, k, v). --
+    def load_linear(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False) -> Weight:
+        """A linear weight (sum of rows, columns). `head` marks the output head, kept finer under int4."""
+        ...
+
+    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> Weight:
+        """The weight of `linear_silu_mul`. `biases` is empty, or the gate's and the up projection's."""
+        ...
+
+    def load_embedding(self, table: RawTensor) -> Weight: ...
+
+    def load_vector(self, vector: RawTensor) -> Weight: ...
+
+    def weight_bytes(self) -> int:
+        """Bytes of all packed weights so far."""
+        ...
+
+    # -- KV pool; its layout is the backend's secret --
+    def kv_bytes_per_page(self, spec: KVSpec) -> int: ...
+
+    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+        """Allocate KV pool and activation buffers. Called once, after the weights."""
+        ...
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Copy-on-write: the first `num_tokens` tokens of each source page, in order; the rest of the target is zeroed."""
+        ...
+
+    # -- a step --
+    def plan(self, batch: ScheduleBatch) -> Any:
+        """Turn the host batch into what the operations take (ForwardBatch). Once a step."""
+        ...
+
+    def capture(self, function: Callable[..., Array]) -> Callable[..., Array]:
+        """`function(batch)` or `function(hidden)` made fast: a recorded tape on CPU, a graph on devices, itself elsewhere."""
+        ...
+
+    def take_rows(self, hidden: Array, rows: NDArray[np.int32]) -> Array:
+        """The given token rows of a captured function's result, as input for another."""
+        ...
+
+    def sample(self, logits: Array, sampling: SamplingBatch, vocab_size: int) -> SampleResult: ...
+
+    def logprobs(
+        self, logits: Array, target_ids: NDArray[np.int32], num_top: int, token_ids: Sequence[int], vocab_size: int
+    ) -> list[tuple[float, list[tuple[float, int]], list[tuple[float, int]]]]:
+        """Per row of logits: log-softmax at the target, the top `num_top`, and at `token_ids`."""
+        ...
+
+    def to_host(self, x: Array) -> NDArray[np.float32]: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,298 @@
+"""The CPU backend behind the seam: weights, KV pool, plan of a step, sampling.
+
+Owns the choice of packed kinds and the native device. Never knows a model's structure and never loops over tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli import _native
+from mooli.backends.base import Array, KVSpec, Limits, MemoryInfo, SampleResult
+from mooli.backends.cpu.processors import cpu_quota, default_num_threads, usable_cpus
+from mooli.backends.cpu.tape import CapturedTape, Planned, Result, Rows, TapeOps
+from mooli.backends.dequant import dequantize
+from mooli.backends.host_memory import host_memory
+from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
+from mooli.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
+from mooli.tensor import BLOCK, RawTensor, TensorType
+
+logger = logging.getLogger(__name__)
+
+TILE = 32
+"""Tokens of a KV tile; a page is a whole number of tiles."""
+
+
+class Kind(IntEnum):
+    """Packed weight kinds, numbered as in native/kernels.h."""
+
+    Q8 = 0
+    Q4 = 1
+    Q4M = 2
+    BF16 = 3
+    F16 = 4
+    F32 = 5
+
+
+_KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+_FLOAT_KINDS = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16}
+_BLOCK_KINDS = {TensorType.Q4_0: Kind.Q4, TensorType.Q4_1: Kind.Q4M, TensorType.Q4_K: Kind.Q4M}
+_FLOAT_TYPES = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16: "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    native: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    native: Any
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    native: Any
+
+
+class CpuBackend:
+    """Native kernels on this machine's processors."""
+
+    name = "cpu"
+    default_page_size = TILE
+
+    def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
+        """dtype: of weights that are not quantised. quantization: None keeps what the checkpoint has; int8, int4.
+
+        Raises ConfigError for an unknown dtype, quantisation or instruction set (environment variable MOOLI_ISA).
+        """
+        if dtype != "auto" and dtype not in _FLOAT_KINDS:
+            raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(_FLOAT_KINDS)}")
+        if quantization not in (None, "int8", "int4"):
+            raise ConfigError(f"quantization {quantization!r} is not one of None, 'int8', 'int4'")
+        if num_threads is not None and num_threads < 1:
+            raise ConfigError(f"num_threads must be at least 1, not {num_threads}")
+        isa = os.environ.get("MOOLI_ISA", "")
+        if isa and isa not in _native.available_isas():
+            raise ConfigError(
+                f"MOOLI_ISA={isa} is not available on this processor; choose one of {', '.join(_native.available_isas())}"
+            )
+        cpus = usable_cpus()
+        threads = num_threads or default_num_threads(cpus, cpu_quota())
+        # Pinning is right only when each thread has a processor of its own.
+        self._device = _native.Device(threads, cpus[:threads] if threads <= len(cpus) else [], isa)
+        self._dtype, self._quantization = dtype, quantization
+        self.ops = TapeOps(self._device)
+        self._weight_bytes = 0
+        self._max_k = 1
+        self._scratch: tuple[int, int, int, int] = (0, 0, 0, 0)
+        self._limits: Limits | None = None
+        self._head_dim = 0
+        self._vocab_size = 0
+        self._kinds: dict[str, int] = {}
+        self._closed = False
+
+    # ------------------------------------------------------------------ facts
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "device": "cpu",
+            "isa": self._device.isa,
+            "num_threads": self._device.num_threads,
+            "weight_kinds": dict(self._kinds),
+        }
+
+    def memory(self) -> MemoryInfo:
+        return host_memory()
+
+    def check_page_size(self, page_size: int) -> None:
+        if page_size < TILE or page_size % TILE:
+            raise ConfigError(
+                f"page_size {page_size} does not fit the cpu kernels: use a multiple of {TILE} "
+                "(matching is by token whatever the page size)"
+            )
+
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def pin_thread(self) -> None:
+        """Pin the calling thread, the one that will run steps, beside the pool's own."""
+        self._device.pin_caller()
+
+    # ------------------------------------------------------------------ weights
+
+    def load_linear(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False) -> PackedLinear:
+        kind = self._kind(tensors, head=head)
+        weight = self._new_linear(kind, sum(t.num_rows for t in tensors), tensors[0].num_columns, gated=False)
+        row = 0
+        for tensor in tensors:
+            self._pack(weight, 0, row, tensor)
+            row += tensor.num_rows
+        row = 0
+        for bias in biases:
+            weight.set_bias(0, row, dequantize(bias))
+            row += bias.num_columns
+        return self._count(weight, kind)
+
+    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> PackedLinear:
+        kind = self._kind([gate, up], head=False)
+        weight = self._new_linear(kind, gate.num_rows, gate.num_columns, gated=True)
+        for part, tensor in enumerate((gate, up)):
+            self._pack(weight, part, 0, tensor)
+        for part, bias in enumerate(biases):
+            weight.set_bias(part, 0, dequantize(bias))
+        return self._count(weight, kind)
+
+    def load_embedding(self, table: RawTensor) -> Table:
+        self._check_type(table)
+        self._vocab_size = table.num_rows
+        # The rows are copied: nothing depends on the file once it is loaded.
+        native = _native.Embedding(int(table.type), table.num_columns, table.data)
+        self._weight_bytes += native.num_bytes
+        return Table(native, table.num_columns)
+
+    def load_vector(self, vector: RawTensor) -> Vector:
+        self._check_type(vector)
+        values = dequantize(vector)
+        native = _native.FloatBuffer(len(values))
+        native.array()[:] = values
+        self._weight_bytes += 4 * len(values)
+        return Vector(native)
+
+    def _kind(self, tensors: Sequence[RawTensor], *, head: bool) -> Kind:
+        """The packed kind of tensors stacked in one weight: the finest any of them needs."""
+        for tensor in tensors:
+            self._check_type(tensor)
+        if self._quantization is not None:
+            # The head decides between near-equal logits and is kept at 8 bits.
+            if head or self._quantization == "int8":
+                return Kind.Q8
+            # What already has four bits keeps them: quantising again would only add error.
+            kinds = {_BLOCK_KINDS.get(t.type, Kind.Q4) for t in tensors}
+            return kinds.pop() if len(kinds) == 1 else Kind.Q4
+        kinds = {self._native_kind(t) for t in tensors}
+        if len(kinds) == 1:
+            return kinds.pop()
+        floats = [k for k in kinds if k >= Kind.BF16]
+        return max(floats) if floats else Kind.Q8
+
+    def _native_kind(self, tensor: RawTensor) -> Kind:
+        if tensor.type not in _FLOAT_TYPES:
+            return _BLOCK_KINDS.get(tensor.type, Kind.Q8)
+        if self._dtype != "auto":
+            return _FLOAT_KINDS[self._dtype]
+        kind = _FLOAT_KINDS[_FLOAT_TYPES[tensor.type]]
+        return Kind.BF16 if kind == Kind.F32 and self._device.has_bf16_dot else kind
+
+    def _new_linear(self, kind: Kind, rows: int, columns: int, *, gated: bool) -> Any:
+        self._max_k = max(self._max_k, columns)
+        try:
+            return _native.Linear(int(kind), rows, columns, gated)
+        except MemoryError as exc:
+            raise OutOfMemoryError(f"no memory for a weight of {rows} x {columns} values as {kind.name}") from exc
+
+    def _pack(self, weight: Any, part: int, first_row: int, tensor: RawTensor) -> None:
+        self._device.pack(weight, part, first_row, int(tensor.type), tensor.data)
+
+    def _count(self, weight: Any, kind: Kind) -> PackedLinear:
+        self._weight_bytes += weight.num_bytes
+        self._kinds[kind.name] = self._kinds.get(kind.name, 0) + 1
+        return PackedLinear(weight)
+
+    def _check_type(self, tensor: RawTensor) -> None:
+        if tensor.type not in BLOCK or tensor.num_columns % BLOCK[tensor.type][0]:
+            raise UnsupportedModelError(
+                f"tensor {tensor.name}: {tensor.type.name} rows of {tensor.num_columns} values are not supported"
+            )
+
+    # ------------------------------------------------------------------ KV pool
+
+    def kv_bytes_per_page(self, spec: KVSpec) -> int:
+        element = 4 if spec.dtype == "float32" else 2
+        return spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * spec.page_size * element
+
+    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+        self.check_page_size(spec.page_size)
+        if spec.head_dim % 16:
+            raise UnsupportedModelError(f"head_dim {spec.head_dim} is not a multiple of 16, which the cpu kernels need")
+        try:
+            self._device.allocate_kv(
+                _KV_TYPES[spec.dtype], spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.page_size, num_pages
+            )
+        except MemoryError as exc:
+            size = self.kv_bytes_per_page(spec) * num_pages
+            raise OutOfMemoryError(
+                f"no memory for a KV pool of {size / 2**30:.2f} GiB: lower mem_fraction_static or max_total_tokens"
+            ) from exc
+        self._limits, self._head_dim = limits, spec.head_dim
+        self._prepare()
+
+    def _prepare(self) -> int:
+        """Scratch for the widest linear and the most heads seen so far; returns the most tokens of a step."""
+        if self._limits is None:
+            raise ConfigError("allocate the KV pool before running a step")
+        heads = max((spec.num_heads for spec in self.ops.attention_specs), default=1)
+        need = (self._limits.max_tokens, self._max_k, heads, self._head_dim)
+        if any(a > b for a, b in zip(need, self._scratch, strict=True)):
+            self._scratch = tuple(map(max, need, self._scratch))  # type: ignore[assignment]
+            self._device.allocate_scratch(*self._scratch)
+        return self._limits.max_tokens
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        for copy in copies:
+            self._device.copy_page(copy.source, copy.target, copy.num_tokens)
+
+    # ------------------------------------------------------------------ a step
+
+    def plan(self, batch: ScheduleBatch) -> Planned:
+        self._device.plan(batch.token_ids, batch.positions, batch.lengths, batch.page_table, self._vocab_size)
+        return Planned(batch.num_tokens)
+
+    def capture(self, function: Callable[..., Array]) -> Callable[..., Result]:
+        return CapturedTape(self._device, self.ops, function, self._prepare)
+
+    def take_rows(self, hidden: Result, rows: NDArray[np.int32]) -> Rows:
+        return Rows(hidden.values, rows)
+
+    def sample(self, logits: Result, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
+        s = sampling
+        token_ids = np.empty(len(s), dtype=np.int32)
+        self._device.sample(
+            logits.values, vocab_size, s.temperature, s.top_k, s.top_p, s.min_p, s.frequency_penalty, s.presence_penalty,
+            s.repetition_penalty, s.seeds, s.positions, s.history_ids, s.history_indptr, s.output_starts, s.bias_ids,
+            s.bias_values, s.bias_indptr, 0, token_ids,
+        )  # fmt: skip
+        logprobs = [
+            self._device.logprobs(
+                logits.values, row, vocab_size, int(token_ids[row]), int(num_top), list(s.logprob_token_ids[row])
+            )
+            if num_top >= 0 and token_ids[row] >= 0
+            else None
+            for row, num_top in enumerate(s.num_top)
+        ]
+        return SampleResult(token_ids, logprobs)
+
+    def logprobs(
+        self, logits: Result, target_ids: NDArray[np.int32], num_top: int, token_ids: Sequence[int], vocab_size: int
+    ) -> list[tuple[float, list[tuple[float, int]], list[tuple[float, int]]]]:
+        ids = list(token_ids)
+        return [
+            self._device.logprobs(logits.values, row, vocab_size, int(target), num_top, ids)
+            for row, target in enumerate(target_ids)
+        ]
+
+    def to_host(self, x: Result) -> NDArray[np.float32]:
+        return x.values[: x.num_rows]
+
+    def close(self) -> None:
+        """Nothing to do by hand: memory and threads go with the last reference to the device."""
+        self._closed = True

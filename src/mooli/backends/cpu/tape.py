@@ -1,0 +1,251 @@
+"""Records the operations of a model as a native tape, once, and replays it for any number of rows.
+
+Owns registers (who holds which activation) and their places in one arena. Never computes: a recorded operation is an entry
+in a list until the native tape runs it, without Python between operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli import _native
+from mooli.backends.base import AttentionSpec, RopeSpec
+from mooli.errors import ConfigError
+
+
+@dataclass(eq=False, slots=True)
+class Register:
+    """An activation of `width` float32 a row. `address` is set when the arena is laid out."""
+
+    width: int
+    address: int = 0
+    last_use: int = -1
+
+
+@dataclass(slots=True)
+class Entry:
+    """One recorded operation. `emit(tape)` adds it to the native tape once registers have addresses.
+
+    `reusable` is an input the result may overwrite, if nothing reads it later.
+    """
+
+    inputs: tuple[Register, ...]
+    output: Register
+    emit: Callable[[Any], None]
+    reusable: Register | None = None
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows of an earlier tape's result, to be the input of another: `source` (max rows, width), `indices` int32 (n,)."""
+
+    source: NDArray[np.float32]
+    indices: NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class Result:
+    """What a replayed tape computed: the first `num_rows` rows of `values` (max rows, width) hold it until the next replay."""
+
+    values: NDArray[np.float32]
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A step whose host arrays the device has taken over."""
+
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Recording:
+    """The entries of a function being recorded."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    def add(
+        self, inputs: tuple[Register, ...], width: int, emit: Callable[[Any, Register], None], reusable: Register | None = None
+    ) -> Register:
+        output = Register(width)
+        self.entries.append(Entry(inputs, output, lambda tape: emit(tape, output), reusable))
+        return output
+
+
+class TapeOps:
+    """The operations of the seam, each of which records itself. Only usable inside a captured function."""
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._recording: Recording | None = None
+        self._ropes: dict[bytes, Any] = {}
+        self.attention_specs: list[AttentionSpec] = []
+
+    def record(self, function: Callable[[Any], Register], argument: Any) -> tuple[Recording, Register]:
+        self._recording = Recording()
+        try:
+            return self._recording, function(argument)
+        finally:
+            self._recording = None
+
+    def _now(self) -> Recording:
+        if self._recording is None:
+            raise ConfigError("operations of the cpu backend run inside a captured function: use backend.capture")
+        return self._recording
+
+    def embed(self, batch: Any, table: Any) -> Register:
+        return self._now().add((), table.width, lambda t, out: t.embed(table.native, out.address))
+
+    def rms_norm(self, x: Register, weight: Any, eps: float) -> Register:
+        return self._now().add(
+            (x,), x.width, lambda t, out: t.rms_norm(x.address, weight.native, eps, x.width, out.address)
+        )
+
+    def linear(self, x: Register, weight: Any, residual: Register | None = None) -> Register:
+        if weight.native.gated or x.width != weight.native.k:
+            raise ConfigError(f"linear takes rows of {weight.native.k} values and an ungated weight, got {x.width}")
+        inputs = (x,) if residual is None else (x, residual)
+        return self._now().add(
+            inputs,
+            weight.native.n,
+            lambda t, out: t.linear(x.address, weight.native, 0 if residual is None else residual.address, out.address),
+            reusable=residual,
+        )
+
+    def linear_silu_mul(self, x: Register, weight: Any) -> Register:
+        if not weight.native.gated or x.width != weight.native.k:
+            raise ConfigError(f"linear_silu_mul takes rows of {weight.native.k} values and a gated weight")
+        return self._now().add(
+            (x,), weight.native.n, lambda t, out: t.linear(x.address, weight.native, 0, out.address)
+        )
+
+    def head_norm(self, qkv: Register, spec: AttentionSpec, q_weight: Any, k_weight: Any, eps: float) -> Register:
+        heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        return self._now().add(
+            (qkv,),
+            qkv.width,
+            lambda t, out: t.head_norm(qkv.address, q_weight.native, k_weight.native, eps, *heads, out.address),
+            reusable=qkv,
+        )
+
+    def rope(self, batch: Any, qkv: Register, spec: AttentionSpec, rope: RopeSpec) -> Register:
+        key = rope.inv_freq.tobytes()
+        if key not in self._ropes:
+            self._ropes[key] = self._device.add_rope(np.ascontiguousarray(rope.inv_freq, dtype=np.float64))
+        table = self._ropes[key]
+        heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        return self._now().add(
+            (qkv,), qkv.width, lambda t, out: t.rope(qkv.address, table, *heads, out.address), reusable=qkv
+        )
+
+    def attend(self, batch: Any, layer: int, qkv: Register, spec: AttentionSpec) -> Register:
+        self.attention_specs.append(spec)
+        return self._now().add(
+            (qkv,),
+            spec.num_heads * spec.head_dim,
+            lambda t, out: t.attend(layer, qkv.address, spec.num_heads, spec.scale, spec.window, out.address),
+        )
+
+
+class CapturedTape:
+    """A function of operations as a native tape. Recorded at the first call, when all sizes are known."""
+
+    def __init__(
+        self, device: Any, ops: TapeOps, function: Callable[[Any], Any], prepare: Callable[[], int]
+    ) -> None:
+        """`prepare()` makes the device ready for what was recorded and returns the most tokens of a step."""
+        self._device, self._ops, self._function, self._prepare = device, ops, function, prepare
+        self._tape: Any = None
+        self._capacity = 0
+        self._input: NDArray[np.float32] | None = None
+        self._output: NDArray[np.float32] | None = None
+        self._arena: Any = None
+
+    def __call__(self, argument: Planned | Rows) -> Result:
+        if isinstance(argument, Rows):
+            count = len(argument.indices)
+            if count > self._capacity:
+                self._record(argument.source.shape[1], count)
+            assert self._input is not None
+            np.take(argument.source, argument.indices, axis=0, out=self._input[:count], mode="clip")
+        else:
+            count = argument.num_tokens
+            if self._tape is None:
+                self._record(None, 0)
+        self._tape.run(count)
+        assert self._output is not None
+        return Result(self._output, count)
+
+    def _record(self, input_width: int | None, rows: int) -> None:
+        """Record the function. With `input_width`, it takes a register of that width instead of a planned step."""
+        first = Register(input_width) if input_width is not None else None
+        recording, result = self._ops.record(self._function, None if first is None else first)
+        self._capacity = max(self._prepare(), rows) if first is None else max(rows, 1)
+        floats = _lay_out(recording.entries, first, result, self._capacity)
+        self._arena = _native.FloatBuffer(max(floats, 1))
+        base = self._arena.address
+        registers = {id(r): r for e in recording.entries for r in (*e.inputs, e.output)}
+        registers[id(result)] = result
+        for register in registers.values():
+            register.address = base + register.address * 4
+        self._tape = _native.Tape(self._device)
+        for entry in recording.entries:
+            entry.emit(self._tape)
+        memory = self._arena.array()
+
+        def view(register: Register) -> NDArray[np.float32]:
+            begin = (register.address - base) // 4
+            return memory[begin : begin + self._capacity * register.width].reshape(self._capacity, register.width)
+
+        self._output = view(result)
+        self._input = None if first is None else view(first)
+
+
+def _lay_out(entries: list[Entry], first: Register | None, result: Register, rows: int) -> int:
+    """Give every register a place, in floats from the arena's start; returns the arena's size.
+
+    A place is free again after the last entry that reads it; an operation that may overwrite its input takes its place.
+    """
+    for index, entry in enumerate(entries):
+        for register in entry.inputs:
+            register.last_use = index
+    result.last_use = len(entries)
+    free: list[tuple[int, int]] = []  # (size, place)
+    end = 0
+
+    def take(width: int) -> int:
+        nonlocal end
+        size = -(-rows * width // 16) * 16  # whole cache lines
+        fitting = [slot for slot in free if slot[0] == size]
+        if fitting:
+            free.remove(fitting[0])
+            return fitting[0][1]
+        end += size
+        return end - size
+
+    def release(register: Register) -> None:
+        free.append((-(-rows * register.width // 16) * 16, register.address))
+
+    if first is not None:
+        first.address = take(first.width)
+        if first.last_use < 0:
+            first.last_use = len(entries)
+    for index, entry in enumerate(entries):
+        dying = {id(r): r for r in entry.inputs if r.last_use == index}
+        over = entry.reusable
+        if over is not None and id(over) in dying and over.width == entry.output.width:
+            entry.output.address = over.address
+            del dying[id(over)]
+        else:
+            entry.output.address = take(entry.output.width)
+        for register in dying.values():
+            release(register)
+        if entry.output.last_use < 0:
+            entry.output.last_use = index
+            release(entry.output)
+    return end

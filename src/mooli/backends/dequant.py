@@ -1,0 +1,121 @@
+"""Stored tensors to float32 with NumPy: the meaning of every storage type.
+
+Owns the block formulas. Never decides what a weight is packed to. Formulas: block quantisation of the ggml project, in
+float32 and in its order of operations, so that results are equal to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli.tensor import BLOCK, RawTensor, TensorType
+
+_VALUES_AT_A_TIME = 1 << 22
+"""Temporaries are several times a chunk; chunks keep them far below the result."""
+
+
+def dequantize(raw: RawTensor) -> NDArray[np.float32]:
+    """float32 (rows, columns), or (columns,) for a vector."""
+    result = np.empty((raw.num_rows, raw.num_columns), np.float32)
+    step = max(1, _VALUES_AT_A_TIME // raw.num_columns)
+    for start in range(0, raw.num_rows, step):
+        rows = raw.data[start : start + step]
+        result[start : start + step] = _rows_to_float(raw.type, rows, raw.num_columns)
+    return result.reshape(raw.shape)
+
+
+def _rows_to_float(kind: TensorType, rows: NDArray[np.uint8], num_columns: int) -> NDArray[np.float32]:
+    data = np.ascontiguousarray(rows)
+    if kind == TensorType.F32:
+        return data.view("<f4")
+    if kind == TensorType.F16:
+        return data.view("<f2").astype(np.float32)
+    if kind == TensorType.BF16:
+        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    blocks = data.reshape(-1, BLOCK[kind][1])
+    return _FORMULAS[kind](blocks).reshape(len(rows), num_columns)
+
+
+def _half(blocks: NDArray[np.uint8], start: int) -> NDArray[np.float32]:
+    """The float16 at byte `start` of every block: float32 (blocks, 1)."""
+    return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
+
+
+def _nibbles(quants: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(..., n) bytes to (..., 2n): all low nibbles, then all high ones."""
+    return np.concatenate([quants & 15, quants >> 4], axis=-1)
+
+
+def _q4_0(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return _half(b, 0) * (_nibbles(b[:, 2:]).astype(np.float32) - 8)
+
+
+def _q4_1(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return _half(b, 0) * _nibbles(b[:, 4:]).astype(np.float32) + _half(b, 2)
+
+
+def _fifth_bits(bits: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """32 bits in 4 bytes, lowest first, to (blocks, 32) values 0 or 16."""
+    values: NDArray[np.uint8] = np.unpackbits(np.ascontiguousarray(bits), axis=-1, bitorder="little") * np.uint8(16)
+    return values
+
+
+def _q5_0(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return _half(b, 0) * ((_nibbles(b[:, 6:]) | _fifth_bits(b[:, 2:6])).astype(np.float32) - 16)
+
+
+def _q5_1(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return _half(b, 0) * (_nibbles(b[:, 8:]) | _fifth_bits(b[:, 4:8])).astype(np.float32) + _half(b, 2)
+
+
+def _q8_0(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return _half(b, 0) * np.ascontiguousarray(b[:, 2:]).view(np.int8).astype(np.float32)
+
+
+def _k_scales(s: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """12 bytes to eight 6-bit scales and eight 6-bit minima, float32 (blocks, 8) each."""
+    low, mid, high = s[:, 0:4], s[:, 4:8], s[:, 8:12]
+    scales = np.concatenate([low & 63, (high & 15) | (low >> 6) << 4], axis=1)
+    minima = np.concatenate([mid & 63, (high >> 4) | (mid >> 6) << 4], axis=1)
+    return scales.astype(np.float32), minima.astype(np.float32)
+
+
+def _k_values(b: NDArray[np.uint8], quants: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """d * scale * q - dmin * minimum over eight groups of 32; quants (blocks, 8, 32)."""
+    scales, minima = _k_scales(b[:, 4:16])
+    factors, offsets = _half(b, 0) * scales, _half(b, 2) * minima
+    return factors[:, :, None] * quants.astype(np.float32) - offsets[:, :, None]
+
+
+def _q4_k(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return _k_values(b, _nibbles(b[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32))
+
+
+def _q5_k(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    low = _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    high = b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[None, :, None] & np.uint8(1)
+    return _k_values(b, low | high * np.uint8(16))
+
+
+def _q6_k(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    low = _nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[None, None, :, None]
+    high = b[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3
+    quants = (low | high << 4).reshape(-1, 16, 16).astype(np.float32) - 32
+    scales = np.ascontiguousarray(b[:, 192:208]).view(np.int8).astype(np.float32)
+    return (_half(b, 208) * scales)[:, :, None] * quants
+
+
+_FORMULAS: dict[TensorType, Callable[[NDArray[np.uint8]], NDArray[np.float32]]] = {
+    TensorType.Q4_0: _q4_0,
+    TensorType.Q4_1: _q4_1,
+    TensorType.Q5_0: _q5_0,
+    TensorType.Q5_1: _q5_1,
+    TensorType.Q8_0: _q8_0,
+    TensorType.Q4_K: _q4_k,
+    TensorType.Q5_K: _q5_k,
+    TensorType.Q6_K: _q6_k,
+}

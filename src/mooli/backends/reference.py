@@ -1,0 +1,325 @@
+"""The reference backend: NumPy in float32, the meaning of every operation of the seam.
+
+Owns clear arithmetic. Never fast on purpose: whole weights are dequantised to float32, attention gathers its keys row
+by row. Whatever another backend computes is compared with this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli.backends import reference_sampling
+from mooli.backends.base import (
+    AttentionSpec,
+    KVSpec,
+    Limits,
+    MemoryInfo,
+    RopeSpec,
+    SampleResult,
+)
+from mooli.backends.dequant import dequantize
+from mooli.backends.host_memory import host_memory
+from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
+from mooli.errors import ConfigError, OutOfMemoryError
+from mooli.tensor import RawTensor
+
+Floats = NDArray[np.float32]
+
+QUERY_BLOCK = 256
+"""Query tokens whose scores exist at one time: bounds memory for long prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """values (outputs, inputs); bias (outputs,) or None."""
+
+    values: Floats
+    bias: Floats | None
+
+
+@dataclass(frozen=True, slots=True)
+class GatedWeight:
+    """Gate and up projections, each (outputs, inputs), with their biases."""
+
+    gate: LinearWeight
+    up: LinearWeight
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """One row of a step: its tokens are `first_token` .. `first_token + length` of the step.
+
+    slots: int64 (start + length,), where the KV of each position of the sequence lies.
+    """
+
+    first_token: int
+    start: int
+    length: int
+    slots: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """A step as the operations take it. token_ids, positions, slots: int64 (T,)."""
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    rows: tuple[RowPlan, ...]
+
+
+def round_to(dtype: str, values: Floats) -> Floats:
+    """`values` rounded to the nearest value (ties to even) that `dtype` can hold, still float32."""
+    if dtype == "float32":
+        return values
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(values), values, rounded.astype(np.uint32).view(np.float32))
+
+
+class ReferenceOps:
+    """`Ops` in NumPy. Arrays are float32 (T, features)."""
+
+    def __init__(self) -> None:
+        self.kv: Floats = np.empty((0, 2, 0, 0, 0), dtype=np.float32)
+        self.kv_dtype = "float32"
+
+    def embed(self, batch: ForwardBatch, table: Floats) -> Floats:
+        return table[batch.token_ids]
+
+    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
+        mean_square = np.mean(x * x, axis=-1, keepdims=True)
+        normed: Floats = x / np.sqrt(mean_square + np.float32(eps)) * weight
+        return normed
+
+    def linear(self, x: Floats, weight: LinearWeight, residual: Floats | None = None) -> Floats:
+        product: Floats = x @ weight.values.T
+        if weight.bias is not None:
+            product += weight.bias
+        if residual is not None:
+            product += residual
+        return product
+
+    def linear_silu_mul(self, x: Floats, weight: GatedWeight) -> Floats:
+        gate = self.linear(x, weight.gate)
+        with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
+            gated: Floats = gate / (1 + np.exp(-gate)) * self.linear(x, weight.up)
+        return gated
+
+    def head_norm(self, qkv: Floats, spec: AttentionSpec, q_weight: Floats, k_weight: Floats, eps: float) -> Floats:
+        q, k, v = split_heads(qkv, spec)
+        return merge_heads(self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps), v)
+
+    def rope(self, batch: ForwardBatch, qkv: Floats, spec: AttentionSpec, rope: RopeSpec) -> Floats:
+        # Angles in float64: positions in the tens of thousands leave float32 too few digits.
+        angles = batch.positions[:, None, None] * rope.inv_freq
+        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        q, k, v = split_heads(qkv, spec)
+        return merge_heads(rotate_half(q, cos, sin), rotate_half(k, cos, sin), v)
+
+    def attend(self, batch: ForwardBatch, layer: int, qkv: Floats, spec: AttentionSpec) -> Floats:
+        q, k, v = split_heads(qkv, spec)
+        keys, values = self.kv[layer]
+        # Everything is stored first, so a row may read what another row of this step computes.
+        keys[batch.slots] = round_to(self.kv_dtype, k)
+        values[batch.slots] = round_to(self.kv_dtype, v)
+        out = np.empty((len(qkv), spec.num_heads, spec.head_dim), dtype=np.float32)
+        for row in batch.rows:
+            for begin in range(0, row.length, QUERY_BLOCK):
+                count = min(QUERY_BLOCK, row.length - begin)
+                first_query = row.start + begin
+                first_key = max(0, first_query - spec.window + 1) if spec.window > 0 else 0
+                slots = row.slots[first_key : first_query + count]
+                tokens = slice(row.first_token + begin, row.first_token + begin + count)
+                out[tokens] = attention(q[tokens], keys[slots], values[slots], first_query - first_key, spec)
+        return out.reshape(len(qkv), -1)
+
+
+def split_heads(qkv: Floats, spec: AttentionSpec) -> tuple[Floats, Floats, Floats]:
+    """Views (T, heads, head_dim) of the query, key and value parts of packed rows."""
+    heads = qkv.reshape(len(qkv), -1, spec.head_dim)
+    first_value = spec.num_heads + spec.num_kv_heads
+    return heads[:, : spec.num_heads], heads[:, spec.num_heads : first_value], heads[:, first_value:]
+
+
+def merge_heads(q: Floats, k: Floats, v: Floats) -> Floats:
+    """Packed rows (T, features) from the parts of `split_heads`."""
+    return np.concatenate([q, k, v], axis=1).reshape(len(q), -1)
+
+
+def rotate_half(x: Floats, cos: Floats, sin: Floats) -> Floats:
+    """Rotate pairs (i, i + head_dim / 2) of x (T, heads, head_dim) by angles (T, 1, head_dim / 2)."""
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attention(q: Floats, k: Floats, v: Floats, first_query: int, spec: AttentionSpec) -> Floats:
+    """Causal attention of one row: q (Q, num_heads, head_dim), k and v (N, num_kv_heads, head_dim) -> q's shape.
+
+    Query i sits at key index `first_query + i` and sees the keys up to itself, the last `spec.window` of them if set.
+    """
+    num_queries, num_keys = len(q), len(k)
+    query_index = first_query + np.arange(num_queries)[:, None]
+    key_index = np.arange(num_keys)[None, :]
+    hidden = key_index > query_index
+    if spec.window > 0:
+        hidden |= key_index <= query_index - spec.window
+    # (kv_heads, group * Q, head_dim) @ (kv_heads, head_dim, N): the query heads of a group share their keys.
+    grouped = q.reshape(num_queries, spec.num_kv_heads, -1, spec.head_dim).transpose(1, 2, 0, 3)
+    group = grouped.shape[1]
+    scores = grouped.reshape(spec.num_kv_heads, -1, spec.head_dim) @ k.transpose(1, 2, 0) * np.float32(spec.scale)
+    scores = scores.reshape(spec.num_kv_heads, group, num_queries, num_keys)
+    scores = np.where(hidden, np.float32(-np.inf), scores)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    mixed = weights.reshape(spec.num_kv_heads, -1, num_keys) @ v.transpose(1, 0, 2)
+    mixed = mixed.reshape(spec.num_kv_heads, group, num_queries, spec.head_dim)
+    out: Floats = mixed.transpose(2, 0, 1, 3).reshape(q.shape)
+    return out
+
+
+class ReferenceBackend:
+    """`Backend` on NumPy arrays. Any page size; KV is float32 rounded to the KV type asked for.
+
+    KV is NaN until it is stored, so that a read of anything stale shows in the logits.
+    """
+
+    name = "reference"
+    default_page_size = 16
+
+    def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
+        """Raises ConfigError for anything but float32: the reference has no other arithmetic and owns no threads."""
+        if dtype not in ("auto", "float32"):
+            raise ConfigError(
+                f"the reference backend computes in float32, not {dtype}; use dtype='float32' or backend 'cpu'"
+            )
+        if quantization is not None:
+            raise ConfigError(
+                f"the reference backend computes in float32 and cannot quantise to {quantization}; use backend 'cpu'"
+            )
+        if num_threads is not None:
+            raise ConfigError(
+                f"the reference backend cannot be told to use {num_threads} threads: NumPy's own library decides; "
+                "set OMP_NUM_THREADS before the start, or use backend 'cpu'"
+            )
+        self.ops = ReferenceOps()
+        self._page_size = 0
+        self._weight_bytes = 0
+
+    def check_page_size(self, page_size: int) -> None:
+        if page_size < 1:
+            raise ConfigError(f"page_size must be at least 1, not {page_size}")
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": self.name, "device": "cpu", "dtype": "float32", "library": f"numpy {np.__version__}"}
+
+    def memory(self) -> MemoryInfo:
+        return host_memory()
+
+    def load_linear(
+        self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
+    ) -> LinearWeight:
+        # `head` asks other backends for a finer format; here everything has the finest.
+        del head
+        values = self._count(np.concatenate([_matrix(tensor) for tensor in tensors]))
+        bias = self._count(np.concatenate([_vector(tensor) for tensor in biases])) if biases else None
+        return LinearWeight(values, bias)
+
+    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> GatedWeight:
+        return GatedWeight(self.load_linear([gate], biases[:1]), self.load_linear([up], biases[1:]))
+
+    def load_embedding(self, table: RawTensor) -> Floats:
+        return self._count(_matrix(table))
+
+    def load_vector(self, vector: RawTensor) -> Floats:
+        return self._count(_vector(vector))
+
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def kv_bytes_per_page(self, spec: KVSpec) -> int:
+        return spec.num_layers * 2 * spec.page_size * spec.num_kv_heads * spec.head_dim * 4
+
+    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+        """Raises OutOfMemoryError if the pool does not fit. `limits` bound nothing here: arrays are made as needed."""
+        del limits
+        self.check_page_size(spec.page_size)
+        if spec.dtype not in ("float32", "float16", "bfloat16"):
+            raise ConfigError(f"unknown KV type {spec.dtype!r}; choose float32, float16 or bfloat16")
+        shape = (spec.num_layers, 2, num_pages * spec.page_size, spec.num_kv_heads, spec.head_dim)
+        try:
+            self.ops.kv = np.full(shape, np.nan, dtype=np.float32)
+        except MemoryError as exc:
+            needed = num_pages * self.kv_bytes_per_page(spec)
+            raise OutOfMemoryError(
+                f"a KV pool of {num_pages} pages needs {needed} bytes; lower max_total_tokens or mem_fraction_static"
+            ) from exc
+        self.ops.kv_dtype = spec.dtype
+        self._page_size = spec.page_size
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        for copy in copies:
+            source, target = copy.source * self._page_size, copy.target * self._page_size
+            kept = self.ops.kv[:, :, source : source + copy.num_tokens].copy()
+            self.ops.kv[:, :, target : target + copy.num_tokens] = kept
+            self.ops.kv[:, :, target + copy.num_tokens : target + self._page_size] = 0
+
+    def plan(self, batch: ScheduleBatch) -> ForwardBatch:
+        rows = []
+        first_token = 0
+        for index, (start, length) in enumerate(zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)):
+            positions = np.arange(start + length)
+            pages = batch.page_table[index, positions // self._page_size].astype(np.int64)
+            slots = pages * self._page_size + positions % self._page_size
+            rows.append(RowPlan(first_token, start, length, slots))
+            first_token += length
+        return ForwardBatch(
+            batch.token_ids.astype(np.int64),
+            batch.positions.astype(np.int64),
+            batch.slots.astype(np.int64),
+            tuple(rows),
+        )
+
+    def capture(self, function: Callable[..., Floats]) -> Callable[..., Floats]:
+        return function
+
+    def take_rows(self, hidden: Floats, rows: NDArray[np.int32]) -> Floats:
+        return hidden[rows]
+
+    def sample(self, logits: Floats, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
+        return reference_sampling.sample(logits[:, :vocab_size], sampling)
+
+    def logprobs(
+        self, logits: Floats, target_ids: NDArray[np.int32], num_top: int, token_ids: Sequence[int], vocab_size: int
+    ) -> list[reference_sampling.LogprobTuple]:
+        return [
+            reference_sampling.logprob_row(row, target_id, num_top, token_ids)
+            for row, target_id in zip(logits[:, :vocab_size], target_ids.tolist(), strict=True)
+        ]
+
+    def to_host(self, x: Floats) -> Floats:
+        return x
+
+    def close(self) -> None:
+        """Give the KV pool back. Weights go with the model that holds them."""
+        self.ops.kv = np.empty((0, 2, 0, 0, 0), dtype=np.float32)
+
+    def _count(self, array: Floats) -> Floats:
+        self._weight_bytes += array.nbytes
+        return array
+
+
+def _matrix(tensor: RawTensor) -> Floats:
+    return dequantize(tensor).reshape(tensor.num_rows, tensor.num_columns)
+
+
+def _vector(tensor: RawTensor) -> Floats:
+    return dequantize(tensor).reshape(-1)

@@ -1,0 +1,126 @@
+"""The one sheet of data that passes from the deciding column to the computing column, and back.
+
+Owns the layout of a step: host arrays (NumPy) and plain values only. Never refers to a request object, a device or text.
+There is no prefill mode and no decode mode: a row is (req_index, start, length) and a decode step is a row of length 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy the first `num_tokens` tokens of page `source` to page `target`, in all layers, before the step computes."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobRows:
+    """Prompt log-probabilities wanted from one row of this step.
+
+    The hidden state at batch token `first_token + i` predicts `target_ids[i]`.
+    first_token: index into the step's flat tokens. target_ids: int32 (count,).
+    """
+
+    row: int
+    first_token: int
+    target_ids: NDArray[np.int32]
+    num_top: int = 0
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class SamplingBatch:
+    """Sampling inputs of the rows that sample, in row order; S = number of such rows.
+
+    Ragged fields are flat arrays with an index pointer of S + 1 entries.
+    `history_ids` holds prompt and output of rows with any penalty (other rows: empty); `output_starts[i]` is where the
+    output begins inside row i's history. Frequency and presence penalties count the output, repetition counts both.
+    `bias_ids/values` hold logit_bias and, while `min_new_tokens` is not reached, -inf for every stopping id.
+    `positions` is the index in the sequence of the token about to be sampled: with `seeds` it determines the draw.
+    `num_top`: -1 for no log-probability, 0 for the sampled token's only, k for k alternatives.
+    """
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    frequency_penalty: NDArray[np.float32]
+    presence_penalty: NDArray[np.float32]
+    repetition_penalty: NDArray[np.float32]
+    seeds: NDArray[np.uint64]
+    positions: NDArray[np.int64]
+    history_ids: NDArray[np.int32]
+    history_indptr: NDArray[np.int32]
+    output_starts: NDArray[np.int32]
+    bias_ids: NDArray[np.int32]
+    bias_values: NDArray[np.float32]
+    bias_indptr: NDArray[np.int32]
+    num_top: NDArray[np.int32]
+    logprob_token_ids: list[tuple[int, ...]]
+
+    def __len__(self) -> int:
+        return len(self.temperature)
+
+
+@dataclass(slots=True)
+class ScheduleBatch:
+    """One step of work. R rows, T = sum of lengths tokens, S rows that sample.
+
+    Flat per token, rows one after the other: `token_ids` int32 (T,), `positions` int32 (T,),
+    `slots` int32 (T,): page * page_size + offset, where the token's KV is stored.
+    Per row: `req_indices`, `starts`, `lengths` int32 (R,); `samples` bool (R,): start + length == num_tokens;
+    `page_table` int32 (R, max_pages), -1 past a row's pages. A row attends to positions 0 .. its own position.
+    `copies` are carried out, in order, before anything is stored.
+    """
+
+    step: int
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    req_indices: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    samples: NDArray[np.bool_]
+    page_table: NDArray[np.int32]
+    sampling: SamplingBatch
+    copies: list[PageCopy] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobRows] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.starts)
+
+
+@dataclass(slots=True)
+class LogprobRow:
+    """Log-probabilities at one position: of the target, of the `num_top` best (descending), of the ids asked for."""
+
+    logprob: float
+    top: list[tuple[float, int]] = field(default_factory=list)
+    chosen: list[tuple[float, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What a step computed.
+
+    token_ids: int32 (S,), in the order of the sampling rows; -1 where the logits held NaN, which ends that request only.
+    logprobs: S entries, None where not asked for.
+    prompt_logprobs: parallel to `ScheduleBatch.prompt_logprobs`, one LogprobRow per target.
+    """
+
+    token_ids: NDArray[np.int32]
+    logprobs: list[LogprobRow | None]
+    prompt_logprobs: list[list[LogprobRow]] = field(default_factory=list)

@@ -1,0 +1,191 @@
+"""The KV cache as the scheduler sees it: match, open, grow, insert, release.
+
+Owns the page pool and the radix tree, and the rule that every page has exactly one owner. Never knows what a request is
+beyond the pages it holds, and never touches device memory: copying is asked for through `PageCopy`.
+
+    the pages of one request, by position in its page list
+
+        0 ............ num_shared ............... num_computed / page_size ........ len(pages)
+        [ the tree's,  ) [ the request's own,     ) [ the request's own,              )
+        [ locked       ) [ hold computed KV       ) [ allocated, nothing in them yet  )
+
+    match + open   [0, num_shared) is the tree's, found and locked; nothing is the request's yet
+    grow           appends own pages
+    insert         own pages that are full and computed become the tree's: num_shared moves right. Where the tree had
+                   the page already, the own one is freed and the page list points at the tree's
+    release        like insert, a partly filled last page included; then own pages left are freed, shared ones unlocked
+    discard        own pages are freed as they are, shared ones unlocked
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from mooli.cache.page_pool import PagePool
+from mooli.cache.radix_tree import TOKEN_BYTES, Match, Node, RadixTree
+from mooli.errors import EngineError
+
+
+@dataclass(slots=True, eq=False)
+class RequestPages:
+    """The pages one running request uses; see the picture above. Only `KVCache` changes it.
+
+    node: the locked tree node where the shared pages end; None with the cache disabled.
+    copy_source: the locked node whose first page this request's next step copies from.
+    """
+
+    pages: list[int] = field(default_factory=list)
+    num_shared: int = 0
+    node: Node | None = None
+    copy_source: Node | None = None
+
+
+class KVCache:
+    """All pages of the KV pool. With `enabled=False` nothing is shared: every match is empty, nothing is kept."""
+
+    def __init__(self, num_pages: int, page_size: int, enabled: bool = True) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.enabled = enabled
+        self.num_evicted_pages = 0
+        """Pages evicted since the start."""
+        self._pool = PagePool(num_pages)
+        self._tree = RadixTree(page_size)
+
+    @property
+    def num_free(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def num_tree_pages(self) -> int:
+        return self._tree.num_pages
+
+    @property
+    def num_evictable(self) -> int:
+        return self._tree.num_evictable
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `grow` could hand out now: free, or in the tree and in nobody's use."""
+        return self._pool.num_free + self._tree.num_evictable
+
+    def pages_for(self, num_tokens: int) -> int:
+        """How many pages hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)
+
+    def match(self, namespace: str, key: bytes, max_tokens: int) -> Match:
+        """The longest cached prefix of `key` (see `token_key`), at most `max_tokens`. Changes nothing."""
+        if not self.enabled:
+            return Match(namespace)
+        return self._tree.match(namespace, key, max_tokens)
+
+    def open(self, match: Match) -> RequestPages:
+        """Lock what was matched, for a request that begins to run. Ends with `release`, `discard` or `forget`.
+
+        If `match.head_tokens`, the caller copies that many tokens of `match.source_page` to the first page it grows,
+        and calls `drop_copy_source` after the step that copied.
+        """
+        if not self.enabled:
+            return RequestPages()
+        node, source = self._tree.lock_match(match)
+        return RequestPages(list(match.pages), len(match.pages), node, source)
+
+    def drop_copy_source(self, held: RequestPages) -> None:
+        """The copy has been made, or is no longer wanted: the source may be evicted. Does nothing without a source."""
+        if held.copy_source is not None:
+            self._tree.unlock(held.copy_source)
+            held.copy_source = None
+
+    def grow(self, held: RequestPages, num_tokens: int) -> bool:
+        """Append pages until they can hold `num_tokens`, evicting if need be. False, and no change, if it cannot be."""
+        missing = self.pages_for(num_tokens) - len(held.pages)
+        if missing <= 0:
+            return True
+        lacking = missing - self._pool.num_free
+        if lacking > 0:
+            if lacking > self._tree.num_evictable:
+                return False
+            self._evict(lacking)
+        held.pages += self._pool.allocate(missing)
+        return True
+
+    def insert(self, held: RequestPages, key: bytes) -> None:
+        """Give the tree the pages after the shared ones: they hold the tokens of `key`, all computed.
+
+        key: the tokens from position num_shared * page_size on. Replaces entries of `held.pages` by the tree's pages
+        where it had them. Ending inside a page is for `release` alone.
+        """
+        if held.node is None or not key:
+            return
+        first = held.num_shared
+        last = first + self.pages_for(len(key) // TOKEN_BYTES)
+        inserted = self._tree.insert(held.node, key, held.pages[first:last])
+        held.node = inserted.node
+        held.pages[first:last] = inserted.pages
+        held.num_shared = last
+        self._pool.free(inserted.surplus)
+
+    def release(self, held: RequestPages, key: bytes) -> None:
+        """The request ends or is preempted: what it computed stays in the tree, unlocked. `key` as in `insert`."""
+        self.insert(held, key)
+        self.discard(held)
+
+    def discard(self, held: RequestPages) -> None:
+        """The request ends and its own pages are not worth keeping, or not known to be right."""
+        self.drop_copy_source(held)
+        self._pool.free(held.pages[held.num_shared :])
+        if held.node is not None:
+            self._tree.unlock(held.node)
+        held.pages, held.num_shared, held.node = [], 0, None
+
+    def forget(self, held: RequestPages) -> None:
+        """Like `discard`, and drops from the tree what it had given to it, as far as nobody else uses it."""
+        node = held.node
+        self.discard(held)
+        if node is not None:
+            self._pool.free(self._tree.forget(node))
+
+    def evict(self, num_pages: int) -> int:
+        """Free up to `num_pages` unlocked pages, least recently used first. Returns how many."""
+        before = self._pool.num_free
+        self._evict(num_pages)
+        return self._pool.num_free - before
+
+    def _evict(self, num_pages: int) -> None:
+        dropped = self._tree.evict(num_pages)
+        self.num_evicted_pages += len(dropped)
+        self._pool.free(dropped)
+
+    def flush(self) -> None:
+        """Empty the tree of everything that nobody uses."""
+        self._pool.free(self._tree.evict(self._tree.num_pages))
+
+    def check(self, holders: Collection[RequestPages]) -> None:
+        """Prove that each page has one owner: free, one of `holders`, or the tree, and that locks are the holders'.
+
+        Raises EngineError otherwise. Linear in the number of pages: for tests.
+        """
+        users: dict[int, int] = {}
+        for held in holders:
+            for node in (held.node, held.copy_source):
+                if node is not None:
+                    users[id(node)] = users.get(id(node), 0) + 1
+            if held.pages[: held.num_shared] != _pages_above(held.node):
+                raise EngineError("the shared pages of a request are not those of its place in the tree")
+        owned = self._pool.free_pages() + self._tree.check(users)
+        for held in holders:
+            owned += held.pages[held.num_shared :]
+        if sorted(owned) != list(range(self.num_pages)):
+            twice = sorted({page for page in owned if owned.count(page) > 1})
+            lost = sorted(set(range(self.num_pages)) - set(owned))
+            raise EngineError(f"pages with two owners: {twice}; pages with none: {lost}")
+
+
+def _pages_above(node: Node | None) -> list[int]:
+    """Pages of the path from the root to `node`, in order."""
+    spans: list[list[int]] = []
+    while node is not None:
+        spans.append(node.pages)
+        node = node.parent
+    return [page for span in reversed(spans) for page in span]

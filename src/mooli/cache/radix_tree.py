@@ -1,0 +1,377 @@
+"""A compressed radix tree from token sequences to the pages that hold their KV.
+
+Owns the pages inside it, their locks and their order of eviction. Never allocates or frees a page: pages come in by
+`insert` and go out as return values. Idea: RadixAttention (Zheng et al., SGLang, arXiv 2312.07104); here matching is by
+token, and the last page of a leaf may be partly filled.
+
+A node holds a span of tokens and the pages under it. Spans begin at page boundaries and end at them, except a leaf's:
+
+    root ─ [t0 .. t31 | pages 7 3] ─┬─ [t32 .. t47 | page 9]
+                                    └─ [t32' .. t41' | page 4]          page 4 holds 10 tokens of 16
+
+Tokens are kept as big-endian int32 bytes: comparing bytes is comparing tokens, at memcmp speed, so that among sorted
+children the one with the longest common prefix is a neighbour of where the wanted span would stand.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli.errors import EngineError
+
+TOKEN_BYTES = 4
+
+
+def token_key(token_ids: NDArray[np.int32]) -> bytes:
+    """Token ids (n,), none negative, as the bytes the tree works with (4 n bytes)."""
+    return token_ids.astype(">i4").tobytes()
+
+
+def common_bytes(a: bytes, b: bytes) -> int:
+    """Length of the longest common prefix in whole tokens, in bytes."""
+    count = min(len(a), len(b))
+    if a[:count] == b[:count]:
+        return count
+    tokens = count // TOKEN_BYTES
+    differs = np.frombuffer(a, np.int32, tokens) != np.frombuffer(b, np.int32, tokens)
+    return int(differs.argmax()) * TOKEN_BYTES
+
+
+class Node:
+    """A span of tokens (`key`) and its pages.
+
+    num_locks counts the requests that use this node or one below it; 0 means evictable.
+    order: the keys of `children` (first page of each child's span) in sorted order.
+    """
+
+    __slots__ = ("children", "key", "last_used", "num_locks", "order", "pages", "parent")
+
+    def __init__(self, key: bytes, pages: list[int], parent: Node | None) -> None:
+        self.key = key
+        self.pages = pages
+        self.parent = parent
+        self.children: dict[bytes, Node] = {}
+        self.order: list[bytes] = []
+        self.num_locks = 0
+        self.last_used = 0
+
+
+class Root(Node):
+    """The empty span every sequence of one namespace begins with."""
+
+    __slots__ = ("namespace",)
+
+    def __init__(self, namespace: str) -> None:
+        super().__init__(b"", [], None)
+        self.namespace = namespace
+
+
+@dataclass(slots=True)
+class Match:
+    """The longest prefix found: full `pages`, then `head_tokens` of `source_page`. Valid until the tree next changes.
+
+    node: the last node matched whole (None: the namespace is new). child: the node in which the match ends, if it ends
+    inside one, after `child_pages` of its pages.
+    """
+
+    namespace: str
+    node: Node | None = None
+    child: Node | None = None
+    child_pages: int = 0
+    pages: list[int] = field(default_factory=list)
+    head_tokens: int = 0
+    source_page: int = -1
+
+
+@dataclass(slots=True)
+class Insertion:
+    """node: where the inserted span ends, now holding the caller's lock. pages: what backs the span from now on.
+
+    surplus: pages that nobody needs any more, for the caller to free: its own duplicates and replaced partial pages.
+    """
+
+    node: Node
+    pages: list[int]
+    surplus: list[int]
+
+
+class RadixTree:
+    """Namespaces are separate trees with one common order of eviction (least recently used first)."""
+
+    def __init__(self, page_size: int) -> None:
+        self.num_pages = 0
+        self.num_evictable = 0
+        self._page_bytes = page_size * TOKEN_BYTES
+        self._roots: dict[str, Root] = {}
+        self._num_nodes = 0
+        self._clock = 0
+        # Unlocked leaves by time of last use; an entry whose node has changed since is stale and skipped.
+        self._leaves: list[tuple[int, int, Node]] = []
+        self._num_pushed = 0
+
+    # -- finding ------------------------------------------------------------------------------------------------------
+    def match(self, namespace: str, key: bytes, max_tokens: int) -> Match:
+        """The longest prefix of `key` in the tree, at most `max_tokens` long. Does not change the tree."""
+        root = self._roots.get(namespace)
+        if root is None:
+            return Match(namespace)
+        node: Node = root
+        page_bytes = self._page_bytes
+        end = min(len(key), max_tokens * TOKEN_BYTES)
+        pages: list[int] = []
+        at = 0
+        while at + page_bytes <= end and (child := node.children.get(key[at : at + page_bytes])):
+            span = len(child.key)
+            if span % page_bytes == 0 and at + span <= end and key.startswith(child.key, at):
+                pages += child.pages
+                at += span
+                node = child
+                continue
+            common = common_bytes(child.key, key[at : min(end, at + span)])
+            return self._ending_inside(namespace, node, child, pages, common)
+        nearest, common = self._nearest_child(node, key[at : min(end, at + page_bytes)])
+        if nearest is None or common == 0:
+            return Match(namespace, node, pages=pages)
+        return self._ending_inside(namespace, node, nearest, pages, common)
+
+    def _ending_inside(self, namespace: str, node: Node, child: Node, pages: list[int], common: int) -> Match:
+        full, head_bytes = divmod(common, self._page_bytes)
+        match = Match(namespace, node, child, full, pages + child.pages[:full], head_bytes // TOKEN_BYTES)
+        if head_bytes:
+            match.source_page = child.pages[full]
+        return match
+
+    def _nearest_child(self, node: Node, span: bytes) -> tuple[Node | None, int]:
+        """The child that shares most leading tokens with `span` (at most a page long), and how many bytes it shares."""
+        at = bisect_left(node.order, span)
+        best, most = None, -1
+        for edge in node.order[max(at - 1, 0) : at + 1][::-1]:
+            common = common_bytes(edge, span)
+            if common > most:
+                best, most = node.children[edge], common
+        return best, most
+
+    # -- locking ------------------------------------------------------------------------------------------------------
+    def lock_match(self, match: Match) -> tuple[Node, Node | None]:
+        """Lock what was matched: the node under the full pages, and the node whose first page is the one to copy from.
+
+        Splits a node where the full pages end inside it. Each returned node is given back by `unlock`.
+        """
+        node = match.node
+        if node is None:
+            node = self._roots.setdefault(match.namespace, Root(match.namespace))
+        if match.child is not None and match.child_pages:
+            node = self._split(match.child, match.child_pages)
+        source = match.child if match.head_tokens else None
+        self.lock(node)
+        if source is not None:
+            self.lock(source)
+        return node, source
+
+    def lock(self, node: Node, below: Node | None = None) -> None:
+        """Count one user on `node` and all above it, up to `below` (not included) or the root. Counts as use."""
+        self._clock += 1
+        step: Node | None = node
+        while step is not below and step is not None:
+            if step.num_locks == 0:
+                self.num_evictable -= len(step.pages)
+            step.num_locks += 1
+            step.last_used = self._clock
+            step = step.parent
+
+    def unlock(self, node: Node) -> None:
+        """Take one user off `node` and all above it. Counts as use."""
+        self._clock += 1
+        step: Node | None = node
+        while step is not None:
+            step.num_locks -= 1
+            if step.num_locks < 0:
+                raise EngineError("a radix tree node was unlocked more often than locked")
+            step.last_used = self._clock
+            if step.num_locks == 0:
+                self.num_evictable += len(step.pages)
+                self._offer(step)
+            step = step.parent
+
+    # -- growing ------------------------------------------------------------------------------------------------------
+    def insert(self, node: Node, key: bytes, pages: list[int]) -> Insertion:
+        """Hand over `pages`, which hold the tokens of `key`, to the tree below `node`; the last may be partly filled.
+
+        The caller holds one lock on `node`, which moves to the node returned. Where the tree has a page already it is
+        kept and the caller's is surplus. A partly filled page that the new tokens continue is replaced if unlocked.
+        """
+        start, at, backing, surplus = node, 0, list(pages), []
+        page_bytes = self._page_bytes
+        while at < len(key):
+            first = at // page_bytes
+            edge = key[at : at + page_bytes]
+            child = node.children.get(edge) if len(edge) == page_bytes else None
+            if child is None:
+                nearest, common = self._nearest_child(node, edge)
+                if nearest is not None and common == len(edge):
+                    surplus.append(backing[first])  # a partial tail that the start of a page in the tree holds already
+                    backing[first] = nearest.pages[0]
+                    break
+                if nearest is not None and common == len(nearest.key) and nearest.num_locks == 0:
+                    surplus += nearest.pages
+                    self._remove(nearest)
+                node = self._append(node, start, key[at:], backing[first:])
+                break
+            full = common_bytes(child.key, key[at : at + len(child.key)]) // page_bytes
+            surplus += backing[first : first + full]
+            backing[first : first + full] = child.pages[:full]
+            if full * page_bytes < len(child.key):
+                child = self._split(child, full)
+            node = child
+            at += full * page_bytes
+        self.lock(node, below=start)
+        return Insertion(node, backing, surplus)
+
+    def _append(self, node: Node, start: Node, key: bytes, pages: list[int]) -> Node:
+        """Add a span below `node`: longer node where nobody else can notice, a new leaf otherwise."""
+        own_locks = 1 if node is start else 0
+        self.num_pages += len(pages)
+        if node.parent is not None and not node.children and node.num_locks == own_locks:
+            node.key += key
+            node.pages += pages
+            if node.num_locks == 0:
+                self.num_evictable += len(pages)
+            return node
+        leaf = Node(key, pages, node)
+        self._attach(leaf, node)
+        self._num_nodes += 1
+        self.num_evictable += len(pages)
+        return leaf
+
+    def _split(self, node: Node, num_pages: int) -> Node:
+        """Cut `node` after `num_pages` pages, and return the new upper part. `node` stays the lower part, so that who
+        locked it still covers the same tokens."""
+        parent = node.parent
+        if parent is None or not 0 < num_pages <= len(node.pages):
+            raise EngineError("a radix tree node can only be split inside its span")
+        if num_pages == len(node.pages) and len(node.key) == num_pages * self._page_bytes:
+            return node
+        cut = num_pages * self._page_bytes
+        upper = Node(node.key[:cut], node.pages[:num_pages], parent)
+        upper.num_locks, upper.last_used = node.num_locks, node.last_used
+        parent.children[upper.key[: self._page_bytes]] = upper
+        node.key, node.pages = node.key[cut:], node.pages[num_pages:]
+        self._attach(node, upper)
+        self._num_nodes += 1
+        return upper
+
+    def _attach(self, child: Node, parent: Node) -> None:
+        edge = child.key[: self._page_bytes]
+        child.parent = parent
+        parent.children[edge] = child
+        parent.order.insert(bisect_left(parent.order, edge), edge)
+
+    # -- shrinking ----------------------------------------------------------------------------------------------------
+    def evict(self, num_pages: int) -> list[int]:
+        """Drop up to `num_pages` unlocked pages, from the ends of the least recently used leaves, and return them."""
+        dropped: list[int] = []
+        while len(dropped) < num_pages and self._leaves:
+            last_used, _, node = heapq.heappop(self._leaves)
+            if node.last_used != last_used or not self._is_evictable_leaf(node):
+                continue
+            count = min(num_pages - len(dropped), len(node.pages))
+            dropped += node.pages[: -count - 1 : -1]
+            if count == len(node.pages):
+                self._remove(node)
+                continue
+            del node.pages[-count:]
+            node.key = node.key[: len(node.pages) * self._page_bytes]
+            self.num_pages -= count
+            self.num_evictable -= count
+            self._offer(node)
+        return dropped
+
+    def forget(self, node: Node) -> list[int]:
+        """Drop an unlocked `node` and what above it serves nobody else; return the pages. For KV not to be trusted."""
+        dropped: list[int] = []
+        while node.parent is not None and self._is_evictable_leaf(node):
+            parent = node.parent
+            dropped += node.pages
+            self._remove(node)
+            node = parent
+        return dropped
+
+    def _remove(self, node: Node) -> None:
+        """Take an unlocked leaf out of the tree."""
+        parent, edge = node.parent, node.key[: self._page_bytes]
+        if parent is None:
+            raise EngineError("a root cannot be removed as a leaf")
+        del parent.children[edge]
+        del parent.order[bisect_left(parent.order, edge)]
+        node.parent = None
+        self._num_nodes -= 1
+        self.num_pages -= len(node.pages)
+        self.num_evictable -= len(node.pages)
+        self._offer(parent)
+
+    def _is_evictable_leaf(self, node: Node) -> bool:
+        return node.parent is not None and not node.children and node.num_locks == 0
+
+    def _offer(self, node: Node) -> None:
+        """Put `node` up for eviction if it is an unlocked leaf; drop it if it is the root of an empty namespace."""
+        if not self._is_evictable_leaf(node):
+            if isinstance(node, Root) and not node.children and node.num_locks == 0:
+                self._roots.pop(node.namespace, None)
+            return
+        if len(self._leaves) > 64 + 4 * self._num_nodes:  # mostly stale entries: keep one for each leaf that is due
+            due = {id(n): (t, i, n) for t, i, n in self._leaves if t == n.last_used and self._is_evictable_leaf(n)}
+            self._leaves = list(due.values())
+            heapq.heapify(self._leaves)
+        self._num_pushed += 1
+        heapq.heappush(self._leaves, (node.last_used, self._num_pushed, node))
+
+    # -- checking -----------------------------------------------------------------------------------------------------
+    def nodes(self) -> Iterator[Node]:
+        """Every node, roots included."""
+        stack: list[Node] = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            yield node
+
+    def check(self, users: dict[int, int]) -> list[int]:
+        """Verify every rule of the structure and return all pages. `users`: id of a node → locks held on that node.
+
+        Raises EngineError at the first rule that does not hold. Linear in the size of the tree: for tests.
+        """
+        pages: list[int] = []
+        evictable = num_nodes = 0
+        offered = {(id(node), last_used) for last_used, _, node in self._leaves}
+        users = dict(users)
+        for node in self.nodes():
+            own_locks = node.num_locks - sum(child.num_locks for child in node.children.values())
+            rules = {
+                "one page per page of tokens": len(node.pages) == -(-len(node.key) // self._page_bytes),
+                "only leaves end inside a page": not node.children or len(node.key) % self._page_bytes == 0,
+                "only roots are empty": (node.parent is None) == (not node.key),
+                "children in order": node.order == sorted(node.children),
+                "children by first page": all(
+                    child.key[: self._page_bytes] == edge and child.parent is node
+                    for edge, child in node.children.items()
+                ),
+                "locks are those of the users": own_locks == users.pop(id(node), 0),
+                "unlocked leaves can be evicted": not self._is_evictable_leaf(node)
+                or (id(node), node.last_used) in offered,
+            }
+            for rule, holds in rules.items():
+                if not holds:
+                    raise EngineError(f"radix tree: rule broken: {rule}")
+            pages += node.pages
+            num_nodes += node.parent is not None
+            evictable += len(node.pages) if node.num_locks == 0 else 0
+        if users:
+            raise EngineError("radix tree: a request uses a node that is not in the tree")
+        if (len(pages), evictable, num_nodes) != (self.num_pages, self.num_evictable, self._num_nodes):
+            raise EngineError("radix tree: counts of pages or nodes are wrong")
+        return pages

@@ -1,0 +1,295 @@
+"""The `mooli` command: generate, chat, demo, version.
+
+Owns what is typed and what is printed: answers go to standard output, progress, statistics and errors to standard error.
+An error of ours is one line and exit status 2, Ctrl-C is 130. Never does what `Engine` cannot do for everybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from mooli.config import EngineConfig
+from mooli.errors import ChatTemplateError, MooliError, RequestError, RequestFailedError
+from mooli.frontend.call import Stream
+from mooli.frontend.engine import Answer, Engine
+from mooli.version import __version__
+
+DEMO_PROMPTS = (
+    "Please introduce yourself briefly.",
+    "Write a binary search in Python, with comments.",
+    "Explain what hallucination means in a language model.",
+)
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+Messages = list[dict[str, str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except MooliError as exc:
+        _report(exc)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader, `head` for example, has what it wanted. Without this, flushing at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mooli", description="Run large language models.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    generate = _command(commands, "generate", _generate, "answer prompts and exit")
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="Prompt; several are answered together. Default: all of stdin.",
+    )
+    generate.add_argument("--chat", action="store_true", help="Put the prompt through the model's chat template.")
+    chat = _command(commands, "chat", _chat, "talk with the model; /reset forgets, /exit leaves")
+    chat.add_argument("--system", metavar="TEXT", help="System message at the head of the conversation.")
+    demo = _command(commands, "demo", _demo, "three questions to the demo model")
+    for command, length in ((generate, 128), (chat, 1024), (demo, 256)):
+        _add_sampling_args(command, length)
+        EngineConfig.add_cli_args(command, defaults={"log_level": "warning"})
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=_version)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help[:1].upper() + help[1:] + "."
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="Default: %(default)s.")
+    group.add_argument("--temperature", type=float, default=0.7, help="0 is greedy. Default: %(default)s.")
+    group.add_argument("--top-p", type=float, default=0.95, help="Default: %(default)s.")
+    group.add_argument("--top-k", type=int, default=-1, help="-1: the whole vocabulary. Default: %(default)s.")
+    group.add_argument("--min-p", type=float, default=0.0, help="Default: %(default)s.")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, help="Default: %(default)s.")
+    group.add_argument("--seed", type=int, help="The same seed gives the same answer. Default: drawn.")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="Stop at this text; may be given several times.")
+
+
+_SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+
+
+def _sampling_params(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _SAMPLING_FLAGS}
+
+
+# -- commands --
+
+
+def _version(args: argparse.Namespace) -> int:
+    print(f"mooli {__version__}")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    with _open_engine(args) as engine:
+        prompts = args.prompt or [sys.stdin.read()]
+        inputs: list[Any] = prompts
+        if args.chat:
+            inputs = [_chat_ids(engine, [{"role": "user", "content": prompt}]) for prompt in prompts]
+        if len(prompts) == 1:
+            shown = _show(engine, args, **{"input_ids" if args.chat else "prompt": inputs[0]})
+            print(shown.statistics(), file=sys.stderr)
+            return INTERRUPTED if shown.is_interrupted else 0
+        params = _sampling_params(args)
+        prompt, ids = (None, inputs) if args.chat else (inputs, None)
+        answers = cast(list[Answer], engine.generate(prompt, params, ids))
+        for text, answer in zip(prompts, answers, strict=True):
+            print(f"--- {text}\n{answer['text']}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    with _open_engine(args, model_path="demo") as engine:
+        totals = _Shown()
+        for prompt in DEMO_PROMPTS:
+            print(f"\n>>> {prompt}\n")
+            shown = _show(engine, args, input_ids=_chat_ids(engine, [{"role": "user", "content": prompt}]))
+            print(f"\n{shown.statistics()}")
+            if shown.is_interrupted:
+                return INTERRUPTED
+            totals.add(shown)
+        print(f"\nall together: {totals.statistics()}")
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    start: Messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    with _open_engine(args) as engine:
+        messages = list(start)
+        for line in _lines():
+            if line in ("/exit", "/quit"):
+                break
+            if line == "/reset":
+                messages = list(start)
+                print("The conversation is forgotten.", file=sys.stderr)
+                continue
+            if line.startswith("/"):
+                print("Commands: /reset, /exit", file=sys.stderr)
+                continue
+            if line:
+                _chat_turn(engine, args, messages, line)
+    return 0
+
+
+def _chat_turn(engine: Engine, args: argparse.Namespace, messages: Messages, line: str) -> None:
+    """Answer `line` and append both to `messages`. Ctrl-C ends the answer, what there is of it is kept."""
+    messages.append({"role": "user", "content": line})
+    try:
+        shown = _show(engine, args, input_ids=_chat_ids(engine, messages))
+    except (RequestError, RequestFailedError, ChatTemplateError) as exc:
+        messages.pop()
+        _report(exc)
+        print("The last message is forgotten; /reset makes room.", file=sys.stderr)
+        return
+    messages.append({"role": "assistant", "content": shown.text})
+    print(shown.statistics(), file=sys.stderr)
+
+
+# -- parts of them --
+
+
+@dataclass(slots=True)
+class _Shown:
+    """An answer as it was printed, and its figures. decode_s: from the first token to the last."""
+
+    text: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    first_token_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    is_interrupted: bool = False
+
+    def add(self, other: _Shown) -> None:
+        self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
+        self.completion_tokens += other.completion_tokens
+        self.first_token_s += other.first_token_s
+        self.decode_tokens += other.decode_tokens
+        self.decode_s += other.decode_s
+
+    def statistics(self) -> str:
+        speed = f", {self.decode_tokens / self.decode_s:.1f} tok/s" if self.decode_s > 0 else ""
+        return (
+            f"[{self.completion_tokens} tokens{speed}; prompt {self.prompt_tokens} tokens, {self.cached_tokens} from the"
+            f" cache, first token after {self.first_token_s * 1000:.0f} ms{'; interrupted' if self.is_interrupted else ''}]"
+        )
+
+
+def _show(engine: Engine, args: argparse.Namespace, **inputs: Any) -> _Shown:
+    """Generate, and print the answer as it comes. Ctrl-C ends it."""
+    shown = _Shown()
+    first_tokens = 0
+    began = time.perf_counter()
+    chunks = cast(Stream, engine.generate(sampling_params=_sampling_params(args), stream=True, **inputs))
+    try:
+        for chunk in chunks:
+            elapsed_s = time.perf_counter() - began
+            meta = chunk["meta_info"]
+            sys.stdout.write(chunk["text"])
+            sys.stdout.flush()
+            shown.text += chunk["text"]
+            shown.prompt_tokens, shown.cached_tokens = meta["prompt_tokens"], meta["cached_tokens"]
+            if not shown.completion_tokens:
+                first_tokens, shown.first_token_s = meta["completion_tokens"], elapsed_s
+            shown.completion_tokens = meta["completion_tokens"]
+            shown.decode_tokens = shown.completion_tokens - first_tokens
+            shown.decode_s = elapsed_s - shown.first_token_s
+            finish = meta["finish_reason"]
+            if finish is not None and finish["type"] == "error":
+                raise RequestFailedError(finish["message"])
+    except KeyboardInterrupt:
+        shown.is_interrupted = True
+        chunks.close()
+    print(flush=True)
+    return shown
+
+
+def _chat_ids(engine: Engine, messages: Messages) -> list[int]:
+    """The ids of a conversation, up to where the assistant is to go on."""
+    tokenizer = engine.tokenizer_manager.tokenizer
+    if tokenizer.chat_template is None:
+        raise ChatTemplateError("the model has no chat template: give one with --chat-template")
+    ids: list[int] = tokenizer.encode(tokenizer.chat_template.render(messages), add_special_tokens=False)
+    return ids
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, or the lines of a pipe, until the end."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin)
+        return
+    try:
+        import readline  # noqa: F401 - gives `input` editing and history, where Python has it
+    except ImportError:
+        pass
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            return
+
+
+def _open_engine(args: argparse.Namespace, **defaults: Any) -> Engine:
+    defaults = {"log_level": "warning", "incremental_streaming_output": True, **defaults}
+    config = EngineConfig.from_cli_args(args, **defaults)
+    if config.skip_tokenizer_init:
+        raise RequestError("--skip-tokenizer-init leaves nothing that could be printed here: remove it")
+    progress = _Progress(config.model_path)
+    engine = Engine(server_args=config, progress=progress.update)
+    progress.end(engine)
+    return engine
+
+
+class _Progress:
+    """A line that fills while the model loads, on a terminal; one line when it is loaded, anywhere."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._is_terminal = sys.stderr.isatty()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        if self._is_terminal:
+            print(f"\r\x1b[K{stage} {100 * done // max(total, 1)}%", end="", file=sys.stderr, flush=True)
+
+    def end(self, engine: Engine) -> None:
+        info = engine.get_server_info()
+        clear = "\r\x1b[K" if self._is_terminal else ""
+        print(
+            f"{clear}{self._model}: ready in {info['startup_time']:.1f} s; backend {engine.server_args.backend_name}, context"
+            f" {info['context_length']} tokens, KV cache {info['max_total_num_tokens']} tokens",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _report(exc: MooliError) -> None:
+    print(f"mooli: error: {' '.join(str(exc).split())}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""The engine: one loop of schedule, execute, update, and the ways to reach it."""

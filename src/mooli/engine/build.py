@@ -1,0 +1,245 @@
+"""From a configuration to an engine core: the only place that knows both the deciding and the computing column.
+
+Owns the order of building (backend, configuration, weights, pool, scheduler) and the defaults that depend on model,
+memory and device. Never starts a thread and never handles text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mooli.backends import create_backend
+from mooli.backends.base import Backend, KVSpec, Limits
+from mooli.cache.kv_cache import KVCache
+from mooli.config import EngineConfig
+from mooli.engine.core import EngineCore
+from mooli.engine.pool_size import PoolNeeds, context_for, num_pool_pages
+from mooli.errors import ConfigError
+from mooli.hub import model_digest
+from mooli.models.config import ModelConfig
+from mooli.models.loader import open_model
+from mooli.models.registry import create_model
+from mooli.runner.model_runner import ModelRunner
+from mooli.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_RUNNING_REQUESTS = 48
+"""Decode rows share one pass over the weights; on CPUs the gain of more rows is small from here on."""
+
+DEFAULT_CHUNKED_PREFILL_SIZE = 512
+"""On CPUs matrix kernels have amortised the read of the weights by 512 rows, so a longer step computes no more tokens
+a second: it only holds up the streams that run beside the prompt for longer."""
+
+Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total): called as building goes on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What building settled: sizes in tokens, pages or bytes as their names say, and the device in words.
+
+    vocab_size: ids that can be prompted and sampled. cache_namespace: everything that makes KV of two engines differ.
+    """
+
+    resolved_model_path: str
+    architecture: str
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    model_context_length: int
+    context_length: int
+    dtype: str
+    kv_cache_dtype: str
+    quantization: str | None
+    page_size: int
+    num_pages: int
+    max_total_num_tokens: int
+    max_running_requests: int
+    chunked_prefill_size: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    load_time_s: float
+    cache_namespace: str
+    backend: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """A core ready to step. `close` gives memory and threads back, when nothing steps any more."""
+
+    core: EngineCore
+    model_config: ModelConfig
+    facts: EngineFacts
+    close: Callable[[], None]
+
+
+def build_engine(
+    config: EngineConfig,
+    model_path: Path,
+    *,
+    tokenizer_vocab_size: int | None = None,
+    progress: Progress | None = None,
+) -> BuiltEngine:
+    """Load the model at `model_path` and size everything around it.
+
+    tokenizer_vocab_size: ids with a text; a model may have more rows than that, which must never be sampled.
+
+    Raises BackendUnavailableError, ConfigError, OutOfMemoryError, or any ModelError.
+    """
+    started = time.perf_counter()
+    backend = create_backend(
+        config.backend_name,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        num_threads=config.num_threads,
+    )
+    try:
+        return _build(config, model_path, backend, tokenizer_vocab_size, progress or _silent, started)
+    except BaseException:
+        backend.close()
+        raise
+
+
+def _build(
+    config: EngineConfig,
+    model_path: Path,
+    backend: Backend,
+    tokenizer_vocab_size: int | None,
+    progress: Progress,
+    started: float,
+) -> BuiltEngine:
+    page_size = config.page_size or backend.default_page_size
+    backend.check_page_size(page_size)
+    available_bytes = backend.memory().available_bytes
+    model_config, checkpoint = open_model(
+        model_path, load_format=config.load_format, overrides=config.model_overrides, seed=config.random_seed or 0
+    )
+    try:
+        _check_context(config, model_config)
+        model = create_model(
+            model_config, checkpoint, backend, lambda done, total: progress("Loading weights", done, total)
+        )
+    finally:
+        checkpoint.close()
+    kv_spec = KVSpec(
+        num_layers=model_config.num_layers,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        page_size=page_size,
+        dtype=_kv_dtype(config, backend),
+    )
+    bytes_per_page = backend.kv_bytes_per_page(kv_spec)
+    needs = PoolNeeds(
+        available_bytes=available_bytes,
+        weight_bytes=backend.weight_bytes(),
+        bytes_per_page=bytes_per_page,
+        page_size=page_size,
+        model_context=model_config.max_position_embeddings,
+        max_running_requests=config.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS,
+        context_length=config.context_length,
+        mem_fraction_static=config.mem_fraction_static,
+        max_total_tokens=config.max_total_tokens,
+    )
+    num_pages = num_pool_pages(needs)
+    context_length = context_for(needs, num_pages)
+    if context_length < needs.model_context and config.context_length is None:
+        logger.info(
+            "context_length is %d: the KV cache holds no more of the %d of the model",
+            context_length,
+            needs.model_context,
+        )
+    step_tokens = config.chunked_prefill_size or DEFAULT_CHUNKED_PREFILL_SIZE
+    vocab_size = min(model_config.vocab_size, tokenizer_vocab_size or model_config.vocab_size)
+    scheduler = Scheduler(
+        KVCache(num_pages, page_size, enabled=not config.disable_radix_cache),
+        max_batch_tokens=step_tokens,
+        # A request holds at least one page.
+        max_running_requests=min(needs.max_running_requests, num_pages),
+        context_length=context_length,
+        vocab_size=vocab_size,
+        policy=config.schedule_policy,
+    )
+    progress("Allocating KV cache", 0, 1)
+    backend.allocate(
+        kv_spec,
+        num_pages,
+        Limits(
+            max_tokens=scheduler.max_batch_tokens,
+            max_rows=scheduler.max_running_requests,
+            max_pages_per_row=-(-context_length // page_size),
+        ),
+    )
+    progress("Allocating KV cache", 1, 1)
+    runner = ModelRunner(model, backend, vocab_size)
+    described = backend.describe()
+    facts = EngineFacts(
+        resolved_model_path=str(model_path),
+        architecture=model_config.architecture,
+        vocab_size=vocab_size,
+        eos_ids=tuple(sorted(token_id for token_id in model_config.eos_ids if 0 <= token_id < vocab_size)),
+        model_context_length=model_config.max_position_embeddings,
+        context_length=context_length,
+        dtype=config.dtype,
+        kv_cache_dtype=kv_spec.dtype,
+        quantization=config.quantization,
+        page_size=page_size,
+        num_pages=num_pages,
+        max_total_num_tokens=num_pages * page_size,
+        max_running_requests=scheduler.max_running_requests,
+        chunked_prefill_size=scheduler.max_batch_tokens,
+        weight_bytes=needs.weight_bytes,
+        kv_cache_bytes=num_pages * bytes_per_page,
+        load_time_s=time.perf_counter() - started,
+        cache_namespace=_namespace(config, model_path, backend.name, kv_spec),
+        backend=described,
+    )
+    logger.info("backend %s: %s", backend.name, described)
+    return BuiltEngine(EngineCore(scheduler, runner), model_config, facts, runner.close)
+
+
+def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:
+    """Refuse a context beyond what the model was made for, before any weight is read."""
+    longest = model_config.max_position_embeddings
+    if config.context_length is not None and config.context_length > longest:
+        raise ConfigError(
+            f"context_length={config.context_length} is more than the {longest} positions of the model: lower it, or"
+            f" state a longer context with json_model_override_args='{{\"max_position_embeddings\": …}}' if the model"
+            " can do that"
+        )
+
+
+def _kv_dtype(config: EngineConfig, backend: Backend) -> str:
+    """The type that was asked for; else that of the computation, and two bytes where the backend chooses that itself."""
+    if config.kv_cache_dtype != "auto":
+        return config.kv_cache_dtype
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if backend.describe().get("dtype") == "float32" else "bfloat16"
+
+
+def _namespace(config: EngineConfig, model_path: Path, backend_name: str, kv_spec: KVSpec) -> str:
+    """A key of everything that decides the values in the KV cache; 32 hex digits."""
+    parts = [
+        model_digest(model_path),
+        config.load_format,
+        config.json_model_override_args,
+        str(config.random_seed) if config.load_format == "dummy" else "",
+        backend_name,
+        config.dtype,
+        str(config.quantization),
+        kv_spec.dtype,
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass

@@ -1,0 +1,74 @@
+"""The engine's one loop: schedule, execute, update. Start reading here.
+
+Owns nothing but the order of things: the scheduler decides, the runner computes, and between them passes one
+ScheduleBatch a step. Never touches text, pages or devices, and never starts a thread: who calls `step`, and when, is
+the business of the clients in this package. Not safe to call from several threads at once.
+"""
+
+from __future__ import annotations
+
+from mooli.runner.base import Runner, check_output
+from mooli.scheduler.scheduler import ABORTED, Scheduler
+from mooli.scheduler.stats import StepStats
+from mooli.types import Request, RequestOutput
+
+
+class EngineCore:
+    """Requests in by `add`, outputs out of `step`. Each request added ends with exactly one output that has `finish`."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns what is new for each request. Does nothing, quickly, if there is no work.
+
+        If the runner raises, the requests of that step end with finish reason `error` and all others go on.
+        """
+        batch = self._scheduler.schedule()
+        if batch is None:
+            return self._scheduler.take_outputs()
+        try:
+            output = self._runner.execute(batch)
+            check_output(batch, output)
+        except Exception as exc:  # whatever it is, it is the finish reason of these requests
+            self._scheduler.fail(batch, exc)
+            return self._scheduler.take_outputs()
+        except BaseException as exc:  # Ctrl-C in a notebook: the caller sees it, and the engine can still be used
+            self._scheduler.fail(batch, exc)
+            raise
+        return self._scheduler.update(batch, output)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError (PromptError) if it cannot be served; then it has no outputs."""
+        self._scheduler.add(request)
+
+    def abort(self, rid: str, message: str = ABORTED) -> bool:
+        """End a request with `abort`; its last output comes from the next `step`. False if it has ended already."""
+        return self._scheduler.abort(rid, message)
+
+    def finish(self, rid: str, matched: int | str) -> bool:
+        """End a request with `stop`, for a stop string found in its text. Otherwise like `abort`."""
+        return self._scheduler.finish(rid, matched)
+
+    @property
+    def has_work(self) -> bool:
+        """`step` has something to compute or to hand out."""
+        return self._scheduler.has_requests or self._scheduler.has_outputs
+
+    @property
+    def last_step(self) -> StepStats:
+        """What the last step consisted of."""
+        return self._scheduler.last_step
+
+    def flush_cache(self) -> bool:
+        """Forget all cached prefixes. False, and nothing done, while there are requests."""
+        return self._scheduler.flush_cache()
+
+    def stats(self) -> dict[str, int]:
+        """Requests and pages at this moment, and counters since the start (see `Counters`)."""
+        return self._scheduler.stats()
+
+    def check(self) -> None:
+        """Prove that every page has one owner and every request one place; raises EngineError otherwise. For tests."""
+        self._scheduler.check()

@@ -1,0 +1,114 @@
+"""How many pages the KV pool gets, from numbers alone.
+
+Owns the rule that the pool fits the memory and leaves the machine usable. Never measures memory and never allocates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mooli.errors import ConfigError, OutOfMemoryError
+
+GIB = 2**30
+FREE_SHARE = 0.1
+"""With no `mem_fraction_static`, at least this share of what was available, and at least one GiB, is left free."""
+
+POOL_SHARE = 0.5
+"""With no `mem_fraction_static`, the pool takes at most this share of what the weights leave."""
+
+LEAST_TOKENS = 256
+"""A pool that holds fewer tokens than this (or than the context, if that is shorter) serves nobody."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolNeeds:
+    """What decides the size of the pool. Bytes of memory, tokens of text.
+
+    available_bytes: free when the engine started, before weights. weight_bytes: of the packed weights.
+    model_context: the longest sequence of the model; `context_length`: what the user asked for, or None.
+    max_total_tokens: the user's own size of the pool; memory then has no say but that it must fit.
+    """
+
+    available_bytes: int
+    weight_bytes: int
+    bytes_per_page: int
+    page_size: int
+    model_context: int
+    max_running_requests: int
+    context_length: int | None = None
+    mem_fraction_static: float | None = None
+    max_total_tokens: int | None = None
+
+
+def num_pool_pages(needs: PoolNeeds) -> int:
+    """Pages of the KV pool.
+
+    Raises OutOfMemoryError if memory does not hold the pool that was asked for or the least useful one, ConfigError if
+    `context_length` and `max_total_tokens` contradict each other.
+    """
+    context = needs.context_length or needs.model_context
+    budget = _budget_bytes(needs)
+    affordable = max(0, budget) // needs.bytes_per_page
+    if needs.max_total_tokens is not None:
+        wanted = needs.max_total_tokens // needs.page_size
+        if wanted < 1:
+            raise ConfigError(
+                f"max_total_tokens={needs.max_total_tokens} is less than one page of {needs.page_size} tokens"
+            )
+        if needs.context_length is not None and needs.context_length > wanted * needs.page_size:
+            raise ConfigError(
+                f"context_length={needs.context_length} does not fit in max_total_tokens={needs.max_total_tokens}:"
+                " raise the one or lower the other"
+            )
+        if needs.mem_fraction_static is None:
+            affordable = max(0, needs.available_bytes - needs.weight_bytes) // needs.bytes_per_page
+        if wanted > affordable:
+            raise _too_little(needs, wanted, affordable, "max_total_tokens")
+        return wanted
+    useful = needs.max_running_requests * _pages(context, needs.page_size)
+    least = _pages(needs.context_length or min(context, LEAST_TOKENS), needs.page_size)
+    if affordable < least:
+        raise _too_little(needs, least, affordable, "context_length" if needs.context_length else None)
+    if needs.mem_fraction_static is not None:
+        return affordable
+    return min(affordable, useful)
+
+
+def context_for(needs: PoolNeeds, num_pages: int) -> int:
+    """The longest sequence the engine serves: the model's or the user's limit, if the pool holds it."""
+    return min(needs.context_length or needs.model_context, num_pages * needs.page_size)
+
+
+def _budget_bytes(needs: PoolNeeds) -> int:
+    """Bytes the pool may take. May be negative."""
+    left = needs.available_bytes - needs.weight_bytes
+    if needs.mem_fraction_static is not None:
+        return int(needs.mem_fraction_static * needs.available_bytes) - needs.weight_bytes
+    kept_free = max(GIB, int(FREE_SHARE * needs.available_bytes))
+    return min(int(POOL_SHARE * left), left - kept_free)
+
+
+def _pages(num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size)
+
+
+def _too_little(needs: PoolNeeds, wanted: int, affordable: int, cause: str | None) -> OutOfMemoryError:
+    tokens = wanted * needs.page_size
+    holds = f"memory holds {affordable * needs.page_size}" if affordable else "memory holds none"
+    advice = []
+    if cause is not None:
+        advice.append(f"lower {cause}")
+    if needs.mem_fraction_static is not None and needs.mem_fraction_static < 1:
+        advice.append(f"raise mem_fraction_static (now {needs.mem_fraction_static})")
+    elif needs.mem_fraction_static is None and cause != "max_total_tokens":
+        advice.append("set mem_fraction_static to let the engine take more of the memory")
+    advice.append("use quantization='int8' or 'int4', a smaller model, or free some memory")
+    return OutOfMemoryError(
+        f"a KV cache of {tokens} tokens needs {_gib(wanted * needs.bytes_per_page)}, but {holds}:"
+        f" {_gib(needs.available_bytes)} were available and the weights take {_gib(needs.weight_bytes)}."
+        f" What to do: {'; '.join(advice)}."
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"

@@ -1,0 +1,108 @@
+"""Every error Mooli raises, as one tree.
+
+Owns the types and nothing else: no formatting helpers, no logging. A message says what happened, with which value, and
+what to do about it.
+
+    MooliError
+    ├── ConfigError (ValueError)              an engine argument or flag is wrong
+    │   └── UnknownArgumentError (TypeError)  no argument of that name
+    ├── RequestError (ValueError)             one request is wrong; the engine goes on
+    │   ├── PromptError                       empty, too long, or with ids outside the vocabulary
+    │   └── SamplingParamsError               a sampling value out of its range
+    │       └── UnknownSamplingParamError (TypeError)
+    ├── ModelError                            a model cannot be used
+    │   ├── ModelNotFoundError (FileNotFoundError)
+    │   ├── CheckpointError (ValueError)      a file is truncated, malformed or lies about its contents
+    │   ├── UnsupportedModelError (ValueError)  a family, tensor type or feature that is not implemented
+    │   ├── TokenizerError (ValueError)
+    │   └── ChatTemplateError (ValueError)
+    ├── BackendUnavailableError (RuntimeError)  what the backend needs is not installed or not present
+    ├── OutOfMemoryError (MemoryError)
+    └── EngineError (RuntimeError)
+        ├── EngineClosedError                 used after shutdown
+        ├── EngineDeadError                   the engine loop died; carries the cause
+        └── RequestFailedError                one request ended with `error`; carries the cause
+"""
+
+from __future__ import annotations
+
+
+class MooliError(Exception):
+    """Base of all errors raised on purpose by Mooli."""
+
+
+class ConfigError(MooliError, ValueError):
+    """An engine argument or command line flag has a value that cannot be used."""
+
+
+class UnknownArgumentError(ConfigError, TypeError):
+    """There is no engine argument of that name. A TypeError too, as Python raises for unknown keywords."""
+
+
+class RequestError(MooliError, ValueError):
+    """One request cannot be served as asked. Other requests are not affected.
+
+    `status_code` is the HTTP status a server answers with.
+    """
+
+    status_code = 400
+
+
+class PromptError(RequestError):
+    """The prompt is empty, too long for the context or the cache, or holds ids outside the vocabulary."""
+
+
+class SamplingParamsError(RequestError):
+    """A sampling parameter is out of its range or of the wrong type."""
+
+
+class UnknownSamplingParamError(SamplingParamsError, TypeError):
+    """There is no sampling parameter of that name."""
+
+
+class ModelError(MooliError):
+    """A model cannot be found, read or run."""
+
+
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """No model at that path or of that name."""
+
+
+class CheckpointError(ModelError, ValueError):
+    """A model file is truncated, malformed, or its header does not agree with its contents."""
+
+
+class UnsupportedModelError(ModelError, ValueError):
+    """The model family, tensor type or feature is not implemented."""
+
+
+class TokenizerError(ModelError, ValueError):
+    """The tokenizer is missing, or of a kind that is not implemented."""
+
+
+class ChatTemplateError(ModelError, ValueError):
+    """The chat template is missing, fails to compile, or refuses the messages."""
+
+
+class BackendUnavailableError(MooliError, RuntimeError):
+    """What this backend needs is not installed or not present on this machine. Never a silent fallback."""
+
+
+class OutOfMemoryError(MooliError, MemoryError):
+    """Weights or the KV pool do not fit."""
+
+
+class EngineError(MooliError, RuntimeError):
+    """The engine as a whole, or one request inside it, failed."""
+
+
+class EngineClosedError(EngineError):
+    """The engine was used after `shutdown`."""
+
+
+class EngineDeadError(EngineError):
+    """The engine loop has died; the message and `__cause__` say why."""
+
+
+class RequestFailedError(EngineError):
+    """One request ended with finish reason `error`; the message says why."""

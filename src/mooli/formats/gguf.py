@@ -1,0 +1,329 @@
+"""GGUF files, versions 2 and 3, little endian: metadata and memory-mapped tensors.
+
+Owns the checking of every count, length and offset against the size of the file before anything is allocated. Never
+knows what a key or a tensor is for. Layout: the GGUF specification of the ggml project (docs/gguf.md).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from mooli.errors import CheckpointError, UnsupportedModelError
+from mooli.formats.mapped_file import MappedFile
+from mooli.tensor import BLOCK, RawTensor, TensorType, row_bytes
+
+_MAGIC = b"GGUF"
+_DEFAULT_ALIGNMENT = 32
+_MAX_DIMS = 4
+_MAX_DEPTH = 4
+_MAX_NAME_BYTES = 1 << 16
+_MAX_STRING_BYTES = 1 << 26
+_STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
+_NUMBERS: dict[int, np.dtype[Any]] = {
+    0: np.dtype("u1"),
+    1: np.dtype("i1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<u4"),
+    5: np.dtype("<i4"),
+    6: np.dtype("<f4"),
+    7: np.dtype("u1"),
+    10: np.dtype("<u8"),
+    11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}
+_OTHER_TYPE_NAMES = {
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+}
+"""Types that exist and are not read, for the message."""
+
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies: `shape` (rows, columns) or (columns,), `offset` from the start of the file, in bytes."""
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+class GGUFFile:
+    """An open GGUF file. Use as a context manager or call `close`.
+
+    metadata: Python values by key, but 32-bit floats are np.float32 and arrays of numbers NumPy arrays.
+    tensors: name to TensorInfo, all checked: inside the file, aligned, not overlapping, of a supported type.
+    Raises CheckpointError for a malformed file, UnsupportedModelError for a version, byte order or tensor type that is
+    not read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = MappedFile(self.path)
+        try:
+            reader = _Reader(self._file)
+            self.version = reader.version
+            self.metadata: dict[str, Any] = reader.metadata()
+            self.tensors: dict[str, TensorInfo] = reader.tensor_infos(self.metadata)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def tensor(self, name: str) -> RawTensor:
+        """A view of the mapped bytes. CheckpointError if there is no tensor of that name."""
+        info = self._info(name)
+        rows = 1 if len(info.shape) == 1 else info.shape[0]
+        data = self._file.view(info.offset, info.num_bytes).reshape(rows, -1)
+        return RawTensor(name, info.type, info.shape, data)
+
+    def release(self, name: str) -> None:
+        """The pages of this tensor are not needed for now."""
+        info = self._info(name)
+        self._file.release(info.offset, info.num_bytes)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path.name} has no tensor {name}")
+        return info
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_gguf(path: str | Path) -> GGUFFile:
+    """Open and check a GGUF file."""
+    return GGUFFile(path)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file begins as a GGUF file does, whatever it is called."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == _MAGIC
+    except OSError:
+        return False
+
+
+def gguf_in_folder(folder: Path) -> Path | None:
+    """The only .gguf file of a folder, None if there is none. CheckpointError listing them if there are several."""
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:10])
+        raise CheckpointError(f"{folder} has {len(files)} GGUF files: {names}; give the path of one of them")
+    return files[0] if files else None
+
+
+class _Reader:
+    """A cursor over the header. Every read is checked against the end of the file first."""
+
+    def __init__(self, file: MappedFile) -> None:
+        self.buffer, self.size, self.name = file.buffer, file.size, file.path.name
+        self.position = 0
+        if self._take(4, "magic") != _MAGIC:
+            raise CheckpointError(f"{self.name} is not a GGUF file: it does not begin with 'GGUF'")
+        self.version = self._u32("version")
+        if self.version & 0xFFFF == 0 and self.version:
+            raise UnsupportedModelError(f"{self.name} is a big-endian GGUF file; convert it to little endian")
+        if self.version not in (2, 3):
+            raise UnsupportedModelError(f"{self.name} has GGUF version {self.version}; versions 2 and 3 are read")
+        self.num_tensors = self._count("number of tensors", 32)
+        self.num_pairs = self._count("number of metadata pairs", 13)
+
+    # -- parts of the header, in the order of the file --
+    def metadata(self) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for _ in range(self.num_pairs):
+            key = self._string("metadata key", _MAX_NAME_BYTES)
+            if key in result:
+                raise self._wrong(f"metadata key {key[:80]!r} appears twice")
+            result[key] = self._value(self._u32("value type"), key, 0)
+        return result
+
+    def tensor_infos(self, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
+        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment & (alignment - 1):
+            raise self._wrong(f"general.alignment {str(alignment)[:80]} is not a power of two")
+        if not 1 <= alignment <= 1 << 20:
+            raise self._wrong(f"general.alignment {alignment} is not between 1 and {1 << 20}")
+        relative: dict[str, TensorInfo] = {}
+        for _ in range(self.num_tensors):
+            info = self._tensor_info(alignment)
+            if info.name in relative:
+                raise self._wrong(f"tensor {info.name[:80]!r} appears twice")
+            relative[info.name] = info
+        data_start = -(-self.position // alignment) * alignment
+        end, previous = data_start, ""
+        result: dict[str, TensorInfo] = dict(relative)  # keeps the order of the file
+        for info in sorted(relative.values(), key=lambda info: info.offset):
+            start = data_start + info.offset
+            if start < end:
+                raise self._wrong(f"tensors {previous} and {info.name} overlap")
+            end, previous = start + info.num_bytes, info.name
+            if end > self.size:
+                raise self._wrong(f"tensor {info.name} ends at byte {end}, after the end of the file: it is truncated")
+            result[info.name] = TensorInfo(info.name, info.type, info.shape, start, info.num_bytes)
+        return result
+
+    def _tensor_info(self, alignment: int) -> TensorInfo:
+        """One entry, its offset still relative to the tensor data."""
+        name = self._string("tensor name", _MAX_NAME_BYTES)
+        label = name[:80]
+        num_dims = self._u32("number of dimensions")
+        if not 1 <= num_dims <= _MAX_DIMS:
+            raise self._wrong(f"tensor {label} has {num_dims} dimensions, not 1 to {_MAX_DIMS}")
+        dims = [self._u64("dimension") for _ in range(num_dims)]
+        number, offset = self._u32("tensor type"), self._u64("tensor offset")
+        if not all(1 <= dim < 1 << 40 for dim in dims):
+            raise self._wrong(f"tensor {label} has dimensions {dims}")
+        while len(dims) > 2 and dims[-1] == 1:
+            dims.pop()
+        if len(dims) > 2:
+            raise UnsupportedModelError(f"tensor {label} has {len(dims)} dimensions; at most 2 are read")
+        try:
+            kind = TensorType(number)
+        except ValueError:
+            known = _OTHER_TYPE_NAMES.get(number, f"number {number}")
+            names = ", ".join(t.name for t in TensorType)
+            raise UnsupportedModelError(
+                f"tensor {label} has type {known}, which is not read; read are {names}"
+            ) from None
+        # GGUF writes the fastest dimension first.
+        columns, rows = dims[0], dims[1] if len(dims) == 2 else 1
+        if columns % BLOCK[kind][0]:
+            raise self._wrong(
+                f"tensor {label}: {columns} columns are not whole blocks of {BLOCK[kind][0]} ({kind.name})"
+            )
+        if offset % alignment:
+            raise self._wrong(f"tensor {label}: offset {offset} is not a multiple of the alignment {alignment}")
+        num_bytes = rows * row_bytes(kind, columns)
+        if num_bytes > self.size or offset > self.size:
+            raise self._wrong(f"tensor {label} of {num_bytes} bytes at {offset} does not fit the file: it is truncated")
+        return TensorInfo(name, kind, tuple(reversed(dims)), offset, num_bytes)
+
+    # -- values --
+    def _value(self, kind: int, key: str, depth: int) -> Any:
+        if kind == _STRING:
+            return self._string(key, _MAX_STRING_BYTES)
+        if kind == _ARRAY:
+            return self._array(key, depth)
+        if kind not in _NUMBERS:
+            raise self._wrong(f"metadata {key[:80]!r} has unknown value type {kind}")
+        dtype = _NUMBERS[kind]
+        value = np.frombuffer(self._take(dtype.itemsize, key), dtype)[0]
+        if kind == _BOOL:
+            return self._bools(value, key)
+        return value if kind == _FLOAT32 else value.item()
+
+    def _array(self, key: str, depth: int) -> Any:
+        if depth >= _MAX_DEPTH:
+            raise self._wrong(f"metadata {key[:80]!r}: arrays are nested more than {_MAX_DEPTH} deep")
+        kind = self._u32("array type")
+        if kind == _STRING:
+            return self._strings(self._count(key, 8), key)
+        if kind == _ARRAY:
+            return [self._array(key, depth + 1) for _ in range(self._count(key, 12))]
+        if kind not in _NUMBERS:
+            raise self._wrong(f"metadata {key[:80]!r} is an array of unknown value type {kind}")
+        dtype = _NUMBERS[kind]
+        count = self._count(key, dtype.itemsize)
+        # `_take` copies, so that metadata does not keep the file mapped.
+        values = np.frombuffer(self._take(count * dtype.itemsize, key), dtype)
+        return self._bools(values, key) if kind == _BOOL else values
+
+    def _bools(self, values: Any, key: str) -> Any:
+        if np.any(values > 1):
+            raise self._wrong(f"metadata {key[:80]!r}: a truth value is neither 0 nor 1")
+        return values.astype(bool) if isinstance(values, np.ndarray) else bool(values)
+
+    def _strings(self, count: int, key: str) -> list[str]:
+        """The tight loop over a vocabulary of hundreds of thousands of entries."""
+        buffer, size, position = self.buffer, self.size, self.position
+        unpack = _U64.unpack_from
+        result: list[str] = []
+        try:
+            for _ in range(count):
+                (length,) = unpack(buffer, position)
+                position += 8
+                end = position + length
+                if end > size:
+                    raise self._wrong(f"a string of {key[:80]!r} has {length} bytes: the file is truncated")
+                result.append(buffer[position:end].decode("utf-8"))
+                position = end
+        except UnicodeDecodeError:
+            raise self._wrong(f"string {len(result)} of {key[:80]!r} is not valid UTF-8") from None
+        except struct.error:
+            raise self._wrong(f"the file ends inside {key[:80]!r}") from None
+        self.position = position
+        return result
+
+    def _string(self, what: str, max_bytes: int) -> str:
+        length = self._u64(what)
+        if length > max_bytes:
+            raise self._wrong(f"{what[:80]} has {length} bytes, more than {max_bytes}")
+        try:
+            return self._take(length, what).decode("utf-8")
+        except UnicodeDecodeError:
+            raise self._wrong(f"{what[:80]} is not valid UTF-8") from None
+
+    def _count(self, what: str, least_bytes: int) -> int:
+        """A 64-bit count of things of at least `least_bytes` each, so it cannot exceed what is left of the file."""
+        count = self._u64(what)
+        if count > (self.size - self.position) // least_bytes:
+            raise self._wrong(f"{what[:80]}: {count} entries do not fit the file: it is truncated or not valid")
+        return count
+
+    def _u32(self, what: str) -> int:
+        return int(_U32.unpack(self._take(4, what))[0])
+
+    def _u64(self, what: str) -> int:
+        return int(_U64.unpack(self._take(8, what))[0])
+
+    def _take(self, num_bytes: int, what: str) -> bytes:
+        end = self.position + num_bytes
+        if end > self.size:
+            raise self._wrong(f"the file ends inside {what[:80]!r}: it is truncated")
+        taken = self.buffer[self.position : end]
+        self.position = end
+        return taken
+
+    def _wrong(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.name}: {message}")

@@ -1,0 +1,225 @@
+"""One call of `generate`: its requests, the mailbox their outputs come to, and the iterators over them.
+
+Owns the hand-over from the engine's thread to the caller, and that requests nobody waits for any more are aborted: when
+an iterator is closed or collected, a task is cancelled, or an exception passes through. Synchronous and asynchronous
+callers share everything but how they wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mooli.engine.loop import EngineLoop
+from mooli.errors import MooliError
+from mooli.frontend.generation import Generation
+from mooli.types import RequestOutput
+
+_Item = tuple[int, "RequestOutput | MooliError"]
+
+
+class Mailbox:
+    """Outputs on their way to one reader. `put` may be called from any thread; `wake` is called when it was empty."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._items: list[_Item] = []
+
+    def put(self, index: int, item: RequestOutput | MooliError) -> None:
+        with self._lock:
+            was_empty = not self._items
+            self._items.append((index, item))
+        if was_empty:
+            self._wake()
+
+    def take(self) -> list[_Item]:
+        """Everything that has come, oldest first."""
+        with self._lock:
+            items, self._items = self._items, []
+        return items
+
+
+class Call:
+    """The requests of one call, submitted when it is made. `wake` tells the reader that there is something to take."""
+
+    def __init__(self, loop: EngineLoop, generations: Sequence[Generation], wake: Callable[[], None]) -> None:
+        self._loop = loop
+        self._generations = generations
+        self._mailbox = Mailbox(wake)
+        self._open = {generation.rid for generation in generations}
+        sinks = [functools.partial(self._mailbox.put, index) for index in range(len(generations))]
+        loop.submit([generation.request for generation in generations], sinks)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._open
+
+    def advance(self) -> list[Generation]:
+        """Bring text up to date with what has come; the generations that changed, in order.
+
+        Raises what ended the whole call, after aborting what is left of it.
+        """
+        changed: set[int] = set()
+        stopped: dict[str, str] = {}
+        try:
+            for index, item in self._mailbox.take():
+                generation = self._generations[index]
+                if isinstance(item, MooliError):
+                    # One error may end many calls: each raises its own copy, or tracebacks would pile up in it.
+                    raise type(item)(*item.args) from item.__cause__
+                stop_string = generation.update(item)
+                if stop_string is not None:
+                    stopped[generation.rid] = stop_string
+                if generation.finish is not None:
+                    self._open.discard(generation.rid)
+                changed.add(index)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if stopped:
+                self._loop.finish(stopped)
+        return [self._generations[index] for index in sorted(changed)]
+
+    def chunks(self) -> list[dict[str, Any]]:
+        """The chunks of a stream that have become due."""
+        return [generation.chunk() for generation in self.advance() if generation.is_due()]
+
+    def results(self) -> list[dict[str, Any]]:
+        """The whole answers, once `is_done`."""
+        if len(self._generations) == 1:
+            # Of several, the others' answers are worth more than an exception: there, finish_reason tells.
+            self._generations[0].raise_if_failed()
+        return [generation.result() for generation in self._generations]
+
+    def close(self) -> None:
+        """Abort what is not finished. May be called at any time, from a finaliser too."""
+        rids, self._open = self._open, set()
+        if rids:
+            self._loop.drop(rids)
+
+
+def run(loop: EngineLoop, generations: Sequence[Generation]) -> list[dict[str, Any]]:
+    """Submit and wait for all answers. Any thread; a running event loop in it is simply blocked."""
+    event = threading.Event()
+    call = Call(loop, generations, event.set)
+    try:
+        while not call.is_done:
+            event.wait()
+            event.clear()
+            call.advance()
+        return call.results()
+    finally:
+        call.close()
+
+
+async def run_async(loop: EngineLoop, generations: Sequence[Generation]) -> list[dict[str, Any]]:
+    """`run` without blocking the event loop; cancelling the task aborts the requests."""
+    event = asyncio.Event()
+    call = Call(loop, generations, _waker(event))
+    try:
+        while not call.is_done:
+            await event.wait()
+            event.clear()
+            call.advance()
+        return call.results()
+    finally:
+        call.close()
+
+
+class _Stream:
+    """What both iterators share: the chunks not handed out yet, and closing."""
+
+    def __init__(self, call: Call, owner: object) -> None:
+        """`owner` is kept alive for as long as there is a reader: it ends its requests when it is collected."""
+        self._call = call
+        self._owner = owner
+        self._ready: list[dict[str, Any]] = []
+
+    def _next_ready(self) -> dict[str, Any] | None:
+        if not self._ready and not self._call.is_done:
+            self._ready = self._call.chunks()
+        return self._ready.pop(0) if self._ready else None
+
+    def close(self) -> None:
+        """Stop here: abort what is not finished. Nothing further is yielded."""
+        self._ready = []
+        self._call.close()
+
+    def __del__(self) -> None:
+        self._call.close()
+
+
+class Stream(_Stream):
+    """Iterator over chunks. Closing it, or dropping it, aborts the requests."""
+
+    def __init__(self, call: Call, event: threading.Event, owner: object) -> None:
+        super().__init__(call, owner)
+        self._event = event
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        while True:
+            self._event.clear()
+            chunk = self._next_ready()
+            if chunk is not None:
+                return chunk
+            if self._call.is_done:
+                raise StopIteration
+            self._event.wait()
+
+
+class AsyncStream(_Stream):
+    """Asynchronous iterator over chunks. Closing it, cancelling the task that waits, or dropping it aborts."""
+
+    def __init__(self, call: Call, event: asyncio.Event, owner: object) -> None:
+        super().__init__(call, owner)
+        self._event = event
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        while True:
+            self._event.clear()
+            chunk = self._next_ready()
+            if chunk is not None:
+                return chunk
+            if self._call.is_done:
+                raise StopAsyncIteration
+            try:
+                await self._event.wait()
+            except asyncio.CancelledError:
+                self.close()
+                raise
+
+    async def aclose(self) -> None:
+        self.close()
+
+
+def stream_sync(loop: EngineLoop, generations: Sequence[Generation], owner: object) -> Stream:
+    """Submit now; the iterator hands out chunks as they come, and keeps `owner` alive."""
+    event = threading.Event()
+    return Stream(Call(loop, generations, event.set), event, owner)
+
+
+def stream_async(loop: EngineLoop, generations: Sequence[Generation], owner: object) -> AsyncStream:
+    """`stream_sync` for the running event loop."""
+    event = asyncio.Event()
+    return AsyncStream(Call(loop, generations, _waker(event)), event, owner)
+
+
+def _waker(event: asyncio.Event) -> Callable[[], None]:
+    """Sets `event` from another thread."""
+    call_soon = asyncio.get_running_loop().call_soon_threadsafe
+
+    def wake() -> None:
+        call_soon(event.set)
+
+    return wake

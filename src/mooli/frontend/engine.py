@@ -1,0 +1,344 @@
+"""`mooli.Engine`: a model in this process, for scripts, notebooks, threads and asyncio programs.
+
+Owns the public methods and the life of an engine: start, use, shutdown. Text work is in `inputs`, `generation` and
+`call`; what runs when is the engine's. Never starts a process, installs no signal handler, and touches no event loop of
+the caller: the engine has one thread of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import random
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+from mooli.config import EngineConfig
+from mooli.engine.build import Progress, build_engine
+from mooli.engine.loop import EngineLoop
+from mooli.errors import ConfigError, RequestError
+from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
+from mooli.frontend.chat_template import ChatTemplate
+from mooli.frontend.generation import WEIGHT_VERSION, Generation
+from mooli.frontend.inputs import InputRules
+from mooli.frontend.tokenizer import Tokenizer, load_tokenizer
+from mooli.hub import resolve
+from mooli.version import __version__
+
+logger = logging.getLogger(__name__)
+
+_UNSUPPORTED: dict[str, Any] = {
+    "image_data": None,
+    "audio_data": None,
+    "video_data": None,
+    "mm_hashes": None,
+    "mm_content_hashes": None,
+    "lora_path": None,
+    "custom_logit_processor": None,
+    "require_reasoning": False,
+    "return_hidden_states": False,
+    "return_routed_experts": False,
+    "routed_experts_start_len": 0,
+    "bootstrap_host": None,
+    "bootstrap_port": None,
+    "bootstrap_room": None,
+    "routed_dp_rank": None,
+    "disagg_prefill_dp_rank": None,
+    "kv_hints": None,
+    "data_parallel_rank": None,
+    "external_trace_header": None,
+    "session_params": None,
+    "session_id": None,
+}
+"""Arguments of SGLang's `generate` for what Mooli does not have, and the one value that asks for nothing."""
+
+Answer = dict[str, Any]
+"""{"text", "output_ids", "meta_info": {"id", "finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens", …}};
+chunks of a call with several requests have "index" too; without a tokenizer there is no "text"."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlushCacheResult:
+    """Whether the cache was emptied, and why not."""
+
+    success: bool
+    message: str
+
+
+class Engine:
+    """A model, ready to generate. Keywords are those of `EngineConfig`; `model_path` is the only one that is needed.
+
+        engine = Engine(model_path="demo")
+        engine.generate("The capital of France is", {"max_new_tokens": 8})["text"]
+
+    All methods may be called from several threads at once; concurrent calls share each step of the model. It works in a
+    script without an `if __name__ == "__main__"` guard, and in a notebook, whose event loop is left alone. An engine
+    that is not shut down is when it is collected, or when the interpreter ends.
+
+    server_args: an `EngineConfig` or a dict of its keywords, instead of keywords.
+    progress: called as progress(stage, done, total) while the model loads.
+
+    Raises ConfigError (UnknownArgumentError for a name that does not exist), BackendUnavailableError, OutOfMemoryError
+    or a ModelError, all with what to do about it.
+    """
+
+    def __init__(
+        self,
+        *,
+        server_args: EngineConfig | Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+        **kwargs: Any,
+    ) -> None:
+        started = time.perf_counter()
+        config = _config(server_args, kwargs)
+        _set_log_level(config.log_level)
+        if config.trust_remote_code:
+            logger.info("trust_remote_code has no effect: code from a model folder is never run")
+        model_path = resolve(config.model_path)
+        tokenizer = _load_tokenizer(config, model_path)
+        built = build_engine(
+            config,
+            model_path,
+            tokenizer_vocab_size=None if tokenizer is None else tokenizer.vocab_size,
+            progress=progress,
+        )
+        facts = built.facts
+        seed = secrets.randbelow(2**30) if config.random_seed is None else config.random_seed
+        self.server_args = replace(config, random_seed=seed)
+        self.tokenizer_manager = SimpleNamespace(tokenizer=tokenizer)
+        self._tokenizer = tokenizer
+        self._facts = facts
+        self._core = built.core
+        eos_ids = frozenset(facts.eos_ids) | (frozenset() if tokenizer is None else tokenizer.eos_ids)
+        self._rules = InputRules(
+            encoder=tokenizer,
+            vocab_size=facts.vocab_size,
+            context_length=facts.context_length,
+            eos_ids=frozenset(token_id for token_id in eos_ids if 0 <= token_id < facts.vocab_size),
+            namespace=facts.cache_namespace,
+            next_seed=_seed_stream(seed),
+            preferred=config.preferred_sampling,
+            allow_auto_truncate=config.allow_auto_truncate,
+        )
+        self._loop = EngineLoop(built.core)
+        self._finalizer = weakref.finalize(self, _shut_down, self._loop, built.close)
+        self._startup_time_s = time.perf_counter() - started
+
+    def generate(
+        self,
+        prompt: str | list[str] | None = None,
+        sampling_params: Mapping[str, Any] | list[Mapping[str, Any]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        image_data: Any = None,
+        audio_data: Any = None,
+        video_data: Any = None,
+        mm_hashes: Any = None,
+        mm_content_hashes: Any = None,
+        return_logprob: bool | list[bool] = False,
+        logprob_start_len: int | list[int] | None = None,
+        top_logprobs_num: int | list[int] | None = None,
+        token_ids_logprob: list[int] | list[list[int]] | None = None,
+        lora_path: Any = None,
+        custom_logit_processor: Any = None,
+        require_reasoning: bool = False,
+        return_hidden_states: bool = False,
+        return_routed_experts: bool = False,
+        routed_experts_start_len: int = 0,
+        stream: bool = False,
+        bootstrap_host: Any = None,
+        bootstrap_port: Any = None,
+        bootstrap_room: Any = None,
+        routed_dp_rank: Any = None,
+        disagg_prefill_dp_rank: Any = None,
+        kv_hints: Any = None,
+        data_parallel_rank: Any = None,
+        external_trace_header: Any = None,
+        rid: str | list[str] | None = None,
+        session_params: Any = None,
+        priority: int | None = None,
+        session_id: Any = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> Answer | list[Answer] | Stream:
+        """Generate and wait: a dict for one prompt, a list for a list of prompts or n > 1 (grouped by prompt).
+
+        prompt: text or a list of texts; input_ids instead: token ids, or a list of lists of them.
+        sampling_params: a dict for all prompts or a list with one for each.
+        return_logprob: add log-probabilities of the output, and of the prompt from `logprob_start_len` on (-1: none),
+            with `top_logprobs_num` alternatives and those of `token_ids_logprob` at each position.
+        stream: return an iterator of chunks at once. Each has everything so far, or with the engine's
+            incremental_streaming_output what is new; the last one of a request has a finish_reason. Closing or dropping
+            the iterator aborts what is not finished.
+        rid: id of the request, or one for each; drawn if not given. priority: larger goes first.
+        cache_salt: requests share cached prefixes only with requests of the same salt.
+
+        Raises PromptError, SamplingParamsError or another RequestError (all ValueError) before anything runs;
+        RequestFailedError if the only request fails; in a list, or in a stream, a failed request has the finish_reason
+        type `error` instead. Raises EngineClosedError after `shutdown`, EngineDeadError if the engine breaks down.
+        Arguments for what Mooli does not have are refused unless they have their default.
+        """
+        arguments = dict(locals())
+        del arguments["self"]
+        generations, is_single = self._prepare(arguments)
+        if stream:
+            return stream_sync(self._loop, generations, owner=self)
+        results = run(self._loop, generations)
+        return results[0] if is_single else results
+
+    async def async_generate(self, *args: Any, **kwargs: Any) -> Answer | list[Answer] | AsyncStream:
+        """`generate`, with the same arguments, for asyncio: await it for the answer, or with stream=True for an
+        asynchronous iterator. Cancelling the task, or closing the iterator, aborts the requests."""
+        bound = _GENERATE.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        del arguments["self"]
+        generations, is_single = self._prepare(arguments)
+        if arguments["stream"]:
+            return stream_async(self._loop, generations, owner=self)
+        results = await run_async(self._loop, generations)
+        return results[0] if is_single else results
+
+    def flush_cache(self) -> FlushCacheResult:
+        """Forget all cached prefixes. Without effect, and saying so, while requests are running."""
+        if self._loop.call(self._core.flush_cache):
+            return FlushCacheResult(True, "Cache flushed.")
+        return FlushCacheResult(False, "The cache is not flushed: requests are running or waiting.")
+
+    def get_server_info(self) -> dict[str, Any]:
+        """All arguments, what became of their defaults, what the device is, and counters since the start."""
+        stats = self._loop.call(self._core.stats)
+        return {
+            **self.server_args.to_dict(),
+            **self._facts.to_dict(),
+            "startup_time": self._startup_time_s,
+            "internal_states": [stats],
+            "version": __version__,
+        }
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Which model this is."""
+        config = self.server_args
+        return {
+            "model_path": config.model_path,
+            "tokenizer_path": config.tokenizer_path or config.model_path,
+            "served_model_name": config.served_model_name or config.model_path,
+            "is_generation": True,
+            "preferred_sampling_params": config.preferred_sampling_params,
+            "weight_version": WEIGHT_VERSION,
+            "load_format": config.load_format,
+            "reasoning_parser": None,
+            "tool_call_parser": None,
+            "disaggregation_mode": "null",
+            "architectures": [self._facts.architecture],
+            "max_model_len": self._facts.context_length,
+        }
+
+    def shutdown(self) -> None:
+        """Stop the engine and give its memory back. Open requests end with EngineClosedError. May be called again."""
+        self._finalizer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _prepare(self, arguments: dict[str, Any]) -> tuple[list[Generation], bool]:
+        """Checked requests of a call, each with its text state, and whether the answer is a dict rather than a list."""
+        for name, neutral in _UNSUPPORTED.items():
+            value = arguments.pop(name)
+            # The type is compared too: 0 == False, and neither stands for the other here.
+            if value is not None and (type(value) is not type(neutral) or value != neutral):
+                raise RequestError(f"{name} is not supported by Mooli yet: leave it out")
+        stream = arguments.pop("stream")
+        if not isinstance(stream, bool):
+            raise RequestError(f"stream must be True or False, not {stream!r}")
+        inputs = self._rules.prepare(**arguments)
+        config = self.server_args
+        generations = [
+            Generation(
+                request,
+                self._tokenizer,
+                index=None if inputs.is_single else index,
+                stream_interval=config.stream_interval,
+                incremental=config.incremental_streaming_output,
+            )
+            for index, request in enumerate(inputs.requests)
+        ]
+        return generations, inputs.is_single
+
+
+_GENERATE = inspect.signature(Engine.generate)
+
+
+def _config(server_args: EngineConfig | Mapping[str, Any] | None, kwargs: dict[str, Any]) -> EngineConfig:
+    if server_args is None:
+        return EngineConfig.from_kwargs(**kwargs)
+    if kwargs:
+        raise ConfigError(f"server_args and keywords ({', '.join(kwargs)}) are both given: give one of them")
+    if isinstance(server_args, EngineConfig):
+        return server_args
+    if not isinstance(server_args, Mapping):
+        raise ConfigError(f"server_args must be an EngineConfig or a dict, not {type(server_args).__name__}")
+    return EngineConfig.from_kwargs(**server_args)
+
+
+def _load_tokenizer(config: EngineConfig, model_path: Path) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    tokenizer = load_tokenizer(model_path if config.tokenizer_path is None else resolve(config.tokenizer_path))
+    if config.chat_template is not None:
+        source = _template_source(config.chat_template)
+        if tokenizer.chat_template is not None:
+            tokenizer.chat_template = tokenizer.chat_template.with_source(source)
+        else:
+            bos = None if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id)
+            tokenizer.chat_template = ChatTemplate(source, bos_token=bos)
+    return tokenizer
+
+
+def _template_source(given: str) -> str:
+    """The template itself, or what is in the file of that name."""
+    if "{" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"chat_template={given!r} is neither a template nor a file that can be read: {exc}") from exc
+
+
+def _set_log_level(level: str) -> None:
+    package = logging.getLogger("mooli")
+    package.setLevel(level.upper())
+    # Below warnings, Python prints nothing for a program that has not set up logging, which is most scripts.
+    if package.isEnabledFor(logging.INFO) and not package.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        package.addHandler(handler)
+
+
+def _seed_stream(seed: int) -> Callable[[], int]:
+    """Seeds for requests that bring none: the same for the same calls in the same order."""
+    generator = random.Random(seed)
+    lock = threading.Lock()
+
+    def next_seed() -> int:
+        with lock:
+            return generator.getrandbits(64)
+
+    return next_seed
+
+
+def _shut_down(loop: EngineLoop, close: Callable[[], None]) -> None:
+    # Memory that a step still computes in must not be given back.
+    if loop.close():
+        close()

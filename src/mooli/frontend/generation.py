@@ -1,0 +1,200 @@
+"""One request on the text side: token ids in, text and the public answer dict out.
+
+Owns the text of a request, where a stop string ends it, and the shape of the answer. Never submits, waits or aborts.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mooli.errors import RequestError, RequestFailedError
+from mooli.frontend.detokenizer import IncrementalDetokenizer
+from mooli.frontend.stop import StopMatcher
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.types import FinishReason, Request, RequestOutput, TokenLogprobs
+
+WEIGHT_VERSION = "default"
+
+LogprobTriple = tuple["float | None", int, "str | None"]
+"""(log-probability, token id, text). The text is always None: no argument of `generate` asks for it."""
+
+
+@dataclass(slots=True)
+class _Sent:
+    """How much of a sequence the chunks so far have shown."""
+
+    chars: int = 0
+    tokens: int = 0
+    chunks: int = 0
+
+
+class Generation:
+    """What one request has produced so far. Not thread-safe: used by whoever reads the answer.
+
+    tokenizer None: no text, and `text` is left out of answers. index: place in the call's list, shown in chunks of
+    calls with several requests, None otherwise. incremental: chunks hold what is new instead of everything so far.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        *,
+        index: int | None = None,
+        stream_interval: int = 1,
+        incremental: bool = False,
+    ) -> None:
+        params = request.sampling
+        self.request = request
+        self.text = ""
+        self.output_ids: list[int] = []
+        self.finish: FinishReason | None = None
+        self._index = index
+        self._stream_interval = params.stream_interval or stream_interval
+        self._incremental = incremental
+        self._detokenizer: IncrementalDetokenizer | None = None
+        if tokenizer is not None:
+            self._detokenizer = IncrementalDetokenizer(
+                tokenizer,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+        self._matcher = StopMatcher(params.stop, trim=not params.no_stop_trim)
+        self._last = RequestOutput(request.rid, prompt_tokens=len(request.prompt_ids))
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._sent = _Sent()
+        self._start = time.perf_counter()
+        self._latency_s = 0.0
+
+    @property
+    def rid(self) -> str:
+        return self.request.rid
+
+    def update(self, output: RequestOutput) -> str | None:
+        """Take an engine output. Returns the stop string if one has just ended the text while the engine goes on.
+
+        Tokens after the one that completes a stop string are dropped, and so is everything after the end.
+        """
+        if self.finish is not None:
+            return None
+        self._last = output
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
+        stop_id = output.finish.matched if output.finish is not None and output.finish.type == "stop" else None
+        for i, token_id in enumerate(output.new_token_ids):
+            self.output_ids.append(token_id)
+            if self.request.return_logprob:
+                self._logprobs.append(output.logprobs[i])
+            ends_here = isinstance(stop_id, int) and i == len(output.new_token_ids) - 1
+            # The text of the token that ends a sequence is part of the stop condition, not of the answer.
+            if not ends_here or self.request.sampling.no_stop_trim:
+                self._show(token_id)
+            matched = self._matcher.matched
+            if matched is not None:
+                self._end(FinishReason("stop", matched=matched))
+                return matched if output.finish is None else None
+        if output.finish is not None:
+            self._end(self._flush() or output.finish)
+        return None
+
+    def _flush(self) -> FinishReason | None:
+        """Show what was held back; the reason if that completes a stop string."""
+        if self._detokenizer is None:
+            return None
+        self.text += self._matcher.push(self._detokenizer.flush())
+        matched = self._matcher.matched
+        self.text += self._matcher.flush()
+        return None if matched is None else FinishReason("stop", matched=matched)
+
+    def is_due(self) -> bool:
+        """Whether a stream shows a chunk now: at the first token, then at the interval, and at the end."""
+        new = len(self.output_ids) - self._sent.tokens
+        if self.finish is not None or (self._sent.chunks == 0 and new > 0):
+            return True
+        return new >= self._stream_interval
+
+    def chunk(self) -> dict[str, Any]:
+        """The next chunk of a stream: everything so far, or with `incremental` what no chunk has shown yet."""
+        first = self._sent.tokens if self._incremental else 0
+        result = self._answer(self.text[self._sent.chars :] if self._incremental else self.text, first)
+        if self._sent.chunks == 0 or self.finish is not None:
+            result["meta_info"]["response_sent_to_client_ts"] = time.time()
+        if self._index is not None:
+            result["index"] = self._index
+        self._sent = _Sent(len(self.text), len(self.output_ids), self._sent.chunks + 1)
+        return result
+
+    def result(self) -> dict[str, Any]:
+        """The whole answer."""
+        result = self._answer(self.text, 0)
+        result["meta_info"]["response_sent_to_client_ts"] = time.time()
+        return result
+
+    def raise_if_failed(self) -> None:
+        """RequestError if the engine refused the request after all, RequestFailedError if it ended with `error`."""
+        finish = self.finish
+        if finish is None or (finish.type != "error" and finish.status_code is None):
+            return
+        error = RequestError if finish.type == "abort" and finish.status_code == 400 else RequestFailedError
+        raise error(f"request {self.rid} failed: {finish.message}")
+
+    def _show(self, token_id: int) -> None:
+        if self._detokenizer is not None:
+            self.text += self._matcher.push(self._detokenizer.push([token_id]))
+
+    def _end(self, finish: FinishReason) -> None:
+        self.finish = finish
+        self._latency_s = time.perf_counter() - self._start
+
+    def _answer(self, text: str, first_token: int) -> dict[str, Any]:
+        answer: dict[str, Any] = {} if self._detokenizer is None else {"text": text}
+        answer["output_ids"] = self.output_ids[first_token:]
+        answer["meta_info"] = self._meta_info(first_token)
+        return answer
+
+    def _meta_info(self, first_token: int) -> dict[str, Any]:
+        last = self._last
+        meta: dict[str, Any] = {
+            "id": self.rid,
+            "finish_reason": None if self.finish is None else self.finish.to_dict(),
+            "prompt_tokens": len(self.request.prompt_ids),
+            "completion_tokens": len(self.output_ids),
+            "reasoning_tokens": 0,
+            "cached_tokens": last.cached_tokens,
+            "cached_tokens_details": {"device": last.cached_tokens, "host": 0},
+            "weight_version": WEIGHT_VERSION,
+            "num_retractions": last.num_preemptions,
+        }
+        if self.finish is not None:
+            meta["e2e_latency"] = self._latency_s
+        if self.request.return_logprob:
+            meta.update(self._logprob_info(first_token))
+        return meta
+
+    def _logprob_info(self, first_token: int) -> dict[str, Any]:
+        """Prompt lists are always whole; output lists begin at `first_token`."""
+        prompt, output = self._prompt_logprobs, self._logprobs[first_token:]
+        info: dict[str, Any] = {
+            "input_token_logprobs": [_triple(item) for item in prompt],
+            "output_token_logprobs": [_triple(item) for item in output],
+            "output_token_logprobs_length": len(self._logprobs),
+        }
+        if self.request.num_top_logprobs:
+            info["input_top_logprobs"] = [_alternatives(item, item.top) for item in prompt]
+            info["output_top_logprobs"] = [_alternatives(item, item.top) for item in output]
+        if self.request.logprob_token_ids:
+            info["input_token_ids_logprobs"] = [_alternatives(item, item.chosen) for item in prompt]
+            info["output_token_ids_logprobs"] = [_alternatives(item, item.chosen) for item in output]
+        return info
+
+
+def _triple(item: TokenLogprobs) -> LogprobTriple:
+    return (item.logprob, item.token_id, None)
+
+
+def _alternatives(item: TokenLogprobs, entries: list[tuple[float, int]]) -> list[LogprobTriple] | None:
+    """None where nothing predicts the position: the first token of a prompt."""
+    return None if item.logprob is None else [(logprob, token_id, None) for logprob, token_id in entries]

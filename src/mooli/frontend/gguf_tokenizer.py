@@ -1,0 +1,344 @@
+"""A tokenizer out of GGUF metadata.
+
+Owns what the metadata keys mean and which pre-tokenizer stands behind each name. Never opens a file: the caller brings
+the metadata. Anything unknown is an error that names it, because a nearly right tokenizer makes a quietly worse model.
+
+Names and meaning of the keys: GGUF specification, section tokenizer; the pre-tokenizers are those of the original
+tokenizer.json files that llama.cpp's converter fingerprints under these names.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mooli.errors import TokenizerError
+from mooli.frontend.chat_template import ChatTemplate
+from mooli.frontend.tokenizer import END_OF_TURN_TOKENS, Tokenizer, tokenizer_errors, with_bos_and_eos
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class _PreTokenizer:
+    """How text is cut before the merges. split None: GPT-2's own rule."""
+
+    split: str | None = None
+    single_digits: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False
+    adds_bos: bool = False
+
+
+_LLAMA3 = _PreTokenizer(split=_LLAMA3_SPLIT, ignore_merges=True, adds_bos=True)
+_STARCODER = _PreTokenizer(single_digits=True)
+_PRE_TOKENIZERS = {
+    "gpt-2": _PreTokenizer(),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _PreTokenizer(split=_QWEN2_SPLIT, nfc=True),
+    "smollm": _STARCODER,
+    "starcoder": _STARCODER,
+    "tekken": _PreTokenizer(split=_TEKKEN_SPLIT, ignore_merges=True, adds_bos=True),
+}
+
+_END_ID_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str = "the GGUF metadata") -> Tokenizer:
+    """Build the tokenizer that GGUF metadata describes.
+
+    metadata: key to value; arrays as lists or NumPy arrays. source: what to call it in errors.
+
+    Raises TokenizerError when keys are missing, contradict each other, or name a model or pre-tokenizer that is not
+    supported.
+    """
+    vocabulary = _Vocabulary(metadata, source)
+    model = metadata.get("tokenizer.ggml.model")
+    if model == "gpt2":
+        backend, adds_bos = _byte_level_bpe(vocabulary)
+    elif model == "llama":
+        backend, adds_bos = _sentencepiece_bpe(vocabulary), True
+    elif model is None:
+        raise TokenizerError(f"{source} has no tokenizer.ggml.model, so it holds no tokenizer")
+    else:
+        raise TokenizerError(
+            f"the tokenizer model {model!r} (tokenizer.ggml.model in {source}) is not supported; supported are 'gpt2' "
+            "and 'llama'"
+        )
+    _add_tokens(backend, vocabulary)
+    bos_id, eos_id = (vocabulary.named_id("bos_token_id"), vocabulary.named_id("eos_token_id"))
+    adds_bos = vocabulary.flag("add_bos_token", default=adds_bos) and bos_id is not None
+    adds_eos = vocabulary.flag("add_eos_token", default=False) and eos_id is not None
+    with tokenizer_errors(f"setting the begin and end tokens of {source}"):
+        with_bos_and_eos(
+            backend,
+            bos=vocabulary.text(bos_id) if adds_bos else None,
+            eos=vocabulary.text(eos_id) if adds_eos else None,
+        )
+    return Tokenizer(
+        backend,
+        vocab_size=len(vocabulary.tokens),
+        bos_id=bos_id,
+        eos_ids={i for key in _END_ID_KEYS if (i := vocabulary.named_id(key)) is not None},
+        chat_template=_chat_template(vocabulary),
+    )
+
+
+class _Vocabulary:
+    """The tokens of the metadata, checked."""
+
+    def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
+        self.metadata = metadata
+        self.source = source
+        tokens = self.array("tokens")
+        if not tokens:
+            raise TokenizerError(f"{source} has no tokenizer.ggml.tokens, so it holds no tokenizer")
+        for index, token in enumerate(tokens):
+            if not isinstance(token, str):
+                raise TokenizerError(f"tokenizer.ggml.tokens[{index}] in {source} is {token!r}, not a string")
+        # An empty text cannot be a token of its own; such entries pad the vocabulary.
+        self.tokens: list[str] = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+        self.ids = {token: index for index, token in enumerate(self.tokens)}
+        if len(self.ids) != len(self.tokens):
+            twice = next(token for index, token in enumerate(self.tokens) if self.ids[token] != index)
+            raise TokenizerError(f"tokenizer.ggml.tokens in {source} holds {twice!r} twice")
+        self.types = self._types()
+
+    def _types(self) -> list[int]:
+        types = self.array("token_type")
+        if types is None:
+            types = [_NORMAL] * len(self.tokens)
+            for key in (*_END_ID_KEYS, "bos_token_id"):
+                if (index := self.named_id(key)) is not None:
+                    types[index] = _CONTROL
+        self._check_entries("token_type", types, int)
+        # Some files mark the end of a turn as an ordinary added token. As such, a user could write it.
+        for token in END_OF_TURN_TOKENS:
+            if (at := self.ids.get(token)) is not None and types[at] == _USER_DEFINED:
+                types[at] = _CONTROL
+        return types
+
+    def scores(self) -> list[float]:
+        """One number a token: the larger, the earlier its parts are merged."""
+        scores = self.array("scores")
+        if scores is None:
+            raise TokenizerError(f"{self.source} has no tokenizer.ggml.scores, which its tokenizer model needs")
+        self._check_entries("scores", scores, (int, float))
+        return scores
+
+    def array(self, name: str) -> list[Any] | None:
+        value = self.metadata.get(f"tokenizer.ggml.{name}")
+        if value is None:
+            return None
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            raise TokenizerError(f"tokenizer.ggml.{name} in {self.source} is a {type(value).__name__}, not an array")
+        return list(value)
+
+    def named_id(self, name: str) -> int | None:
+        value = self.metadata.get(f"tokenizer.ggml.{name}")
+        if value is None:
+            return None
+        try:
+            index = int(value)
+        except (TypeError, ValueError) as exc:
+            raise TokenizerError(f"tokenizer.ggml.{name} in {self.source} is {value!r}, not a token id") from exc
+        if not 0 <= index < len(self.tokens):
+            raise TokenizerError(
+                f"tokenizer.ggml.{name} in {self.source} is {index}, outside the vocabulary of {len(self.tokens)} tokens"
+            )
+        return index
+
+    def text(self, token_id: int | None) -> str | None:
+        return None if token_id is None else self.tokens[token_id]
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        return bool(self.metadata.get(f"tokenizer.ggml.{name}", default))
+
+    def _check_entries(self, name: str, entries: list[Any], kind: type | tuple[type, ...]) -> None:
+        if len(entries) != len(self.tokens):
+            raise TokenizerError(
+                f"{self.source} has {len(self.tokens)} tokens but tokenizer.ggml.{name} has {len(entries)} entries"
+            )
+        for index, entry in enumerate(entries):
+            if not isinstance(entry, kind) or isinstance(entry, bool):
+                raise TokenizerError(f"tokenizer.ggml.{name}[{index}] in {self.source} is {entry!r}, not a number")
+
+
+def _byte_level_bpe(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
+    """Returns the tokenizer without added tokens, and whether it adds a begin token where the file does not say."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    name = vocabulary.metadata.get("tokenizer.ggml.pre")
+    if name is None:
+        raise TokenizerError(
+            f"{vocabulary.source} has no tokenizer.ggml.pre, so how it cuts text is unknown; convert the model again with a "
+            "current llama.cpp"
+        )
+    if not isinstance(name, str) or name not in _PRE_TOKENIZERS:
+        raise TokenizerError(
+            f"the pre-tokenizer {name!r} (tokenizer.ggml.pre in {vocabulary.source}) is not supported; supported are "
+            f"{', '.join(_PRE_TOKENIZERS)}"
+        )
+    rule = _PRE_TOKENIZERS[name]
+    size = _model_size(vocabulary.types)
+    with tokenizer_errors(f"building the vocabulary of {vocabulary.source}"):
+        backend = Backend(
+            models.BPE(
+                vocab=dict(zip(vocabulary.tokens[:size], range(size))),
+                merges=_merges(vocabulary),
+                ignore_merges=rule.ignore_merges,
+            )
+        )
+    if rule.nfc:
+        backend.normalizer = normalizers.NFC()
+    own_rule = rule.split is None
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_rule)]
+    if rule.split is not None:
+        steps.insert(0, pre_tokenizers.Split(Regex(rule.split), behavior="isolated"))
+    if rule.single_digits:
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    return backend, rule.adds_bos
+
+
+def _model_size(types: list[int]) -> int:
+    """How many tokens, from id 0, belong to the merge model; the rest are added tokens and unused ids.
+
+    Added tokens at the end stay outside the model, as in the original files: a model that takes whole words from its
+    vocabulary (`ignore_merges`) would otherwise find them in a user's text. They must then follow without a gap.
+    """
+    used = len(types)
+    while used and types[used - 1] == _UNUSED:
+        used -= 1
+    size = used
+    while size and types[size - 1] in (_CONTROL, _USER_DEFINED):
+        size -= 1
+    return size
+
+
+def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    lines = vocabulary.array("merges")
+    if lines is None:
+        raise TokenizerError(f"{vocabulary.source} has no tokenizer.ggml.merges, which its tokenizer model needs")
+    merges = []
+    for index, line in enumerate(lines):
+        # The left part may begin with the space, the separator is never first.
+        at = line.find(" ", 1) if isinstance(line, str) else -1
+        if at < 0:
+            raise TokenizerError(f"tokenizer.ggml.merges[{index}] in {vocabulary.source} is {line!r}, not two tokens")
+        left, right = line[:at], line[at + 1 :]
+        for part in (left, right, left + right):
+            if part not in vocabulary.ids:
+                raise TokenizerError(
+                    f"tokenizer.ggml.merges[{index}] in {vocabulary.source} is {line!r}, but {part!r} is no token"
+                )
+        merges.append((left, right))
+    return merges
+
+
+def _sentencepiece_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
+    """Llama 2's and Mistral's tokenizer: SentencePiece BPE with byte fallback, its merges recovered from the scores.
+
+    SentencePiece merges the pair whose result scores best. As a list of merges: every way to cut every token in two, best
+    result first (Hugging Face's conversion of SentencePiece models does the same).
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    architecture = vocabulary.metadata.get("general.architecture", "llama")
+    if architecture != "llama":
+        raise TokenizerError(
+            f"the SentencePiece tokenizer of architecture {architecture!r} in {vocabulary.source} is not supported; only "
+            "that of Llama and Mistral is"
+        )
+    merging = {_NORMAL, _USER_DEFINED, _UNUSED}
+    ids = {token: i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] in merging}
+    scored = []
+    for (token, _), score in zip(vocabulary.ids.items(), vocabulary.scores()):
+        if token not in ids:
+            continue
+        cuts = [(token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in ids and token[at:] in ids]
+        cuts.sort(key=lambda cut: (ids[cut[0]], ids[cut[1]]))
+        scored += [(-score, -len(left), -len(right), left, right) for left, right in cuts]
+    scored.sort(key=lambda merge: merge[:3])
+    unknown = next((t for t, kind in zip(vocabulary.tokens, vocabulary.types) if kind == _UNKNOWN), None)
+    with tokenizer_errors(f"building the vocabulary of {vocabulary.source}"):
+        backend = Backend(
+            models.BPE(
+                vocab=vocabulary.ids,
+                merges=[(left, right) for *_, left, right in scored],
+                unk_token=unknown,
+                fuse_unk=True,
+                byte_fallback=True,
+            )
+        )
+    with_space = vocabulary.flag("add_space_prefix", default=True)
+    prefix = [normalizers.Prepend("▁")] if with_space else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if with_space:
+        steps.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
+    """Control tokens as special ones, user-defined ones as plain ones; both are found in the text before anything else."""
+    from tokenizers import AddedToken
+
+    special = {_CONTROL, _UNKNOWN}
+    added = [
+        (index, AddedToken(vocabulary.tokens[index], special=kind in special, normalized=False))
+        for index, kind in enumerate(vocabulary.types)
+        if kind in special or kind == _USER_DEFINED
+    ]
+    with tokenizer_errors(f"adding the control tokens of {vocabulary.source}"):
+        for is_special, group in itertools.groupby((token for _, token in added), key=lambda token: token.special):
+            (backend.add_special_tokens if is_special else backend.add_tokens)(list(group))
+    for index, token in added:
+        if backend.token_to_id(token.content) != index:
+            raise TokenizerError(
+                f"the control token {token.content!r} of {vocabulary.source} cannot get its id {index}"
+            )
+
+
+def _chat_template(vocabulary: _Vocabulary) -> ChatTemplate | None:
+    sources: dict[str, Any] = {}
+    names = vocabulary.metadata.get("tokenizer.chat_templates")
+    for name in [] if names is None else names:
+        if (named := vocabulary.metadata.get(f"tokenizer.chat_template.{name}")) is not None:
+            sources[str(name)] = named
+    if (default := vocabulary.metadata.get("tokenizer.chat_template")) is not None:
+        sources["default"] = default
+    if "default" not in sources:
+        return None
+    others = {"unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+    texts = {name: vocabulary.text(vocabulary.named_id(key)) for name, key in others.items()}
+    return ChatTemplate(
+        sources,
+        bos_token=vocabulary.text(vocabulary.named_id("bos_token_id")),
+        eos_token=vocabulary.text(vocabulary.named_id("eos_token_id")),
+        special_tokens={name: text for name, text in texts.items() if text is not None},
+    )

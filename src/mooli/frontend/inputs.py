@@ -1,0 +1,302 @@
+"""The arguments of one `generate` call, checked and turned into engine requests.
+
+Owns the input rules: single or batch, text or ids, values for all or one per item, `n` samples, request ids, and that a
+prompt fits the context. Everything is checked before anything is submitted. Never runs a request.
+
+`n` > 1 needs no hidden request that fills the cache first: all samples are submitted together, the scheduler computes
+their common prompt once and lets the others wait for it.
+"""
+
+from __future__ import annotations
+
+import operator
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli.errors import PromptError, RequestError
+from mooli.frontend.sampling import parse_sampling_params, sample_params
+from mooli.types import Request, SamplingParams
+
+MAX_TOP_LOGPROBS = 128
+MAX_LOGPROB_TOKEN_IDS = 1024
+MAX_RID_CHARS = 256
+
+
+class Encoder(Protocol):
+    """What of a tokenizer is needed here."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CallInputs:
+    """Requests of one call, grouped by prompt (p0s0, p0s1, p1s0, …); `is_single`: one dict is returned, not a list."""
+
+    requests: list[Request]
+    is_single: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputRules:
+    """What every call to one engine has in common.
+
+    encoder: None if the engine has no tokenizer. context_length: most tokens of prompt and answer together.
+    namespace: of requests without a salt. preferred: sampling parameters laid under each request's.
+    next_seed: seeds for requests that bring none.
+    """
+
+    encoder: Encoder | None
+    vocab_size: int
+    context_length: int
+    eos_ids: frozenset[int]
+    namespace: str
+    next_seed: Callable[[], int]
+    preferred: Mapping[str, Any]
+    allow_auto_truncate: bool = False
+
+    def prepare(
+        self,
+        *,
+        prompt: Any = None,
+        input_ids: Any = None,
+        sampling_params: Any = None,
+        rid: Any = None,
+        return_logprob: Any = False,
+        logprob_start_len: Any = None,
+        top_logprobs_num: Any = None,
+        token_ids_logprob: Any = None,
+        priority: Any = None,
+        cache_salt: Any = None,
+    ) -> CallInputs:
+        """Requests for the arguments of `Engine.generate`.
+
+        Raises PromptError for a prompt that cannot be served, SamplingParamsError for a bad sampling value,
+        RequestError for anything else that is wrong with the call.
+        """
+        prompts, is_batch = self._prompts(prompt, input_ids)
+        size = len(prompts)
+        given = _per_item("sampling_params", sampling_params, size, is_batch)
+        explicit = [isinstance(item, Mapping) and item.get("max_new_tokens") is not None for item in given]
+        params = [
+            parse_sampling_params(item, vocab_size=self.vocab_size, next_seed=self.next_seed, preferred=self.preferred)
+            for item in given
+        ]
+        n = params[0].n
+        if any(item.n != n for item in params):
+            raise RequestError("n must be the same in all sampling_params of a batch")
+        if self.encoder is None and any(item.stop for item in params):
+            raise RequestError(
+                "stop strings need a tokenizer, and skip_tokenizer_init=True leaves it out; use stop_token_ids"
+            )
+        logprobs = {
+            "return_logprob": return_logprob,
+            "logprob_start_len": logprob_start_len,
+            "top_logprobs_num": top_logprobs_num,
+            "token_ids_logprob": token_ids_logprob,
+        }
+        rows = _logprob_rows(logprobs, size, is_batch, n)
+        namespace = self._namespace(cache_salt)
+        rank = 0 if priority is None else _index("priority", priority)
+        rids = _rids(rid, size, n, is_batch)
+        requests = []
+        for i in range(size):
+            where = f"prompt {i}: " if is_batch else ""
+            ids, item = self._fit(prompts[i], params[i], explicit[i], where)
+            options = self._logprob_options(rows[i], len(ids), where)
+            for j in range(n):
+                request = Request(
+                    rid=rids[i * n + j],
+                    prompt_ids=ids,
+                    sampling=sample_params(item, j),
+                    eos_ids=self.eos_ids,
+                    namespace=namespace,
+                    priority=rank,
+                    **options,
+                )
+                requests.append(request)
+        return CallInputs(requests, is_single=not is_batch and n == 1)
+
+    def _prompts(self, prompt: Any, input_ids: Any) -> tuple[list[NDArray[np.int32]], bool]:
+        """The prompts as ids, and whether the call is a batch."""
+        if (prompt is None) == (input_ids is None):
+            raise PromptError("give either prompt or input_ids" + ("" if prompt is None else ", not both"))
+        if prompt is not None:
+            is_batch = isinstance(prompt, (list, tuple))
+            texts = list(prompt) if is_batch else [prompt]
+            if not texts:
+                raise PromptError("the list of prompts is empty")
+            return [self._encode(text, i if is_batch else None) for i, text in enumerate(texts)], is_batch
+        is_flat = isinstance(input_ids, np.ndarray) and input_ids.ndim == 1
+        if not isinstance(input_ids, (list, tuple, np.ndarray)):
+            raise PromptError(f"input_ids must be a list of ids or a list of lists of ids, not {_type(input_ids)}")
+        is_batch = not is_flat and len(input_ids) > 0 and isinstance(input_ids[0], (list, tuple, np.ndarray))
+        items = list(input_ids) if is_batch else [input_ids]
+        return [self._check_ids(ids, i if is_batch else None) for i, ids in enumerate(items)], is_batch
+
+    def _encode(self, text: Any, index: int | None) -> NDArray[np.int32]:
+        where = "" if index is None else f"prompt {index}: "
+        if self.encoder is None:
+            raise PromptError("this engine has no tokenizer (skip_tokenizer_init=True): give input_ids")
+        if not isinstance(text, str):
+            raise PromptError(f"{where}a prompt must be a str, not {_type(text)}; ids go into input_ids")
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise PromptError(f"{where}the prompt is not valid Unicode: {exc}") from exc
+        ids = np.asarray(self.encoder.encode(text), dtype=np.int32)
+        if not len(ids):
+            raise PromptError(f"{where}the prompt is empty: there must be at least one token")
+        if ids.max() >= self.vocab_size:
+            raise PromptError(f"{where}the tokenizer gave id {ids.max()}, but the model has {self.vocab_size} tokens")
+        return ids
+
+    def _check_ids(self, ids: Any, index: int | None) -> NDArray[np.int32]:
+        where = "" if index is None else f"prompt {index}: "
+        if not isinstance(ids, (list, tuple, np.ndarray)):
+            raise PromptError(f"{where}input_ids must be a list of ids, not {_type(ids)}")
+        if not len(ids):
+            raise PromptError(f"{where}input_ids is empty: there must be at least one token")
+        checked = np.empty(len(ids), dtype=np.int32)
+        for position, token_id in enumerate(ids):
+            try:
+                number = -1 if isinstance(token_id, (bool, np.bool_)) else operator.index(token_id)
+            except TypeError:
+                number = -1
+            if not 0 <= number < self.vocab_size:
+                raise PromptError(
+                    f"{where}input_ids[{position}] is {str(token_id)[:80]}, not an id of 0 … {self.vocab_size - 1}"
+                )
+            checked[position] = number
+        return checked
+
+    def _fit(
+        self, ids: NDArray[np.int32], params: SamplingParams, explicit: bool, where: str
+    ) -> tuple[NDArray[np.int32], SamplingParams]:
+        """The prompt and its parameters, fitted to the context.
+
+        An unset `max_new_tokens` takes what the context leaves. One that the request names is refused, or cut with
+        `allow_auto_truncate`.
+        """
+        if len(ids) >= self.context_length:
+            if not self.allow_auto_truncate:
+                raise PromptError(
+                    f"{where}the prompt has {len(ids)} tokens and the context length is {self.context_length}: at most"
+                    f" {self.context_length - 1} are possible. Shorten it, start the engine with a larger context_length"
+                    " (or max_total_tokens) if the model and memory allow, or set allow_auto_truncate=True."
+                )
+            ids = ids[: self.context_length - 1]
+        room = self.context_length - len(ids)
+        wanted = params.max_new_tokens
+        if wanted is None or wanted <= room:
+            return ids, params
+        if explicit and not self.allow_auto_truncate:
+            raise PromptError(
+                f"{where}the prompt has {len(ids)} tokens and max_new_tokens is {wanted}, together more than the context"
+                f" length of {self.context_length}. Set max_new_tokens to at most {room}, or leave it out."
+            )
+        return ids, replace(params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room))
+
+    def _logprob_options(self, row: dict[str, Any], prompt_length: int, where: str) -> dict[str, Any]:
+        """Fields of `Request` for one item's log-probability arguments."""
+        wanted = row["return_logprob"]
+        if not isinstance(wanted, bool):
+            raise RequestError(f"{where}return_logprob must be True or False, not {wanted!r}")
+        start = -1 if row["logprob_start_len"] is None else _index("logprob_start_len", row["logprob_start_len"])
+        num_top = 0 if row["top_logprobs_num"] is None else _index("top_logprobs_num", row["top_logprobs_num"])
+        ids = () if row["token_ids_logprob"] is None else tuple(row["token_ids_logprob"])
+        if not wanted:
+            if start != -1 or num_top or ids:
+                raise RequestError(f"{where}log-probability arguments have no effect without return_logprob=True")
+            return {}
+        if not -1 <= start < prompt_length:
+            raise RequestError(
+                f"{where}logprob_start_len={start} is outside -1 … {prompt_length - 1}, the prompt's tokens"
+            )
+        if not 0 <= num_top <= min(MAX_TOP_LOGPROBS, self.vocab_size):
+            raise RequestError(
+                f"{where}top_logprobs_num={num_top} is outside 0 … {min(MAX_TOP_LOGPROBS, self.vocab_size)}"
+            )
+        if len(ids) > MAX_LOGPROB_TOKEN_IDS:
+            raise RequestError(
+                f"{where}token_ids_logprob has {len(ids)} ids; at most {MAX_LOGPROB_TOKEN_IDS} are possible"
+            )
+        for token_id in ids:
+            if not 0 <= _index("token_ids_logprob", token_id) < self.vocab_size:
+                raise RequestError(f"{where}token_ids_logprob has {token_id}, not an id of 0 … {self.vocab_size - 1}")
+        return {
+            "return_logprob": True,
+            "logprob_start": None if start == -1 else start,
+            "num_top_logprobs": num_top,
+            "logprob_token_ids": tuple(int(token_id) for token_id in ids),
+        }
+
+    def _namespace(self, salt: Any) -> str:
+        if salt is None or salt == "":
+            return self.namespace
+        if not isinstance(salt, str):
+            raise RequestError(f"cache_salt must be a str, not {_type(salt)}")
+        return f"{self.namespace}/salt:{salt}"
+
+
+def _per_item(name: str, value: Any, size: int, is_batch: bool) -> list[Any]:
+    """One value for each item: a list is taken item by item, anything else holds for all."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * size
+    if not is_batch:
+        raise RequestError(f"{name} is a list, but there is one prompt: give a single value")
+    if len(value) != size:
+        raise RequestError(f"{name} has {len(value)} entries for {size} prompts")
+    return [*value]
+
+
+def _logprob_rows(values: dict[str, Any], size: int, is_batch: bool, n: int) -> list[dict[str, Any]]:
+    """The log-probability arguments of each item."""
+    columns: dict[str, list[Any]] = {}
+    for name, value in values.items():
+        if name == "token_ids_logprob":
+            if value is not None and not isinstance(value, (list, tuple)):
+                raise RequestError(f"token_ids_logprob must be a list of ids, not {_type(value)}")
+            # A flat list of ids holds for all items.
+            is_per_item = any(item is None or isinstance(item, (list, tuple)) for item in value or ())
+        else:
+            is_per_item = isinstance(value, (list, tuple))
+        if is_per_item and n > 1:
+            raise RequestError(f"{name} cannot be a list together with n={n}: give one value for all")
+        columns[name] = _per_item(name, value, size, is_batch) if is_per_item else [value] * size
+    return [{name: column[i] for name, column in columns.items()} for i in range(size)]
+
+
+def _rids(rid: Any, size: int, n: int, is_batch: bool) -> list[str]:
+    """An id for each request: as given, `rid_0`, `rid_1`, … where one was given for several, or drawn."""
+    if rid is None:
+        return [uuid.uuid4().hex for _ in range(size * n)]
+    if isinstance(rid, (list, tuple)):
+        names = _per_item("rid", rid, size, is_batch)
+    else:
+        names = [f"{rid}_{i}" for i in range(size)] if is_batch and isinstance(rid, str) else [rid] * size
+    for name in names:
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_RID_CHARS:
+            raise RequestError(f"rid must be a str of 1 … {MAX_RID_CHARS} characters, not {str(name)[:80]!r}")
+    if n > 1:
+        names = [f"{name}_{j}" for name in names for j in range(n)]
+    if len(set(names)) != len(names):
+        raise RequestError("rid has the same id twice: every request needs its own")
+    return names
+
+
+def _index(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise RequestError(f"{name} must be a whole number, not {str(value)[:80]!r} of type {_type(value)}") from None
+
+
+def _type(value: Any) -> str:
+    return type(value).__name__

@@ -1,0 +1,240 @@
+"""Sampling parameters as users write them, checked and turned into `SamplingParams`.
+
+Owns the names, defaults and limits of `sampling_params`. Never looks at a prompt: whether `max_new_tokens` fits the
+context is `mooli.frontend.inputs`' question.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+from mooli.errors import SamplingParamsError, UnknownSamplingParamError
+from mooli.types import TOP_K_ALL, SamplingParams
+
+MAX_STOP_STRINGS = 32
+MAX_STOP_CHARS = 4096
+"""Length of one stop string: text that could begin one is held back, so it must end."""
+
+MAX_SAMPLES = 128
+"""Largest `n`."""
+
+GREEDY_BELOW = 1e-6
+"""A temperature below this is greedy; dividing logits by it would overflow."""
+
+_DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(SamplingParams) if item.default is not MISSING}
+_INT64 = 2**63
+_UNSUPPORTED = (
+    "json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "beam_width", "custom_params", "watermark",
+)  # fmt: skip
+_OTHER_ENGINES = {
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "do_sample": "temperature",
+    "num_return_sequences": "n",
+}
+_NAMES = (*_DEFAULTS, "sampling_seed", *_UNSUPPORTED)
+
+
+def parse_sampling_params(
+    params: Mapping[str, Any] | None,
+    *,
+    vocab_size: int,
+    next_seed: Callable[[], int],
+    preferred: Mapping[str, Any] | None = None,
+) -> SamplingParams:
+    """Check `params` and fill in defaults; `preferred` is laid under them.
+
+    None for a parameter means its default, except for `max_new_tokens`, where it means no limit but the context.
+    `next_seed` is called only where no seed is given.
+
+    Raises UnknownSamplingParamError (a TypeError too) for a name that does not exist, SamplingParamsError for a value
+    that is of the wrong type, out of range, or asks for what is not implemented.
+    """
+    if params is not None and not isinstance(params, Mapping):
+        raise SamplingParamsError(f"sampling_params must be a dict, got {params!r} of type {type(params).__name__}")
+    given = {**(preferred or {}), **(params or {})}
+    for name, value in given.items():
+        _check_name(name, value)
+    values = {name: given[name] for name in _DEFAULTS if given.get(name) is not None}
+    result = dict(_DEFAULTS)
+    if "max_new_tokens" in given:
+        result["max_new_tokens"] = None
+    for name, value in values.items():
+        if name not in ("stop", "stop_token_ids", "logit_bias", "seed"):
+            result[name] = _CHECKS[name](name, value)
+    result["stop"] = _stop_strings(values.get("stop"))
+    result["stop_token_ids"] = frozenset(_token_ids("stop_token_ids", values.get("stop_token_ids", ()), vocab_size))
+    result["logit_bias"] = _logit_bias(values.get("logit_bias") or {}, vocab_size)
+    seed = _seed(given.get("seed"), given.get("sampling_seed"))
+    result["seed"] = next_seed() if seed is None else seed
+    if result["temperature"] < GREEDY_BELOW:
+        result["temperature"] = 0.0
+    if result["top_k"] >= vocab_size:
+        result["top_k"] = TOP_K_ALL
+    longest = result["max_new_tokens"]
+    if longest is not None and result["min_new_tokens"] > longest:
+        raise SamplingParamsError(f"min_new_tokens={result['min_new_tokens']} is more than max_new_tokens={longest}")
+    return SamplingParams(**result)
+
+
+def sample_params(params: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of sample `index` of `n`: the same but for the seed. Sample 0 keeps the seed itself.
+
+    The others' seeds are mixed from (seed, index), so that samples differ and each can be had again.
+    """
+    return params if index == 0 else replace(params, seed=_mix(params.seed, index))
+
+
+def _mix(seed: int, index: int) -> int:
+    """SplitMix64's finaliser over the seed and a multiple of its increment (Steele, Lea, Flood 2014)."""
+    mask = 2**64 - 1
+    value = (seed + index * 0x9E3779B97F4A7C15) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)
+
+
+def _check_name(name: Any, value: Any) -> None:
+    if name in _UNSUPPORTED:
+        if value is None or value == "" or value == {} or value == [] or (name == "beam_width" and value == 1):
+            return
+        raise SamplingParamsError(f"{name} is not supported yet: remove {name}={_short(value)}")
+    if name in _NAMES:
+        return
+    close = _OTHER_ENGINES.get(name) or next(iter(difflib.get_close_matches(str(name), _NAMES, n=1)), None)
+    hint = f"did you mean {close}?" if close else f"there are: {', '.join(sorted(_NAMES))}"
+    raise UnknownSamplingParamError(f"there is no sampling parameter {name!r}; {hint}")
+
+
+def _number(low: float, high: float = math.inf, *, above_low: bool = False) -> Callable[[str, Any], float]:
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, (bool, str, bytes)):
+            raise _wrong_type(name, value, "a number")
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError) as exc:
+            raise _wrong_type(name, value, "a finite number") from exc
+        inside = low < number <= high if above_low else low <= number <= high
+        if not math.isfinite(number) or not inside:
+            opening = "(" if above_low else "["
+            closing = "inf)" if high == math.inf else f"{high}]"
+            raise SamplingParamsError(f"{name}={_short(value)} is outside {opening}{low}, {closing}")
+        return number
+
+    return check
+
+
+def _integer(low: int, high: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        number = _index(name, value)
+        if not low <= number <= high:
+            raise SamplingParamsError(f"{name}={number} is outside {low} … {high}")
+        return number
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong_type(name, value, "True or False")
+    return value
+
+
+def _top_k(name: str, value: Any) -> int:
+    number = _index(name, value)
+    if number != TOP_K_ALL and number < 1:
+        raise SamplingParamsError(f"top_k={number} must be -1 (the whole vocabulary) or at least 1")
+    return number
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "max_new_tokens": _integer(0, _INT64 - 1),
+    "min_new_tokens": _integer(0, _INT64 - 1),
+    "temperature": _number(0.0),
+    "top_k": _top_k,
+    "top_p": _number(0.0, 1.0, above_low=True),
+    "min_p": _number(0.0, 1.0),
+    "frequency_penalty": _number(-2.0, 2.0),
+    "presence_penalty": _number(-2.0, 2.0),
+    "repetition_penalty": _number(0.0, 2.0, above_low=True),
+    "ignore_eos": _flag,
+    "n": _integer(1, MAX_SAMPLES),
+    "skip_special_tokens": _flag,
+    "spaces_between_special_tokens": _flag,
+    "no_stop_trim": _flag,
+    "stream_interval": _integer(1, _INT64 - 1),
+}
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    strings = [value] if isinstance(value, str) else value
+    if strings is None:
+        return ()
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) for text in strings):
+        raise _wrong_type("stop", value, "a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise SamplingParamsError(f"stop has {len(strings)} strings; at most {MAX_STOP_STRINGS} are possible")
+    for text in strings:
+        if not 0 < len(text) <= MAX_STOP_CHARS:
+            raise SamplingParamsError(f"a stop string has {len(text)} characters; 1 … {MAX_STOP_CHARS} are possible")
+    return tuple(strings)
+
+
+def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise _wrong_type(name, value, "a list of token ids")
+    ids = [_index(name, token_id) for token_id in value]
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise SamplingParamsError(f"{name} has id {token_id}, outside the vocabulary of {vocab_size} tokens")
+    return ids
+
+
+def _logit_bias(value: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, Mapping):
+        raise _wrong_type("logit_bias", value, "a dict of token id to number")
+    result: dict[int, float] = {}
+    for key, bias in value.items():
+        try:
+            token_id = int(key) if isinstance(key, str) else operator.index(key)  # JSON has string keys only
+        except (TypeError, ValueError) as exc:
+            raise _wrong_type("a key of logit_bias", key, "a token id") from exc
+        if not 0 <= token_id < vocab_size:
+            raise SamplingParamsError(f"logit_bias has id {token_id}, outside the vocabulary of {vocab_size} tokens")
+        result[token_id] = _number(-1e9, 1e9)(f"logit_bias[{token_id}]", bias)
+    return tuple(result.items())
+
+
+def _seed(seed: Any, sampling_seed: Any) -> int | None:
+    """The seed as an unsigned 64-bit number, from either of its names."""
+    if seed is None and sampling_seed is None:
+        return None
+    name, value = ("seed", seed) if sampling_seed is None else ("sampling_seed", sampling_seed)
+    if seed is not None and sampling_seed is not None and seed != sampling_seed:
+        raise SamplingParamsError(f"seed={seed!r} and sampling_seed={sampling_seed!r} differ: give one")
+    return _integer(-_INT64, _INT64 - 1)(name, value) % 2**64
+
+
+def _index(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise _wrong_type(name, value, "a whole number")
+    try:
+        return operator.index(value)
+    except TypeError as exc:
+        raise _wrong_type(name, value, "a whole number") from exc
+
+
+def _wrong_type(name: str, value: Any, wanted: str) -> SamplingParamsError:
+    return SamplingParamsError(f"{name} must be {wanted}, got {_short(value)} of type {type(value).__name__}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

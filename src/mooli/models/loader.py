@@ -1,0 +1,145 @@
+"""From a path to a configuration and the weights that go with it.
+
+Owns the choice of format and the order of checks: configuration first, then names and shapes, before a single weight is
+read. Never packs weights and never looks for a model by name; `mooli.hub` does that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mooli.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
+from mooli.formats.gguf import GGUFFile, gguf_in_folder, is_gguf
+from mooli.formats.json_file import read_json
+from mooli.models.checkpoint import (
+    Checkpoint,
+    DummyCheckpoint,
+    GGUFCheckpoint,
+    SafetensorsCheckpoint,
+    check_tensors,
+)
+from mooli.models.config import ModelConfig, merge_hf_overrides
+from mooli.tensor import TensorType
+
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_DTYPES = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16: "bfloat16"}
+
+
+def open_model(
+    path: Path, *, load_format: str = "auto", overrides: Mapping[str, Any] | None = None, seed: int = 0
+) -> tuple[ModelConfig, Checkpoint]:
+    """Configuration and checkpoint of the model at `path`: a Hugging Face folder or a GGUF file.
+
+    load_format: auto takes safetensors, then GGUF; dummy needs only the configuration and makes random weights from
+    `seed`. overrides: Hugging Face names laid over the configuration. The caller closes the checkpoint.
+    Raises ConfigError for a load format or override that is not there, and any ModelError; names and shapes of all
+    tensors are checked.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ConfigError(f"load_format is {load_format!r}; possible are {', '.join(LOAD_FORMATS)}")
+    gguf = _gguf_path(path, load_format)
+    if gguf is not None:
+        return _open_gguf(gguf, load_format, overrides, seed)
+    return _open_folder(path, load_format, overrides, seed)
+
+
+def _gguf_path(path: Path, load_format: str) -> Path | None:
+    """The GGUF file to read, or None for a Hugging Face folder."""
+    if path.is_dir():
+        if load_format == "safetensors":
+            return None
+        has_config = (path / "config.json").is_file()
+        has_other = load_format == "dummy" or any(path.glob("*.safetensors"))
+        if load_format != "gguf" and has_config and has_other:
+            return None
+        found = gguf_in_folder(path)
+        if found is None and load_format == "gguf":
+            raise ModelNotFoundError(f"there is no .gguf file in {path}")
+        return found
+    if not path.is_file():
+        raise ModelNotFoundError(f"there is no model at {path}")
+    if path.suffix in _PICKLE_SUFFIXES and not is_gguf(path):
+        raise _pickle_error(path.name)
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path.name} is one file of a model; give the folder, which has config.json too")
+    if load_format == "safetensors":
+        raise ConfigError(
+            f"load_format is 'safetensors' and {path.name} is a file; give a folder or another load_format"
+        )
+    return path
+
+
+def _open_gguf(
+    path: Path, load_format: str, overrides: Mapping[str, Any] | None, seed: int
+) -> tuple[ModelConfig, Checkpoint]:
+    file = GGUFFile(path)
+    try:
+        shapes = {name: info.shape for name, info in file.tensors.items()}
+        embedding = file.tensors.get("token_embd.weight")
+        dtype = _DTYPES.get(embedding.type, "bfloat16") if embedding else "bfloat16"
+        config = ModelConfig.from_gguf(
+            file.metadata, shapes, freq_factors=_freq_factors(file), dtype=dtype, overrides=overrides
+        )
+        if load_format == "dummy":
+            file.close()
+            return config, DummyCheckpoint(config, seed)
+        checkpoint = GGUFCheckpoint(file, config)
+        check_tensors(config, checkpoint)
+    except BaseException:
+        file.close()
+        raise
+    return config, checkpoint
+
+
+def _freq_factors(file: GGUFFile) -> tuple[float, ...]:
+    if "rope_freqs.weight" not in file.tensors:
+        return ()
+    raw = file.tensor("rope_freqs.weight")
+    if raw.type != TensorType.F32 or len(raw.shape) != 1 or raw.num_columns > 512:
+        raise CheckpointError(
+            f"rope_freqs.weight is {raw.type.name} of shape {list(raw.shape)}, not a short F32 vector"
+        )
+    return tuple(raw.data.view("<f4")[0].tolist())
+
+
+def _open_folder(
+    path: Path, load_format: str, overrides: Mapping[str, Any] | None, seed: int
+) -> tuple[ModelConfig, Checkpoint]:
+    if not (path / "config.json").is_file():
+        raise ModelNotFoundError(f"{path} has neither config.json nor a .gguf file: it is not a model folder")
+    raw = merge_hf_overrides(read_json(path / "config.json"), overrides)
+    generation_path = path / "generation_config.json"
+    # An override of the ending ids must win over the generation config, not be joined with it.
+    overridden = "eos_token_id" in (overrides or {})
+    generation = read_json(generation_path) if generation_path.is_file() and not overridden else None
+    config = ModelConfig.from_hf(raw, generation)
+    if load_format == "dummy":
+        return config, DummyCheckpoint(config, seed)
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+        if pickles:
+            raise _pickle_error(pickles[0])
+        raise ModelNotFoundError(f"{path} has config.json but no .safetensors file; download the weights too")
+    checkpoint = SafetensorsCheckpoint(path)
+    try:
+        if not (raw.get("dtype") or raw.get("torch_dtype")) and "model.embed_tokens.weight" in checkpoint:
+            stored = checkpoint.tensor("model.embed_tokens.weight").type
+            config = dataclasses.replace(config, dtype=_DTYPES[stored])
+        check_tensors(config, checkpoint)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return config, checkpoint
+
+
+def _pickle_error(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} is a pickle file, which can run code when read and is not supported; convert the model with"
+        " `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)` of Transformers, which writes"
+        " safetensors, or use a model that has them"
+    )

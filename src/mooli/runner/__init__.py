@@ -1,0 +1,1 @@
+"""Runners carry out a ScheduleBatch. They keep no request state and decide nothing."""

@@ -1,0 +1,106 @@
+"""Carries out one step on a backend: page copies, forward pass, logits, sampling, log-probabilities.
+
+Owns the order of a step and the bound on logits in memory. Never holds anything of a request, sees text, or decides
+what runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli.backends.base import Array, Backend
+from mooli.batch import LogprobRow, PromptLogprobRows, SamplingBatch, ScheduleBatch, StepOutput
+from mooli.errors import ConfigError
+
+
+class CallableModel(Protocol):
+    """What of a model is run here."""
+
+    def forward(self, batch: Any) -> Array: ...
+
+    def logits(self, hidden: Array) -> Array: ...
+
+
+class ModelRunner:
+    """Runs steps of one model on one backend."""
+
+    def __init__(self, model: CallableModel, backend: Backend, vocab_size: int, max_logit_rows: int = 32) -> None:
+        """`vocab_size`: ids that may be sampled; a head may be padded beyond it.
+
+        `max_logit_rows`: the most rows of logits that exist at one time. Raises ConfigError if it is below 1.
+        """
+        if max_logit_rows < 1:
+            raise ConfigError(f"max_logit_rows must be at least 1, not {max_logit_rows}")
+        self._backend = backend
+        self._vocab_size = vocab_size
+        self._max_logit_rows = max_logit_rows
+        self._forward = backend.capture(model.forward)
+        self._logits = backend.capture(model.logits)
+
+    def execute(self, batch: ScheduleBatch) -> StepOutput:
+        """Compute the step. Its KV is stored when this returns."""
+        if batch.copies:
+            self._backend.copy_pages(batch.copies)
+        if batch.num_tokens == 0:
+            return StepOutput(token_ids=np.empty(0, dtype=np.int32), logprobs=[])
+        hidden = self._forward(self._backend.plan(batch))
+        token_ids, logprobs = self._sample(hidden, batch)
+        prompt_logprobs = [self._prompt_logprobs(hidden, rows) for rows in batch.prompt_logprobs]
+        return StepOutput(token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def close(self) -> None:
+        """Give the backend's memory and threads back. Nothing can be executed afterwards."""
+        self._backend.close()
+
+    def _sample(self, hidden: Array, batch: ScheduleBatch) -> tuple[NDArray[np.int32], list[LogprobRow | None]]:
+        last_tokens = (np.cumsum(batch.lengths, dtype=np.int32) - 1)[batch.samples].astype(np.int32)
+        token_ids = np.empty(len(last_tokens), dtype=np.int32)
+        logprobs: list[LogprobRow | None] = []
+        for begin in range(0, len(last_tokens), self._max_logit_rows):
+            rows = slice(begin, min(begin + self._max_logit_rows, len(last_tokens)))
+            logits = self._logits(self._backend.take_rows(hidden, last_tokens[rows]))
+            result = self._backend.sample(logits, _take_sampling_rows(batch.sampling, rows), self._vocab_size)
+            token_ids[rows] = result.token_ids
+            logprobs += [None if entry is None else LogprobRow(*entry) for entry in result.logprobs]
+        return token_ids, logprobs
+
+    def _prompt_logprobs(self, hidden: Array, wanted: PromptLogprobRows) -> list[LogprobRow]:
+        result: list[LogprobRow] = []
+        for begin in range(0, len(wanted.target_ids), self._max_logit_rows):
+            target_ids = wanted.target_ids[begin : begin + self._max_logit_rows]
+            first = wanted.first_token + begin
+            tokens = np.arange(first, first + len(target_ids), dtype=np.int32)
+            logits = self._logits(self._backend.take_rows(hidden, tokens))
+            entries = self._backend.logprobs(logits, target_ids, wanted.num_top, wanted.token_ids, self._vocab_size)
+            result += [LogprobRow(*entry) for entry in entries]
+        return result
+
+
+_FLAT_FIELDS = {
+    "history_ids": "history_indptr",
+    "history_indptr": "history_indptr",
+    "bias_ids": "bias_indptr",
+    "bias_values": "bias_indptr",
+    "bias_indptr": "bias_indptr",
+}
+"""Ragged fields of a sampling batch and the index pointer that cuts them."""
+
+
+def _take_sampling_rows(sampling: SamplingBatch, rows: slice) -> SamplingBatch:
+    """The sampling inputs of a run of rows, as views."""
+    if rows.start == 0 and rows.stop == len(sampling):
+        return sampling
+    cut: dict[str, Any] = {}
+    for field in fields(sampling):
+        values = getattr(sampling, field.name)
+        pointer_name = _FLAT_FIELDS.get(field.name)
+        if pointer_name is None:
+            cut[field.name] = values[rows]
+            continue
+        pointer = getattr(sampling, pointer_name)[rows.start : rows.stop + 1]
+        cut[field.name] = pointer - pointer[0] if field.name == pointer_name else values[pointer[0] : pointer[-1]]
+    return replace(sampling, **cut)

@@ -1,0 +1,222 @@
+"""Turns the rows of a step into a ScheduleBatch.
+
+Owns the tables indexed by req_index: page table and sampling values, kept between steps so that a decode step is a few
+NumPy gathers. Never decides which rows run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch
+from mooli.scheduler.request_state import RequestState
+
+UINT64_MASK = (1 << 64) - 1
+
+
+@dataclass(slots=True)
+class Row:
+    """Compute tokens [start, start + length) of one request, and sample the next if `samples`."""
+
+    state: RequestState
+    start: int
+    length: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Plan:
+    """The step being put together. `num_preempted` counts running requests that had to give way."""
+
+    tokens_left: int
+    rows: list[Row] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
+    num_preempted: int = 0
+    num_cached_tokens: int = 0
+
+    def add(self, state: RequestState, length: int) -> None:
+        """Add the next `length` tokens of a request. Its last missing token samples, unless it wants no tokens."""
+        samples = length == state.num_missing and state.wants_tokens
+        self.rows.append(Row(state, state.num_computed, length, samples))
+        self.tokens_left -= length
+
+    def drop(self, state: RequestState) -> None:
+        """Take a request's row out again, if it has one."""
+        for index, row in enumerate(self.rows):
+            if row.state is state:
+                self.tokens_left += row.length
+                del self.rows[index]
+                return
+
+
+@dataclass(slots=True)
+class _Bias:
+    """Biased ids of one request: always, and while `min_new_tokens` is not reached (stopping ids at -inf)."""
+
+    always: tuple[NDArray[np.int32], NDArray[np.float32]]
+    early: tuple[NDArray[np.int32], NDArray[np.float32]]
+
+
+class BatchBuilder:
+    """Tables of `max_rows` running requests with up to `max_pages` pages each."""
+
+    def __init__(self, page_size: int, max_rows: int, max_pages: int) -> None:
+        self._page_size = page_size
+        self._page_table = np.full((max_rows, max(1, max_pages)), -1, np.int32)
+        self._num_pages = np.zeros(max_rows, np.int32)
+        self._temperature = np.zeros(max_rows, np.float32)
+        self._top_k = np.zeros(max_rows, np.int32)
+        self._top_p = np.zeros(max_rows, np.float32)
+        self._min_p = np.zeros(max_rows, np.float32)
+        self._frequency_penalty = np.zeros(max_rows, np.float32)
+        self._presence_penalty = np.zeros(max_rows, np.float32)
+        self._repetition_penalty = np.ones(max_rows, np.float32)
+        self._seeds = np.zeros(max_rows, np.uint64)
+        self._num_top = np.full(max_rows, -1, np.int32)
+        self._penalised = np.zeros(max_rows, np.bool_)
+        self._biases: dict[int, _Bias] = {}
+
+    def enter(self, state: RequestState) -> None:
+        """A request got its req_index."""
+        row, params = state.req_index, state.request.sampling
+        self._temperature[row] = params.temperature
+        self._top_k[row] = params.top_k
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        self._frequency_penalty[row] = params.frequency_penalty
+        self._presence_penalty[row] = params.presence_penalty
+        self._repetition_penalty[row] = params.repetition_penalty
+        self._seeds[row] = params.seed & UINT64_MASK
+        self._num_top[row] = state.request.num_top_logprobs if state.request.return_logprob else -1
+        self._penalised[row] = bool(
+            params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
+        )
+        early = state.stop_ids if params.min_new_tokens else frozenset()
+        if params.logit_bias or early:
+            chosen = {**dict(params.logit_bias), **dict.fromkeys(sorted(early), -np.inf)}
+            self._biases[row] = _Bias(_bias_arrays(dict(params.logit_bias)), _bias_arrays(chosen))
+
+    def leave(self, req_index: int) -> None:
+        """A req_index is free again."""
+        self._page_table[req_index, : self._num_pages[req_index]] = -1
+        self._num_pages[req_index] = 0
+        self._biases.pop(req_index, None)
+
+    def set_pages(self, req_index: int, pages: list[int], first: int = 0) -> None:
+        """The pages of a request are `pages`; those before `first` are as they were."""
+        self._page_table[req_index, first : len(pages)] = pages[first:]
+        self._num_pages[req_index] = len(pages)
+
+    def grow_pages(self, req_index: int, pages: list[int]) -> None:
+        """`pages` may have become longer."""
+        first = self._num_pages[req_index]
+        if len(pages) > first:
+            self.set_pages(req_index, pages, first)
+
+    def build(self, step: int, plan: Plan) -> ScheduleBatch:
+        """The batch of `plan`, in the order of its rows, which must not be empty."""
+        rows = plan.rows
+        num_rows = len(rows)
+        numbers = np.array([(row.state.req_index, row.start, row.length, row.samples) for row in rows], np.int32)
+        req_indices, starts, lengths = (np.ascontiguousarray(numbers[:, column]) for column in range(3))
+        samples = numbers[:, 3].astype(np.bool_)
+        page_table = self._page_table[:, : max(1, self._num_pages[req_indices].max())][req_indices]
+        if num_rows == lengths.sum():
+            row_of_token, positions = np.arange(num_rows), starts.copy()
+            token_ids = np.array([row.state.tokens[row.start] for row in rows], np.int32)
+        else:
+            first_tokens = np.cumsum(lengths) - lengths
+            row_of_token = np.repeat(np.arange(num_rows), lengths)
+            positions = np.arange(len(row_of_token), dtype=np.int32) + (starts - first_tokens)[row_of_token]
+            token_ids = np.concatenate([row.state.tokens[row.start : row.start + row.length] for row in rows])
+        slots = page_table[row_of_token, positions // self._page_size] * self._page_size + positions % self._page_size
+        return ScheduleBatch(
+            step=step,
+            token_ids=token_ids,
+            positions=positions.astype(np.int32, copy=False),
+            slots=slots.astype(np.int32, copy=False),
+            req_indices=req_indices,
+            starts=starts,
+            lengths=lengths,
+            samples=samples,
+            page_table=page_table,
+            sampling=self._sampling([row for row in rows if row.samples], req_indices[samples]),
+            copies=plan.copies,
+            prompt_logprobs=_prompt_logprob_rows(rows),
+        )
+
+    def _sampling(self, rows: list[Row], indices: NDArray[np.int32]) -> SamplingBatch:
+        num_rows = len(rows)
+        history_indptr = np.zeros(num_rows + 1, np.int32)
+        bias_indptr = np.zeros(num_rows + 1, np.int32)
+        output_starts = np.zeros(num_rows, np.int32)
+        histories = [np.empty(0, np.int32)]
+        bias_ids = [np.empty(0, np.int32)]
+        bias_values = [np.empty(0, np.float32)]
+        if self._penalised[indices].any():
+            for i, row in enumerate(rows):
+                if self._penalised[row.state.req_index]:
+                    histories.append(row.state.tokens)
+                    output_starts[i] = row.state.num_prompt_tokens
+                    history_indptr[i + 1] = row.state.num_tokens
+            np.cumsum(history_indptr, out=history_indptr)
+        if self._biases:
+            for i, row in enumerate(rows):
+                bias = self._biases.get(row.state.req_index)
+                if bias is not None:
+                    is_early = row.state.num_output_tokens < row.state.request.sampling.min_new_tokens
+                    ids, values = bias.early if is_early else bias.always
+                    bias_ids.append(ids)
+                    bias_values.append(values)
+                    bias_indptr[i + 1] = len(ids)
+            np.cumsum(bias_indptr, out=bias_indptr)
+        requests = [row.state.request for row in rows]
+        return SamplingBatch(
+            temperature=self._temperature[indices],
+            top_k=self._top_k[indices],
+            top_p=self._top_p[indices],
+            min_p=self._min_p[indices],
+            frequency_penalty=self._frequency_penalty[indices],
+            presence_penalty=self._presence_penalty[indices],
+            repetition_penalty=self._repetition_penalty[indices],
+            seeds=self._seeds[indices],
+            positions=np.array([row.state.num_tokens for row in rows], np.int64),
+            history_ids=np.concatenate(histories),
+            history_indptr=history_indptr,
+            output_starts=output_starts,
+            bias_ids=np.concatenate(bias_ids),
+            bias_values=np.concatenate(bias_values),
+            bias_indptr=bias_indptr,
+            num_top=self._num_top[indices],
+            logprob_token_ids=[r.logprob_token_ids if r.return_logprob else () for r in requests],
+        )
+
+
+def _bias_arrays(bias: dict[int, float]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    return np.array(list(bias.keys()), np.int32), np.array(list(bias.values()), np.float32)
+
+
+def _prompt_logprob_rows(rows: list[Row]) -> list[PromptLogprobRows]:
+    """The prompt tokens that the hidden states of these rows predict and whose log-probability is still wanted."""
+    wanted: list[PromptLogprobRows] = []
+    first_token = 0
+    for index, row in enumerate(rows):
+        state = row.state
+        first = state.next_prompt_logprob
+        last = min(row.start + row.length + 1, state.num_prompt_tokens)
+        if first < last:
+            request = state.request
+            wanted.append(
+                PromptLogprobRows(
+                    row=index,
+                    first_token=first_token + first - 1 - row.start,
+                    target_ids=state.tokens[first:last].copy(),
+                    num_top=request.num_top_logprobs,
+                    token_ids=request.logprob_token_ids,
+                )
+            )
+        first_token += row.length
+    return wanted

@@ -1,0 +1,145 @@
+"""One request while the engine has it.
+
+Owns its token ids, how far they are computed and what was collected for its output. Never decides when it runs or ends.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli.batch import LogprobRow
+from mooli.cache.kv_cache import RequestPages
+from mooli.cache.radix_tree import token_key
+from mooli.types import FinishReason, Request, TokenLogprobs
+
+
+class RequestState:
+    """A request, waiting (`pages` is None) or running.
+
+    num_tokens: prompt and what was sampled. num_computed: how many of them have their KV stored; it chases num_tokens.
+    max_tokens: num_tokens at which the request ends with `length`.
+    arrival: position in the order of arrival. rank: smaller goes first, and is preempted last.
+    leader: the running request that now computes a prefix this one waits for, until it has `leader_pages` in the tree.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_key",
+        "arrival",
+        "cached_tokens",
+        "enqueued_at",
+        "leader",
+        "leader_pages",
+        "max_tokens",
+        "next_prompt_logprob",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_tokens",
+        "pages",
+        "pending_finish",
+        "prompt_logprobs",
+        "rank",
+        "req_index",
+        "request",
+        "stop_ids",
+    )
+
+    def __init__(self, request: Request, arrival: int, max_tokens: int, enqueued_at: int) -> None:
+        prompt = request.prompt_ids
+        params = request.sampling
+        self.request = request
+        self.arrival = arrival
+        self.rank = (-request.priority, arrival)
+        self.max_tokens = max_tokens
+        self.enqueued_at = enqueued_at
+        self.stop_ids = frozenset() if params.ignore_eos else request.eos_ids | params.stop_token_ids
+        self.num_prompt_tokens = self.num_tokens = len(prompt)
+        self.num_computed = 0
+        self.cached_tokens = -1
+        self.num_preemptions = 0
+        self.pages: RequestPages | None = None
+        self.req_index = -1
+        self.leader: RequestState | None = None
+        self.leader_pages = 0
+        self.pending_finish: FinishReason | None = None
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.next_prompt_logprob = self.num_prompt_tokens
+        start = request.logprob_start
+        if start is not None:
+            # Nothing predicts the first entry from inside the range asked for.
+            self.prompt_logprobs = [TokenLogprobs(int(prompt[start]), None)]
+            self.next_prompt_logprob = start + 1
+        self._buffer = np.empty(min(max_tokens, self.num_tokens + 64), np.int32)
+        self._buffer[: self.num_tokens] = prompt
+        self._key: bytes | None = None
+
+    @property
+    def rid(self) -> str:
+        return self.request.rid
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """Prompt and output so far, int32 (num_tokens,): a view."""
+        return self._buffer[: self.num_tokens]
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens whose KV is not stored yet; at least one, as a sampled token is never computed in its own step."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """KV entries needed at the end: the last token is never computed."""
+        return max(self.num_prompt_tokens, self.max_tokens - 1)
+
+    @property
+    def wants_tokens(self) -> bool:
+        """False for `max_new_tokens=0`: the prompt is computed and nothing is sampled."""
+        return self.max_tokens > self.num_prompt_tokens
+
+    @property
+    def match_limit(self) -> int:
+        """How many tokens may come from the cache: one must be computed, and prompt log-probabilities need theirs."""
+        if self.next_prompt_logprob < self.num_prompt_tokens:
+            return self.next_prompt_logprob - 1
+        return self.num_tokens - 1
+
+    @property
+    def key(self) -> bytes:
+        """All tokens as a key of the radix tree."""
+        if self._key is None:
+            self._key = token_key(self.tokens)
+        return self._key
+
+    def append(self, token_id: int) -> None:
+        """Add a sampled token."""
+        if self.num_tokens == len(self._buffer):
+            grown = np.empty(min(self.max_tokens, 2 * self.num_tokens), np.int32)
+            grown[: self.num_tokens] = self._buffer
+            self._buffer = grown
+        self._buffer[self.num_tokens] = token_id
+        self.num_tokens += 1
+        self._key = None
+
+    def collect_prompt_logprobs(self, target_ids: NDArray[np.int32], rows: list[LogprobRow]) -> None:
+        """Append what a step computed for the next `len(target_ids)` prompt tokens."""
+        if self.prompt_logprobs is None:
+            return
+        self.prompt_logprobs += [
+            TokenLogprobs(int(token_id), row.logprob, row.top, row.chosen)
+            for token_id, row in zip(target_ids, rows, strict=True)
+        ]
+        self.next_prompt_logprob += len(rows)
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs] | None:
+        """The complete list, once; None if it was not asked for, is not complete, or was taken."""
+        if self.prompt_logprobs is None or self.next_prompt_logprob < self.num_prompt_tokens:
+            return None
+        taken, self.prompt_logprobs = self.prompt_logprobs, None
+        return taken

@@ -1,0 +1,43 @@
+"""Numbers about what the scheduler did, for logs and metrics.
+
+Owns plain counts. Never influences a decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the start; none ever goes down.
+
+    prompt_tokens: of requests at their first admission, cached_tokens: those of them found in the cache.
+    computed_tokens: all tokens of all steps, what preemption made necessary again included.
+    """
+
+    requests: int = 0
+    finished: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step. decode_rows: rows that continue an output by one token; prefill_tokens: all other tokens of the step.
+
+    cached_tokens: taken from the cache by requests admitted in this step. used_pages: in use by running requests.
+    """
+
+    step: int = 0
+    decode_rows: int = 0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    preempted: int = 0
+    running: int = 0
+    waiting: int = 0
+    used_pages: int = 0

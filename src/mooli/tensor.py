@@ -1,0 +1,77 @@
+"""A tensor as it lies in a checkpoint file: a type, a shape and bytes.
+
+Owns the names and block layouts of storage types, so that loaders and backends speak of the same thing. Never converts
+values: NumPy dequantisation is `mooli.backends.dequant`, native packing is in the CPU backend.
+Block layouts follow the GGUF specification (ggml block quantisation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class TensorType(IntEnum):
+    """Storage types, numbered as in GGUF."""
+
+    F32 = 0
+    F16 = 1
+    Q4_0 = 2
+    Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    BF16 = 30
+
+
+BLOCK: dict[TensorType, tuple[int, int]] = {
+    TensorType.F32: (1, 4),
+    TensorType.F16: (1, 2),
+    TensorType.BF16: (1, 2),
+    TensorType.Q4_0: (32, 18),
+    TensorType.Q4_1: (32, 20),
+    TensorType.Q5_0: (32, 22),
+    TensorType.Q5_1: (32, 24),
+    TensorType.Q8_0: (32, 34),
+    TensorType.Q4_K: (256, 144),
+    TensorType.Q5_K: (256, 176),
+    TensorType.Q6_K: (256, 210),
+}
+"""(values per block, bytes per block)."""
+
+
+def row_bytes(tensor_type: TensorType, num_columns: int) -> int:
+    """Bytes of one row of `num_columns` values, a multiple of the block's length."""
+    per_block, block_bytes = BLOCK[tensor_type]
+    return num_columns // per_block * block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """`shape` (rows, columns) or (columns,); `data` uint8 (rows, row_bytes), rows = 1 for a vector.
+
+    `data` may be a view of a memory-mapped file: read-only, and only valid while its checkpoint is open.
+    """
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+    @property
+    def num_rows(self) -> int:
+        return 1 if len(self.shape) == 1 else self.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        return self.shape[-1]
+
+    def take_rows(self, rows: NDArray[np.int64]) -> RawTensor:
+        """A copy with the given rows in the given order (used to undo a file format's permutation of heads)."""
+        return RawTensor(self.name, self.type, (len(rows), self.num_columns), self.data[rows])

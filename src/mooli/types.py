@@ -1,0 +1,137 @@
+"""What crosses between the text side and the engine: requests, outputs, finish reasons.
+
+Owns plain data and its meaning. Never holds text, arrays of a device, or behaviour beyond validation-free conversion;
+sampling values are validated where they enter (`mooli.frontend.sampling`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOP_K_ALL = -1
+"""`top_k` value that keeps the whole vocabulary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Values are already validated.
+
+    temperature 0.0 means greedy. `seed` is always set by the time the scheduler sees it: a sampled token is a function
+    of (logits, seed, position) alone, so batching can never change it.
+    `stop` (strings) is the text side's business; the scheduler looks only at ids.
+    """
+
+    max_new_tokens: int | None = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = TOP_K_ALL
+    top_p: float = 1.0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    n: int = 1
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    stream_interval: int | None = None
+
+
+FinishType = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishReason:
+    """Why a request ended. Every request gets exactly one.
+
+    `matched` is the token id or stop string of a `stop`; `length` the number of tokens of a `length`;
+    `message`, `status_code` and `err_type` belong to `abort` and `error`.
+    """
+
+    type: FinishType
+    matched: int | str | None = None
+    length: int | None = None
+    message: str | None = None
+    status_code: int | None = None
+    err_type: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `meta_info["finish_reason"]` shape of the public API."""
+        if self.type == "stop":
+            return {"type": "stop", "matched": self.matched}
+        if self.type == "length":
+            return {"type": "length", "length": self.length}
+        return {
+            "type": self.type,
+            "message": self.message,
+            "status_code": self.status_code,
+            "err_type": self.err_type,
+        }
+
+
+@dataclass(slots=True, kw_only=True)
+class Request:
+    """One sequence to generate, as the engine sees it.
+
+    prompt_ids: int32, at least one token, all inside the vocabulary (checked by the text side).
+    eos_ids: ids that end the sequence unless `sampling.ignore_eos`.
+    logprob_start: first prompt index whose log-probability is wanted; None for no prompt log-probabilities.
+        The entry at `logprob_start` itself is always null: it would need the token before it.
+    num_top_logprobs: how many alternatives per position; `logprob_token_ids`: ids whose log-probability is wanted too.
+    namespace: requests of different namespaces never share cache pages (salt, adapter).
+    priority: larger goes first.
+    """
+
+    rid: str
+    prompt_ids: NDArray[np.int32]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    eos_ids: frozenset[int] = frozenset()
+    return_logprob: bool = False
+    logprob_start: int | None = None
+    num_top_logprobs: int = 0
+    logprob_token_ids: tuple[int, ...] = ()
+    namespace: str = ""
+    priority: int = 0
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the token itself and of the alternatives asked for.
+
+    All are natural-log softmax of the model's own logits, before penalties, bias and temperature.
+    `logprob` is None for the first position of a prompt, which nothing predicts.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: list[tuple[float, int]] = field(default_factory=list)
+    chosen: list[tuple[float, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What one step added to one request. Sent whenever there is something new; the last one has `finish`.
+
+    new_token_ids: appended since the last output, a matched stop token included.
+    prompt_logprobs: complete list, sent once, with the output that carries the first token (or the finish).
+    cached_tokens: prompt tokens whose KV came from the tree at first admission.
+    """
+
+    rid: str
+    new_token_ids: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    num_preemptions: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None

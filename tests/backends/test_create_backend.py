@@ -1,0 +1,44 @@
+"""Choosing a backend by name: the right one, or an error that says what to do; never another one."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from mooli.backends import create_backend
+from mooli.errors import BackendUnavailableError, ConfigError
+
+
+def test_a_backend_is_made_by_its_name(backend_name: str) -> None:
+    backend = create_backend(backend_name)
+    assert backend.name == backend_name
+    backend.close()
+
+
+@pytest.mark.parametrize("name", ["ascend", "npu", "cuda", "gpu", "torch"])
+def test_a_backend_that_is_not_here_says_what_it_needs(name: str) -> None:
+    with pytest.raises(BackendUnavailableError, match=rf"'{name}' is not part of this installation.*torch.*cpu"):
+        create_backend(name)
+
+
+def test_an_unknown_backend_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'abacus'.*cpu, reference"):
+        create_backend("abacus")
+
+
+def test_a_native_module_that_does_not_load_is_an_error_not_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(BackendUnavailableError, match=r"'cpu' does not load: no mooli.backends.cpu.*Reinstall"):
+        create_backend("cpu")
+
+
+def test_naming_backends_imports_none_of_them() -> None:
+    code = "import sys, mooli.backends; print([m for m in sys.modules if m.startswith('mooli.backends.')])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['mooli.backends.base']"

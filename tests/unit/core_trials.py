@@ -1,0 +1,302 @@
+"""Random trials of the deciding column with the fake runner: the checks that every schedule must pass.
+
+Owns the generator of trials, the reference (each request alone, straight from the fake model, without pages or batches)
+and the rules compared. `test_random_trials` runs it on the code as it is, `test_planted_bugs` on code with faults.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mooli.batch import SamplingBatch, ScheduleBatch
+from mooli.cache.kv_cache import KVCache
+from mooli.engine.core import EngineCore
+from mooli.errors import PromptError
+from mooli.runner.fake import FakeRunner, fake_logits, logprob_row, sample, stored_values
+from mooli.scheduler.scheduler import Scheduler
+from mooli.types import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+
+VOCAB = 20
+
+
+@dataclass
+class Setting:
+    """Everything about an engine that a trial varies.
+
+    is_crowded: all requests come at once and want long outputs, so that pages run out while they run.
+    """
+
+    page_size: int
+    num_pages: int
+    max_batch_tokens: int
+    max_running_requests: int
+    context_length: int
+    policy: str
+    enabled: bool
+    abort_rate: float = 0.0
+    failure_rate: float = 0.0
+    nan_rate: float = 0.0
+    is_crowded: bool = False
+
+    def engine(self, runner: FakeRunner) -> tuple[EngineCore, Scheduler, KVCache]:
+        cache = KVCache(self.num_pages, self.page_size, self.enabled)
+        scheduler = Scheduler(
+            cache,
+            max_batch_tokens=self.max_batch_tokens,
+            max_running_requests=self.max_running_requests,
+            context_length=self.context_length,
+            vocab_size=VOCAB,
+            policy=self.policy,
+        )
+        return EngineCore(scheduler, runner), scheduler, cache
+
+
+def random_setting(rng: random.Random) -> Setting:
+    """Pools from barely enough to roomy, so that eviction and preemption happen in many trials."""
+    is_crowded = rng.random() < 0.25
+    page_size = rng.choice([1, 2, 3, 4] if is_crowded else [1, 2, 3, 4, 8, 16, 32])
+    pool_tokens = rng.choice([rng.randint(30, 50), rng.randint(50, 150)])
+    return Setting(
+        page_size=page_size,
+        num_pages=max(2, pool_tokens // page_size + 1),
+        max_batch_tokens=rng.choice([5, 16, -1] if is_crowded else [1, 2, 5, 16, 64, -1]),
+        max_running_requests=8 if is_crowded else rng.choice([1, 2, 4, 8]),
+        context_length=rng.choice([25, 60, 1000]),
+        policy=rng.choice(["fcfs", "fcfs", "lpm"]),
+        enabled=rng.random() < 0.85,
+        abort_rate=rng.choice([0.0, 0.0, 0.1]),
+        failure_rate=rng.choice([0.0, 0.0, 0.0, 0.05]),
+        nan_rate=rng.choice([0.0, 0.0, 0.0, 0.02]),
+        is_crowded=is_crowded,
+    )
+
+
+def random_request(rng: random.Random, rid: str, stems: list[list[int]], is_crowded: bool) -> Request:
+    """A request that begins like others do: with a stem, part of one, or an earlier conversation."""
+    stem = rng.choice(stems)
+    prompt = stem[: rng.randint(0, len(stem))] if rng.random() < 0.4 else list(stem)
+    prompt += [rng.randrange(VOCAB) for _ in range(rng.choice([0, 1, 3, 8]) if prompt else rng.randint(1, 8))]
+    max_new_tokens = 20 if is_crowded else rng.choice([0, 1, 2, 4, 8, 12, 25, None if rng.random() < 0.1 else 3])
+    is_plain = rng.random() < 0.6
+    sampling = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=0 if is_plain or max_new_tokens is None else rng.randint(0, max_new_tokens),
+        temperature=rng.choice([0.0, 0.0, 1.0]),
+        top_k=-1 if is_plain else rng.choice([-1, 1, 5]),
+        frequency_penalty=0.0 if is_plain else rng.choice([0.0, 0.5]),
+        repetition_penalty=1.0 if is_plain else rng.choice([1.0, 1.3]),
+        logit_bias=() if is_plain else ((3, 2.0), (5, -1.0)),
+        seed=rng.randrange(-5, 1 << 63),
+        stop_token_ids=frozenset(rng.sample(range(VOCAB), 0 if is_plain else 2)),
+        ignore_eos=is_crowded or rng.random() < 0.3,
+    )
+    return Request(
+        rid=rid,
+        prompt_ids=np.array(prompt, np.int32),
+        sampling=sampling,
+        eos_ids=frozenset({rng.randrange(VOCAB)}),
+        return_logprob=rng.random() < 0.2,
+        logprob_start=rng.randrange(len(prompt)) if rng.random() < 0.15 else None,
+        num_top_logprobs=rng.choice([0, 2]),
+        logprob_token_ids=rng.choice([(), (1, 7)]),
+        namespace=rng.choice(["", "", "tenant"]),
+        priority=rng.choice([0, 0, 0, 1]),
+    )
+
+
+@dataclass
+class Expected:
+    """What a request gives when nothing disturbs it."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+def reference(request: Request, setting: Setting) -> Expected:
+    """The request computed alone, by the meaning of its fields."""
+    expected, params = Expected(), request.sampling
+    prompt = request.prompt_ids.tolist()
+    logits_after = [_logits(prompt[: i + 1]) for i in range(len(prompt))] if request.logprob_start is not None else []
+    if request.logprob_start is not None:
+        expected.prompt_logprobs = [TokenLogprobs(prompt[request.logprob_start], None)] + [
+            _logprobs(logits_after[i - 1], prompt[i], request) for i in range(request.logprob_start + 1, len(prompt))
+        ]
+    stops = frozenset() if params.ignore_eos else request.eos_ids | params.stop_token_ids
+    longest = setting.context_length - len(prompt)
+    if params.max_new_tokens is None:
+        longest = min(longest, setting.num_pages * setting.page_size + 1 - len(prompt))
+    else:
+        longest = min(longest, params.max_new_tokens)
+    while expected.finish is None:
+        if len(expected.tokens) == longest:
+            expected.finish = FinishReason("length", length=longest)
+            break
+        logits = _logits(prompt + expected.tokens)
+        early = stops if len(expected.tokens) < params.min_new_tokens else frozenset()
+        token = sample(logits, _sampling_of(params, prompt, expected.tokens, early), 0)
+        expected.tokens.append(token)
+        if request.return_logprob:
+            expected.logprobs.append(_logprobs(logits, token, request))
+        if token in stops:
+            expected.finish = FinishReason("stop", matched=token)
+    return expected
+
+
+def _logits(context: list[int]) -> np.ndarray:
+    return fake_logits(stored_values(np.array(context, np.int32), np.arange(len(context), dtype=np.int32)), VOCAB)
+
+
+def _logprobs(logits: np.ndarray, token: int, request: Request) -> TokenLogprobs:
+    row = logprob_row(logits, token, request.num_top_logprobs, request.logprob_token_ids)
+    return TokenLogprobs(token, row.logprob, row.top, row.chosen)
+
+
+def _sampling_of(params: SamplingParams, prompt: list[int], output: list[int], banned: frozenset[int]) -> SamplingBatch:
+    """The sampling inputs of one row, written down without the production code."""
+    is_penalised = params.frequency_penalty != 0 or params.presence_penalty != 0 or params.repetition_penalty != 1
+    history = prompt + output if is_penalised else []
+    bias = [(i, v) for i, v in params.logit_bias if i not in banned] + [(i, -np.inf) for i in sorted(banned)]
+    return SamplingBatch(
+        temperature=np.array([params.temperature], np.float32),
+        top_k=np.array([params.top_k], np.int32),
+        top_p=np.array([params.top_p], np.float32),
+        min_p=np.array([params.min_p], np.float32),
+        frequency_penalty=np.array([params.frequency_penalty], np.float32),
+        presence_penalty=np.array([params.presence_penalty], np.float32),
+        repetition_penalty=np.array([params.repetition_penalty], np.float32),
+        seeds=np.array([params.seed % (1 << 64)], np.uint64),
+        positions=np.array([len(prompt) + len(output)], np.int64),
+        history_ids=np.array(history, np.int32),
+        history_indptr=np.array([0, len(history)], np.int32),
+        output_starts=np.array([len(prompt) if history else 0], np.int32),
+        bias_ids=np.array([i for i, _ in bias], np.int32),
+        bias_values=np.array([v for _, v in bias], np.float32),
+        bias_indptr=np.array([0, len(bias)], np.int32),
+        num_top=np.array([-1], np.int32),
+        logprob_token_ids=[()],
+    )
+
+
+class Trial:
+    """One engine, some requests, and everything they put out."""
+
+    def __init__(self, seed: int, setting: Setting | None = None) -> None:
+        self.rng = random.Random(seed)
+        self.setting = setting or random_setting(self.rng)
+        stem_tokens = 2 * self.setting.page_size + 6
+        self.stems = [[self.rng.randrange(VOCAB) for _ in range(self.rng.randint(0, stem_tokens))] for _ in range(3)]
+        self.runner = FakeRunner(
+            self.setting.num_pages,
+            self.setting.page_size,
+            VOCAB,
+            raises=self._before_execute,
+            gives_nan=self._gives_nan if self.setting.nan_rate else None,
+        )
+        self.core, self.scheduler, self.cache = self.setting.engine(self.runner)
+        self.requests: dict[str, Request] = {}
+        self.outputs: dict[str, list[RequestOutput]] = {}
+        self.ended_early: set[str] = set()
+        self.page_namespace: dict[int, str] = {}
+        self.expects_errors = self.setting.failure_rate > 0 or self.setting.nan_rate > 0
+
+    def run(self, num_requests: int) -> None:
+        """Play the trial to its end. Raises AssertionError or EngineError where a rule does not hold."""
+        num_steps = 0
+        arrival_rate = 0.95 if self.setting.is_crowded else self.rng.choice([0.2, 0.5, 0.95])
+        while num_requests or self.core.has_work:
+            while num_requests and self.rng.random() < arrival_rate:
+                num_requests -= 1
+                self._add(f"r{num_requests}")
+            if self.rng.random() < self.setting.abort_rate:
+                self._end_one_early()
+            for out in self.core.step():
+                self._collect(out)
+            self.core.check()
+            num_steps += 1
+            assert num_steps < 3000, "no progress"
+        for rid, request in self.requests.items():
+            self._compare(rid, request)
+        assert self.core.flush_cache()
+        assert self.cache.num_free == self.cache.num_pages, "pages are missing after everything has ended"
+
+    def _add(self, rid: str) -> None:
+        request = random_request(self.rng, rid, self.stems, self.setting.is_crowded)
+        try:
+            self.core.add(request)
+        except PromptError:
+            return
+        self.requests[rid] = request
+        self.outputs[rid] = []
+        if self.rng.random() < 0.3:
+            self.stems.append(request.prompt_ids.tolist())
+
+    def _end_one_early(self) -> None:
+        if not self.requests:
+            return
+        rid = self.rng.choice(list(self.requests))
+        if self.core.abort(rid) if self.rng.random() < 0.5 else self.core.finish(rid, "\n"):
+            self.ended_early.add(rid)
+
+    def _before_execute(self, batch: ScheduleBatch) -> Exception | None:
+        """While a step is in flight the books must balance, and requests may be ended."""
+        if batch.copies or self.rng.random() < 0.2:
+            self.core.check()
+        assert batch.num_tokens <= self.scheduler.max_batch_tokens
+        self._check_namespaces(batch)
+        if self.rng.random() < self.setting.abort_rate:
+            self._end_one_early()
+        return RuntimeError("planned failure") if self.rng.random() < self.setting.failure_rate else None
+
+    def _check_namespaces(self, batch: ScheduleBatch) -> None:
+        """What a row reads was written for its own namespace."""
+        namespaces = {state.req_index: state.request.namespace for state in self.scheduler._running}
+        for copy in batch.copies:
+            self.page_namespace[copy.target] = self.page_namespace[copy.source]
+        for row in range(batch.num_rows):
+            namespace = namespaces[int(batch.req_indices[row])]
+            start, end = int(batch.starts[row]), int(batch.starts[row] + batch.lengths[row])
+            read_pages = -(-start // self.setting.page_size)
+            written_pages = -(-end // self.setting.page_size)
+            for index, page in enumerate(batch.page_table[row, :written_pages].tolist()):
+                assert index >= read_pages or self.page_namespace.get(page) == namespace, "a foreign page is read"
+                self.page_namespace[page] = namespace
+
+    def _gives_nan(self, context: list[int]) -> bool:
+        return self.rng.random() < self.setting.nan_rate
+
+    def _collect(self, out: RequestOutput) -> None:
+        before = self.outputs[out.rid]
+        assert not before or before[-1].finish is None, f"{out.rid} goes on after its end"
+        before.append(out)
+        if out.finish is not None:
+            done = [token for o in before for token in o.new_token_ids]
+            self.stems.append(self.requests[out.rid].prompt_ids.tolist() + done)
+
+    def _compare(self, rid: str, request: Request) -> None:
+        outs, expected = self.outputs[rid], reference(request, self.setting)
+        assert outs and outs[-1].finish is not None, f"{rid} never ended"
+        finish = outs[-1].finish
+        tokens = [token for out in outs for token in out.new_token_ids]
+        logprobs = [entry for out in outs for entry in out.logprobs]
+        lists = [out.prompt_logprobs for out in outs if out.prompt_logprobs is not None]
+        assert outs[-1].completion_tokens == len(tokens)
+        assert outs[-1].cached_tokens < max(1, len(request.prompt_ids))
+        if finish.type == "error":
+            assert self.expects_errors, f"{rid} failed: {finish.message}"
+            assert finish.message and ("planned failure" in finish.message or "NaN" in finish.message)
+        elif rid not in self.ended_early:
+            assert (tokens, finish) == (expected.tokens, expected.finish), f"{rid} differs from the request run alone"
+        assert tokens == expected.tokens[: len(tokens)]
+        assert logprobs == expected.logprobs[: len(tokens)]
+        assert lists == ([expected.prompt_logprobs] if lists or (expected.prompt_logprobs and tokens) else [])
+
+
+def run_trial(seed: int) -> None:
+    """Trial number `seed`."""
+    trial = Trial(seed)
+    trial.run(num_requests=8 if trial.setting.is_crowded else 6)

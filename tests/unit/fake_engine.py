@@ -1,0 +1,108 @@
+"""An `Engine` on the fake runner: everything is real but the model and its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+import mooli.frontend.engine as engine_module
+from mooli import Engine
+from mooli.cache.kv_cache import KVCache
+from mooli.engine.build import BuiltEngine, EngineFacts
+from mooli.engine.core import EngineCore
+from mooli.frontend.chat_template import ChatTemplate
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.runner.fake import FakeRunner
+from mooli.scheduler.scheduler import Scheduler
+
+EOS = 256
+VOCAB_SIZE = 258
+CONTEXT = 128
+PAGE_SIZE = 4
+NUM_PAGES = 200
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Id = byte, as a byte-level tokenizer has it; 256 ends a text, 257 is a special token without a meaning."""
+    alphabet = _byte_alphabet()
+    backend = Backend(models.BPE({char: byte for byte, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<eos>", "<mark>")])
+    template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ")
+    return Tokenizer(backend, eos_ids=[EOS], chat_template=template)
+
+
+def _byte_alphabet() -> list[str]:
+    """The character that stands for each byte (GPT-2's table)."""
+    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
+    hidden = [b for b in range(256) if b not in shown]
+    table = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+    return [table[b] for b in range(256)]
+
+
+def says(text: str, *, then: int | None = EOS):
+    """A `next_token` that answers every prompt ending in '>' with `text`, token by token, then ends."""
+    ids = [*text.encode(), *([] if then is None else [then])]
+
+    def next_token(context: list[int]) -> int | None:
+        starts = [i for i, token_id in enumerate(context) if token_id == ord(">")]
+        position = len(context) - starts[0] - 1 if starts else len(ids)
+        return ids[position] if position < len(ids) else None
+
+    return next_token
+
+
+class FakeEngine:
+    """Makes engines; holds what the last one is made of."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.core: EngineCore
+        self.runner: FakeRunner
+        self.runner_options: dict = {}
+        monkeypatch.setattr(engine_module, "resolve", lambda path: Path(path))
+        monkeypatch.setattr(engine_module, "load_tokenizer", lambda path: byte_tokenizer())
+        monkeypatch.setattr(engine_module, "build_engine", self._build)
+        self.engines: list[Engine] = []
+
+    def __call__(self, next_token=None, *, runner_options=None, **kwargs) -> Engine:
+        self.runner_options = {"next_token": next_token, **(runner_options or {})}
+        engine = Engine(model_path="fake", **{"random_seed": 7, **kwargs})
+        self.engines.append(engine)
+        return engine
+
+    def _build(self, config, model_path, *, tokenizer_vocab_size, progress) -> BuiltEngine:
+        self.runner = FakeRunner(NUM_PAGES, PAGE_SIZE, VOCAB_SIZE, **self.runner_options)
+        scheduler = Scheduler(
+            KVCache(NUM_PAGES, PAGE_SIZE, enabled=not config.disable_radix_cache),
+            max_batch_tokens=config.chunked_prefill_size or 32,
+            max_running_requests=config.max_running_requests or 8,
+            context_length=CONTEXT,
+            vocab_size=VOCAB_SIZE,
+        )
+        self.core = EngineCore(scheduler, self.runner)
+        facts = EngineFacts(
+            resolved_model_path="fake",
+            architecture="Fake",
+            vocab_size=VOCAB_SIZE,
+            eos_ids=(EOS, 99999),
+            model_context_length=CONTEXT,
+            context_length=CONTEXT,
+            dtype="auto",
+            kv_cache_dtype="float32",
+            quantization=None,
+            page_size=PAGE_SIZE,
+            num_pages=NUM_PAGES,
+            max_total_num_tokens=NUM_PAGES * PAGE_SIZE,
+            max_running_requests=8,
+            chunked_prefill_size=32,
+            weight_bytes=0,
+            kv_cache_bytes=0,
+            load_time_s=0.0,
+            cache_namespace="fake",
+            backend={},
+        )
+        return BuiltEngine(self.core, None, facts, lambda: None)

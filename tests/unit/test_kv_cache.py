@@ -1,0 +1,147 @@
+"""The KV cache as the scheduler uses it: one owner for each page, from match to release."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mooli.cache.kv_cache import KVCache, RequestPages
+from mooli.cache.page_pool import PagePool
+from mooli.cache.radix_tree import token_key
+from mooli.errors import EngineError
+
+
+def key(*token_ids: int) -> bytes:
+    return token_key(np.array(token_ids, np.int32))
+
+
+def opened(cache: KVCache, *token_ids: int) -> RequestPages:
+    """A request for these tokens: its cached prefix locked and room for all of them."""
+    held = cache.open(cache.match("", key(*token_ids), len(token_ids) - 1))
+    assert cache.grow(held, len(token_ids))
+    return held
+
+
+def finished(cache: KVCache, *token_ids: int) -> None:
+    held = opened(cache, *token_ids)
+    cache.release(held, key(*token_ids[held.num_shared * cache.page_size :]))
+    cache.check([])
+
+
+def test_the_pool_hands_out_each_page_once() -> None:
+    pool = PagePool(5)
+    assert sorted(pool.allocate(2) + pool.allocate(3)) == [0, 1, 2, 3, 4]
+    with pytest.raises(EngineError, match="evict first"):
+        pool.allocate(1)
+
+
+def test_the_pool_refuses_to_free_a_free_page() -> None:
+    with pytest.raises(EngineError, match="freed twice"):
+        PagePool(3).free([1])
+
+
+def test_released_pages_serve_the_next_request_with_the_same_prefix() -> None:
+    cache = KVCache(8, 4)
+    finished(cache, *range(10))
+    held = opened(cache, *range(8), 50, 51)
+    assert (held.num_shared, len(held.pages), cache.num_tree_pages) == (2, 3, 3)
+    cache.check([held])
+
+
+def test_a_match_inside_a_page_names_the_page_to_copy_and_locks_it() -> None:
+    cache = KVCache(3, 4)
+    finished(cache, *range(8))
+    match = cache.match("", key(*range(6), 50, 51), 7)
+    held = cache.open(match)
+    assert (len(match.pages), match.head_tokens) == (1, 2)
+    assert cache.num_evictable == 0
+    assert not cache.grow(held, 16)
+    cache.drop_copy_source(held)
+    cache.drop_copy_source(held)
+    assert cache.num_evictable == 1
+    assert cache.grow(held, 12)
+    cache.check([held])
+
+
+def test_growth_evicts_what_nobody_uses_and_nothing_else() -> None:
+    cache = KVCache(4, 4)
+    finished(cache, *range(8))
+    held = opened(cache, *range(50, 62))
+    assert (cache.num_tree_pages, cache.num_free, cache.num_evicted_pages) == (1, 0, 1)
+    assert not cache.grow(held, 20)
+    assert len(held.pages) == 3, "a growth that cannot be done changes nothing"
+    cache.check([held])
+
+
+def test_inserting_while_running_makes_computed_pages_available_at_once() -> None:
+    cache = KVCache(8, 4)
+    held = opened(cache, *range(10))
+    cache.insert(held, key(*range(8)))
+    assert held.num_shared == 2
+    assert len(cache.match("", key(*range(9)), 8).pages) == 2
+    assert cache.num_evictable == 0
+    cache.check([held])
+
+
+def test_a_duplicate_is_freed_and_the_page_list_points_at_the_first() -> None:
+    cache = KVCache(8, 4)
+    first, second = opened(cache, *range(8)), opened(cache, *range(8))
+    cache.insert(first, key(*range(8)))
+    assert first.pages != second.pages
+    cache.insert(second, key(*range(8)))
+    assert first.pages == second.pages
+    assert cache.num_free == 6
+    cache.check([first, second])
+
+
+def test_discarding_keeps_nothing_that_was_not_inserted() -> None:
+    cache = KVCache(8, 4)
+    held = opened(cache, *range(12))
+    cache.insert(held, key(*range(4)))
+    cache.discard(held)
+    assert (cache.num_tree_pages, cache.num_free) == (1, 7)
+    cache.check([])
+
+
+def test_forgetting_takes_back_what_was_inserted() -> None:
+    cache = KVCache(8, 4)
+    held = opened(cache, *range(12))
+    cache.insert(held, key(*range(8)))
+    cache.forget(held)
+    assert (cache.num_tree_pages, cache.num_free) == (0, 8)
+    cache.check([])
+
+
+def test_flushing_spares_what_is_in_use() -> None:
+    cache = KVCache(8, 4)
+    finished(cache, *range(12))
+    held = opened(cache, *range(5))
+    cache.flush()
+    assert cache.num_tree_pages == 1
+    cache.check([held])
+
+
+def test_evicting_frees_pages_on_request() -> None:
+    cache = KVCache(8, 4)
+    finished(cache, *range(12))
+    assert cache.evict(2) == 2
+    assert (cache.num_free, cache.num_available) == (7, 8)
+
+
+def test_a_disabled_cache_has_the_same_interface_and_keeps_nothing() -> None:
+    cache = KVCache(8, 4, enabled=False)
+    finished(cache, *range(12))
+    assert cache.num_free == 8
+    held = opened(cache, *range(12))
+    cache.insert(held, key(*range(8)))
+    assert (held.num_shared, cache.num_tree_pages) == (0, 0)
+    cache.check([held])
+
+
+@pytest.mark.parametrize("holders", [[], [RequestPages([0, 1])]], ids=["a lost page", "a page with two owners"])
+def test_check_finds(holders: list[RequestPages]) -> None:
+    cache = KVCache(4, 4)
+    if not holders:
+        cache._pool.allocate(1)
+    with pytest.raises(EngineError, match="owners"):
+        cache.check(holders)

@@ -1,0 +1,341 @@
+"""Tests of the tests: faults planted in the deciding column must be caught by the random trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from core_trials import run_trial
+
+from mooli.batch import PageCopy, ScheduleBatch
+from mooli.cache.kv_cache import KVCache, RequestPages
+from mooli.cache.radix_tree import TOKEN_BYTES, Insertion, Match, Node, RadixTree, token_key
+from mooli.scheduler.batch_builder import BatchBuilder, Plan
+from mooli.scheduler.prefix_waits import PrefixWaits
+from mooli.scheduler.request_state import RequestState
+from mooli.scheduler.scheduler import Scheduler
+
+MAX_TRIALS = 300
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def match_whole_prompt(patch: pytest.MonkeyPatch) -> None:
+    """A prompt found whole in the cache leaves nothing to compute."""
+    patch.setattr(RequestState, "match_limit", property(lambda state: state.num_tokens))
+
+
+def logprob_start_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RequestState, "match_limit", property(lambda state: state.num_tokens - 1))
+
+
+def no_lock(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RadixTree, "lock", lambda tree, node, below=None: None)
+    patch.setattr(RadixTree, "unlock", lambda tree, node: tree._offer(node))
+
+
+def leak_duplicate(patch: pytest.MonkeyPatch) -> None:
+    original = RadixTree.insert
+
+    def insert(tree: RadixTree, node: Node, key: bytes, pages: list[int]) -> Insertion:
+        inserted = original(tree, node, key, pages)
+        return Insertion(inserted.node, inserted.pages, [])
+
+    patch.setattr(RadixTree, "insert", insert)
+
+
+def leak_tail(patch: pytest.MonkeyPatch) -> None:
+    original = KVCache.discard
+
+    def discard(cache: KVCache, held: RequestPages) -> None:
+        del held.pages[held.num_shared :]
+        original(cache, held)
+
+    patch.setattr(KVCache, "discard", discard)
+
+
+def double_free(patch: pytest.MonkeyPatch) -> None:
+    original = KVCache.discard
+
+    def discard(cache: KVCache, held: RequestPages) -> None:
+        last = held.pages[-1:]
+        original(cache, held)
+        cache._pool.free(last)
+
+    patch.setattr(KVCache, "discard", discard)
+
+
+def duplicate_not_switched(patch: pytest.MonkeyPatch) -> None:
+    """The request goes on with its own page after that page was freed as a duplicate."""
+    original = RadixTree.insert
+
+    def insert(tree: RadixTree, node: Node, key: bytes, pages: list[int]) -> Insertion:
+        inserted = original(tree, node, key, pages)
+        return Insertion(inserted.node, list(pages), inserted.surplus)
+
+    patch.setattr(RadixTree, "insert", insert)
+
+
+def page_table_not_switched(patch: pytest.MonkeyPatch) -> None:
+    """Pages switched on insertion do not reach the page table of the next step."""
+    patch.setattr(BatchBuilder, "set_pages", lambda builder, req_index, pages, first=0: None)
+
+    def grow_pages(builder: BatchBuilder, req_index: int, pages: list[int]) -> None:
+        first = builder._num_pages[req_index]
+        builder._page_table[req_index, first : len(pages)] = pages[first:]
+        builder._num_pages[req_index] = len(pages)
+
+    patch.setattr(BatchBuilder, "grow_pages", grow_pages)
+    patch.setattr(PrefixWaits, "is_waiting", lambda waits, state: False)  # duplicates are rare where requests wait
+
+
+def page_table_not_cleared(patch: pytest.MonkeyPatch) -> None:
+    """A request goes on with pages that the last one in its place had."""
+
+    def leave(builder: BatchBuilder, req_index: int) -> None:
+        builder._biases.pop(req_index, None)
+
+    patch.setattr(BatchBuilder, "leave", leave)
+
+
+def _patch_build(patch: pytest.MonkeyPatch, change: Callable[[ScheduleBatch], None]) -> None:
+    original = BatchBuilder.build
+
+    def build(builder: BatchBuilder, step: int, plan: Plan) -> ScheduleBatch:
+        batch = original(builder, step, plan)
+        change(batch)
+        return batch
+
+    patch.setattr(BatchBuilder, "build", build)
+
+
+def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    def change(batch: ScheduleBatch) -> None:
+        batch.positions += np.repeat((batch.starts > 0).astype(np.int32), batch.lengths)
+
+    _patch_build(patch, change)
+
+
+def sample_position_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    def change(batch: ScheduleBatch) -> None:
+        batch.sampling.positions += 1
+
+    _patch_build(patch, change)
+
+
+def cow_not_done(patch: pytest.MonkeyPatch) -> None:
+    _patch_build(patch, lambda batch: batch.copies.clear())
+
+
+def cow_copies_too_little(patch: pytest.MonkeyPatch) -> None:
+    def change(batch: ScheduleBatch) -> None:
+        batch.copies = [PageCopy(copy.source, copy.target, copy.num_tokens - 1) for copy in batch.copies]
+
+    _patch_build(patch, change)
+
+
+def cow_copies_too_much(patch: pytest.MonkeyPatch) -> None:
+    """One token more than matched is taken from the source and counted as computed."""
+    original = KVCache.match
+
+    def match(cache: KVCache, namespace: str, key: bytes, max_tokens: int) -> Match:
+        found = original(cache, namespace, key, max_tokens)
+        has_room = found.head_tokens + 1 < cache.page_size
+        if found.head_tokens and has_room and len(found.pages) * cache.page_size + found.head_tokens < max_tokens:
+            found.head_tokens += 1
+        return found
+
+    patch.setattr(KVCache, "match", match)
+
+
+def cow_source_unlocked(patch: pytest.MonkeyPatch) -> None:
+    """The page to copy from may be evicted, and written, in the step that copies it."""
+    original = KVCache.open
+
+    def open_unlocked(cache: KVCache, match: Match) -> RequestPages:
+        held = original(cache, match)
+        cache.drop_copy_source(held)
+        return held
+
+    patch.setattr(KVCache, "open", open_unlocked)
+
+
+def insert_uncomputed(patch: pytest.MonkeyPatch) -> None:
+    """Pages reach the tree before their tokens are computed."""
+
+    def share(scheduler: Scheduler, state: RequestState) -> None:
+        held, page_size = state.pages, scheduler._cache.page_size
+        if held is None or held.node is None:
+            return
+        first, last = held.num_shared, min(state.num_tokens // page_size, len(held.pages))
+        if last > first:
+            scheduler._cache.insert(held, token_key(state.tokens[first * page_size : last * page_size]))
+            scheduler._builder.set_pages(state.req_index, held.pages, first)
+
+    patch.setattr(Scheduler, "_share_computed", share)
+
+
+def insert_last_sampled_token(patch: pytest.MonkeyPatch) -> None:
+    """An ended request leaves its last token in the tree, whose KV was never computed."""
+    original = Scheduler._leave
+
+    def leave(scheduler: Scheduler, state: RequestState, *, keep: bool) -> None:
+        held = state.pages
+        if keep and held is not None:
+            room = len(held.pages) * scheduler._cache.page_size
+            state.num_computed = min(state.num_tokens, room)
+        original(scheduler, state, keep=keep)
+
+    patch.setattr(Scheduler, "_leave", leave)
+
+
+def namespace_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Tenants share pages. Outputs stay the same, as the fake model has one KV for all."""
+    original = KVCache.match
+    patch.setattr(KVCache, "match", lambda cache, _, key, max_tokens: original(cache, "", key, max_tokens))
+
+
+def failed_step_kept(patch: pytest.MonkeyPatch) -> None:
+    """What a failed step should have computed is cached as if it had been."""
+    original = Scheduler.fail
+
+    def fail(scheduler: Scheduler, batch: ScheduleBatch, exc: BaseException) -> None:
+        assert scheduler._in_flight is not None
+        for row in scheduler._in_flight[1]:
+            row.state.num_computed = row.start + row.length
+        original(scheduler, batch, exc)
+
+    def end(
+        scheduler: Scheduler, state: RequestState, finish: object, out: object = None, *, keep: bool = True
+    ) -> None:
+        original_end(scheduler, state, finish, out, keep=True)  # type: ignore[arg-type]
+
+    original_end = Scheduler._end
+    patch.setattr(Scheduler, "fail", fail)
+    patch.setattr(Scheduler, "_end", end)
+
+
+def preempted_goes_on(patch: pytest.MonkeyPatch) -> None:
+    """A preempted request resumes as if its pages were still its own."""
+    original = Scheduler._admit
+
+    def admit(scheduler: Scheduler, state: RequestState, plan: Plan, promised_pages: int) -> bool:
+        admitted = original(scheduler, state, plan, promised_pages)
+        if admitted and state.num_preemptions and plan.rows[-1].length > 1:
+            row = plan.rows[-1]
+            row.start, row.length = row.start + 1, row.length - 1
+        return admitted
+
+    patch.setattr(Scheduler, "_admit", admit)
+
+
+def split_forgets_locks(patch: pytest.MonkeyPatch) -> None:
+    original = RadixTree._split
+
+    def split(tree: RadixTree, node: Node, num_pages: int) -> Node:
+        upper = original(tree, node, num_pages)
+        if upper is not node:
+            upper.num_locks = 0
+        return upper
+
+    patch.setattr(RadixTree, "_split", split)
+
+
+def match_ignores_end_of_span(patch: pytest.MonkeyPatch) -> None:
+    """A child whose first page matches is taken whole."""
+    original = RadixTree.match
+
+    def match(tree: RadixTree, namespace: str, key: bytes, max_tokens: int) -> Match:
+        found = original(tree, namespace, key, max_tokens)
+        child = found.child
+        limit = max_tokens * TOKEN_BYTES // tree._page_bytes
+        if child is not None and found.child_pages and len(child.key) % tree._page_bytes == 0:
+            more = child.pages[found.child_pages :]
+            if more and len(found.pages) + len(more) <= limit:
+                found.pages += more
+                found.child_pages, found.head_tokens = len(child.pages), 0
+        return found
+
+    patch.setattr(RadixTree, "match", match)
+
+
+def finishes_twice(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._end
+
+    def end(
+        scheduler: Scheduler, state: RequestState, finish: object, out: object = None, *, keep: bool = True
+    ) -> None:
+        original(scheduler, state, finish, out, keep=keep)  # type: ignore[arg-type]
+        if finish.type == "abort":  # type: ignore[attr-defined]
+            scheduler._outputs.append(scheduler._output(state, finish))  # type: ignore[arg-type]
+
+    patch.setattr(Scheduler, "_end", end)
+
+
+def waits_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """A request that waits for another's prefix goes on waiting after that one has ended."""
+
+    def is_waiting(waits: PrefixWaits, state: RequestState) -> bool:
+        return state.leader is not None or original(waits, state)
+
+    original = PrefixWaits.is_waiting
+    patch.setattr(PrefixWaits, "is_waiting", is_waiting)
+
+
+def bias_not_lifted(patch: pytest.MonkeyPatch) -> None:
+    """Stopping ids stay forbidden after `min_new_tokens`."""
+    original = BatchBuilder.enter
+
+    def enter(builder: BatchBuilder, state: RequestState) -> None:
+        original(builder, state)
+        bias = builder._biases.get(state.req_index)
+        if bias is not None:
+            bias.always = bias.early
+
+    patch.setattr(BatchBuilder, "enter", enter)
+
+
+BUGS: list[Plant] = [
+    match_whole_prompt,
+    logprob_start_ignored,
+    no_lock,
+    leak_duplicate,
+    leak_tail,
+    double_free,
+    duplicate_not_switched,
+    page_table_not_switched,
+    page_table_not_cleared,
+    position_off_by_one,
+    sample_position_off_by_one,
+    cow_not_done,
+    cow_copies_too_little,
+    cow_copies_too_much,
+    cow_source_unlocked,
+    insert_uncomputed,
+    insert_last_sampled_token,
+    namespace_ignored,
+    failed_step_kept,
+    preempted_goes_on,
+    split_forgets_locks,
+    match_ignores_end_of_span,
+    finishes_twice,
+    waits_for_ever,
+    bias_not_lifted,
+]
+
+
+def first_failing_trial() -> int | None:
+    """The first seed whose trial fails, by whatever rule."""
+    for seed in range(MAX_TRIALS):
+        try:
+            run_trial(seed)
+        except Exception:
+            return seed
+    return None
+
+
+@pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__)
+def test_random_trials_catch(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    assert first_failing_trial() is not None, f"{plant.__name__} was not caught in {MAX_TRIALS} trials"
