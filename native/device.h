@@ -62,6 +62,7 @@ class Device {
   void allocate_kv(int kv_type, int layers, int kv_heads, int head_dim, int page_size, int64_t num_pages);
   void allocate_scratch(int max_tokens, int max_k, int num_heads, int head_dim);
   void copy_page(int source, int target, int tokens);
+  void release();  // give back KV pool and scratch
   // Take over the host arrays of a step. Throws std::invalid_argument on an index out of range.
   void plan(int num_tokens, const int32_t* token_ids, const int32_t* positions, int num_rows, const int32_t* lengths,
             const int32_t* page_table, int pages_per_row, int vocab_size);

@@ -136,6 +136,9 @@ void put_q4(char* panel, int column, int g, bool with_minimum, float scale, floa
   }
 }
 
+// To the nearest whole number, ties to even, for |x| < 2^22; unlike lrintf it vectorises at every level.
+inline float round_even(float x) { return (x + 12582912.f) - 12582912.f; }
+
 // Symmetric 4 bits with the scale of least squared error among a few around the usual one.
 void quantize_q4(const float* x, float& scale, uint8_t* code) {
   float extreme = 0.f;
@@ -144,23 +147,24 @@ void quantize_q4(const float* x, float& scale, uint8_t* code) {
   std::fill(code, code + 32, uint8_t(8));
   if (extreme == 0.f) return;
   float best_error = INFINITY;
-  for (int t = -6; t <= 6; t++) {
-    float s = half_to_float(float_to_half(extreme / (-8.f + 0.15f * float(t))));
+  for (int t = -2; t <= 2; t++) {
+    float s = half_to_float(float_to_half(extreme / (-8.f + 0.4f * float(t))));
     if (s == 0.f) continue;
-    float inverse = 1.f / s, xq = 0.f, qq = 0.f;
-    int q[32];
-    for (int i = 0; i < 32; i++) {
-      q[i] = std::clamp(int(std::lrintf(x[i] * inverse)), -8, 7);
-      xq += x[i] * float(q[i]);
-      qq += float(q[i]) * float(q[i]);
-    }
-    if (qq == 0.f) continue;
-    float fitted = half_to_float(float_to_half(xq / qq)), error = 0.f;
-    for (int i = 0; i < 32; i++) { float d = x[i] - fitted * float(q[i]); error += d * d; }
+    const float inverse = 1.f / s;
+    float q[32], xq[4] = {}, qq[4] = {}, ee[4] = {};
+    for (int i = 0; i < 32; i++) q[i] = std::min(7.f, std::max(-8.f, round_even(x[i] * inverse)));
+    for (int i = 0; i < 32; i += 4)
+      for (int j = 0; j < 4; j++) { xq[j] += x[i + j] * q[i + j]; qq[j] += q[i + j] * q[i + j]; }
+    const float squares = qq[0] + qq[1] + qq[2] + qq[3];
+    if (squares == 0.f) continue;
+    const float fitted = half_to_float(float_to_half((xq[0] + xq[1] + xq[2] + xq[3]) / squares));
+    for (int i = 0; i < 32; i += 4)
+      for (int j = 0; j < 4; j++) { float d = x[i + j] - fitted * q[i + j]; ee[j] += d * d; }
+    const float error = ee[0] + ee[1] + ee[2] + ee[3];
     if (error < best_error) {
       best_error = error;
       scale = fitted;
-      for (int i = 0; i < 32; i++) code[i] = uint8_t(q[i] + 8);
+      for (int i = 0; i < 32; i++) code[i] = uint8_t(int(q[i]) + 8);
     }
   }
 }
@@ -170,7 +174,7 @@ void quantize_q8(const float* x, float& scale, int* q) {
   for (int i = 0; i < 32; i++) largest = std::max(largest, std::fabs(x[i]));
   scale = half_to_float(float_to_half(largest / 127.f));
   float inverse = scale > 0.f ? 1.f / scale : 0.f;
-  for (int i = 0; i < 32; i++) q[i] = std::clamp(int(std::lrintf(x[i] * inverse)), -128, 127);
+  for (int i = 0; i < 32; i++) q[i] = int(std::min(127.f, std::max(-128.f, round_even(x[i] * inverse))));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "tape.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 
@@ -24,47 +25,95 @@ void Tape::attend(int layer, const float* qkv, int heads, float scale, int windo
   Op o{ATTEND}; o.x = qkv; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.out = out; ops_.push_back(o);
 }
 
-void Tape::run(int rows) {
+const char* Tape::name(int code) {
+  static const char* names[] = {"embed", "rms_norm", "linear", "head_norm", "rope", "attend"};
+  return names[code];
+}
+
+int Tape::phase_items(const Op& op, int rows, int phase) const {
+  if (op.code == LINEAR) return phase == 0 ? rows : op.weight->panels();
+  if (op.code == ATTEND) return int(phase == 0 ? device_.tile_runs.size() : device_.jobs.size());
+  return phase == 0 ? rows : 0;
+}
+
+void Tape::start(int rows) {
   if (rows <= 0 || rows > device_.max_tokens) throw std::invalid_argument("a tape runs on 1 to max_tokens rows");
-  if (counters_.size() != 2 * ops_.size()) counters_ = std::vector<Counter>(2 * ops_.size());
-  for (auto& c : counters_) c.next.store(0, std::memory_order_relaxed);
   for (const Op& op : ops_) {
     if ((op.code == EMBED || op.code == ROPE || op.code == ATTEND) && rows != device_.num_tokens)
       throw std::invalid_argument("this tape needs the planned step's number of rows");
     if (op.code == ATTEND) device_.prepare_attention(op.heads, op.window);
     if (op.code == ROPE) device_.prepare_rope(*op.rope);
   }
+  const size_t threads = size_t(device_.pool.size());
+  if (parts_.size() != 2 * ops_.size() * threads) parts_ = std::vector<Part>(2 * ops_.size() * threads);
+  for (size_t i = 0; i < 2 * ops_.size(); i++) {
+    const uint64_t items = uint64_t(phase_items(ops_[i / 2], rows, int(i % 2)));
+    for (size_t t = 0; t < threads; t++)
+      parts_[i * threads + t].range.store((items * t / threads) << 32 | items * (t + 1) / threads, std::memory_order_relaxed);
+  }
+}
+
+void Tape::run(int rows) {
+  start(rows);
+  const size_t stride = 2 * size_t(device_.pool.size());
   device_.pool.run([&](int thread) {
     for (size_t i = 0; i < ops_.size(); i++) {
-      execute(ops_[i], rows, thread, &counters_[2 * i]);
+      execute(ops_[i], rows, thread, &parts_[i * stride]);
       device_.pool.barrier();
     }
   });
 }
 
-template <class F> void Tape::share(std::atomic<int>& next, int total, int chunk, F f) {
-  for (int i; (i = next.fetch_add(chunk, std::memory_order_relaxed)) < total;)
-    for (int j = i; j < std::min(total, i + chunk); j++) f(j);
+std::vector<double> Tape::run_timed(int rows) {
+  start(rows);
+  const size_t stride = 2 * size_t(device_.pool.size());
+  std::vector<double> seconds(ops_.size());
+  device_.pool.run([&](int thread) {
+    auto last = std::chrono::steady_clock::now();
+    for (size_t i = 0; i < ops_.size(); i++) {
+      execute(ops_[i], rows, thread, &parts_[i * stride]);
+      device_.pool.barrier();
+      if (thread != 0) continue;
+      auto now = std::chrono::steady_clock::now();
+      seconds[i] = std::chrono::duration<double>(now - last).count();
+      last = now;
+    }
+  });
+  return seconds;
 }
 
-void Tape::execute(const Op& op, int rows, int thread, Counter* counters) {
+template <class F> void Tape::share(Part* parts, int thread, F f) {
+  const int threads = device_.pool.size();
+  for (;;) {
+    uint64_t range = parts[thread].range.load(std::memory_order_relaxed);
+    if (uint32_t(range >> 32) >= uint32_t(range)) break;
+    if (parts[thread].range.compare_exchange_weak(range, range + (uint64_t(1) << 32), std::memory_order_relaxed)) f(int(range >> 32));
+  }
+  for (int victim = (thread + 1) % threads; victim != thread; victim = (victim + 1) % threads)
+    for (;;) {
+      uint64_t range = parts[victim].range.load(std::memory_order_relaxed);
+      if (uint32_t(range >> 32) >= uint32_t(range)) break;
+      if (parts[victim].range.compare_exchange_weak(range, range - 1, std::memory_order_relaxed)) f(int(uint32_t(range)) - 1);
+    }
+}
+
+void Tape::execute(const Op& op, int rows, int thread, Part* parts) {
   const Kernels& k = device_.kernels;
-  std::atomic<int>& next = counters[0].next;
   switch (op.code) {
     case EMBED:
-      share(next, rows, chunk(rows), [&](int i) {
+      share(parts, thread, [&](int i) {
         const Embedding& e = *op.table;
         decode_row(e.format, (const uint8_t*)e.data.data() + size_t(device_.token_ids[i]) * row_bytes(e.format, e.columns), e.columns,
                    op.out + size_t(i) * e.columns);
       });
       return;
     case RMS_NORM:
-      share(next, rows, chunk(rows), [&](int i) { k.rms_norm(op.x + size_t(i) * op.width, op.a, op.number, op.width, op.out + size_t(i) * op.width); });
+      share(parts, thread, [&](int i) { k.rms_norm(op.x + size_t(i) * op.width, op.a, op.number, op.width, op.out + size_t(i) * op.width); });
       return;
-    case LINEAR: run_linear(op, rows, counters); return;
+    case LINEAR: run_linear(op, rows, thread, parts); return;
     case HEAD_NORM:
     case ROPE:
-      share(next, rows, chunk(rows), [&](int i) {
+      share(parts, thread, [&](int i) {
         const int width = (op.heads + 2 * op.kv_heads) * op.head_dim, half = op.head_dim / 2;
         const float* x = op.x + size_t(i) * width;
         float* y = op.out + size_t(i) * width;
@@ -76,17 +125,17 @@ void Tape::execute(const Op& op, int rows, int thread, Counter* counters) {
         }
       });
       return;
-    case ATTEND: run_attend(op, rows, thread, counters); return;
+    case ATTEND: run_attend(op, rows, thread, parts); return;
   }
 }
 
-void Tape::run_linear(const Op& op, int rows, Counter* counters) {
+void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
   const Kernels& k = device_.kernels;
   const Linear& w = *op.weight;
   const int blocks = (rows + k.max_rows[w.kind] - 1) / k.max_rows[w.kind];
   const size_t row_size = activation_row_bytes(w.kind, w.padded_k);
   char* prepared = device_.activations.data();
-  share(counters[0].next, rows, chunk(rows), [&](int i) {
+  share(parts, thread, [&](int i) {
     int b = int((int64_t(i) * blocks + blocks - 1) / rows);
     while (int(int64_t(rows) * b / blocks) > i) b--;
     while (int(int64_t(rows) * (b + 1) / blocks) <= i) b++;
@@ -97,7 +146,7 @@ void Tape::run_linear(const Op& op, int rows, Counter* counters) {
   const int panels = w.panels(), steps = w.padded_k / kGroup;
   const int lines = int((w.stride / 64 + size_t(steps) * blocks - 1) / (size_t(steps) * blocks));
   const size_t width = size_t(w.n);
-  share(counters[1].next, panels, std::min(chunk(panels), 8), [&](int p) {
+  share(parts + device_.pool.size(), thread, [&](int p) {
     alignas(64) float tile[kMaxRows * kPanel];
     const char* panel = w.panel(p);
     for (int b = 0; b < blocks; b++) {
@@ -118,14 +167,14 @@ void Tape::run_linear(const Op& op, int rows, Counter* counters) {
   });
 }
 
-void Tape::run_attend(const Op& op, int rows, int thread, Counter* counters) {
+void Tape::run_attend(const Op& op, int rows, int thread, Part* parts) {
   Device& d = device_;
   const Kernels& k = d.kernels;
   const int D = d.head_dim, group = op.heads / d.kv_heads, width = (op.heads + 2 * d.kv_heads) * D;
   const bool dot = d.kv_type == KV_BF16_DOT;
   const size_t q_element = dot ? 2 : 4;
   auto query = [&](int kv_head, int token) { return d.queries.data() + (size_t(kv_head) * rows + token) * group * D * q_element; };
-  share(counters[0].next, int(d.tile_runs.size()), 1, [&](int index) {
+  share(parts, thread, [&](int index) {
     const TileRun& run = d.tile_runs[index];
     const int tile = d.token_tile[run.first_token], first_slot = d.positions[run.first_token] % kTile;
     for (int h = 0; h < d.kv_heads; h++) {
@@ -144,7 +193,7 @@ void Tape::run_attend(const Op& op, int rows, int thread, Counter* counters) {
   });
   d.pool.barrier();
   auto& w = d.work[thread];
-  share(counters[1].next, int(d.jobs.size()), 1, [&](int index) {
+  share(parts + d.pool.size(), thread, [&](int index) {
     const AttendJob& job = d.jobs[index];
     const int n = job.tokens * job.num_q;
     float* out = w.out.as<float>();

@@ -21,6 +21,10 @@ class Tape {
   void attend(int layer, const float* qkv, int heads, float scale, int window, float* out);
   // Compute all operations on `rows` rows (the planned step's tokens where operations depend on the step).
   void run(int rows);
+  // The same, timed on the calling thread: seconds spent in each operation, barriers included.
+  std::vector<double> run_timed(int rows);
+  static const char* name(int code);
+  int code(size_t i) const { return ops_[i].code; }
   size_t size() const { return ops_.size(); }
 
  private:
@@ -35,17 +39,20 @@ class Tape {
     int width = 0, heads = 0, kv_heads = 0, head_dim = 0, layer = 0, window = 0;
     float number = 0;
   };
-  struct alignas(64) Counter { std::atomic<int> next{0}; };
+  // What is left of one thread's part of a phase: [begin, end). The owner takes from the front, so that it streams through
+  // consecutive memory; a thread that has finished its own part takes from the back of others.
+  struct alignas(64) Part { std::atomic<uint64_t> range{0}; };
 
-  void execute(const Op& op, int rows, int thread, Counter* counters);
-  void run_linear(const Op& op, int rows, Counter* counters);
-  void run_attend(const Op& op, int rows, int thread, Counter* counters);
-  template <class F> void share(std::atomic<int>& next, int total, int chunk, F f);
-  int chunk(int total) const { return std::max(1, total / (device_.pool.size() * 8)); }
+  void start(int rows);
+  int phase_items(const Op& op, int rows, int phase) const;
+  void execute(const Op& op, int rows, int thread, Part* parts);
+  void run_linear(const Op& op, int rows, int thread, Part* parts);
+  void run_attend(const Op& op, int rows, int thread, Part* parts);
+  template <class F> void share(Part* parts, int thread, F f);
 
   Device& device_;
   std::vector<Op> ops_;
-  std::vector<Counter> counters_;
+  std::vector<Part> parts_;  // operation x phase x thread
 };
 
 }  // namespace mooli

@@ -1,6 +1,6 @@
 """The one sheet of data that passes from the deciding column to the computing column, and back.
 
-Owns the layout of a step: host arrays (NumPy) and plain values only. Never refers to a request object, a device or text.
+Owns the layout of a step: host arrays (NumPy) and plain values only. Never refers to a request, a device or text.
 There is no prefill mode and no decode mode: a row is (req_index, start, length) and a decode step is a row of length 1.
 """
 
@@ -116,7 +116,7 @@ class LogprobRow:
 class StepOutput:
     """What a step computed.
 
-    token_ids: int32 (S,), in the order of the sampling rows; -1 where the logits held NaN, which ends that request only.
+    token_ids: int32 (S,), in the order of the sampling rows; -1 where the logits held NaN, which ends that request.
     logprobs: S entries, None where not asked for.
     prompt_logprobs: parallel to `ScheduleBatch.prompt_logprobs`, one LogprobRow per target.
     """

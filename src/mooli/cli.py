@@ -1,12 +1,13 @@
 """The `mooli` command: generate, chat, demo, version.
 
-Owns what is typed and what is printed: answers go to standard output, progress, statistics and errors to standard error.
-An error of ours is one line and exit status 2, Ctrl-C is 130. Never does what `Engine` cannot do for everybody.
+Owns what is typed and what is printed: answers go to standard output; progress, statistics and errors go to standard
+error. An error of ours is one line and exit status 2, Ctrl-C is 130. Never does what `Engine` cannot do for everybody.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -72,9 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
-        name, help=help, description=help[:1].upper() + help[1:] + "."
+        name, help=text, description=text[:1].upper() + text[1:] + "."
     )
     command.set_defaults(run=run)
     return command
@@ -82,7 +83,9 @@ def _command(commands: Any, name: str, run: Any, help: str) -> argparse.Argument
 
 def _add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="Default: %(default)s.")
+    # Not an argparse default: what a user asks for must fit the context, a default takes what is left of it.
+    parser.set_defaults(default_length=max_new_tokens)
+    group.add_argument("--max-new-tokens", type=int, help=f"Default: {max_new_tokens}, or what is left of the context.")
     group.add_argument("--temperature", type=float, default=0.7, help="0 is greedy. Default: %(default)s.")
     group.add_argument("--top-p", type=float, default=0.95, help="Default: %(default)s.")
     group.add_argument("--top-k", type=int, default=-1, help="-1: the whole vocabulary. Default: %(default)s.")
@@ -96,7 +99,7 @@ _SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "
 
 
 def _sampling_params(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in _SAMPLING_FLAGS}
+    return {name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None}
 
 
 # -- commands --
@@ -198,9 +201,10 @@ class _Shown:
 
     def statistics(self) -> str:
         speed = f", {self.decode_tokens / self.decode_s:.1f} tok/s" if self.decode_s > 0 else ""
+        interrupted = "; interrupted" if self.is_interrupted else ""
         return (
-            f"[{self.completion_tokens} tokens{speed}; prompt {self.prompt_tokens} tokens, {self.cached_tokens} from the"
-            f" cache, first token after {self.first_token_s * 1000:.0f} ms{'; interrupted' if self.is_interrupted else ''}]"
+            f"[{self.completion_tokens} tokens{speed}; prompt {self.prompt_tokens} tokens, {self.cached_tokens} from"
+            f" the cache, first token after {self.first_token_s * 1000:.0f} ms{interrupted}]"
         )
 
 
@@ -247,10 +251,8 @@ def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin)
         return
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` editing and history, where Python has it
-    except ImportError:
-        pass
     while True:
         try:
             yield input("> ").strip()
@@ -259,7 +261,9 @@ def _lines() -> Iterator[str]:
 
 
 def _open_engine(args: argparse.Namespace, **defaults: Any) -> Engine:
-    defaults = {"log_level": "warning", "incremental_streaming_output": True, **defaults}
+    defaults["log_level"] = "warning"
+    defaults["incremental_streaming_output"] = True
+    defaults["preferred_sampling_params"] = {"max_new_tokens": args.default_length}
     config = EngineConfig.from_cli_args(args, **defaults)
     if config.skip_tokenizer_init:
         raise RequestError("--skip-tokenizer-init leaves nothing that could be printed here: remove it")
@@ -284,8 +288,8 @@ class _Progress:
         info = engine.get_server_info()
         clear = "\r\x1b[K" if self._is_terminal else ""
         print(
-            f"{clear}{self._model}: ready in {info['startup_time']:.1f} s; backend {engine.server_args.backend_name}, context"
-            f" {info['context_length']} tokens, KV cache {info['max_total_num_tokens']} tokens",
+            f"{clear}{self._model}: ready in {info['startup_time']:.1f} s; backend {engine.server_args.backend_name},"
+            f" context {info['context_length']} tokens, KV cache {info['max_total_num_tokens']} tokens",
             file=sys.stderr,
             flush=True,
         )

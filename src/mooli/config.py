@@ -1,9 +1,9 @@
 """Every engine argument: its name, default, meaning, choices and checks. The one source for keywords and flags.
 
 Owns `EngineConfig` and how values reach it: from keywords (`from_kwargs`) or from a command line (`add_cli_args`,
-`from_cli_args`). Names and meanings are those of SGLang's server arguments, plus a few of our own. An argument that would
-do nothing is refused. Never looks at the machine, a model or a backend: defaults that depend on them are None here and
-settled in `mooli.engine.build`.
+`from_cli_args`). Names and meanings are those of SGLang's server arguments, plus a few of our own. An argument that
+would do nothing is refused. Never looks at the machine, a model or a backend: defaults that depend on them are None
+here and settled in `mooli.engine.build`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SIZE_SUFFIXES = {
 def _argument(
     default: Any,
     kind: str,
-    help: str,
+    text: str,
     *,
     choices: Sequence[str | None] | None = None,
     low: float | None = None,
@@ -65,7 +65,7 @@ def _argument(
     aliases: Sequence[str] = (),
 ) -> Any:
     """A field with what keyword checks and argparse need. `kind`: str, int, size, float, bool or json."""
-    metadata = {"kind": kind, "help": help, "choices": choices, "low": low, "high": high, "aliases": tuple(aliases)}
+    metadata = {"kind": kind, "help": text, "choices": choices, "low": low, "high": high, "aliases": tuple(aliases)}
     if default is dataclasses.MISSING:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -44,14 +44,15 @@ def _byte_alphabet() -> list[str]:
     return [table[b] for b in range(256)]
 
 
-def says(text: str, *, then: int | None = EOS):
-    """A `next_token` that answers every prompt ending in '>' with `text`, token by token, then ends."""
+def says(text: str, *, after: str = ">", then: int | None = EOS):
+    """A `next_token` that goes on with `text` behind the last `after`, token by token, then with `then`."""
     ids = [*text.encode(), *([] if then is None else [then])]
 
     def next_token(context: list[int]) -> int | None:
-        starts = [i for i, token_id in enumerate(context) if token_id == ord(">")]
-        position = len(context) - starts[0] - 1 if starts else len(ids)
-        return ids[position] if position < len(ids) else None
+        written = bytes(token_id if token_id < 256 else 0 for token_id in context)
+        start = written.rfind(after.encode())
+        position = len(written) - start - len(after)
+        return ids[position] if start >= 0 and position < len(ids) else None
 
     return next_token
 
@@ -105,4 +106,4 @@ class FakeEngine:
             cache_namespace="fake",
             backend={},
         )
-        return BuiltEngine(self.core, None, facts, lambda: None)
+        return BuiltEngine(self.core, None, facts, lambda: None, lambda: None)

@@ -1,5 +1,7 @@
 """Chat templates: the text of `apply_chat_template`, and a sandbox that holds."""
 
+# ruff: noqa: E501 — templates are written as models publish them
+
 from __future__ import annotations
 
 import json
@@ -86,6 +88,10 @@ CHATS = {
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "reasoning": "because"},
         {"role": "user", "content": "c"},
+    ],
+    "answer with reasoning": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "thinking": "because"},
     ],
     "open answer": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The answer is "}],
 }
@@ -257,3 +263,8 @@ def test_threads_can_share_a_template():
     chats = [chat(content=f"question {i}") for i in range(40)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(render, chats)) == [render(c) for c in chats]
+
+
+def test_another_template_can_take_over_the_special_tokens():
+    template = ChatTemplate("x", bos_token="<s>", special_tokens={"pad_token": "<p>"})
+    assert template.with_source("{{ bos_token }}{{ pad_token }}").render(chat()) == "<s><p>"

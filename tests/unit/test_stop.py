@@ -33,8 +33,9 @@ def cut(text: str, cuts: set[int]) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
-letters = st.text(alphabet="ab\n", max_size=14)
-stop_lists = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=5), max_size=4)
+# Two letters, so that stop strings overlap with themselves and with each other most of the time.
+letters = st.text(alphabet="ab", max_size=14)
+stop_lists = st.lists(st.text(alphabet="ab", min_size=2, max_size=6), max_size=3)
 
 
 @given(text=letters, stops=stop_lists, cuts=st.sets(st.integers(0, 14)), trim=st.booleans())
@@ -86,6 +87,11 @@ def test_of_stop_strings_complete_together_the_longest_wins():
 
 def test_a_false_start_is_shown_when_the_text_is_over():
     assert run(["one\n", "\n"], ["\n\n\n"], True)[:2] == ("one\n\n", None)
+
+
+@pytest.mark.parametrize(("text", "stop"), [("aaab", "aab"), ("ababac", "abac"), ("\n\n\n#", "\n\n#")])
+def test_a_stop_string_is_found_inside_its_own_false_start(text, stop):
+    assert run(list(text), [stop], True)[:2] == (text[: -len(stop)], stop)
 
 
 def test_pieces_after_a_match_are_not_counted():

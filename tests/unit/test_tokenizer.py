@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -59,7 +60,10 @@ def trained_byte_level(name, control_first=False):
     )
     backend.train_from_iterator([*TEXTS.values(), "hello world the answer is 42 and 1234"] * 3, trainer)
     if name in ("llama-bpe", "tekken"):
-        backend.model.ignore_merges = True
+        # Some words are in the vocabulary but cannot be merged, as in the published files.
+        model = json.loads(backend.to_str())["model"]
+        merges = [tuple(merge) for merge in model["merges"]][:-100]
+        backend.model = models.BPE(model["vocab"], merges, ignore_merges=True)
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in CONTROL])
     backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in USER_DEFINED])
     return backend
@@ -306,7 +310,8 @@ def test_end_ids_come_from_every_file_that_declares_them(tmp_path, files, ends):
 @pytest.mark.parametrize("kind", ["string", "list", "jinja", "several jinja", "json", "none"])
 def test_the_chat_template_is_found_where_it_is_kept(tmp_path, kind):
     template = "{{ bos_token }}|{{ messages[0].content }}|{{ eos_token }}|{{ unk_token }}"
-    config = {"bos_token": "<|im_start|>", "unk_token": "<|endoftext|>"}
+    config_tokens = {"bos_token": "<|im_start|>", "unk_token": "<|endoftext|>"}
+    config = dict(config_tokens)
     if kind == "string":
         config["chat_template"] = template
     if kind == "list":
@@ -319,7 +324,9 @@ def test_the_chat_template_is_found_where_it_is_kept(tmp_path, kind):
         (folder / "chat_template.jinja").write_text(template)
     if kind == "json":
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    found = load_tokenizer(folder).chat_template
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.special_tokens == {**config_tokens, "eos_token": "<|im_end|>"}
+    found = tokenizer.chat_template
     if kind == "none":
         assert found is None
         return
@@ -415,8 +422,8 @@ def changed(metadata, **changes):
         ({"token_type": [1]}, "token_type has 1 entries"),
         ({"token_type": "x"}, "not an array"),
         ({"token_type": 3}, "not an array"),
-        ({"eos_token_id": 10**9}, "outside the vocabulary"),
-        ({"bos_token_id": -1}, "outside the vocabulary"),
+        ({"eos_token_id": 10**9}, "the vocabulary has"),
+        ({"bos_token_id": -1}, "the vocabulary has"),
         ({"bos_token_id": "x"}, "not a token id"),
         ({"model": "llama"}, "no tokenizer.ggml.scores"),
         ({"model": "llama", "scores": [0.0]}, "scores has 1 entries"),
@@ -444,10 +451,8 @@ def test_no_metadata_does_worse_than_an_error(key, value, model):
         "tokenizer.ggml.merges": ["a b"],
         "tokenizer.ggml.bos_token_id": 3,
     }
-    try:
+    with contextlib.suppress(TokenizerError):
         tokenizer_from_gguf(changed(metadata, **{key: value})).encode("ab")
-    except TokenizerError:
-        pass
 
 
 def test_token_types_may_be_missing():
@@ -557,7 +562,7 @@ def test_sentencepiece_ids_equal_those_of_the_published_form(sentencepiece, text
     metadata, tokenizer = sentencepiece
     tokens = metadata["tokenizer.ggml.tokens"]
     vocab = {t: i for i, t in enumerate(tokens)}
-    scores = dict(zip(tokens, metadata["tokenizer.ggml.scores"].tolist()))
+    scores = dict(zip(tokens, metadata["tokenizer.ggml.scores"].tolist(), strict=True))
     merges = generate_merges(vocab, scores, skip_tokens=[*tokens[:259], "<tool>"])
     published = Backend(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     published.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -628,7 +633,7 @@ def test_both_ways_to_read_special_tokens_can_be_used_at_once():
     modes = [True, False] * 100
     with ThreadPoolExecutor(8) as pool:
         ids = list(pool.map(lambda mode: tokenizer.encode(text, parse_special=mode), modes))
-    for mode, got in zip(modes, ids):
+    for mode, got in zip(modes, ids, strict=True):
         assert got == tokenizer.encode(text, parse_special=mode)
         assert tokenizer.special_ids.isdisjoint(got) != mode
 

@@ -1,8 +1,8 @@
 """The backend seam: the small set of operations models are written in, and what else a device must provide.
 
-Owns protocols and the plain specifications they take. Never computes. An `Array` is opaque to models: a tape register on
-the CPU backend, a `torch.Tensor` on torch backends, a NumPy array in the reference. `reference` (NumPy, float32) is the
-meaning of every operation; the others are tested against it.
+Owns protocols and the plain specifications they take. Never computes. An `Array` is opaque to models: a tape register
+on the CPU backend, a `torch.Tensor` on torch backends, a NumPy array in the reference. `reference` (NumPy, float32) is
+the meaning of every operation; the others are tested against it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Ops(Protocol):
         ...
 
     def linear_silu_mul(self, x: Array, weight: Weight) -> Array:
-        """silu(x @ gate.T) * (x @ up.T) for a weight loaded with `load_gated`. One op: the wide product stays in cache."""
+        """silu(x @ gate.T) * (x @ up.T) for a weight of `load_gated`. One op: the wide product stays in cache."""
         ...
 
     def head_norm(self, qkv: Array, spec: AttentionSpec, q_weight: Weight, k_weight: Weight, eps: float) -> Array:
@@ -139,8 +139,14 @@ class Backend(Protocol):
 
     def memory(self) -> MemoryInfo: ...
 
+    def bind_thread(self) -> None:
+        """Called once on the thread that will run the steps, for backends that pin it or bind a device to it."""
+        ...
+
     # -- weights, packed once, one tensor at a time. `tensors` are stacked along rows (q, k, v). --
-    def load_linear(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False) -> Weight:
+    def load_linear(
+        self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
+    ) -> Weight:
         """A linear weight (sum of rows, columns). `head` marks the output head, kept finer under int4."""
         ...
 
@@ -164,7 +170,7 @@ class Backend(Protocol):
         ...
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
-        """Copy-on-write: the first `num_tokens` tokens of each source page, in order; the rest of the target is zeroed."""
+        """Copy-on-write: the first `num_tokens` tokens of each source page, in order."""
         ...
 
     # -- a step --
@@ -173,7 +179,7 @@ class Backend(Protocol):
         ...
 
     def capture(self, function: Callable[..., Array]) -> Callable[..., Array]:
-        """`function(batch)` or `function(hidden)` made fast: a recorded tape on CPU, a graph on devices, itself elsewhere."""
+        """`function(batch)` or `function(hidden)` made fast: a tape on CPU, a graph on devices, itself elsewhere."""
         ...
 
     def take_rows(self, hidden: Array, rows: NDArray[np.int32]) -> Array:

@@ -221,6 +221,9 @@ class ReferenceBackend:
     def describe(self) -> dict[str, Any]:
         return {"backend": self.name, "device": "cpu", "dtype": "float32", "library": f"numpy {np.__version__}"}
 
+    def bind_thread(self) -> None:
+        """NumPy runs on whatever thread calls it."""
+
     def memory(self) -> MemoryInfo:
         return host_memory()
 

@@ -74,11 +74,13 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """A core ready to step. `close` gives memory and threads back, when nothing steps any more."""
+    """A core ready to step. `bind_thread` is to be called once on the thread that will step; `close` gives memory and
+    threads back, when nothing steps any more."""
 
     core: EngineCore
     model_config: ModelConfig
     facts: EngineFacts
+    bind_thread: Callable[[], None]
     close: Callable[[], None]
 
 
@@ -203,7 +205,7 @@ def _build(
         backend=described,
     )
     logger.info("backend %s: %s", backend.name, described)
-    return BuiltEngine(EngineCore(scheduler, runner), model_config, facts, runner.close)
+    return BuiltEngine(EngineCore(scheduler, runner), model_config, facts, backend.bind_thread, runner.close)
 
 
 def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:
@@ -218,7 +220,7 @@ def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:
 
 
 def _kv_dtype(config: EngineConfig, backend: Backend) -> str:
-    """The type that was asked for; else that of the computation, and two bytes where the backend chooses that itself."""
+    """The type that was asked for; else that of the computation; two bytes where the backend chooses that itself."""
     if config.kv_cache_dtype != "auto":
         return config.kv_cache_dtype
     if config.dtype != "auto":

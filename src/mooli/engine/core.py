@@ -14,7 +14,7 @@ from mooli.types import Request, RequestOutput
 
 
 class EngineCore:
-    """Requests in by `add`, outputs out of `step`. Each request added ends with exactly one output that has `finish`."""
+    """Requests in by `add`, outputs out of `step`. Each request ends with exactly one output that has `finish`."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self._scheduler = scheduler

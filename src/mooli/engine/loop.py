@@ -99,10 +99,10 @@ class EngineLoop:
 
     def drop(self, rids: Iterable[str]) -> None:
         """Like `abort` for requests whose sinks want nothing more. Never blocks; finalisers may call it."""
-        self._forget({rid: self._core.abort for rid in rids})
+        self._forget(dict.fromkeys(rids, self._core.abort))
 
     def finish(self, matched: Mapping[str, str]) -> None:
-        """The text side has ended these requests: rid to the stop string. Their sinks want nothing more. Never blocks."""
+        """The text side has ended these requests: rid to stop string. Their sinks want nothing more. Never blocks."""
         self._forget({rid: functools.partial(self._core.finish, matched=text) for rid, text in matched.items()})
 
     def call(self, function: Callable[[], T]) -> T:
@@ -115,7 +115,7 @@ class EngineLoop:
         def run() -> None:
             try:
                 future.set_result(function())
-            except Exception as exc:  # noqa: BLE001 - it is raised in the caller's thread
+            except Exception as exc:  # it is raised in the caller's thread
                 future.set_exception(exc)
 
         with self._lock:

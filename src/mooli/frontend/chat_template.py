@@ -6,7 +6,7 @@ into ids and never touches the messages it was given.
 
 A template comes with the model, so it is code of somebody else. It runs in Jinja's immutable sandbox, any use of an
 underscore attribute is refused, and every render has a budget of work and of text, so that a template can fail but not
-hang the caller. Jinja filters that pad text run unmetered: the sandbox is no replacement for trust in the model's origin.
+hang the caller. Jinja filters that pad text run unmetered: this is no replacement for trust in the model's origin.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ChatTemplate:
                 raise ChatTemplateError(f"the chat template {name!r} is a {type(text).__name__}, not a string")
         if "default" not in named:
             raise ChatTemplateError(
-                f"several chat templates and none is named 'default', only {sorted(named)}; give one of them as the template"
+                f"none of the chat templates {sorted(named)} is named 'default'; give the one to use as the template"
             )
         self._sources = named
         self._templates = {name: _compile(text) for name, text in named.items()}
@@ -169,8 +169,8 @@ def _render(template: jinja2.Template, names: dict[str, Any]) -> str:
     # A template is a program over values of the caller: whatever it raises, it is this chat that cannot be rendered.
     except Exception as exc:
         raise ChatTemplateError(
-            f"the chat template failed on these messages ({type(exc).__name__}: {exc}); check that roles and contents have "
-            "the form the model expects"
+            f"the chat template failed on these messages ({type(exc).__name__}: {exc}); check that roles and contents "
+            "have the form the model expects"
         ) from exc
     finally:
         _budget.reset(token)
@@ -267,12 +267,12 @@ def _metered(environment: ImmutableSandboxedEnvironment, source: str) -> jinja2.
         return nodes.Filter(expression, name, [], [], None, None, lineno=expression.lineno)
 
     class Meter(NodeTransformer):
-        def visit_For(self, node: nodes.For) -> nodes.Node:
+        def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 — Jinja asks for this name
             self.generic_visit(node)
             node.iter = through(_LOOP_FILTER, node.iter)
             return node
 
-        def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 — Jinja asks for this name
             self.generic_visit(node)
             return through(_TEXT_FILTER, node)
 
@@ -306,8 +306,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
             return super().call(context, called, *args, **kwargs)
 
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-            # Jinja hands out an undefined value, which prints as nothing. A template that reaches for the interpreter is
-            # refused at once instead; a changing method such as `append` stays undefined, as templates may ask for it.
+            # Jinja hands out an undefined value, which prints as nothing. A template that reaches for the interpreter
+            # is refused at once instead; a changing method such as `append` stays undefined, as templates may ask for
+            # it.
             if attribute.startswith("_") or sandbox.is_internal_attribute(obj, attribute):
                 raise jinja2.exceptions.SecurityError(f"attribute {attribute!r} of a {type(obj).__name__}")
             return super().unsafe_undefined(obj, attribute)
@@ -377,7 +378,8 @@ def _spend(num_steps: int = 1) -> None:
 def _check_length(num_chars: int) -> None:
     if num_chars > _MAX_CHARS:
         raise ChatTemplateError(
-            f"the chat template makes a text of more than {_MAX_CHARS} characters; shorten the messages or check the template"
+            f"the chat template makes a text of more than {_MAX_CHARS} characters; shorten the messages or check the "
+            "template"
         )
 
 

@@ -60,8 +60,8 @@ _UNSUPPORTED: dict[str, Any] = {
 """Arguments of SGLang's `generate` for what Mooli does not have, and the one value that asks for nothing."""
 
 Answer = dict[str, Any]
-"""{"text", "output_ids", "meta_info": {"id", "finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens", …}};
-chunks of a call with several requests have "index" too; without a tokenizer there is no "text"."""
+"""{"text", "output_ids", "meta_info": {"id", "finish_reason", "prompt_tokens", "completion_tokens", …}}
+as SGLang has it; chunks of a call with several requests have "index" too; without a tokenizer there is no "text"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Engine:
             preferred=config.preferred_sampling,
             allow_auto_truncate=config.allow_auto_truncate,
         )
-        self._loop = EngineLoop(built.core)
+        self._loop = EngineLoop(built.core, on_thread_start=built.bind_thread)
         self._finalizer = weakref.finalize(self, _shut_down, self._loop, built.close)
         self._startup_time_s = time.perf_counter() - started
 
@@ -184,9 +184,8 @@ class Engine:
         type `error` instead. Raises EngineClosedError after `shutdown`, EngineDeadError if the engine breaks down.
         Arguments for what Mooli does not have are refused unless they have their default.
         """
-        arguments = dict(locals())
-        del arguments["self"]
-        generations, is_single = self._prepare(arguments)
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "stream")}
+        generations, is_single = self._prepare(arguments, stream)
         if stream:
             return stream_sync(self._loop, generations, owner=self)
         results = run(self._loop, generations)
@@ -199,8 +198,9 @@ class Engine:
         bound.apply_defaults()
         arguments = dict(bound.arguments)
         del arguments["self"]
-        generations, is_single = self._prepare(arguments)
-        if arguments["stream"]:
+        stream = arguments.pop("stream")
+        generations, is_single = self._prepare(arguments, stream)
+        if stream:
             return stream_async(self._loop, generations, owner=self)
         results = await run_async(self._loop, generations)
         return results[0] if is_single else results
@@ -252,14 +252,13 @@ class Engine:
     ) -> None:
         self.shutdown()
 
-    def _prepare(self, arguments: dict[str, Any]) -> tuple[list[Generation], bool]:
+    def _prepare(self, arguments: dict[str, Any], stream: Any) -> tuple[list[Generation], bool]:
         """Checked requests of a call, each with its text state, and whether the answer is a dict rather than a list."""
         for name, neutral in _UNSUPPORTED.items():
             value = arguments.pop(name)
             # The type is compared too: 0 == False, and neither stands for the other here.
             if value is not None and (type(value) is not type(neutral) or value != neutral):
                 raise RequestError(f"{name} is not supported by Mooli yet: leave it out")
-        stream = arguments.pop("stream")
         if not isinstance(stream, bool):
             raise RequestError(f"stream must be True or False, not {stream!r}")
         inputs = self._rules.prepare(**arguments)
@@ -301,8 +300,7 @@ def _load_tokenizer(config: EngineConfig, model_path: Path) -> Tokenizer | None:
         if tokenizer.chat_template is not None:
             tokenizer.chat_template = tokenizer.chat_template.with_source(source)
         else:
-            bos = None if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id)
-            tokenizer.chat_template = ChatTemplate(source, bos_token=bos)
+            tokenizer.chat_template = ChatTemplate(source, special_tokens=tokenizer.special_tokens)
     return tokenizer
 
 

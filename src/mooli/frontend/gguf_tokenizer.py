@@ -98,6 +98,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str = "the GGUF 
         vocab_size=len(vocabulary.tokens),
         bos_id=bos_id,
         eos_ids={i for key in _END_ID_KEYS if (i := vocabulary.named_id(key)) is not None},
+        special_tokens=vocabulary.special_tokens(),
         chat_template=_chat_template(vocabulary),
     )
 
@@ -164,9 +165,19 @@ class _Vocabulary:
             raise TokenizerError(f"tokenizer.ggml.{name} in {self.source} is {value!r}, not a token id") from exc
         if not 0 <= index < len(self.tokens):
             raise TokenizerError(
-                f"tokenizer.ggml.{name} in {self.source} is {index}, outside the vocabulary of {len(self.tokens)} tokens"
+                f"tokenizer.ggml.{name} in {self.source} is {index}; the vocabulary has {len(self.tokens)} tokens"
             )
         return index
+
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of the tokens the file names, under the names chat templates use."""
+        keys = {
+            "bos_token": "bos_token_id",
+            "eos_token": "eos_token_id",
+            "unk_token": "unknown_token_id",
+            "pad_token": "padding_token_id",
+        }
+        return {name: self.tokens[i] for name, key in keys.items() if (i := self.named_id(key)) is not None}
 
     def text(self, token_id: int | None) -> str | None:
         return None if token_id is None else self.tokens[token_id]
@@ -192,8 +203,8 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool
     name = vocabulary.metadata.get("tokenizer.ggml.pre")
     if name is None:
         raise TokenizerError(
-            f"{vocabulary.source} has no tokenizer.ggml.pre, so how it cuts text is unknown; convert the model again with a "
-            "current llama.cpp"
+            f"{vocabulary.source} has no tokenizer.ggml.pre, so how it cuts text is unknown; convert the model again "
+            "with a current llama.cpp"
         )
     if not isinstance(name, str) or name not in _PRE_TOKENIZERS:
         raise TokenizerError(
@@ -205,7 +216,7 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool
     with tokenizer_errors(f"building the vocabulary of {vocabulary.source}"):
         backend = Backend(
             models.BPE(
-                vocab=dict(zip(vocabulary.tokens[:size], range(size))),
+                vocab=dict(zip(vocabulary.tokens[:size], range(size), strict=True)),
                 merges=_merges(vocabulary),
                 ignore_merges=rule.ignore_merges,
             )
@@ -261,8 +272,8 @@ def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
 def _sentencepiece_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     """Llama 2's and Mistral's tokenizer: SentencePiece BPE with byte fallback, its merges recovered from the scores.
 
-    SentencePiece merges the pair whose result scores best. As a list of merges: every way to cut every token in two, best
-    result first (Hugging Face's conversion of SentencePiece models does the same).
+    SentencePiece merges the pair whose result scores best. As a list of merges: every way to cut every token in two,
+    best result first (Hugging Face's conversion of SentencePiece models does the same).
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
@@ -270,20 +281,20 @@ def _sentencepiece_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     architecture = vocabulary.metadata.get("general.architecture", "llama")
     if architecture != "llama":
         raise TokenizerError(
-            f"the SentencePiece tokenizer of architecture {architecture!r} in {vocabulary.source} is not supported; only "
-            "that of Llama and Mistral is"
+            f"the SentencePiece tokenizer of architecture {architecture!r} in {vocabulary.source} is not supported; "
+            "only that of Llama and Mistral is"
         )
     merging = {_NORMAL, _USER_DEFINED, _UNUSED}
     ids = {token: i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] in merging}
     scored = []
-    for (token, _), score in zip(vocabulary.ids.items(), vocabulary.scores()):
+    for (token, _), score in zip(vocabulary.ids.items(), vocabulary.scores(), strict=True):
         if token not in ids:
             continue
         cuts = [(token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in ids and token[at:] in ids]
         cuts.sort(key=lambda cut: (ids[cut[0]], ids[cut[1]]))
         scored += [(-score, -len(left), -len(right), left, right) for left, right in cuts]
     scored.sort(key=lambda merge: merge[:3])
-    unknown = next((t for t, kind in zip(vocabulary.tokens, vocabulary.types) if kind == _UNKNOWN), None)
+    unknown = next((t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == _UNKNOWN), None)
     with tokenizer_errors(f"building the vocabulary of {vocabulary.source}"):
         backend = Backend(
             models.BPE(
@@ -305,7 +316,7 @@ def _sentencepiece_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Control tokens as special ones, user-defined ones as plain ones; both are found in the text before anything else."""
+    """Control tokens as special ones, user-defined ones as plain ones; both are found in the text before all else."""
     from tokenizers import AddedToken
 
     special = {_CONTROL, _UNKNOWN}
@@ -334,11 +345,4 @@ def _chat_template(vocabulary: _Vocabulary) -> ChatTemplate | None:
         sources["default"] = default
     if "default" not in sources:
         return None
-    others = {"unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
-    texts = {name: vocabulary.text(vocabulary.named_id(key)) for name, key in others.items()}
-    return ChatTemplate(
-        sources,
-        bos_token=vocabulary.text(vocabulary.named_id("bos_token_id")),
-        eos_token=vocabulary.text(vocabulary.named_id("eos_token_id")),
-        special_tokens={name: text for name, text in texts.items() if text is not None},
-    )
+    return ChatTemplate(sources, special_tokens=vocabulary.special_tokens())

@@ -186,8 +186,8 @@ class InputRules:
             if not self.allow_auto_truncate:
                 raise PromptError(
                     f"{where}the prompt has {len(ids)} tokens and the context length is {self.context_length}: at most"
-                    f" {self.context_length - 1} are possible. Shorten it, start the engine with a larger context_length"
-                    " (or max_total_tokens) if the model and memory allow, or set allow_auto_truncate=True."
+                    f" {self.context_length - 1} are possible. Shorten it, start the engine with a larger"
+                    " context_length (or max_total_tokens) if model and memory allow, or set allow_auto_truncate=True."
                 )
             ids = ids[: self.context_length - 1]
         room = self.context_length - len(ids)
@@ -196,8 +196,8 @@ class InputRules:
             return ids, params
         if explicit and not self.allow_auto_truncate:
             raise PromptError(
-                f"{where}the prompt has {len(ids)} tokens and max_new_tokens is {wanted}, together more than the context"
-                f" length of {self.context_length}. Set max_new_tokens to at most {room}, or leave it out."
+                f"{where}the prompt has {len(ids)} tokens and max_new_tokens is {wanted}, together more than the"
+                f" context length of {self.context_length}. Set max_new_tokens to at most {room}, or leave it out."
             )
         return ids, replace(params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room))
 

@@ -1,8 +1,8 @@
 """Text to token ids and back.
 
 Owns `Tokenizer` and loading one from a Hugging Face folder; GGUF metadata is read in `gguf_tokenizer`. Produces the ids
-that Hugging Face `transformers` produces. Never downloads, never decides what a prompt is, and never changes after it is
-made, so that one tokenizer serves all threads.
+that Hugging Face `transformers` produces. Never downloads, never decides what a prompt is, and never changes after it
+is made, so that one tokenizer serves all threads.
 
 `tokenizers` is imported inside functions: it is native code of several megabytes, and an engine that is given token ids
 does not need it.
@@ -46,6 +46,7 @@ class Tokenizer:
     backend: takes part ownership; must not be changed afterwards. Padding and truncation are switched off.
     vocab_size: number of ids, those of unused entries included; None takes it from the backend.
     eos_ids: ids declared as ends; the well-known end-of-turn tokens are added when there is a chat template.
+    special_tokens: texts of the named tokens ("bos_token", …), for a chat template given apart from the model.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Tokenizer:
         vocab_size: int | None = None,
         bos_id: int | None = None,
         eos_ids: Iterable[int] = (),
+        special_tokens: Mapping[str, str] | None = None,
         chat_template: ChatTemplate | None = None,
     ) -> None:
         backend.no_padding()
@@ -68,6 +70,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.bos_id = bos_id
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
         ends = set(eos_ids)
         if chat_template is not None:
@@ -133,8 +136,8 @@ class Tokenizer:
         return self._piece(token_id) is not None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes, maybe of half a character, that a token of a byte-level vocabulary stands for; b"" for
-        an id without a token.
+        """Return the UTF-8 bytes, maybe of half a character, that a token of a byte-level vocabulary stands for; b""
+        for an id without a token.
 
         Raises TokenizerError when the vocabulary is not byte-level (`is_byte_level`).
         """
@@ -170,14 +173,14 @@ class Tokenizer:
             return self._plain
 
     def _refuse_control_ids(self, encoding: tokenizers.Encoding) -> None:
-        """Raise if text, rather than this model's own template, became a special id; an unknown character may be one."""
-        model = self._backend.model
-        unknown = getattr(model, "unk_token", None)
-        for token_id, added, token in zip(encoding.ids, encoding.special_tokens_mask, encoding.tokens):
+        """Raise if text became a special id; the begin and end tokens around it and unknown characters may be one."""
+        unknown = getattr(self._backend.model, "unk_token", None)
+        tokens = zip(encoding.ids, encoding.special_tokens_mask, encoding.tokens, strict=True)
+        for token_id, added, token in tokens:
             if token_id in self.special_ids and not added and token != unknown:
                 raise PromptError(
-                    f"the prompt holds {token!r}, which this vocabulary cannot write as ordinary text; remove it from the "
-                    "prompt or encode with parse_special=True"
+                    f"the prompt holds {token!r}, which this vocabulary cannot write as ordinary text; remove it from "
+                    "the prompt or encode with parse_special=True"
                 )
 
 
@@ -246,12 +249,9 @@ def _load_folder(folder: Path) -> Tokenizer:
     if eos is not None and (eos_id := backend.token_to_id(eos)) is not None:
         ends.add(eos_id)
     source = _folder_chat_template(folder, config)
-    template = None
-    if source:
-        others_named = {name: text for name, text in names.items() if name not in ("bos_token", "eos_token")}
-        template = ChatTemplate(source, bos_token=bos, eos_token=eos, special_tokens=others_named)
+    template = ChatTemplate(source, special_tokens=names) if source else None
     bos_id = backend.token_to_id(bos) if bos is not None else None
-    return Tokenizer(backend, bos_id=bos_id, eos_ids=ends, chat_template=template)
+    return Tokenizer(backend, bos_id=bos_id, eos_ids=ends, special_tokens=names, chat_template=template)
 
 
 def _add_configured_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], added_token: Any) -> None:
@@ -274,8 +274,8 @@ def _add_configured_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, A
                 backend.add_special_tokens([new]) if flags.get("special") else backend.add_tokens([new])
                 if backend.token_to_id(token["content"]) != int(key):
                     raise TokenizerError(
-                        f"tokenizer_config.json gives {token['content']!r} the id {key}, which does not follow the ids of "
-                        "tokenizer.json; the two files do not belong together"
+                        f"tokenizer_config.json gives {token['content']!r} the id {key}, which does not follow the ids "
+                        "of tokenizer.json; the two files do not belong together"
                     )
         named = [config.get(name) for name in _NAMED_TOKENS]
         for key in ("additional_special_tokens", "extra_special_tokens"):

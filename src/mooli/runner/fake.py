@@ -126,7 +126,7 @@ def fake_logits(values: NDArray[np.uint64], vocab_size: int) -> NDArray[np.float
 
 
 def sample(logits: NDArray[np.float64], sampling: SamplingBatch, index: int) -> int:
-    """The token of sampling row `index`: penalties, bias, then greedy or the Gumbel trick on a hash of (seed, position).
+    """The token of sampling row `index`: penalties, bias, then greedy or the Gumbel trick on hashed (seed, position).
 
     Penalties and filters in the order and meaning of the public API (temperature, then top_k, top_p, min_p).
     """

@@ -71,7 +71,7 @@ class CpuBackend:
     default_page_size = TILE
 
     def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
-        """dtype: of weights that are not quantised. quantization: None keeps what the checkpoint has; int8, int4.
+        """dtype: of weights that are not quantised. quantization: None keeps what the file has; int8, int4.
 
         Raises ConfigError for an unknown dtype, quantisation or instruction set (environment variable MOOLI_ISA).
         """
@@ -84,12 +84,17 @@ class CpuBackend:
         isa = os.environ.get("MOOLI_ISA", "")
         if isa and isa not in _native.available_isas():
             raise ConfigError(
-                f"MOOLI_ISA={isa} is not available on this processor; choose one of {', '.join(_native.available_isas())}"
+                f"MOOLI_ISA={isa} is not available on this processor: use one of {', '.join(_native.available_isas())}"
             )
         cpus = usable_cpus()
         threads = num_threads or default_num_threads(cpus, cpu_quota())
-        # Pinning is right only when each thread has a processor of its own.
-        self._device = _native.Device(threads, cpus[:threads] if threads <= len(cpus) else [], isa)
+        # Pinned only when every usable processor has its thread: two small engines must not crowd on the first ones.
+        self._device = _native.Device(threads, cpus if threads == len(cpus) else [], isa)
+        if dtype == "float16":
+            logger.info(
+                "dtype float16: weights and KV are stored as float16 and multiplied in float32: this processor has no "
+                "float16 dot product for it; bfloat16 or quantization='int8' is faster"
+            )
         self._dtype, self._quantization = dtype, quantization
         self.ops = TapeOps(self._device)
         self._weight_bytes = 0
@@ -99,7 +104,7 @@ class CpuBackend:
         self._head_dim = 0
         self._vocab_size = 0
         self._kinds: dict[str, int] = {}
-        self._closed = False
+        self._captured: list[CapturedTape] = []
 
     # ------------------------------------------------------------------ facts
 
@@ -124,13 +129,15 @@ class CpuBackend:
     def weight_bytes(self) -> int:
         return self._weight_bytes
 
-    def pin_thread(self) -> None:
-        """Pin the calling thread, the one that will run steps, beside the pool's own."""
+    def bind_thread(self) -> None:
+        """Pin the calling thread, the one that runs steps, beside the pool's own."""
         self._device.pin_caller()
 
     # ------------------------------------------------------------------ weights
 
-    def load_linear(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False) -> PackedLinear:
+    def load_linear(
+        self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
+    ) -> PackedLinear:
         kind = self._kind(tensors, head=head)
         weight = self._new_linear(kind, sum(t.num_rows for t in tensors), tensors[0].num_columns, gated=False)
         row = 0
@@ -258,7 +265,9 @@ class CpuBackend:
         return Planned(batch.num_tokens)
 
     def capture(self, function: Callable[..., Array]) -> Callable[..., Result]:
-        return CapturedTape(self._device, self.ops, function, self._prepare)
+        captured = CapturedTape(self._device, self.ops, function, self._prepare)
+        self._captured.append(captured)
+        return captured
 
     def take_rows(self, hidden: Result, rows: NDArray[np.int32]) -> Rows:
         return Rows(hidden.values, rows)
@@ -267,7 +276,8 @@ class CpuBackend:
         s = sampling
         token_ids = np.empty(len(s), dtype=np.int32)
         self._device.sample(
-            logits.values, vocab_size, s.temperature, s.top_k, s.top_p, s.min_p, s.frequency_penalty, s.presence_penalty,
+            logits.values, vocab_size,
+            s.temperature, s.top_k, s.top_p, s.min_p, s.frequency_penalty, s.presence_penalty,
             s.repetition_penalty, s.seeds, s.positions, s.history_ids, s.history_indptr, s.output_starts, s.bias_ids,
             s.bias_values, s.bias_indptr, 0, token_ids,
         )  # fmt: skip
@@ -294,5 +304,7 @@ class CpuBackend:
         return x.values[: x.num_rows]
 
     def close(self) -> None:
-        """Nothing to do by hand: memory and threads go with the last reference to the device."""
-        self._closed = True
+        """Give back the KV pool, buffers and tapes. Weights go with the model that holds them."""
+        for captured in self._captured:
+            captured.close()
+        self._device.release()

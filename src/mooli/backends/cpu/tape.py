@@ -1,7 +1,7 @@
 """Records the operations of a model as a native tape, once, and replays it for any number of rows.
 
-Owns registers (who holds which activation) and their places in one arena. Never computes: a recorded operation is an entry
-in a list until the native tape runs it, without Python between operations.
+Owns registers (who holds which activation) and their places in one arena. Never computes: a recorded operation is an
+entry in a list until the native tape runs it, without Python between operations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mooli import _native
 from mooli.backends.base import AttentionSpec, RopeSpec
-from mooli.errors import ConfigError
+from mooli.errors import ConfigError, EngineClosedError
 
 
 @dataclass(eq=False, slots=True)
@@ -42,7 +42,7 @@ class Entry:
 
 @dataclass(slots=True)
 class Rows:
-    """Rows of an earlier tape's result, to be the input of another: `source` (max rows, width), `indices` int32 (n,)."""
+    """Rows of an earlier tape's result, to be another's input: `source` (max rows, width), `indices` int32 (n,)."""
 
     source: NDArray[np.float32]
     indices: NDArray[np.int32]
@@ -50,7 +50,7 @@ class Rows:
 
 @dataclass(slots=True)
 class Result:
-    """What a replayed tape computed: the first `num_rows` rows of `values` (max rows, width) hold it until the next replay."""
+    """What a replayed tape computed: the first `num_rows` rows of `values` (max rows, width), until the next replay."""
 
     values: NDArray[np.float32]
     num_rows: int
@@ -70,7 +70,11 @@ class Recording:
     entries: list[Entry] = field(default_factory=list)
 
     def add(
-        self, inputs: tuple[Register, ...], width: int, emit: Callable[[Any, Register], None], reusable: Register | None = None
+        self,
+        inputs: tuple[Register, ...],
+        width: int,
+        emit: Callable[[Any, Register], None],
+        reusable: Register | None = None,
     ) -> Register:
         output = Register(width)
         self.entries.append(Entry(inputs, output, lambda tape: emit(tape, output), reusable))
@@ -120,9 +124,7 @@ class TapeOps:
     def linear_silu_mul(self, x: Register, weight: Any) -> Register:
         if not weight.native.gated or x.width != weight.native.k:
             raise ConfigError(f"linear_silu_mul takes rows of {weight.native.k} values and a gated weight")
-        return self._now().add(
-            (x,), weight.native.n, lambda t, out: t.linear(x.address, weight.native, 0, out.address)
-        )
+        return self._now().add((x,), weight.native.n, lambda t, out: t.linear(x.address, weight.native, 0, out.address))
 
     def head_norm(self, qkv: Register, spec: AttentionSpec, q_weight: Any, k_weight: Any, eps: float) -> Register:
         heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
@@ -155,9 +157,7 @@ class TapeOps:
 class CapturedTape:
     """A function of operations as a native tape. Recorded at the first call, when all sizes are known."""
 
-    def __init__(
-        self, device: Any, ops: TapeOps, function: Callable[[Any], Any], prepare: Callable[[], int]
-    ) -> None:
+    def __init__(self, device: Any, ops: TapeOps, function: Callable[[Any], Any], prepare: Callable[[], int]) -> None:
         """`prepare()` makes the device ready for what was recorded and returns the most tokens of a step."""
         self._device, self._ops, self._function, self._prepare = device, ops, function, prepare
         self._tape: Any = None
@@ -165,6 +165,12 @@ class CapturedTape:
         self._input: NDArray[np.float32] | None = None
         self._output: NDArray[np.float32] | None = None
         self._arena: Any = None
+
+    def close(self) -> None:
+        """Let go of the tape, its buffers and the model behind the function. Not callable afterwards."""
+        self._tape = self._arena = self._input = self._output = None
+        self._capacity = 0
+        self._function = _closed
 
     def __call__(self, argument: Planned | Rows) -> Result:
         if isinstance(argument, Rows):
@@ -200,10 +206,15 @@ class CapturedTape:
 
         def view(register: Register) -> NDArray[np.float32]:
             begin = (register.address - base) // 4
-            return memory[begin : begin + self._capacity * register.width].reshape(self._capacity, register.width)
+            values: NDArray[np.float32] = memory[begin : begin + self._capacity * register.width]
+            return values.reshape(self._capacity, register.width)
 
         self._output = view(result)
         self._input = None if first is None else view(first)
+
+
+def _closed(argument: Any) -> Any:
+    raise EngineClosedError("the backend was closed")
 
 
 def _lay_out(entries: list[Entry], first: Register | None, result: Register, rows: int) -> int:

