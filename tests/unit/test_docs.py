@@ -1,0 +1,206 @@
+"""The documents are true where a machine can tell: links, names, lengths, and every example of the README runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine
+
+from mooli import Engine, EngineConfig, UnknownArgumentError, cli
+from mooli.errors import ConfigError, RequestError
+from mooli.frontend.sampling import parse_sampling_params
+from mooli.sglang_arguments import is_sglang_argument
+from mooli.types import SamplingParams
+
+ROOT = Path(__file__).resolve().parents[2]
+READMES = ("README.md", "README.zh.md")
+DOCUMENTS = sorted(
+    [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in (*READMES, "CHANGELOG.md", "SECURITY.md"))]
+)
+COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+SOURCES = [
+    path
+    for folder in ("src", "native", "tests", "benchmarks")
+    for path in (ROOT / folder).rglob("*.*")
+    if path.suffix in (".py", ".cpp", ".h", ".inc", ".json")
+]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def code_blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(name), re.MULTILINE | re.DOTALL)
+
+
+def headings(path: Path) -> set[str]:
+    """Anchors of a document, as its readers make them: lower case, no punctuation, dashes for spaces."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def commands() -> list[str]:
+    help_text = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", help_text)
+        with pytest.raises(SystemExit):
+            cli.main(["--help"])
+    return re.findall(r"^    (\w+)  ", help_text.getvalue(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("README.md", 149), ("README.zh.md", 149), ("docs/architecture.md", 200)], ids=str
+)
+def test_documents_stay_short(name: str, most: int) -> None:
+    assert len(text_of(name).splitlines()) <= most
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_relative_link_leads_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists(), f"{document.name} links to {target}"
+        assert not anchor or anchor in headings(path), f"{document.name} links to {target}: no such heading"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_layout_names_only_what_is_there(name: str) -> None:
+    (layout,) = code_blocks(name, "text")
+    folder = ""
+    for line in layout.splitlines():
+        names = re.split(r" {3,}", line.strip())[0].split()  # names, then a comment
+        if line.startswith(" "):
+            names = [folder + name for name in names]
+        else:
+            (folder,) = names
+        for entry in names:
+            assert (ROOT / entry).exists(), entry
+
+
+@pytest.mark.parametrize("language", ["sh", "python"])
+def test_both_readmes_have_the_same_examples(language: str) -> None:
+    blocks = code_blocks("README.md", language)
+    assert blocks
+    assert blocks == code_blocks("README.zh.md", language)
+
+
+def test_both_readmes_have_the_same_figures() -> None:
+    numbers = [
+        re.findall(r"\d+", text_of(name).split("<!-- figures -->")[1].split("<!-- /figures -->")[0]) for name in READMES
+    ]
+    assert sorted(numbers[0]) == sorted(numbers[1])
+
+
+@pytest.mark.parametrize("example", code_blocks("README.md", "python"))
+def test_a_python_example_runs_as_it_stands(
+    example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FakeEngine(monkeypatch)
+    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    if "print" in example:
+        assert "prompt tokens came from the cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line", [line for block in code_blocks("README.md", "sh") for line in block.splitlines() if "mooli " in line]
+)
+def test_a_command_line_example_runs_as_it_stands(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine(monkeypatch)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert cli.main(shlex.split(line, comments=True)[1:]) == 0
+
+
+def test_make_examples_are_targets() -> None:
+    targets = re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE)
+    for name in READMES:
+        for target in re.findall(r"make ([a-z-]+)", text_of(name)):
+            assert target in [*targets, "g"], target  # "apt install make g++"
+
+
+def test_every_command_is_documented() -> None:
+    names = commands()
+    assert {"generate", "chat", "demo"} <= set(names)
+    for name in names:
+        assert f"`mooli {name}`" in COMPATIBILITY
+
+
+def test_every_engine_argument_and_its_aliases_are_documented() -> None:
+    for item in dataclasses.fields(EngineConfig):
+        assert f"| `{item.name}`" in COMPATIBILITY, item.name
+        for alias in item.metadata["aliases"]:
+            assert f"`{alias}`" in COMPATIBILITY, alias
+
+
+def test_every_method_and_every_argument_of_generate_is_documented() -> None:
+    for name in [name for name in vars(Engine) if not name.startswith("_")]:
+        assert f"| `{name}`" in COMPATIBILITY, name
+    for name in list(inspect.signature(Engine.generate).parameters)[1:]:
+        assert f"`{name}`" in COMPATIBILITY, name
+
+
+def test_every_sampling_parameter_is_documented() -> None:
+    for item in dataclasses.fields(SamplingParams):
+        assert f"`{item.name}`" in COMPATIBILITY, item.name
+
+
+def test_what_is_documented_as_refused_is_refused_by_name() -> None:
+    table = COMPATIBILITY.split("<!-- refused -->")[1].split("<!-- /refused -->")[0]
+    names = re.findall(r"`(\w+)`", table)
+    assert len(names) == len(set(names)) > 100
+    for name in names:
+        assert is_sglang_argument(name), name
+        with pytest.raises(UnknownArgumentError, match=f"{name} is known to SGLang but not supported"):
+            EngineConfig.from_kwargs(model_path="m", **{name: "something"})
+        EngineConfig.from_kwargs(model_path="m", **{name: None})
+
+
+def test_sampling_parameters_documented_as_refused_are_refused() -> None:
+    sentence = re.search(r"^Refused: (`json_schema`.*)$", COMPATIBILITY, re.MULTILINE)
+    assert sentence
+    for name in re.findall(r"`(\w+)`", sentence[1]):
+        with pytest.raises(RequestError, match=f"{name} is not supported yet"):
+            parse_sampling_params({name: 2}, vocab_size=10, next_seed=lambda: 0)
+
+
+@pytest.mark.parametrize("backend", ["ascend", "npu", "cuda", "gpu"])
+def test_backends_documented_as_missing_are_known_words(backend: str) -> None:
+    assert backend in COMPATIBILITY
+    assert EngineConfig.from_kwargs(model_path="m", backend=backend).backend_name in ("ascend", "cuda")
+    with pytest.raises(ConfigError, match="not a backend"):
+        EngineConfig.from_kwargs(model_path="m", backend=f"{backend}x")
+
+
+@pytest.mark.parametrize("name", ["architecture.md", "add_a_model.md", "add_a_backend.md"])
+def test_files_and_methods_that_a_guide_names_exist(name: str) -> None:
+    quoted = re.findall(r"`([^`\n]+)`", text_of(f"docs/{name}"))
+    known = [f"/{path.relative_to(ROOT)}" for path in [*SOURCES, ROOT / "pyproject.toml"]]
+    for file in [text for text in quoted if re.fullmatch(r"[\w/]+\.(py|cpp|h|inc|toml|json)", text)]:
+        assert any(path.endswith(f"/{file}") for path in known), file
+    sources = [path.read_text(encoding="utf-8") for path in SOURCES if path.suffix != ".json"]
+    for owner, member in re.findall(r"`([A-Z]\w+)(?:\.|::)(\w+)`", text_of(f"docs/{name}")):
+        has_both = re.compile(rf"(class|struct) {owner}\b[\s\S]*\b{member}[(\[]")
+        assert any(has_both.search(source) for source in sources), f"{owner}.{member}"
+
+
+def test_the_licence_is_the_one_that_the_package_names() -> None:
+    text = text_of("LICENSE")
+    assert 'license = "Apache-2.0"' in text_of("pyproject.toml")
+    assert "Apache License\n                           Version 2.0, January 2004" in text
+    assert text.rstrip().endswith("limitations under the License.")
+
+
+def test_the_change_log_begins_with_this_version() -> None:
+    version = re.search(r'^version = "(.+)"$', text_of("pyproject.toml"), re.MULTILINE)
+    assert version
+    released = re.findall(r"^## \[(\d[^\]]*)\] - \d{4}-\d{2}-\d{2}$", text_of("CHANGELOG.md"), re.MULTILINE)
+    assert released[0] == version[1]
