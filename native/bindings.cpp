@@ -6,6 +6,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <chrono>
 #include <stdexcept>
 
@@ -30,6 +31,12 @@ void check_rows(const Rows& rows, int format, int columns) {
   if (rows.stride(1) != 1 && rows.shape(1) > 1) throw std::invalid_argument("rows must be contiguous bytes");
   if (columns % block_values(Format(format)) != 0 || rows.shape(1) < row_bytes(Format(format), columns))
     throw std::invalid_argument("row length does not fit the storage format");
+}
+
+void check_ragged(const In<int32_t>& indptr, size_t values) {
+  for (size_t i = 0; i < indptr.shape(0); i++)
+    if (indptr.data()[i] < 0 || size_t(indptr.data()[i]) > values || (i > 0 && indptr.data()[i] < indptr.data()[i - 1]))
+      throw std::invalid_argument("an index pointer outside its values");
 }
 
 // float32 rows for activations and vectors; Python sees it as a NumPy array that keeps it alive
@@ -130,6 +137,13 @@ NB_MODULE(_native, m) {
         int n = int(out.shape(0));
         if (n > int(logits.shape(0)) || vocab > int(logits.shape(1)) || first < 0 || first + n > int(temperature.shape(0)))
           throw std::invalid_argument("more rows to sample than logits or parameters");
+        const size_t end = size_t(first + n);
+        for (size_t length : {top_k.shape(0), top_p.shape(0), min_p.shape(0), frequency.shape(0), presence.shape(0), repetition.shape(0),
+                              seeds.shape(0), positions.shape(0), output_starts.shape(0), history_indptr.shape(0) - 1,
+                              bias_indptr.shape(0) - 1})
+          if (length < end || length + 1 == 0) throw std::invalid_argument("sampling parameters of different lengths");
+        check_ragged(history_indptr, history.shape(0));
+        check_ragged(bias_indptr, std::min(bias_ids.shape(0), bias_values.shape(0)));
         nb::gil_scoped_release release;
         std::atomic<int> next{0};
         auto job = [&](int) {

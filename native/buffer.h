@@ -3,8 +3,12 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <cstdint>
 #include <new>
-#if defined(__linux__)
+#include <utility>
+// The address sanitizer guards only what malloc gave.
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+#define MOOLI_HUGE_PAGES 1
 #include <sys/mman.h>
 #endif
 
@@ -15,7 +19,7 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(size_t bytes) : bytes_(bytes) {
     if (bytes == 0) return;
-#if defined(__linux__)
+#if defined(MOOLI_HUGE_PAGES)
     constexpr size_t huge = size_t(2) << 20;
     mapped_ = (bytes + huge - 1) / huge * huge + (bytes >= huge ? huge : 0);
     base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -23,11 +27,10 @@ class Buffer {
     data_ = (char*)base_;
     if (bytes >= huge) {
       data_ = (char*)(((uintptr_t)base_ + huge - 1) & ~(uintptr_t)(huge - 1));
-      madvise(data_, (bytes + huge - 1) / huge * huge, MADV_HUGEPAGE);
+      madvise(data_, bytes / huge * huge, MADV_HUGEPAGE);  // the rest in small pages: no half empty huge one for every weight
     }
 #else
-    base_ = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
-    if (!base_) throw std::bad_alloc();
+    if (posix_memalign(&base_, 4096, bytes)) { base_ = nullptr; throw std::bad_alloc(); }
     memset(base_, 0, bytes);
     data_ = (char*)base_;
 #endif
@@ -48,7 +51,7 @@ class Buffer {
   }
   void release() {
     if (!base_) return;
-#if defined(__linux__)
+#if defined(MOOLI_HUGE_PAGES)
     munmap(base_, mapped_);
 #else
     std::free(base_);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <stdexcept>
 
 namespace mooli {
@@ -48,7 +49,7 @@ Device::Device(int num_threads, std::vector<int> cpus, const std::string& isa)
 
 void Device::pack(Linear& w, int part, int first_row, Format format, const uint8_t* rows, size_t row_stride, int num_rows_) {
   int limit = w.n;
-  if (first_row < 0 || num_rows_ < 0 || first_row + num_rows_ > limit || part < 0 || part > (w.gated ? 1 : 0))
+  if (first_row < 0 || num_rows_ < 0 || first_row > limit || num_rows_ > limit - first_row || part < 0 || part > (w.gated ? 1 : 0))
     throw std::invalid_argument("rows outside the linear weight");
   if (w.k % block_values(format) != 0 || row_stride < row_bytes(format, w.k))
     throw std::invalid_argument("row length does not fit the storage format");
@@ -69,12 +70,21 @@ void Device::pack(Linear& w, int part, int first_row, Format format, const uint8
 
 void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, int page_size_, int64_t pages) {
   if (page_size_ % kTile != 0 || head_dim_ % 16 != 0) throw std::invalid_argument("page size or head size does not fit the kernels");
+  if (type < KV_F32 || type > KV_BF16 || layers_ <= 0 || kv_heads_ <= 0 || head_dim_ <= 0 || page_size_ <= 0 || pages <= 0)
+    throw std::invalid_argument("bad shape of a KV pool");
+  // No step may run on a pool whose allocation failed.
+  num_pages = num_tiles = num_tokens = 0;
   kv_type = KvType(type);
   if (kv_type == KV_BF16 && kernels.has_bf16_dot && head_dim_ % 32 == 0) kv_type = KV_BF16_DOT;
   layers = layers_; kv_heads = kv_heads_; head_dim = head_dim_; page_size = page_size_;
+  const int64_t tiles = page_size / kTile;
+  size_t bytes;
+  if (pages > INT32_MAX / tiles || __builtin_mul_overflow(size_t(layers) * kv_heads * 2 * tile_bytes(), size_t(pages * tiles), &bytes) ||
+      bytes > size_t(INT64_MAX))
+    throw std::bad_alloc();
+  kv = Buffer(bytes);
   num_pages = pages;
-  num_tiles = pages * (page_size / kTile);
-  kv = Buffer(size_t(layers) * num_tiles * kv_heads * 2 * tile_bytes());
+  num_tiles = pages * tiles;
 }
 
 void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int head) {
@@ -97,7 +107,7 @@ void Device::release() {
   activations = Buffer();
   queries = Buffer();
   work.clear();
-  num_pages = num_tiles = max_tokens = 0;
+  num_pages = num_tiles = max_tokens = num_tokens = 0;
 }
 
 void Device::clear_v(char* tile, int from) const {
@@ -127,9 +137,9 @@ void Device::copy_page(int source, int target, int tokens) {
 
 void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, const int32_t* lengths, const int32_t* page_table,
                   int pages_per_row, int vocab_size) {
+  num_tokens = num_rows = 0;  // nothing runs on a step that was refused
+  if (tokens <= 0 || rows <= 0) throw std::invalid_argument("a step without tokens");
   if (tokens > max_tokens) throw std::invalid_argument("step of " + std::to_string(tokens) + " tokens, buffers for " + std::to_string(max_tokens));
-  num_tokens = tokens;
-  num_rows = rows;
   token_ids.assign(ids, ids + tokens);
   positions.assign(pos, pos + tokens);
   token_tile.resize(tokens);
@@ -138,12 +148,14 @@ void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, 
   row_tiles.resize(rows);
   const int per_page = page_size / kTile;
   int first = 0;
+  max_token_id = 0;
   for (int r = 0; r < rows; r++) {
     row_first[r] = first;
-    if (lengths[r] <= 0 || first + lengths[r] > tokens) throw std::invalid_argument("row lengths do not add up to the step's tokens");
-    int last = pos[first + lengths[r] - 1], tiles = last / kTile + 1;
-    if (pos[first] < 0 || last < pos[first] || (tiles + per_page - 1) / per_page > pages_per_row)
+    if (lengths[r] <= 0 || lengths[r] > tokens - first) throw std::invalid_argument("row lengths do not add up to the step's tokens");
+    const int last = pos[first + lengths[r] - 1], tiles = last / kTile + 1;
+    if (pos[first] < 0 || last < pos[first] || last / page_size >= pages_per_row)
       throw std::invalid_argument("a row's positions lie outside its pages");
+    if (last - pos[first] != lengths[r] - 1) throw std::invalid_argument("a row's positions are not consecutive");
     auto& table = row_tiles[r];
     table.resize(tiles);
     for (int t = 0; t < tiles; t++) {
@@ -154,6 +166,7 @@ void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, 
     for (int i = first; i < first + lengths[r]; i++) {
       if (ids[i] < 0 || ids[i] >= vocab_size) throw std::invalid_argument("token id " + std::to_string(ids[i]) + " outside the vocabulary");
       if (pos[i] != pos[first] + i - first) throw std::invalid_argument("a row's positions are not consecutive");
+      max_token_id = std::max(max_token_id, ids[i]);
       token_tile[i] = table[pos[i] / kTile];
     }
     first += lengths[r];
@@ -164,6 +177,8 @@ void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, 
     if (i > 0 && token_tile[i] == token_tile[i - 1] && pos[i] == pos[i - 1] + 1) tile_runs.back().tokens++;
     else tile_runs.push_back({i, 1});
   }
+  num_tokens = tokens;
+  num_rows = rows;
   step++;
   jobs_window = -1;
 }

@@ -85,7 +85,7 @@ class Device {
   Buffer kv;
 
   // the step
-  int num_tokens = 0, num_rows = 0;
+  int num_tokens = 0, num_rows = 0, max_token_id = 0;
   uint64_t step = 0;
   std::vector<int32_t> token_ids, positions, token_tile, row_first, row_length;
   std::vector<std::vector<int32_t>> row_tiles;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace mooli {
 
@@ -139,12 +140,24 @@ void put_q4(char* panel, int column, int g, bool with_minimum, float scale, floa
 // To the nearest whole number, ties to even, for |x| < 2^22; unlike lrintf it vectorises at every level.
 inline float round_even(float x) { return (x + 12582912.f) - 12582912.f; }
 
+// A group that holds what no code can express (NaN, infinity, a scale past float16) gets this for its scale: products with
+// it are NaN, so that the fault shows in the logits instead of vanishing in rounding.
+constexpr float kLargestHalf = 65504.f;
+const float kBadScale = std::numeric_limits<float>::quiet_NaN();
+
+bool all_finite(const float* x) {
+  bool finite = true;
+  for (int i = 0; i < 32; i++) finite &= std::fabs(x[i]) <= std::numeric_limits<float>::max();
+  return finite;
+}
+
 // Symmetric 4 bits with the scale of least squared error among a few around the usual one.
 void quantize_q4(const float* x, float& scale, uint8_t* code) {
   float extreme = 0.f;
   for (int i = 0; i < 32; i++) if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
   scale = 0.f;
   std::fill(code, code + 32, uint8_t(8));
+  if (!all_finite(x) || std::fabs(extreme) > 8.f * kLargestHalf) { scale = kBadScale; return; }
   if (extreme == 0.f) return;
   float best_error = INFINITY;
   for (int t = -2; t <= 2; t++) {
@@ -172,6 +185,11 @@ void quantize_q4(const float* x, float& scale, uint8_t* code) {
 void quantize_q8(const float* x, float& scale, int* q) {
   float largest = 0.f;
   for (int i = 0; i < 32; i++) largest = std::max(largest, std::fabs(x[i]));
+  if (!all_finite(x) || largest > 127.f * kLargestHalf) {
+    scale = kBadScale;
+    std::fill(q, q + 32, 0);
+    return;
+  }
   scale = half_to_float(float_to_half(largest / 127.f));
   float inverse = scale > 0.f ? 1.f / scale : 0.f;
   for (int i = 0; i < 32; i++) q[i] = int(std::min(127.f, std::max(-128.f, round_even(x[i] * inverse))));
@@ -234,8 +252,9 @@ void decode_row(Format format, const uint8_t* row, int columns, float* out) {
         decode_group(format, row, g, group);
         // symmetric formats are exact integers times the scale: subtract before multiplying
         int zero = format == kQ4_0 ? 8 : format == kQ5_0 ? 16 : format == kQ8_0 ? 128 : 0;
-        float minimum = zero ? 0.f : group.minimum;
-        for (int j = 0; j < 32; j++) out[g * 32 + j] = group.scale * float(int(group.code[j]) - zero) + minimum;
+        // and add nothing: a zero keeps its sign
+        if (zero) for (int j = 0; j < 32; j++) out[g * 32 + j] = group.scale * float(int(group.code[j]) - zero);
+        else for (int j = 0; j < 32; j++) out[g * 32 + j] = group.scale * float(group.code[j]) + group.minimum;
       }
     }
   }
@@ -244,10 +263,11 @@ void decode_row(Format format, const uint8_t* row, int columns, float* out) {
 void pack_column(Kind kind, Format format, const uint8_t* row, int k, int padded_k, char* panel, int column, float* x) {
   Group group;
   int q[32];
-  if (kind == Q8 && (format == kQ8_0 || format == kQ5_0)) {
+  if (kind == Q8 && (format == kQ8_0 || format == kQ5_0 || format == kQ4_0)) {
+    const int zero = format == kQ8_0 ? 128 : format == kQ5_0 ? 16 : 8;
     for (int g = 0; g < padded_k / 32; g++) {
       decode_group(format, row, g, group);
-      for (int j = 0; j < 32; j++) q[j] = int(group.code[j]) - (format == kQ8_0 ? 128 : 16);
+      for (int j = 0; j < 32; j++) q[j] = int(group.code[j]) - zero;
       put_q8(panel, column, g, group.scale, q);
     }
     return;
@@ -282,8 +302,9 @@ void pack_column(Kind kind, Format format, const uint8_t* row, int k, int padded
         const float* v = x + g * 32;
         float low = *std::min_element(v, v + 32), high = *std::max_element(v, v + 32);
         float scale = half_to_float(float_to_half((high - low) / 15.f)), minimum = half_to_float(float_to_half(low));
-        uint8_t code[32];
-        for (int j = 0; j < 32; j++)
+        uint8_t code[32] = {};
+        if (!all_finite(v) || !(scale <= kLargestHalf) || std::fabs(minimum) > kLargestHalf) scale = kBadScale;
+        else for (int j = 0; j < 32; j++)
           code[j] = uint8_t(scale > 0.f ? std::clamp(int(std::lrintf((v[j] - minimum) / scale)), 0, 15) : 0);
         put_q4(panel, column, g, true, scale, minimum, code);
       }

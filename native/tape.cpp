@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 namespace mooli {
 
@@ -41,7 +42,18 @@ void Tape::start(int rows) {
   for (const Op& op : ops_) {
     if ((op.code == EMBED || op.code == ROPE || op.code == ATTEND) && rows != device_.num_tokens)
       throw std::invalid_argument("this tape needs the planned step's number of rows");
-    if (op.code == ATTEND) device_.prepare_attention(op.heads, op.window);
+    // What was recorded must fit what is allocated: a weight loaded later, a table smaller than another, a layer too many.
+    if (op.code == LINEAR && size_t(rows) * activation_row_bytes(op.weight->kind, op.weight->padded_k) > device_.activations.size())
+      throw std::invalid_argument("a linear weight wider than the buffers: capture again after loading it");
+    if (op.code == EMBED && device_.max_token_id >= op.table->rows)
+      throw std::invalid_argument("token id " + std::to_string(device_.max_token_id) + " outside the embedding table");
+    if (op.code == ATTEND) {
+      if (op.layer < 0 || op.layer >= device_.layers) throw std::invalid_argument("a layer outside the KV pool");
+      if (op.heads <= 0 || op.heads % device_.kv_heads != 0 ||
+          size_t(rows) * op.heads * device_.head_dim * 4 > device_.queries.size())
+        throw std::invalid_argument("query heads that do not fit the KV pool or the buffers");
+      device_.prepare_attention(op.heads, op.window);
+    }
     if (op.code == ROPE) device_.prepare_rope(*op.rope);
   }
   const size_t threads = size_t(device_.pool.size());

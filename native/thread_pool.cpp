@@ -37,10 +37,17 @@ void pin(int cpu) {
 }  // namespace
 
 ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus) : num_threads_(num_threads), cpus_(std::move(cpus)) {
-  for (int i = 1; i < num_threads_; i++) threads_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < num_threads_; i++) threads_.emplace_back([this, i] { work(i); });
+  } catch (...) {  // the system has no more threads to give: those already started must end before their members go
+    stop();
+    throw;
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   {
     std::lock_guard<std::mutex> lock(sleep_mutex_);
     stop_ = true;
@@ -91,7 +98,7 @@ void ThreadPool::run(const std::function<void(int)>& job) {
 
 void ThreadPool::barrier() {
   if (num_threads_ == 1) return;
-  int phase = phase_.load(std::memory_order_relaxed);
+  const uint32_t phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);

@@ -4,6 +4,7 @@
 #pragma once
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -28,6 +29,7 @@ class ThreadPool {
 
  private:
   void work(int thread);
+  void stop();
   int num_threads_;
   std::vector<int> cpus_;
   std::mutex run_mutex_, sleep_mutex_;
@@ -35,7 +37,7 @@ class ThreadPool {
   alignas(64) std::atomic<uint64_t> epoch_{0};
   alignas(64) std::atomic<int> pending_{0};
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> phase_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};  // wraps
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   const std::function<void(int)>* job_ = nullptr;

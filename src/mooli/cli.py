@@ -1,24 +1,31 @@
 """The `mooli` command: generate, chat, demo, version.
 
 Owns what is typed and what is printed: answers go to standard output; progress, statistics and errors go to standard
-error. An error of ours is one line and exit status 2, Ctrl-C is 130. Never does what `Engine` cannot do for everybody.
+error. An error of ours is one line and exit status 2, output that cannot be written is 1, Ctrl-C is 130. Never does
+what `Engine` cannot do for everybody.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
+import io
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from mooli.config import EngineConfig
-from mooli.errors import ChatTemplateError, MooliError, RequestError, RequestFailedError
+from mooli.engine.build import device_words
+from mooli.errors import ChatTemplateError, MooliError, PromptError, RequestError, RequestFailedError
 from mooli.frontend.call import Stream
+from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.engine import Answer, Engine
+from mooli.frontend.sampling import parse_sampling_params
+from mooli.sglang_arguments import is_sglang_argument
 from mooli.version import __version__
 
 DEMO_PROMPTS = (
@@ -35,7 +42,11 @@ Messages = list[dict[str, str]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
+    _make_streams_safe()
+    if sys.stdout is None:
+        print("mooli: error: standard output is closed: nothing could be printed", file=sys.stderr)
+        return 1
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -45,14 +56,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader, `head` for example, has what it wanted. Without this, flushing at exit would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as exc:
+        # A reader that leaves, `head` for example, has what it wanted.
+        if not isinstance(exc, BrokenPipeError):
+            print(f"mooli: error: the answer cannot be written: {exc}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            # Otherwise flushing at exit would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
+def _make_streams_safe() -> None:
+    """A character that the terminal's encoding lacks is printed as "?", and bytes that are no text reach the check of
+    prompts, instead of ending the program."""
+    if sys.stderr is None:  # closed; `print` would write to standard output instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the program
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: the usage of a command with all engine flags fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(_unknown_argument(next((a for a in unknown if a.startswith("-")), unknown[0]), args.parser))
+    return args
+
+
+def _unknown_argument(given: str, parser: argparse.ArgumentParser) -> str:
+    flag = given.partition("=")[0]
+    if not flag.startswith("-"):
+        return f"{given!r} is more than this command takes; a prompt goes behind --prompt, a model behind --model"
+    if is_sglang_argument(flag.lstrip("-").replace("-", "_")):
+        return f"{flag} is known to SGLang but not supported by Mooli yet: remove it"
+    close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+    return f"there is no flag {flag}" + (f"; did you mean {close[0]}?" if close else "")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mooli", description="Run large language models.")
+    parser = _Parser(prog="mooli", description="Run large language models.")
+    parser.add_argument("--version", action="version", version=f"mooli {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate = _command(commands, "generate", _generate, "answer prompts and exit")
     generate.add_argument(
@@ -69,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_sampling_args(command, length)
         EngineConfig.add_cli_args(command, defaults={"log_level": "warning"})
     version = commands.add_parser("version", help="print the version")
-    version.set_defaults(run=_version)
+    version.set_defaults(run=_version, parser=version)
     return parser
 
 
@@ -77,7 +128,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text[:1].upper() + text[1:] + "."
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     return command
 
 
@@ -111,8 +162,9 @@ def _version(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    with _open_engine(args) as engine:
-        prompts = args.prompt or [sys.stdin.read()]
+    config = _config(args)
+    prompts = args.prompt or [_prompt_from_stdin()]
+    with _open_engine(config) as engine:
         inputs: list[Any] = prompts
         if args.chat:
             inputs = [_chat_ids(engine, [{"role": "user", "content": prompt}]) for prompt in prompts]
@@ -123,13 +175,32 @@ def _generate(args: argparse.Namespace) -> int:
         params = _sampling_params(args)
         prompt, ids = (None, inputs) if args.chat else (inputs, None)
         answers = cast(list[Answer], engine.generate(prompt, params, ids))
+        totals, failed = _Shown(), 0
         for text, answer in zip(prompts, answers, strict=True):
             print(f"--- {text}\n{answer['text']}")
-    return 0
+            meta = answer["meta_info"]
+            totals.add(_Shown("", meta["prompt_tokens"], meta["cached_tokens"], meta["completion_tokens"]))
+            if meta["finish_reason"]["type"] == "error":
+                _report(RequestFailedError(f"{text[:40]!r} failed: {meta['finish_reason']['message']}"))
+                failed = 2
+        print(f"all together: {totals.statistics()}", file=sys.stderr)
+    return failed
+
+
+def _prompt_from_stdin() -> str:
+    """All of standard input but the line end that a shell or an editor puts behind it, which a model would read."""
+    if sys.stdin is None:
+        raise PromptError("standard input is closed: give --prompt")
+    if sys.stdin.isatty():
+        print("Type the prompt; Ctrl-D on an empty line ends it.", file=sys.stderr)
+    text = sys.stdin.read().removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise PromptError("the prompt is empty: give --prompt, or a text on standard input")
+    return text
 
 
 def _demo(args: argparse.Namespace) -> int:
-    with _open_engine(args, model_path="demo") as engine:
+    with _open_engine(_config(args, model_path="demo")) as engine:
         totals = _Shown()
         for prompt in DEMO_PROMPTS:
             print(f"\n>>> {prompt}\n")
@@ -144,8 +215,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     start: Messages = [] if args.system is None else [{"role": "system", "content": args.system}]
-    with _open_engine(args) as engine:
+    with _open_engine(_config(args)) as engine:
         messages = list(start)
+        if sys.stdin is not None and sys.stdin.isatty():
+            print("/reset forgets the conversation, /exit leaves, Ctrl-C ends an answer.", file=sys.stderr)
         for line in _lines():
             if line in ("/exit", "/quit"):
                 break
@@ -162,14 +235,14 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _chat_turn(engine: Engine, args: argparse.Namespace, messages: Messages, line: str) -> None:
-    """Answer `line` and append both to `messages`. Ctrl-C ends the answer, what there is of it is kept."""
+    """Answer `line` and append both to `messages`. Ctrl-C ends the answer; what there is of it is kept."""
     messages.append({"role": "user", "content": line})
     try:
         shown = _show(engine, args, input_ids=_chat_ids(engine, messages))
     except (RequestError, RequestFailedError, ChatTemplateError) as exc:
         messages.pop()
         _report(exc)
-        print("The last message is forgotten; /reset makes room.", file=sys.stderr)
+        print("The last message is forgotten; /reset begins a new conversation.", file=sys.stderr)
         return
     messages.append({"role": "assistant", "content": shown.text})
     print(shown.statistics(), file=sys.stderr)
@@ -186,7 +259,7 @@ class _Shown:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    first_token_s: float = 0.0
+    first_token_s: float | None = None
     decode_tokens: int = 0
     decode_s: float = 0.0
     is_interrupted: bool = False
@@ -195,16 +268,16 @@ class _Shown:
         self.prompt_tokens += other.prompt_tokens
         self.cached_tokens += other.cached_tokens
         self.completion_tokens += other.completion_tokens
-        self.first_token_s += other.first_token_s
         self.decode_tokens += other.decode_tokens
         self.decode_s += other.decode_s
 
     def statistics(self) -> str:
         speed = f", {self.decode_tokens / self.decode_s:.1f} tok/s" if self.decode_s > 0 else ""
+        first = "" if self.first_token_s is None else f", first token after {self.first_token_s * 1000:.0f} ms"
         interrupted = "; interrupted" if self.is_interrupted else ""
         return (
             f"[{self.completion_tokens} tokens{speed}; prompt {self.prompt_tokens} tokens, {self.cached_tokens} from"
-            f" the cache, first token after {self.first_token_s * 1000:.0f} ms{interrupted}]"
+            f" the cache{first}{interrupted}]"
         )
 
 
@@ -213,8 +286,9 @@ def _show(engine: Engine, args: argparse.Namespace, **inputs: Any) -> _Shown:
     shown = _Shown()
     first_tokens = 0
     began = time.perf_counter()
-    chunks = cast(Stream, engine.generate(sampling_params=_sampling_params(args), stream=True, **inputs))
+    chunks: Stream | None = None
     try:
+        chunks = cast(Stream, engine.generate(sampling_params=_sampling_params(args), stream=True, **inputs))
         for chunk in chunks:
             elapsed_s = time.perf_counter() - began
             meta = chunk["meta_info"]
@@ -222,7 +296,7 @@ def _show(engine: Engine, args: argparse.Namespace, **inputs: Any) -> _Shown:
             sys.stdout.flush()
             shown.text += chunk["text"]
             shown.prompt_tokens, shown.cached_tokens = meta["prompt_tokens"], meta["cached_tokens"]
-            if not shown.completion_tokens:
+            if shown.first_token_s is None:
                 first_tokens, shown.first_token_s = meta["completion_tokens"], elapsed_s
             shown.completion_tokens = meta["completion_tokens"]
             shown.decode_tokens = shown.completion_tokens - first_tokens
@@ -232,22 +306,24 @@ def _show(engine: Engine, args: argparse.Namespace, **inputs: Any) -> _Shown:
                 raise RequestFailedError(finish["message"])
     except KeyboardInterrupt:
         shown.is_interrupted = True
-        chunks.close()
+        if chunks is not None:
+            chunks.close()
     print(flush=True)
     return shown
 
 
 def _chat_ids(engine: Engine, messages: Messages) -> list[int]:
-    """The ids of a conversation, up to where the assistant is to go on."""
+    """The ids of a conversation, up to where the assistant is to go on. Nothing typed in it can end a turn."""
     tokenizer = engine.tokenizer_manager.tokenizer
     if tokenizer.chat_template is None:
         raise ChatTemplateError("the model has no chat template: give one with --chat-template")
-    ids: list[int] = tokenizer.encode(tokenizer.chat_template.render(messages), add_special_tokens=False)
-    return ids
+    return encode_chat(tokenizer, messages)
 
 
 def _lines() -> Iterator[str]:
     """What the user types, or the lines of a pipe, until the end."""
+    if sys.stdin is None:
+        return
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin)
         return
@@ -260,13 +336,19 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _open_engine(args: argparse.Namespace, **defaults: Any) -> Engine:
+def _config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
+    """The engine arguments of a command. Those for sampling are checked too: before the model is loaded."""
     defaults["log_level"] = "warning"
     defaults["incremental_streaming_output"] = True
     defaults["preferred_sampling_params"] = {"max_new_tokens": args.default_length}
     config = EngineConfig.from_cli_args(args, **defaults)
     if config.skip_tokenizer_init:
         raise RequestError("--skip-tokenizer-init leaves nothing that could be printed here: remove it")
+    parse_sampling_params(_sampling_params(args), vocab_size=2**31, next_seed=lambda: 0)
+    return config
+
+
+def _open_engine(config: EngineConfig) -> Engine:
     progress = _Progress(config.model_path)
     engine = Engine(server_args=config, progress=progress.update)
     progress.end(engine)
@@ -287,8 +369,9 @@ class _Progress:
     def end(self, engine: Engine) -> None:
         info = engine.get_server_info()
         clear = "\r\x1b[K" if self._is_terminal else ""
+        device = f"{engine.server_args.backend_name} ({device_words(info['backend'])})"
         print(
-            f"{clear}{self._model}: ready in {info['startup_time']:.1f} s; backend {engine.server_args.backend_name},"
+            f"{clear}{self._model}: ready in {info['startup_time']:.1f} s; backend {device},"
             f" context {info['context_length']} tokens, KV cache {info['max_total_num_tokens']} tokens",
             file=sys.stderr,
             flush=True,

@@ -222,7 +222,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} is given twice, once as {given}: give it once")
             values[name] = _convert(fields[name], value)
         if not values.get("model_path"):
-            raise ConfigError("model_path is missing: give a model folder, a GGUF file or a model name")
+            raise ConfigError("model_path is missing: give a model folder, a GGUF file, a model name or 'demo'")
         if backend is not None:
             _apply_backend(backend, values)
         return cls(**values)

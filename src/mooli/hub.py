@@ -39,7 +39,7 @@ def resolve(model: str | Path, *, revision: str = "main") -> Path:
     except (OSError, RuntimeError) as exc:  # a name too long for the file system, or ~ of an unknown user
         raise ModelNotFoundError(f"cannot look for {name[:200]!r}: {exc}") from exc
     if is_folder:
-        return _folder(path)
+        return _readable_folder(path)
     if is_file:
         return path
     if name == DEMO:
@@ -51,8 +51,8 @@ def resolve(model: str | Path, *, revision: str = "main") -> Path:
     looked: list[Path] = []
     for candidate in (*_hugging_face(name, revision), *_modelscope(name)):
         looked.append(candidate)
-        if (candidate / "config.json").is_file() or (candidate.is_dir() and any(candidate.glob("*.gguf"))):
-            return _folder(candidate)
+        if _holds_model(candidate):
+            return _readable_folder(candidate)
     raise ModelNotFoundError(
         f"model {name} is not on this machine. Looked in: {', '.join(map(str, looked))}. Download it with"
         f" `hf download {name}` or `modelscope download --model {name}`, or give the path of its folder"
@@ -79,6 +79,20 @@ def model_digest(path: Path) -> str:
     except OSError as exc:
         raise ModelNotFoundError(f"cannot read {path}: {exc}") from exc
     return digest.hexdigest()[:32]
+
+
+def _holds_model(folder: Path) -> bool:
+    try:
+        return (folder / "config.json").is_file() or (folder.is_dir() and any(folder.glob("*.gguf")))
+    except OSError:  # it belongs to another user
+        return False
+
+
+def _readable_folder(path: Path) -> Path:
+    try:
+        return _folder(path)
+    except PermissionError as exc:
+        raise ModelNotFoundError(f"cannot look into {path}: {exc}; make it readable for this user") from exc
 
 
 def _folder(path: Path) -> Path:

@@ -20,7 +20,7 @@ def run(monkeypatch, capsys):
 
     def run(*argv, stdin="", next_token=None, raises=None):
         make.runner_options = {"next_token": next_token or says("answer"), "raises": raises}
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         status = cli.main([*argv])
         return status, *capsys.readouterr()
 
@@ -34,12 +34,6 @@ IN_CHAT = says("answer", after="assistant: ")
 
 def test_version_prints_the_version(run):
     assert run("version") == (0, f"mooli {mooli.__version__}\n", "")
-
-
-def test_no_command_is_a_usage_error(run):
-    with pytest.raises(SystemExit) as raised:
-        run()
-    assert raised.value.code == 2
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "demo"])
@@ -185,3 +179,115 @@ def test_ctrl_c_in_a_chat_ends_the_answer_and_not_the_program(run):
 def test_ctrl_c_ends_other_commands_with_130(run, command):
     prompt = ["--prompt", "say>"] if command == "generate" else []
     assert run(command, *GREEDY, *prompt, raises=interrupts_at(2))[0] == 130
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generate", "--max-new-tokenz", "3"], "there is no flag --max-new-tokenz; did you mean --max-new-tokens?"),
+        (["chat", "--tempereture=3"], "there is no flag --tempereture; did you mean --temperature?"),
+        (["generate", "--qqqqqqqq"], "there is no flag --qqqqqqqq (see"),
+        (["generate", "--speculative-algorithm", "EAGLE"], "known to SGLang but not supported"),
+        (["generate", "hello"], "a prompt goes behind --prompt"),
+        (["generate", "--dtype", "int9"], "invalid choice: 'int9'"),
+        (["generate", "--context-length", "8z"], "'8z' is not a number like"),
+        (["chta"], "invalid choice: 'chta'"),
+        ([], "required: COMMAND"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_is_one_line_that_says_what_is_right(run, capsys, argv, message):
+    with pytest.raises(SystemExit) as raised:
+        run(*argv)
+    assert raised.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+    assert "--help" in err
+
+
+def test_the_version_is_a_flag_too(run, capsys):
+    with pytest.raises(SystemExit) as raised:
+        run("--version")
+    assert raised.value.code == 0
+    assert capsys.readouterr().out == f"mooli {mooli.__version__}\n"
+
+
+def test_the_device_is_named_once_when_the_model_is_ready(run, monkeypatch):
+    monkeypatch.setattr(cli, "device_words", lambda described: "avx2, 2 threads")
+    _, _, err = run("demo", "--temperature", "0")
+    assert err.count("backend cpu (avx2, 2 threads)") == 1
+
+
+def test_a_line_end_behind_a_piped_prompt_is_no_part_of_it(run):
+    seen = []
+    run("generate", *GREEDY, stdin="two\nlines\n", next_token=lambda c: seen.append(bytes(c)) or 256)
+    assert seen == [b"two\nlines"]
+
+
+@pytest.mark.parametrize("flag", [("--temperature", "nan"), ("--seed", "-99999999999999999999"), ("--stop", "")])
+def test_sampling_flags_are_checked_before_the_model_is_loaded(run, flag):
+    status, _, err = run("generate", *MODEL, "--prompt", "x", *flag)
+    assert status == 2
+    assert "ready in" not in err
+
+
+def test_an_empty_prompt_is_refused_before_the_model_is_loaded(run):
+    status, _, err = run("generate", *MODEL, stdin="")
+    assert status == 2
+    assert "the prompt is empty" in err
+    assert "ready in" not in err
+
+
+def test_of_several_prompts_one_that_fails_is_an_error_and_the_others_are_answered(run):
+    def raises(batch):
+        return MemoryError("planted") if b"2" in bytes(batch.token_ids.tolist()) else None
+
+    prompts = ("--prompt", "1>", "--prompt", "2>")
+    status, out, err = run("generate", *GREEDY, *prompts, "--max-running-requests", "1", raises=raises)
+    assert status == 2
+    assert "--- 1>" in out
+    assert "planted" in err
+
+
+def test_what_is_typed_in_a_chat_cannot_end_the_turn(run):
+    seen = []
+    run("chat", *GREEDY, stdin="a<mark>b<eos>\n", next_token=lambda c: seen.append(list(c)) or 256)
+    assert max(seen[0]) < 256
+    assert bytes(seen[0]) == b"user: a<mark>b<eos>\nassistant: "
+
+
+class Full(io.StringIO):
+    """A disk without space."""
+
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+def test_output_that_cannot_be_written_is_an_error_without_a_traceback(run, monkeypatch):
+    monkeypatch.setattr("sys.stdout", Full())
+    status, _, err = run("generate", *GREEDY, "--prompt", "say>")
+    assert status == 1
+    assert err.splitlines()[-1].endswith("No space left on device")
+    assert "Traceback" not in err
+
+
+def test_a_closed_standard_output_is_said_before_anything_is_loaded(run, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    status, _, err = run("generate", *GREEDY, "--prompt", "say>")
+    assert status == 1
+    assert err == "mooli: error: standard output is closed: nothing could be printed\n"
+
+
+def test_characters_that_the_terminal_lacks_are_replaced(run, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert run("generate", *GREEDY, "--prompt", "say>", next_token=says("a\u00e9b"))[0] == 0
+    assert written.getvalue() == b"a?b\n"
+
+
+def test_bytes_in_a_pipe_that_are_no_text_are_refused(run):
+    status, _, err = run("generate", *GREEDY, stdin=io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    assert status == 2
+    assert "not valid Unicode" in err.splitlines()[-1]

@@ -315,6 +315,8 @@ BAD_CALLS = {
     "an id that is a float": ({"input_ids": [1.5]}, PromptError),
     "an id that is a bool": ({"input_ids": [True]}, PromptError),
     "ids that are a string": ({"input_ids": "abc"}, PromptError),
+    "ids that are an array of no dimension": ({"input_ids": np.array(3)}, PromptError),
+    "ids that hold an array of no dimension": ({"input_ids": [[1], np.array(3)]}, PromptError),
     "ids of different depth": ({"input_ids": [[1], 2]}, PromptError),
     "prompt too long": ({"prompt": "x" * CONTEXT}, PromptError),
     "prompt and answer too long": ({"prompt": "x", "sampling_params": {"max_new_tokens": CONTEXT}}, PromptError),
@@ -441,6 +443,17 @@ def test_a_salt_keeps_prefixes_apart(make_engine):
         for salt in (None, "a", "b", "a", None, "")
     ]
     assert cached == [0, 0, 0, 10, 10, 10]
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"temprature": 1}, {"stop": [""]}], ids=str)
+def test_preferred_sampling_params_that_are_wrong_are_refused_at_the_start(make_engine, bad):
+    with pytest.raises(ConfigError, match="preferred_sampling_params: "):
+        make_engine(says("x"), preferred_sampling_params=bad)
+
+
+def test_preferred_sampling_params_may_leave_the_length_to_the_request(make_engine):
+    engine = make_engine(says("abc"), preferred_sampling_params={"min_new_tokens": 200, "temperature": 0})
+    assert engine.generate("say>", {"min_new_tokens": 0})["text"] == "abc"
 
 
 def test_preferred_sampling_params_apply_where_a_request_names_none(make_engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,17 @@ def engine(runner: Any = None, **hooks: Any) -> EngineCore:
     cache = KVCache(num_pages=32, page_size=4)
     scheduler = Scheduler(cache, max_batch_tokens=16, max_running_requests=4, context_length=100, vocab_size=VOCAB)
     return EngineCore(scheduler, runner or FakeRunner(32, 4, VOCAB, **hooks))
+
+
+def test_a_core_whose_runner_is_released_lets_go_of_it_and_fails_requests() -> None:
+    runner = FakeRunner(32, 4, VOCAB)
+    gone = weakref.ref(runner)
+    core = engine(runner)
+    core.release_runner()
+    del runner
+    assert gone() is None
+    core.add(request("a", [1, 2]))
+    assert "make a new one" in str(finishes(core)["a"].finish)
 
 
 def request(rid: str, prompt: list[int], max_new_tokens: int = 3, **fields: Any) -> Request:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import signal
 import threading
+import time
+import traceback
+import warnings
 
 import numpy as np
 import pytest
@@ -251,3 +256,77 @@ def test_close_from_the_engines_own_thread_does_not_wait_for_itself():
     loop = EngineLoop(CountingCore())
     assert loop.call(loop.close) is False
     assert loop.close()
+
+
+def test_nothing_is_kept_of_requests_that_were_dropped(make_loop):
+    gate = threading.Semaphore(0)
+    loop = make_loop(CountingCore(length=10**6, gate=gate))
+    for i in range(20):
+        submit(loop, f"r{i}")
+        loop.drop([f"r{i}"])
+    for _ in range(100):
+        gate.release()
+    loop.call(lambda: None)
+    submit(loop, "last")
+    assert eventually(lambda: not loop.num_unheard)
+    loop.drop(["last"])
+
+
+def test_a_forked_child_gets_an_error_and_the_parent_goes_on(make_loop):
+    loop = make_loop(CountingCore())
+    uses = [lambda: submit(loop, "a"), lambda: loop.call(lambda: 1), loop.check_process]
+    silent = [lambda: loop.drop(["open"]), lambda: loop.finish({"open": "x"}), lambda: loop.abort(["open"])]
+    (held,) = submit(loop, "open")
+
+    def in_child():
+        told = []
+        for use in uses:
+            with pytest.raises(EngineClosedError, match="forked") as raised:
+                use()
+            told.append(str(raised.value))
+        for use in silent:
+            use()
+        assert not loop.is_alive
+        assert loop.close() is False
+
+    # Held by a thread that does not exist in the child, as a lock is that was taken at the moment of the fork.
+    taken, release = threading.Event(), threading.Event()
+
+    def hold():
+        with loop._lock:
+            taken.set()
+            release.wait(TIMEOUT_S)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait(TIMEOUT_S)
+    status = run_in_fork(in_child)
+    release.set()
+    holder.join()
+    assert status == 0
+    assert until_finish(held)[-1].finish.type == "length"
+    assert loop.call(lambda: 1) == 1
+
+
+def run_in_fork(function):
+    """Exit status of a forked child that runs `function`; a child that hangs is killed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks beside threads, which this is about
+        pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(TIMEOUT_S)
+        try:
+            function()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def eventually(condition):
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()

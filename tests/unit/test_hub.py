@@ -169,3 +169,29 @@ def test_the_digest_of_a_model_changes_with_its_files(tmp_path: Path) -> None:
 def test_the_digest_of_a_file_that_is_not_there_is_a_typed_error(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         model_digest(tmp_path / "none.gguf")
+
+
+@pytest.fixture
+def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that another user keeps to himself. (Permissions do not stop root, so the look itself is refused.)"""
+    folder = model_folder(tmp_path / "models--a--b" / "snapshots" / "main")
+    real = Path.is_file
+
+    def is_file(self: Path) -> bool:
+        if folder in self.parents:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    return folder
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_that_says_so(locked: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"Permission denied.*make it readable"):
+        resolve(locked)
+
+
+def test_a_cache_that_may_not_be_read_is_passed_over(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(locked.parents[2]))
+    with pytest.raises(ModelNotFoundError, match="not on this machine"):
+        resolve("a/b")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mooli.backends.base import Backend, KVSpec, Limits
 from mooli.cache.kv_cache import KVCache
 from mooli.config import EngineConfig
 from mooli.engine.core import EngineCore
-from mooli.engine.pool_size import PoolNeeds, context_for, num_pool_pages
+from mooli.engine.pool_size import GIB, PoolNeeds, context_for, num_pool_pages
 from mooli.errors import ConfigError
 from mooli.hub import model_digest
 from mooli.models.config import ModelConfig
@@ -204,8 +204,31 @@ def _build(
         cache_namespace=_namespace(config, model_path, backend.name, kv_spec),
         backend=described,
     )
-    logger.info("backend %s: %s", backend.name, described)
-    return BuiltEngine(EngineCore(scheduler, runner), model_config, facts, backend.bind_thread, runner.close)
+    logger.info(
+        "%s on backend %s (%s): context %d tokens, KV cache %d tokens, weights %.2f GiB",
+        model_path.name,
+        backend.name,
+        device_words(described),
+        context_length,
+        facts.max_total_num_tokens,
+        facts.weight_bytes / GIB,
+    )
+    core = EngineCore(scheduler, runner)
+
+    def close() -> None:
+        # The core outlives this, for who asks a closed engine; the device must not.
+        core.release_runner()
+        runner.close()
+
+    return BuiltEngine(core, model_config, facts, backend.bind_thread, close)
+
+
+def device_words(described: Mapping[str, Any]) -> str:
+    """What a backend says of itself (`Backend.describe`) in a few words, such as "avx512_bf16, 2 threads"."""
+    if "num_threads" not in described:
+        return str(described.get("library") or described.get("device") or "device unknown")
+    threads = described["num_threads"]
+    return f"{described.get('isa')}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:

@@ -7,10 +7,17 @@ the business of the clients in this package. Not safe to call from several threa
 
 from __future__ import annotations
 
+from mooli.batch import ScheduleBatch, StepOutput
+from mooli.errors import EngineError
 from mooli.runner.base import Runner, check_output
 from mooli.scheduler.scheduler import ABORTED, Scheduler
 from mooli.scheduler.stats import StepStats
 from mooli.types import Request, RequestOutput
+
+
+class _ReleasedRunner:
+    def execute(self, batch: ScheduleBatch) -> StepOutput:
+        raise EngineError("the engine has given its device back: make a new one")
 
 
 class EngineCore:
@@ -18,7 +25,7 @@ class EngineCore:
 
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self._scheduler = scheduler
-        self._runner = runner
+        self._runner: Runner = runner
 
     def step(self) -> list[RequestOutput]:
         """Run one step; returns what is new for each request. Does nothing, quickly, if there is no work.
@@ -50,6 +57,11 @@ class EngineCore:
     def finish(self, rid: str, matched: int | str) -> bool:
         """End a request with `stop`, for a stop string found in its text. Otherwise like `abort`."""
         return self._scheduler.finish(rid, matched)
+
+    def release_runner(self) -> None:
+        """Let go of the runner, whose memory and threads are free once its last owner does. `step` ends requests with
+        `error` from here on."""
+        self._runner = _ReleasedRunner()
 
     @property
     def has_work(self) -> bool:

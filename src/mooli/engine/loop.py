@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import functools
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,11 +54,13 @@ class EngineLoop:
     """Runs `core` on a thread of its own. All methods may be called from any thread.
 
     on_thread_start is called first on that thread, for backends that bind the thread which calls them.
+
+    A fork copies no thread but the one that forks: in the child nothing would ever answer, and a lock may be held for
+    ever. There, what needs an answer raises EngineClosedError at once and everything else does nothing.
     """
 
     def __init__(self, core: Core, *, on_thread_start: Callable[[], None] | None = None) -> None:
         self._core = core
-        self._on_thread_start = on_thread_start
         # SimpleQueue.put is reentrant: a finaliser may abort a request in the middle of another put.
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # Reentrant for the same reason.
@@ -66,24 +69,31 @@ class EngineLoop:
         self._calls: set[concurrent.futures.Future[Any]] = set()
         self._unheard: collections.Counter[str] = collections.Counter()
         self._error: MooliError | None = None
-        self._thread = threading.Thread(target=self._run, name="mooli-engine", daemon=True)
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._run, args=(on_thread_start,), name="mooli-engine", daemon=True)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
         """Whether requests can still be submitted."""
-        return self._error is None
+        return self._error is None and self._is_here
 
     @property
     def num_open(self) -> int:
         """Requests submitted and not ended."""
         return len(self._sinks)
 
+    @property
+    def num_unheard(self) -> int:
+        """Requests that were dropped and whose last output is still to come."""
+        return len(self._unheard)
+
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> None:
         """Start requests, all in the same step if there is room.
 
         Raises RequestError if an id is in use by an open request, EngineClosedError or EngineDeadError.
         """
+        self.check_process()
         with self._lock:
             self._check_alive()
             for request in requests:
@@ -110,6 +120,7 @@ class EngineLoop:
 
         Raises what it raises, EngineClosedError or EngineDeadError.
         """
+        self.check_process()
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def run() -> None:
@@ -132,13 +143,30 @@ class EngineLoop:
         """End open requests with EngineClosedError and stop the thread. Returns whether it has stopped.
 
         May be called again, and from the engine's own thread, where a finaliser can end up: it is then not waited for.
+        In a forked child there is no thread to stop, and what it works with belongs to the parent: False.
         """
+        if not self._is_here:
+            return False
         self._commands.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(JOIN_TIMEOUT_S)
         return not self._thread.is_alive()
 
+    def check_process(self) -> None:
+        """Raise EngineClosedError in a process forked from the one that has the engine's thread."""
+        if not self._is_here:
+            raise EngineClosedError(
+                f"this process ({os.getpid()}) was forked from the one the engine runs in ({self._pid}): make an engine"
+                " after the fork, or start processes with the 'spawn' method of multiprocessing"
+            )
+
+    @property
+    def _is_here(self) -> bool:
+        return os.getpid() == self._pid
+
     def _forget(self, ends: Mapping[str, Callable[[str], bool]]) -> None:
+        if not self._is_here:
+            return
         # The sinks go now, so that the ids can be used again at once; the core ends the requests after its step.
         with self._lock:
             known = {rid: end for rid, end in ends.items() if self._sinks.pop(rid, None) is not None}
@@ -153,11 +181,11 @@ class EngineLoop:
 
     # -- below here: on the engine's thread --
 
-    def _run(self) -> None:
+    def _run(self, on_thread_start: Callable[[], None] | None) -> None:
         error: MooliError = EngineClosedError("the engine has been shut down: make a new one")
         try:
-            if self._on_thread_start is not None:
-                self._on_thread_start()
+            if on_thread_start is not None:
+                on_thread_start()
             while self._take_commands():
                 if self._core.has_work:
                     self._deliver(self._core.step())
@@ -202,8 +230,10 @@ class EngineLoop:
 
     def _send(self, rid: str, item: RequestOutput | MooliError) -> None:
         is_last = isinstance(item, MooliError) or item.finish is not None
-        if self._unheard[rid]:
+        if rid in self._unheard:
             self._unheard[rid] -= is_last
+            if not self._unheard[rid]:
+                del self._unheard[rid]
             return
         with self._lock:
             sink = self._sinks.pop(rid, None) if is_last else self._sinks.get(rid)

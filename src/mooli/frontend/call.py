@@ -65,6 +65,7 @@ class Call:
         """
         changed: set[int] = set()
         stopped: dict[str, str] = {}
+        self.check_process()
         try:
             for index, item in self._mailbox.take():
                 generation = self._generations[index]
@@ -84,6 +85,10 @@ class Call:
             if stopped:
                 self._loop.finish(stopped)
         return [self._generations[index] for index in sorted(changed)]
+
+    def check_process(self) -> None:
+        """Raise EngineClosedError where nothing will ever come: in a child that was forked meanwhile."""
+        self._loop.check_process()
 
     def chunks(self) -> list[dict[str, Any]]:
         """The chunks of a stream that have become due."""
@@ -165,6 +170,8 @@ class Stream(_Stream):
         return self
 
     def __next__(self) -> dict[str, Any]:
+        # First of all: in a forked child even the event's lock may be held for ever.
+        self._call.check_process()
         while True:
             self._event.clear()
             chunk = self._next_ready()

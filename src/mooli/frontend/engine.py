@@ -23,11 +23,12 @@ from typing import Any
 from mooli.config import EngineConfig
 from mooli.engine.build import Progress, build_engine
 from mooli.engine.loop import EngineLoop
-from mooli.errors import ConfigError, RequestError
+from mooli.errors import ConfigError, RequestError, SamplingParamsError
 from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.generation import WEIGHT_VERSION, Generation
 from mooli.frontend.inputs import InputRules
+from mooli.frontend.sampling import parse_sampling_params
 from mooli.frontend.tokenizer import Tokenizer, load_tokenizer
 from mooli.hub import resolve
 from mooli.version import __version__
@@ -98,6 +99,7 @@ class Engine:
     ) -> None:
         started = time.perf_counter()
         config = _config(server_args, kwargs)
+        _check_preferred(config)
         _set_log_level(config.log_level)
         if config.trust_remote_code:
             logger.info("trust_remote_code has no effect: code from a model folder is never run")
@@ -289,6 +291,17 @@ def _config(server_args: EngineConfig | Mapping[str, Any] | None, kwargs: dict[s
     if not isinstance(server_args, Mapping):
         raise ConfigError(f"server_args must be an EngineConfig or a dict, not {type(server_args).__name__}")
     return EngineConfig.from_kwargs(**server_args)
+
+
+def _check_preferred(config: EngineConfig) -> None:
+    """Refuse `preferred_sampling_params` that every request would fail on."""
+    preferred = config.preferred_sampling
+    # What a request may still add is left open: the length here, and ids are checked when the vocabulary is known.
+    request = {} if "max_new_tokens" in preferred else {"max_new_tokens": None}
+    try:
+        parse_sampling_params(request, vocab_size=2**31, next_seed=lambda: 0, preferred=preferred)
+    except SamplingParamsError as exc:
+        raise ConfigError(f"preferred_sampling_params: {exc}") from exc
 
 
 def _load_tokenizer(config: EngineConfig, model_path: Path) -> Tokenizer | None:

@@ -131,8 +131,9 @@ class InputRules:
             if not texts:
                 raise PromptError("the list of prompts is empty")
             return [self._encode(text, i if is_batch else None) for i, text in enumerate(texts)], is_batch
-        is_flat = isinstance(input_ids, np.ndarray) and input_ids.ndim == 1
-        if not isinstance(input_ids, (list, tuple, np.ndarray)):
+        is_array = isinstance(input_ids, np.ndarray) and input_ids.ndim > 0
+        is_flat = is_array and input_ids.ndim == 1
+        if not isinstance(input_ids, (list, tuple)) and not is_array:
             raise PromptError(f"input_ids must be a list of ids or a list of lists of ids, not {_type(input_ids)}")
         is_batch = not is_flat and len(input_ids) > 0 and isinstance(input_ids[0], (list, tuple, np.ndarray))
         items = list(input_ids) if is_batch else [input_ids]
@@ -157,7 +158,7 @@ class InputRules:
 
     def _check_ids(self, ids: Any, index: int | None) -> NDArray[np.int32]:
         where = "" if index is None else f"prompt {index}: "
-        if not isinstance(ids, (list, tuple, np.ndarray)):
+        if not isinstance(ids, (list, tuple, np.ndarray)) or (isinstance(ids, np.ndarray) and ids.ndim == 0):
             raise PromptError(f"{where}input_ids must be a list of ids, not {_type(ids)}")
         if not len(ids):
             raise PromptError(f"{where}input_ids is empty: there must be at least one token")

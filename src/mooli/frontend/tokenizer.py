@@ -70,6 +70,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.bos_id = bos_id
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_texts = frozenset(token.content for token in added.values() if token.special)
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
         ends = set(eos_ids)
@@ -104,6 +105,14 @@ class Tokenizer:
         if not parse_special and not self.special_ids.isdisjoint(ids):
             self._refuse_control_ids(encoding)
         return ids
+
+    def special_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """Where `encode` reads special tokens in `text`: (id, start, end) in characters, in order."""
+        if not any(special in text for special in self.special_texts):
+            return []
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        found = zip(encoding.ids, encoding.offsets, strict=True)
+        return [(token_id, start, end) for token_id, (start, end) in found if token_id in self.special_ids]
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
@@ -233,7 +242,10 @@ def _load_folder(folder: Path) -> Tokenizer:
     if not file.is_file():
         others = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (folder / name).is_file()]
         hint = f"; {others[0]} alone is not supported, convert it with transformers' save_pretrained" if others else ""
-        raise TokenizerError(f"there is no tokenizer.json in {folder}{hint}")
+        raise TokenizerError(
+            f"there is no tokenizer.json in {folder}{hint}; put it there, give another place as tokenizer_path, or use"
+            " skip_tokenizer_init=True with input_ids"
+        )
     with tokenizer_errors(f"reading {file}"):
         backend = Backend.from_file(str(file))
     config = _read_json(folder / "tokenizer_config.json")

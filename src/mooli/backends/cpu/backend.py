@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 TILE = 32
 """Tokens of a KV tile; a page is a whole number of tiles."""
 
+MAX_THREADS = 1024
+"""More than the processors of any machine these kernels know."""
+
 
 class Kind(IntEnum):
     """Packed weight kinds, numbered as in native/kernels.h."""
@@ -79,8 +82,8 @@ class CpuBackend:
             raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(_FLOAT_KINDS)}")
         if quantization not in (None, "int8", "int4"):
             raise ConfigError(f"quantization {quantization!r} is not one of None, 'int8', 'int4'")
-        if num_threads is not None and num_threads < 1:
-            raise ConfigError(f"num_threads must be at least 1, not {num_threads}")
+        if num_threads is not None and not 1 <= num_threads <= MAX_THREADS:
+            raise ConfigError(f"num_threads must be from 1 to {MAX_THREADS}, not {num_threads}")
         isa = os.environ.get("MOOLI_ISA", "")
         if isa and isa not in _native.available_isas():
             raise ConfigError(
@@ -89,7 +92,10 @@ class CpuBackend:
         cpus = usable_cpus()
         threads = num_threads or default_num_threads(cpus, cpu_quota())
         # Pinned only when every usable processor has its thread: two small engines must not crowd on the first ones.
-        self._device = _native.Device(threads, cpus if threads == len(cpus) else [], isa)
+        try:
+            self._device = _native.Device(threads, cpus if threads == len(cpus) else [], isa)
+        except RuntimeError as exc:
+            raise ConfigError(f"the system does not start {threads} threads ({exc}): lower num_threads") from exc
         if dtype == "float16":
             logger.info(
                 "dtype float16: weights and KV are stored as float16 and multiplied in float32: this processor has no "
@@ -101,7 +107,7 @@ class CpuBackend:
         self._max_k = 1
         self._scratch: tuple[int, int, int, int] = (0, 0, 0, 0)
         self._limits: Limits | None = None
-        self._head_dim = 0
+        self._kv: KVSpec | None = None
         self._vocab_size = 0
         self._kinds: dict[str, int] = {}
         self._captured: list[CapturedTape] = []
@@ -240,15 +246,21 @@ class CpuBackend:
             raise OutOfMemoryError(
                 f"no memory for a KV pool of {size / 2**30:.2f} GiB: lower mem_fraction_static or max_total_tokens"
             ) from exc
-        self._limits, self._head_dim = limits, spec.head_dim
+        self._limits, self._kv = limits, spec
         self._prepare()
 
     def _prepare(self) -> int:
         """Scratch for the widest linear and the most heads seen so far; returns the most tokens of a step."""
-        if self._limits is None:
+        if self._limits is None or self._kv is None:
             raise ConfigError("allocate the KV pool before running a step")
+        for attention in self.ops.attention_specs:
+            if (attention.num_kv_heads, attention.head_dim) != (self._kv.num_kv_heads, self._kv.head_dim):
+                raise ConfigError(
+                    f"attention with {attention.num_kv_heads} kv heads of {attention.head_dim} on a KV pool of "
+                    f"{self._kv.num_kv_heads} kv heads of {self._kv.head_dim}"
+                )
         heads = max((spec.num_heads for spec in self.ops.attention_specs), default=1)
-        need = (self._limits.max_tokens, self._max_k, heads, self._head_dim)
+        need = (self._limits.max_tokens, self._max_k, heads, self._kv.head_dim)
         if any(a > b for a, b in zip(need, self._scratch, strict=True)):
             self._scratch = tuple(map(max, need, self._scratch))  # type: ignore[assignment]
             self._device.allocate_scratch(*self._scratch)
@@ -307,4 +319,6 @@ class CpuBackend:
         """Give back the KV pool, buffers and tapes. Weights go with the model that holds them."""
         for captured in self._captured:
             captured.close()
+        # They refer to this backend: without them it goes, threads and all, with its last user.
+        self._captured.clear()
         self._device.release()

@@ -26,7 +26,8 @@ def cpu_quota(
     """
     quotas = []
     try:
-        lines = process_cgroup.read_text().splitlines()
+        # names of groups are bytes: they go back to the file system as they came
+        lines = os.fsdecode(process_cgroup.read_bytes()).splitlines()
     except OSError:
         return None
     for line in lines:

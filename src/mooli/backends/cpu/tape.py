@@ -113,6 +113,8 @@ class TapeOps:
     def linear(self, x: Register, weight: Any, residual: Register | None = None) -> Register:
         if weight.native.gated or x.width != weight.native.k:
             raise ConfigError(f"linear takes rows of {weight.native.k} values and an ungated weight, got {x.width}")
+        if residual is not None and residual.width != weight.native.n:
+            raise ConfigError(f"a residual of {residual.width} values on a linear weight of {weight.native.n}")
         inputs = (x,) if residual is None else (x, residual)
         return self._now().add(
             inputs,
@@ -127,7 +129,7 @@ class TapeOps:
         return self._now().add((x,), weight.native.n, lambda t, out: t.linear(x.address, weight.native, 0, out.address))
 
     def head_norm(self, qkv: Register, spec: AttentionSpec, q_weight: Any, k_weight: Any, eps: float) -> Register:
-        heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        heads = _check_heads(qkv, spec)
         return self._now().add(
             (qkv,),
             qkv.width,
@@ -140,18 +142,28 @@ class TapeOps:
         if key not in self._ropes:
             self._ropes[key] = self._device.add_rope(np.ascontiguousarray(rope.inv_freq, dtype=np.float64))
         table = self._ropes[key]
-        heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        heads = _check_heads(qkv, spec)
         return self._now().add(
             (qkv,), qkv.width, lambda t, out: t.rope(qkv.address, table, *heads, out.address), reusable=qkv
         )
 
     def attend(self, batch: Any, layer: int, qkv: Register, spec: AttentionSpec) -> Register:
+        _check_heads(qkv, spec)
         self.attention_specs.append(spec)
         return self._now().add(
             (qkv,),
             spec.num_heads * spec.head_dim,
             lambda t, out: t.attend(layer, qkv.address, spec.num_heads, spec.scale, spec.window, out.address),
         )
+
+
+def _check_heads(qkv: Register, spec: AttentionSpec) -> tuple[int, int, int]:
+    if qkv.width != (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim or spec.num_heads % spec.num_kv_heads:
+        raise ConfigError(
+            f"rows of {qkv.width} values are not {spec.num_heads} query and 2 x {spec.num_kv_heads} kv heads "
+            f"of {spec.head_dim}"
+        )
+    return spec.num_heads, spec.num_kv_heads, spec.head_dim
 
 
 class CapturedTape:
@@ -191,24 +203,28 @@ class CapturedTape:
         """Record the function. With `input_width`, it takes a register of that width instead of a planned step."""
         first = Register(input_width) if input_width is not None else None
         recording, result = self._ops.record(self._function, None if first is None else first)
-        self._capacity = max(self._prepare(), rows) if first is None else max(rows, 1)
-        floats = _lay_out(recording.entries, first, result, self._capacity)
-        self._arena = _native.FloatBuffer(max(floats, 1))
-        base = self._arena.address
+        # Also for a function of rows: its weights may be wider than all that was loaded before.
+        max_tokens = self._prepare()
+        capacity = max_tokens if first is None else max(rows, 1)
+        floats = _lay_out(recording.entries, first, result, capacity)
+        arena = _native.FloatBuffer(max(floats, 1))
+        base = arena.address
         registers = {id(r): r for e in recording.entries for r in (*e.inputs, e.output)}
-        registers[id(result)] = result
+        registers |= {id(r): r for r in (first, result) if r is not None}
         for register in registers.values():
             register.address = base + register.address * 4
-        self._tape = _native.Tape(self._device)
+        tape = _native.Tape(self._device)
         for entry in recording.entries:
-            entry.emit(self._tape)
-        memory = self._arena.array()
+            entry.emit(tape)
+        memory = arena.array()
 
         def view(register: Register) -> NDArray[np.float32]:
             begin = (register.address - base) // 4
-            values: NDArray[np.float32] = memory[begin : begin + self._capacity * register.width]
-            return values.reshape(self._capacity, register.width)
+            values: NDArray[np.float32] = memory[begin : begin + capacity * register.width]
+            return values.reshape(capacity, register.width)
 
+        # Only now: a recording that failed leaves no half of a tape behind.
+        self._tape, self._arena, self._capacity = tape, arena, capacity
         self._output = view(result)
         self._input = None if first is None else view(first)
 

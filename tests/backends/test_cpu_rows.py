@@ -1,0 +1,158 @@
+"""A row's bits never depend on the rows beside it: every kind of weight and KV, at every instruction set level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cpu_ops import LEVELS, Floats, Inputs, allocate, assert_same_bits, cpu_backend, random, random_tensor, stored
+
+from mooli.backends.base import AttentionSpec, Limits, RopeSpec
+from mooli.tensor import TensorType
+from steps import Row, step
+
+MOST_ROWS = 40
+KINDS = {
+    "Q8": (TensorType.Q8_0, "float32"),
+    "Q4": (TensorType.Q4_0, "float32"),
+    "Q4M": (TensorType.Q4_1, "float32"),
+    "BF16": (TensorType.BF16, "bfloat16"),
+    "F16": (TensorType.F16, "float16"),
+    "F32": (TensorType.F32, "float32"),
+}
+
+every_level = pytest.mark.parametrize("level", LEVELS)
+every_kind = pytest.mark.parametrize("kind", list(KINDS))
+
+
+@every_level
+@every_kind
+@pytest.mark.parametrize("gated", [False, True], ids=["linear", "gated"])
+def test_a_row_of_a_linear_has_the_same_bits_among_1_to_40(level: str, kind: str, gated: bool) -> None:
+    storage, dtype = KINDS[kind]
+    with cpu_backend(level, dtype=dtype) as backend:
+        parts = [random_tensor(storage, 50, 160, seed=seed) for seed in (1, 2)]
+        if gated:
+            weight = backend.load_gated(*parts)
+            captured = backend.capture(lambda x: backend.ops.linear_silu_mul(x, weight))
+        else:
+            weight = backend.load_linear(parts)
+            captured = backend.capture(lambda x: backend.ops.linear(x, weight))
+        assert backend.describe()["weight_kinds"] == {kind: 1}
+        values = random(3, MOST_ROWS, 160) * np.logspace(-3, 3, MOST_ROWS, dtype=np.float32)[:, None]
+        inputs = Inputs(backend, values)
+        alone = np.concatenate([inputs.through(captured, [row]) for row in range(MOST_ROWS)])
+        assert np.isfinite(alone).all()
+        for count in range(1, MOST_ROWS + 1):
+            # another first row for each count: a row is seen at many places of a block
+            rows = [(7 * count + i) % MOST_ROWS for i in range(count)]
+            assert_same_bits(inputs.through(captured, rows), alone[rows], f"{count} rows")
+
+
+SPEC = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=32, scale=32**-0.5)
+WINDOWED = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=32, scale=32**-0.5, window=40)
+QKV_SIZE = (SPEC.num_heads + 2 * SPEC.num_kv_heads) * SPEC.head_dim
+LONGEST = 150
+LIMITS = Limits(max_tokens=160, max_rows=48, max_pages_per_row=8)
+
+
+class Sequence:
+    """The rows of one sequence of qkv, attended in any cut; each in pages of its own."""
+
+    def __init__(self, backend: Any, values: Floats, spec: AttentionSpec, kv_dtype: str) -> None:
+        table = backend.load_embedding(stored(values))
+        allocate(backend, spec, kv_dtype=kv_dtype, num_pages=256, limits=LIMITS)
+        self._backend = backend
+        self._attend = backend.capture(lambda b: backend.ops.attend(b, 0, backend.ops.embed(b, table), spec))
+        self._next_page = 0
+
+    def take_pages(self) -> list[int]:
+        self._next_page += 5
+        return list(range(self._next_page - 5, self._next_page))[::-1]
+
+    def rows(self, *rows: Row) -> Floats:
+        return np.array(self._backend.to_host(self._attend(self._backend.plan(step(rows, 32)))))
+
+
+@every_level
+@pytest.mark.parametrize("spec", [SPEC, WINDOWED], ids=["full", "window"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+def test_a_token_attends_to_the_same_bits_in_any_cut_and_company(
+    level: str, spec: AttentionSpec, kv_dtype: str
+) -> None:
+    with cpu_backend(level) as backend:
+        sequence = Sequence(backend, random(4, LONGEST, QKV_SIZE), spec, kv_dtype)
+        whole = sequence.rows(Row(range(LONGEST), 0, sequence.take_pages()))
+        assert np.isfinite(whole).all()
+        # token by token, and in chunks beside it
+        one, other = sequence.take_pages(), sequence.take_pages()
+        cuts = np.cumsum([0, 1, 2, 13, 16, 17, 1, 32, 50])
+        for token in range(LONGEST):
+            rows = [Row([token], token, one)]
+            if token < len(cuts) - 1:
+                rows.append(Row(range(cuts[token], cuts[token + 1]), int(cuts[token]), other))
+            expected = np.concatenate([whole[row.start : row.start + len(row.token_ids)] for row in rows])
+            assert_same_bits(sequence.rows(*rows), expected, f"token {token}")
+
+
+@every_level
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+def test_a_decode_row_has_the_same_bits_among_1_to_40(level: str, kv_dtype: str) -> None:
+    with cpu_backend(level) as backend:
+        sequence = Sequence(backend, random(5, LONGEST, QKV_SIZE), SPEC, kv_dtype)
+        pages = [sequence.take_pages() for _ in range(MOST_ROWS)]
+        lengths = [1 + (37 * i) % (LONGEST - 1) for i in range(MOST_ROWS)]
+        alone = []
+        for length, where in zip(lengths, pages, strict=True):
+            sequence.rows(Row(range(length), 0, where))
+            alone.append(sequence.rows(Row([length], length, where)))
+        expected = np.concatenate(alone)
+        for count in range(1, MOST_ROWS + 1):
+            rows = [Row([lengths[i]], lengths[i], pages[i]) for i in range(count)]
+            assert_same_bits(sequence.rows(*rows), expected[:count], f"{count} rows")
+
+
+def layer_bits(level: str, num_threads: int, dtype: str, quantization: str | None) -> list[Floats]:
+    """A whole layer and a head over prompts, chunks and single tokens."""
+    with cpu_backend(level, dtype=dtype, quantization=quantization, num_threads=num_threads) as backend:
+        assert backend.describe()["num_threads"] == num_threads
+        table = backend.load_embedding(stored(random(6, LONGEST, 128)))
+        gain = backend.load_vector(stored(random(7, 128)))
+        qkv_weight = backend.load_linear([stored(random(8, QKV_SIZE, 128, scale=0.1))])
+        out_weight = backend.load_linear([stored(random(9, 128, 192, scale=0.1))])
+        gated = backend.load_gated(*(stored(random(seed, 208, 128, scale=0.1)) for seed in (10, 11)))
+        down = backend.load_linear([stored(random(12, 128, 208, scale=0.1))])
+        head = backend.load_linear([stored(random(13, 99, 128, scale=0.1))], head=True)
+        allocate(backend, SPEC, kv_dtype=dtype, num_pages=40, limits=LIMITS)
+        ops, rope = backend.ops, RopeSpec(10000.0 ** -np.linspace(0, 1, 16, endpoint=False))
+
+        def layer(batch: Any) -> Any:
+            x = ops.embed(batch, table)
+            qkv = ops.rope(batch, ops.linear(ops.rms_norm(x, gain, 1e-5), qkv_weight), SPEC, rope)
+            x = ops.linear(ops.attend(batch, 0, qkv, SPEC), out_weight, residual=x)
+            x = ops.linear(ops.linear_silu_mul(ops.rms_norm(x, gain, 1e-5), gated), down, residual=x)
+            return ops.linear(x, head)
+
+        captured = backend.capture(layer)
+        pages = [[5 * i + j for j in range(5)] for i in range(8)]
+        steps = [
+            [Row(range(LONGEST), 0, pages[0])],
+            [Row([i], 0, pages[i]) for i in range(1, 8)],
+            [Row(range(20, 61), 1, pages[1]), Row([9], 1, pages[2])],
+            [Row([77], 42, pages[1])],
+        ]
+        return [np.array(backend.to_host(captured(backend.plan(step(rows, 32))))) for rows in steps]
+
+
+@every_level
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("float32", "int4")],
+    ids=str,
+)
+def test_any_number_of_threads_gives_the_same_bits(level: str, dtype: str, quantization: str | None) -> None:
+    expected = layer_bits(level, 1, dtype, quantization)
+    for num_threads in (2, 3, 5):
+        for actual, one in zip(layer_bits(level, num_threads, dtype, quantization), expected, strict=True):
+            assert_same_bits(actual, one, f"{num_threads} threads")
