@@ -27,11 +27,14 @@ HEALTHY = 0.92
 class Gauge:
     """What the machine gives right now: integer operations a second, bytes read a second."""
 
+    best = 0.0
+    """Of all gauges: a model measured while the machine is slow must not take that for healthy."""
+
     def __init__(self, device: Any) -> None:
         self.device = device
         self.region = _native.FloatBuffer((256 << 20) // 4)
         self.region.array()[:] = 1.0
-        self.best = max(self.dots() for _ in range(50))
+        Gauge.best = max(self.best, *(self.dots() for _ in range(50)))
 
     def dots(self) -> float:
         return 2 * self.device.gauge_dots(600_000)

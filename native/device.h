@@ -70,8 +70,9 @@ class Device {
   void prepare_rope(RopeTable& rope) const;
 
   size_t tile_bytes() const { return size_t(kTile) * head_dim * kv_element_bytes(kv_type); }
+  // All layers of a tile lie together: a new page touches new memory once, and not once in every layer's region.
   char* k_tile(int layer, int tile, int head) const {
-    return kv.data() + (size_t(layer) * num_tiles + tile) * kv_heads * 2 * tile_bytes() + size_t(head) * 2 * tile_bytes();
+    return kv.data() + (size_t(tile) * layers + layer) * kv_heads * 2 * tile_bytes() + size_t(head) * 2 * tile_bytes();
   }
   char* v_tile(int layer, int tile, int head) const { return k_tile(layer, tile, head) + tile_bytes(); }
   void clear_v(char* tile, int from) const;
