@@ -105,7 +105,10 @@ class EngineConfig:
     )
     dtype: str = _argument("auto", "str", "Type of weights that are not quantised.", choices=tuple(DTYPES))
     quantization: str | None = _argument(
-        None, "str", "Quantise weights while loading, group-wise.", choices=(None, "int8", "int4")
+        None,
+        "str",
+        "Quantise weights while loading, group-wise; none: as the files have them.",
+        choices=(None, "none", "int8", "int4"),
     )
     kv_cache_dtype: str = _argument(
         "auto", "str", "Type of the KV cache.", choices=("auto", "float32", "float16", "bfloat16", "bf16")
@@ -312,6 +315,8 @@ def _convert(item: dataclasses.Field[Any], value: Any) -> Any:
         return DTYPES.get(value, value)
     if item.name == "kv_cache_dtype" and value == "bf16":
         return "bfloat16"
+    if item.name == "quantization" and value == "none":  # a flag cannot say None
+        return None
     if item.name == "device" and isinstance(value, str):
         return re.sub(r":\d+$", "", value)  # cuda:0
     return value

@@ -199,3 +199,8 @@ def test_a_bad_size_on_the_command_line_is_a_usage_error(capsys):
         parse("--model-path", "m", "--context-length", "many")
     assert raised.value.code == 2
     assert "not a number like" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [None, "none"])
+def test_no_quantization_can_be_said_in_words(given):
+    assert EngineConfig.from_kwargs(model_path="demo", quantization=given).quantization is None
