@@ -164,8 +164,9 @@ void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
     for (int b = 0; b < blocks; b++) {
       int r0 = int(int64_t(rows) * b / blocks), r = int(int64_t(rows) * (b + 1) / blocks) - r0;
       size_t ahead = size_t(b) * steps * lines * 64;
-      // the next panel is fetched during this one's row blocks
-      bool fetch = p + 1 < panels && ahead < w.stride;
+      // The next panel is fetched during this one's row blocks. With one block the processor's own prefetcher follows the
+      // stream as fast as memory gives it, and instructions of ours only get in its way.
+      bool fetch = blocks > 1 && p + 1 < panels && ahead < w.stride;
       k.gemm[w.kind][r](prepared + r0 * row_size, panel, w.padded_k, tile, panel + w.stride + ahead, fetch ? lines : 0);
       if (w.gated) {
         int column = p * 16, columns = std::min(16, w.n - column);
