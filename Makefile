@@ -3,13 +3,15 @@
 # make check       formatting, lint, types, and the direction of imports
 # make accuracy    how far the packed weights are from the dequantised float32 model, on real text
 # make bench-kernels   speed on this machine, as a share of its measured limits
+# make bench-server    what serving costs beside computing, and whether users hold each other up
+# make soak        20 minutes of a server under several times its capacity
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test test-quick check accuracy bench-kernels clean
+.PHONY: demo test test-quick check accuracy bench-kernels bench-server soak clean
 
 demo: $(VENV)/.installed $(VENV)/.demo
 	$(VENV)/bin/mooli demo
@@ -28,6 +30,13 @@ accuracy: $(VENV)/.installed $(VENV)/.demo .models/.fetched
 
 bench-kernels: $(VENV)/.installed $(VENV)/.demo .models/.fetched
 	$(PY) benchmarks/kernels.py
+
+bench-server: $(VENV)/.installed $(VENV)/.demo
+	$(PY) benchmarks/serving_cost.py
+	$(PY) benchmarks/fairness.py
+
+soak: $(VENV)/.installed $(VENV)/.demo
+	$(PY) benchmarks/soak.py
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

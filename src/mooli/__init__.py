@@ -19,6 +19,7 @@ __all__ = [
     "ChatTemplateError",
     "CheckpointError",
     "ConfigError",
+    "ContextLengthError",
     "Engine",
     "EngineClosedError",
     "EngineConfig",

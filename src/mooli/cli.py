@@ -1,4 +1,4 @@
-"""The `mooli` command: generate, chat, demo, version.
+"""The `mooli` command: serve, generate, chat, demo, version.
 
 Owns what is typed and what is printed: answers go to standard output; progress, statistics and errors go to standard
 error. An error of ours is one line and exit status 2, output that cannot be written is 1, Ctrl-C is 130. Never does
@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import io
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
+from mooli.arguments import CommandParser
 from mooli.config import EngineConfig
-from mooli.engine.build import device_words
+from mooli.engine.facts import device_words
 from mooli.errors import ChatTemplateError, MooliError, PromptError, RequestError, RequestFailedError
 from mooli.frontend.call import Stream
 from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.engine import Answer, Engine
 from mooli.frontend.sampling import parse_sampling_params
-from mooli.sglang_arguments import is_sglang_argument
+from mooli.server.command import serve
+from mooli.server.flags import add_server_args, unknown_argument
 from mooli.version import __version__
 
 DEMO_PROMPTS = (
@@ -42,8 +43,12 @@ Messages = list[dict[str, str]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = _parse(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parse(words)
     _make_streams_safe()
+    is_server = args.run is serve
+    if is_server:
+        return serve(args, ["mooli", *words])
     if sys.stdout is None:
         print("mooli: error: standard output is closed: nothing could be printed", file=sys.stderr)
         return 1
@@ -77,32 +82,15 @@ def _make_streams_safe() -> None:
         sys.stdin.reconfigure(errors="surrogateescape")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line: the usage of a command with all engine flags fills a screen."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args, unknown = _parser().parse_known_args(argv)
     if unknown:
-        args.parser.error(_unknown_argument(next((a for a in unknown if a.startswith("-")), unknown[0]), args.parser))
+        args.parser.error(unknown_argument(unknown, args.parser))
     return args
 
 
-def _unknown_argument(given: str, parser: argparse.ArgumentParser) -> str:
-    flag = given.partition("=")[0]
-    if not flag.startswith("-"):
-        return f"{given!r} is more than this command takes; a prompt goes behind --prompt, a model behind --model"
-    if is_sglang_argument(flag.lstrip("-").replace("-", "_")):
-        return f"{flag} is known to SGLang but not supported by Mooli yet: remove it"
-    close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
-    return f"there is no flag {flag}" + (f"; did you mean {close[0]}?" if close else "")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mooli", description="Run large language models.")
+    parser = CommandParser(prog="mooli", description="Run large language models.")
     parser.add_argument("--version", action="version", version=f"mooli {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate = _command(commands, "generate", _generate, "answer prompts and exit")
@@ -119,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     for command, length in ((generate, 128), (chat, 1024), (demo, 256)):
         _add_sampling_args(command, length)
         EngineConfig.add_cli_args(command, defaults={"log_level": "warning"})
+    server = _command(commands, "serve", serve, "serve a model over HTTP; without one, the demo model")
+    add_server_args(server, takes_model=True)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version, parser=version)
     return parser

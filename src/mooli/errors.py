@@ -8,6 +8,7 @@ what to do about it.
     │   └── UnknownArgumentError (TypeError)  no argument of that name
     ├── RequestError (ValueError)             one request is wrong; the engine goes on
     │   ├── PromptError                       empty, too long, or with ids outside the vocabulary
+    │   │   └── ContextLengthError            longer than the context, alone or with the answer asked for
     │   └── SamplingParamsError               a sampling value out of its range
     │       └── UnknownSamplingParamError (TypeError)
     ├── ModelError                            a model cannot be used
@@ -50,6 +51,10 @@ class RequestError(MooliError, ValueError):
 
 class PromptError(RequestError):
     """The prompt is empty, too long for the context or the cache, or holds ids outside the vocabulary."""
+
+
+class ContextLengthError(PromptError):
+    """The prompt, or the prompt and the answer it asks for, are longer than the context."""
 
 
 class SamplingParamsError(RequestError):

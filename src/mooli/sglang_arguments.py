@@ -1,58 +1,171 @@
-"""SGLang's engine arguments that Mooli knows of and does not have.
+"""What becomes of SGLang's server arguments that Mooli does not have: the decision about each, as data.
 
-Owns their names, so that the message for one of them differs from that for a typing error. Never gives one a meaning.
+Three kinds. A hint tunes what Mooli does not have or does by itself, so that without it the answers are the same: the
+server commands accept it with a warning that gives the reason, `Engine(...)` does not. What asks for a feature that is
+missing is refused, with a message that differs from that for a typing error. Arguments that work in the server only are
+listed so that the engine can say so. Never gives an argument a meaning.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_NAMES = """
-admin_api_key api_key attn_dp_size base_gpu_id completion_template constrained_json_disable_any_whitespace
-constrained_json_whitespace_pattern cpu_offload_gb crash_dump_folder cuda_graph_backend_decode
-cuda_graph_backend_prefill cuda_graph_bs cuda_graph_bs_decode cuda_graph_bs_prefill cuda_graph_max_bs
-cuda_graph_max_bs_decode cuda_graph_max_bs_prefill debug_tensor_dump_inject decode_attention_backend
-decode_log_interval default_chat_template_kwargs default_priority_value detokenizer_worker_num disable_cuda_graph
-disable_overlap_schedule disable_priority_preemption disaggregation_bootstrap_port disaggregation_mode
-disaggregation_transfer_backend dist_init_addr dist_timeout download_dir enable_cache_report
-enable_deterministic_inference enable_dp_attention enable_flexkv enable_hicache enable_hierarchical_cache
-enable_http2 enable_lmcache enable_lora enable_memory_saver enable_metrics enable_mixed_chunk enable_multimodal
-enable_nan_detection enable_priority_scheduling enable_response_store enable_torch_compile enable_trace ep_size
-expert_parallel_size fastapi_root_path gpu_id_step grammar_backend grpc_port hf_chat_template_name
-hicache_io_backend hicache_mem_layout hicache_ratio hicache_size hicache_storage_backend
-hicache_storage_backend_extra_config hicache_storage_prefetch_policy hicache_write_policy host is_embedding
-load_balance_method log_level_http log_requests log_requests_format log_requests_level log_requests_target
-lora_backend lora_eviction_policy lora_paths lora_target_modules max_loaded_loras max_lora_rank max_loras_per_batch
-max_prefill_tokens max_queued_requests model_impl model_loader_extra_config nccl_init_addr nccl_port nnodes
-node_rank num_continuous_decode_steps otlp_traces_endpoint pipeline_parallel_size port pp_size
-prefill_attention_backend prefill_max_requests priority_scheduling_preemption_threshold radix_eviction_policy
-radix_eviction_policy_config reasoning_parser retraction_policy revision sampling_defaults schedule_conservativeness
-schedule_low_priority_values_first scheduler_recv_interval show_time_cost skip_server_warmup sleep_on_idle
-smg_grpc_mode soft_watchdog_timeout speculative_accept_threshold_acc speculative_accept_threshold_single
-speculative_algorithm speculative_draft_model_path speculative_eagle_topk speculative_num_draft_tokens
-speculative_num_steps speculative_token_map ssl_ca_certs ssl_certfile ssl_keyfile ssl_keyfile_password
-stream_response_default_include_usage strip_thinking_cache tokenizer_mode tokenizer_worker_num tool_call_parser
-tool_server torch_compile_max_bs torchao_config trust_request_chat_template warmups watchdog_timeout weight_version
-"""
-_NAME_SET = frozenset(_NAMES.split())
 
-_NEUTRAL: dict[str, Any] = {"disable_cuda_graph": True, "disable_overlap_schedule": True}
-"""Values that ask for what is so anyway: there are no CUDA graphs and no overlapping schedule to switch off."""
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
-_NEUTRAL_ONE = frozenset(
-    ("attn_dp_size", "ep_size", "expert_parallel_size", "nnodes", "pipeline_parallel_size", "pp_size")
-)
+
+_ONE_KERNEL = "each device has one implementation"
+_NO_GRAPHS = "there are no CUDA graphs"
+_ONE_PROCESS = "one process computes, there is no group to set up"
+_MIXED = "a step always takes running requests first and fills up with prompts; see --chunked-prefill-size"
+_NO_HOST_TIME = "there is no such step to tune"
+_GONE = "SGLang has dropped it too"
+
+_HINTS_BY_REASON = {
+    _NO_GRAPHS: """
+        disable_cuda_graph cuda_graph_bs cuda_graph_bs_decode cuda_graph_bs_prefill cuda_graph_max_bs
+        cuda_graph_max_bs_decode cuda_graph_max_bs_prefill cuda_graph_backend_decode cuda_graph_backend_prefill
+        enable_piecewise_cuda_graph piecewise_cuda_graph_max_tokens piecewise_cuda_graph_tokens
+        piecewise_cuda_graph_compiler
+    """,
+    "nothing is compiled at start": "enable_torch_compile torch_compile_max_bs",
+    _MIXED: "max_prefill_tokens prefill_max_requests enable_mixed_chunk",
+    "a request that finds no room gives way, and goes on later from what the cache kept of it": """
+        schedule_conservativeness retraction_policy
+    """,
+    _ONE_KERNEL: "prefill_attention_backend decode_attention_backend",
+    _NO_HOST_TIME: "num_continuous_decode_steps scheduler_recv_interval disable_overlap_schedule",
+    "larger priorities always go first": "enable_priority_scheduling",
+    "a higher priority always makes the lower ones wait or give way": """
+        disable_priority_preemption priority_scheduling_preemption_threshold
+    """,
+    "what was used least recently is evicted first": "radix_eviction_policy radix_eviction_policy_config",
+    "text is handled in the one process that speaks HTTP": "tokenizer_worker_num detokenizer_worker_num",
+    "constrained output is not supported yet, and requests that ask for it are refused": "grammar_backend",
+    "NaN in the logits always ends its request with an error": "enable_nan_detection",
+    "an answer on the CPU never depends on what is computed beside it": "enable_deterministic_inference",
+    "the engine always sleeps while there is nothing to do": "sleep_on_idle",
+    "there is one watchdog, see --watchdog-timeout": "soft_watchdog_timeout",
+    "/metrics has the times": "show_time_cost",
+    "there is one copy of the model": "load_balance_method",
+    _ONE_PROCESS: "dist_init_addr nccl_init_addr nccl_port dist_timeout gpu_id_step",
+    f"{_GONE}; for weights of fewer bits there is --quantization": "torchao_config",
+    f"{_GONE}; /metrics has the histograms": "collect_tokens_histogram",
+    f"{_GONE}; attention is always over the whole context": """
+        enable_double_sparsity ds_channel_config_path ds_heavy_channel_num ds_heavy_token_num ds_heavy_channel_type
+        ds_sparse_decode_threshold nsa_prefill_backend nsa_decode_backend hybrid_kvcache_ratio
+    """,
+    f"{_GONE}; prompts and answers are computed in one process": """
+        disaggregation_decode_dp disaggregation_decode_tp disaggregation_prefill_pp prefill_round_robin_balance
+        load_watch_interval
+    """,
+    f"{_GONE}; nothing is speculated": """
+        speculative_ngram_branch_length speculative_ngram_min_match_window_size
+        speculative_ngram_max_match_window_size
+    """,
+    f"{_GONE}; nothing is dumped": "debug_tensor_dump_inject",
+}
+
+HINTS: dict[str, str] = {name: why for why, names in _HINTS_BY_REASON.items() for name in names.split()}
+"""Arguments without which every answer is the same, and why each has no effect here."""
+
+HINT_VALUES: dict[str, tuple[frozenset[str], str]] = {
+    "attention_backend": (
+        _words("""
+aiter cutedsl_mla cutlass_mla fa3 fa4 flashinfer flashmla flex_attention intel_amx intel_xpu torch_native triton
+trtllm_mha trtllm_mla wave
+"""),
+        _ONE_KERNEL,
+    ),
+    "sampling_backend": (_words("flashinfer intel_xpu pytorch"), _ONE_KERNEL),
+}
+"""Values of arguments that Mooli has which are hints too: the libraries that SGLang's kernels come from."""
+
+REFUSED = _words("""
+abort_on_priority_when_disabled attn_dp_size base_gpu_id completion_template
+constrained_json_disable_any_whitespace constrained_json_whitespace_pattern cpu_offload_gb crash_dump_folder
+default_priority_value disaggregation_bootstrap_port disaggregation_mode
+disaggregation_transfer_backend download_dir enable_dp_attention enable_flexkv enable_hicache
+enable_hierarchical_cache enable_http2 enable_lmcache enable_lora enable_memory_saver enable_multimodal
+enable_response_store enable_trace ep ep_size expert_parallel_size extra_metric_labels grpc_port
+hf_chat_template_name hicache_io_backend hicache_mem_layout hicache_ratio hicache_size hicache_storage_backend
+hicache_storage_backend_extra_config hicache_storage_prefetch_policy hicache_write_policy is_embedding
+log_requests_target lora_backend lora_eviction_policy lora_paths lora_target_modules max_loaded_loras max_lora_rank
+max_loras_per_batch model_impl model_loader_extra_config model_type nnodes node_rank otlp_traces_endpoint
+pipeline_parallel_size pp pp_size reasoning_parser revision
+schedule_low_priority_values_first smg_grpc_mode speculative_accept_threshold_acc
+speculative_accept_threshold_single speculative_algorithm speculative_draft_model_path speculative_eagle_topk
+speculative_ngram_capacity speculative_ngram_match_type speculative_ngram_max_bfs_breadth
+speculative_ngram_max_trie_depth speculative_ngram_min_bfs_breadth speculative_num_draft_tokens
+speculative_num_steps speculative_token_map strip_thinking_cache tokenizer_mode tool_call_parser tool_server
+trust_request_chat_template warmups weight_version
+""")
+"""Arguments that ask for what is missing."""
+
+SERVER_ARGUMENTS = _words("""
+admin_api_key api_key bucket_e2e_request_latency bucket_inter_token_latency bucket_time_to_first_token
+cors_allow_origins decode_log_interval default_chat_template_kwargs enable_cache_report enable_metrics
+fastapi_root_path host keep_alive_timeout log_level_http log_requests log_requests_format log_requests_level
+max_body_bytes max_concurrent_requests max_header_bytes max_queued_requests port read_timeout request_timeout
+sampling_defaults shutdown_timeout skip_server_warmup ssl_ca_certs ssl_certfile ssl_keyfile ssl_keyfile_password
+stream_response_default_include_usage watchdog_timeout write_timeout
+""")
+"""The fields of `mooli.server.config.ServerConfig`, which is above the engine and cannot be asked here."""
+
+SWITCHES = _words("""
+abort_on_priority_when_disabled collect_tokens_histogram constrained_json_disable_any_whitespace disable_cuda_graph
+disable_overlap_schedule disable_priority_preemption enable_deterministic_inference enable_double_sparsity
+enable_dp_attention enable_flexkv enable_hicache enable_hierarchical_cache enable_http2 enable_lmcache enable_lora
+enable_memory_saver enable_mixed_chunk enable_multimodal enable_nan_detection enable_piecewise_cuda_graph
+enable_priority_scheduling enable_response_store enable_torch_compile enable_trace is_embedding
+prefill_round_robin_balance schedule_low_priority_values_first show_time_cost sleep_on_idle smg_grpc_mode
+strip_thinking_cache trust_request_chat_template
+""")
+"""Those whose flag takes no value."""
+
+LISTS = _words("""
+cuda_graph_bs cuda_graph_bs_decode cuda_graph_bs_prefill log_requests_target lora_paths lora_target_modules
+piecewise_cuda_graph_tokens
+""")
+"""Those whose flag takes several values."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attn_dp_size": (1,),
+    "base_gpu_id": (0,),
+    "cpu_offload_gb": (0,),
+    "disable_cuda_graph": (True,),
+    "disable_overlap_schedule": (True,),
+    "disaggregation_mode": ("null",),
+    "ep": (1,),
+    "ep_size": (1,),
+    "expert_parallel_size": (1,),
+    "hicache_size": (0,),
+    "model_impl": ("auto",),
+    "model_type": ("auto", "llm"),
+    "nnodes": (1,),
+    "node_rank": (0,),
+    "pipeline_parallel_size": (1,),
+    "pp": (1,),
+    "pp_size": (1,),
+    "tokenizer_mode": ("auto", "fast"),
+    "weight_version": ("default",),
+}
+"""Values that ask for what is so anyway."""
 
 
 def is_sglang_argument(name: str) -> bool:
-    """Whether SGLang has an argument of that name, and Mooli has not."""
-    return name in _NAME_SET
+    """Whether SGLang has, or had, an argument of that name, and Mooli has not."""
+    return name in HINTS or name in REFUSED
+
+
+def is_server_argument(name: str) -> bool:
+    """Whether Mooli's server has an argument of that name, and its engine has not."""
+    return name in SERVER_ARGUMENTS
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:
     """Whether `name=value` leaves a feature off that Mooli does not have, so that it can be accepted as it is."""
     if value is None or value is False:
         return True
-    if name in _NEUTRAL_ONE:
-        return type(value) is int and value == 1
-    return name in _NEUTRAL and value is _NEUTRAL[name]
+    return any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL.get(name, ()))

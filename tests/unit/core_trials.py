@@ -36,6 +36,7 @@ class Setting:
     context_length: int
     policy: str
     enabled: bool
+    mixed_prefill_tokens: int | None = None
     abort_rate: float = 0.0
     failure_rate: float = 0.0
     nan_rate: float = 0.0
@@ -50,6 +51,7 @@ class Setting:
             context_length=self.context_length,
             vocab_size=VOCAB,
             policy=self.policy,
+            mixed_prefill_tokens=self.mixed_prefill_tokens,
         )
         return EngineCore(scheduler, runner), scheduler, cache
 
@@ -67,6 +69,7 @@ def random_setting(rng: random.Random) -> Setting:
         context_length=rng.choice([25, 60, 1000]),
         policy=rng.choice(["fcfs", "fcfs", "lpm"]),
         enabled=rng.random() < 0.85,
+        mixed_prefill_tokens=rng.choice([None, 1, 3, 8]),
         abort_rate=rng.choice([0.0, 0.0, 0.1]),
         failure_rate=rng.choice([0.0, 0.0, 0.0, 0.05]),
         nan_rate=rng.choice([0.0, 0.0, 0.0, 0.02]),

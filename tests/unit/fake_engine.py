@@ -9,10 +9,12 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 import mooli.frontend.engine as engine_module
+import mooli.frontend.text_side as text_side_module
 from mooli import Engine
 from mooli.cache.kv_cache import KVCache
-from mooli.engine.build import BuiltEngine, EngineFacts
+from mooli.engine.build import BuiltEngine
 from mooli.engine.core import EngineCore
+from mooli.engine.facts import EngineFacts
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.runner.fake import FakeRunner
@@ -57,6 +59,42 @@ def says(text: str, *, after: str = ">", then: int | None = EOS):
     return next_token
 
 
+def fake_build(config, **runner_options) -> BuiltEngine:
+    """What `build_engine` returns, around a `FakeRunner`."""
+    runner = FakeRunner(NUM_PAGES, PAGE_SIZE, VOCAB_SIZE, **runner_options)
+    max_running_requests, step_tokens = config.max_running_requests or 8, config.chunked_prefill_size or 32
+    scheduler = Scheduler(
+        KVCache(NUM_PAGES, PAGE_SIZE, enabled=not config.disable_radix_cache),
+        max_batch_tokens=step_tokens,
+        max_running_requests=max_running_requests,
+        context_length=config.context_length or CONTEXT,
+        vocab_size=VOCAB_SIZE,
+        policy=config.schedule_policy,
+    )
+    facts = EngineFacts(
+        resolved_model_path="fake",
+        architecture="Fake",
+        vocab_size=VOCAB_SIZE,
+        eos_ids=(EOS, 99999),
+        model_context_length=CONTEXT,
+        context_length=config.context_length or CONTEXT,
+        dtype="auto",
+        kv_cache_dtype="float32",
+        quantization=None,
+        page_size=PAGE_SIZE,
+        num_pages=NUM_PAGES,
+        max_total_num_tokens=NUM_PAGES * PAGE_SIZE,
+        max_running_requests=max_running_requests,
+        chunked_prefill_size=step_tokens,
+        weight_bytes=0,
+        kv_cache_bytes=0,
+        load_time_s=0.0,
+        cache_namespace="fake",
+        backend={},
+    )
+    return BuiltEngine(EngineCore(scheduler, runner), None, facts, lambda: None, lambda: None)
+
+
 class FakeEngine:
     """Makes engines; holds what the last one is made of."""
 
@@ -65,7 +103,7 @@ class FakeEngine:
         self.runner: FakeRunner
         self.runner_options: dict = {}
         monkeypatch.setattr(engine_module, "resolve", lambda path: Path(path))
-        monkeypatch.setattr(engine_module, "load_tokenizer", lambda path: byte_tokenizer())
+        monkeypatch.setattr(text_side_module, "load_tokenizer", lambda path: byte_tokenizer())
         monkeypatch.setattr(engine_module, "build_engine", self._build)
         self.engines: list[Engine] = []
 
@@ -76,34 +114,6 @@ class FakeEngine:
         return engine
 
     def _build(self, config, model_path, *, tokenizer_vocab_size, progress) -> BuiltEngine:
-        self.runner = FakeRunner(NUM_PAGES, PAGE_SIZE, VOCAB_SIZE, **self.runner_options)
-        scheduler = Scheduler(
-            KVCache(NUM_PAGES, PAGE_SIZE, enabled=not config.disable_radix_cache),
-            max_batch_tokens=config.chunked_prefill_size or 32,
-            max_running_requests=config.max_running_requests or 8,
-            context_length=CONTEXT,
-            vocab_size=VOCAB_SIZE,
-        )
-        self.core = EngineCore(scheduler, self.runner)
-        facts = EngineFacts(
-            resolved_model_path="fake",
-            architecture="Fake",
-            vocab_size=VOCAB_SIZE,
-            eos_ids=(EOS, 99999),
-            model_context_length=CONTEXT,
-            context_length=CONTEXT,
-            dtype="auto",
-            kv_cache_dtype="float32",
-            quantization=None,
-            page_size=PAGE_SIZE,
-            num_pages=NUM_PAGES,
-            max_total_num_tokens=NUM_PAGES * PAGE_SIZE,
-            max_running_requests=8,
-            chunked_prefill_size=32,
-            weight_bytes=0,
-            kv_cache_bytes=0,
-            load_time_s=0.0,
-            cache_namespace="fake",
-            backend={},
-        )
-        return BuiltEngine(self.core, None, facts, lambda: None, lambda: None)
+        built = fake_build(config, **self.runner_options)
+        self.core, self.runner = built.core, built.core._runner
+        return built

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mooli import ConfigError, EngineConfig, UnknownArgumentError
-from mooli.config import parse_size
+from mooli.arguments import parse_size
 
 
 def config(**kwargs):

@@ -7,6 +7,7 @@ import inspect
 import io
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from fake_engine import FakeEngine
 from mooli import Engine, EngineConfig, UnknownArgumentError, cli
 from mooli.errors import ConfigError, RequestError
 from mooli.frontend.sampling import parse_sampling_params
-from mooli.sglang_arguments import is_sglang_argument
+from mooli.server.config import ServerConfig
+from mooli.sglang_arguments import HINTS, REFUSED
 from mooli.types import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,6 +143,12 @@ def test_every_engine_argument_and_its_aliases_are_documented() -> None:
             assert f"`{alias}`" in COMPATIBILITY, alias
 
 
+def test_every_server_argument_is_documented() -> None:
+    table = COMPATIBILITY.split("## Server arguments that work")[1].split("\n## ")[0]
+    names = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert names == {item.name for item in dataclasses.fields(ServerConfig)}
+
+
 def test_every_method_and_every_argument_of_generate_is_documented() -> None:
     for name in [name for name in vars(Engine) if not name.startswith("_")]:
         assert f"| `{name}`" in COMPATIBILITY, name
@@ -153,12 +161,15 @@ def test_every_sampling_parameter_is_documented() -> None:
         assert f"`{item.name}`" in COMPATIBILITY, item.name
 
 
-def test_what_is_documented_as_refused_is_refused_by_name() -> None:
-    table = COMPATIBILITY.split("<!-- refused -->")[1].split("<!-- /refused -->")[0]
-    names = re.findall(r"`(\w+)`", table)
-    assert len(names) == len(set(names)) > 100
+@pytest.mark.parametrize(("kind", "known"), [("refused", REFUSED), ("hints", HINTS)], ids=["refused", "hints"])
+def test_what_only_sglang_has_is_documented_and_refused_by_the_engine_by_name(
+    kind: str, known: Collection[str]
+) -> None:
+    table = COMPATIBILITY.split(f"<!-- {kind} -->")[1].split(f"<!-- /{kind} -->")[0]
+    names = re.findall(r"^\| (.*?) \| (.*?) \|$", table, re.MULTILINE)[2:]
+    names = [name for row in names for name in re.findall(r"`(\w+)`", row[kind == "refused"])]
+    assert sorted(names) == sorted(known)
     for name in names:
-        assert is_sglang_argument(name), name
         with pytest.raises(UnknownArgumentError, match=f"{name} is known to SGLang but not supported"):
             EngineConfig.from_kwargs(model_path="m", **{name: "something"})
         EngineConfig.from_kwargs(model_path="m", **{name: None})

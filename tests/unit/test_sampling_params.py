@@ -86,6 +86,17 @@ def test_a_bad_value_is_refused_by_name(name, value):
         parse(**{name: value})
 
 
+@pytest.mark.parametrize("count", [1024, 1025])
+def test_stop_ids_and_biases_are_limited_in_number(count):
+    for name, value in [("stop_token_ids", list(range(count))), ("logit_bias", dict.fromkeys(range(count), 1.0))]:
+        arguments = {"vocab_size": 5000, "next_seed": lambda: 0}
+        if count <= 1024:
+            assert len(getattr(parse_sampling_params({name: value}, **arguments), name)) == count
+        else:
+            with pytest.raises(SamplingParamsError, match=f"{name} has 1025"):
+                parse_sampling_params({name: value}, **arguments)
+
+
 def test_min_new_tokens_cannot_exceed_max_new_tokens():
     with pytest.raises(SamplingParamsError, match="min_new_tokens=9 is more than max_new_tokens=8"):
         parse(min_new_tokens=9, max_new_tokens=8)

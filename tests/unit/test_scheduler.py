@@ -118,6 +118,16 @@ def test_running_streams_get_their_token_in_every_step_whatever_prompts_arrive()
     assert all(batch.num_tokens == 8 for batch in bench.batches[1:])
 
 
+def test_prompts_get_less_of_a_step_that_streams_wait_for() -> None:
+    bench = Bench(num_pages=200, max_batch_tokens=32, mixed_prefill_tokens=6)
+    bench.add(request("stream", [1, 2], 4))
+    bench.step()
+    bench.add(request("long", list(range(100, 200)), 1))
+    for _ in range(4):
+        bench.step()
+    assert [batch.num_tokens for batch in bench.batches[1:]] == [7, 7, 7, 32]
+
+
 def test_a_started_prompt_is_continued_before_another_is_admitted() -> None:
     bench = Bench(max_batch_tokens=8)
     bench.add(request("a", list(range(12)), 1), request("b", list(range(100, 112)), 1))
@@ -270,7 +280,10 @@ def test_an_unknown_policy_is_refused_with_the_names_there_are() -> None:
         Bench(policy="random")
 
 
-@pytest.mark.parametrize("setting", [{"max_batch_tokens": 0}, {"max_running_requests": 0}, {"context_length": 0}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"max_batch_tokens": 0}, {"max_running_requests": 0}, {"context_length": 0}, {"mixed_prefill_tokens": 0}],
+)
 def test_sizes_that_cannot_work_are_refused(setting: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         Bench(**setting)

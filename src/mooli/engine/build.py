@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, KVSpec, Limits
 from mooli.cache.kv_cache import KVCache
 from mooli.config import EngineConfig
 from mooli.engine.core import EngineCore
+from mooli.engine.facts import EngineFacts, device_words
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, num_pool_pages
 from mooli.errors import ConfigError
 from mooli.hub import model_digest
@@ -37,39 +37,12 @@ DEFAULT_CHUNKED_PREFILL_SIZE = 512
 """On CPUs matrix kernels have amortised the read of the weights by 512 rows, so a longer step computes no more tokens
 a second: it only holds up the streams that run beside the prompt for longer."""
 
+MIXED_STEP_PARTS = 4
+"""A step that streams wait for takes this part of the prompt tokens of one that nobody waits for: a quarter of the gap,
+and prompts still come at 95 % of their speed (docs/log.md)."""
+
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): called as building goes on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineFacts:
-    """What building settled: sizes in tokens, pages or bytes as their names say, and the device in words.
-
-    vocab_size: ids that can be prompted and sampled. cache_namespace: everything that makes KV of two engines differ.
-    """
-
-    resolved_model_path: str
-    architecture: str
-    vocab_size: int
-    eos_ids: tuple[int, ...]
-    model_context_length: int
-    context_length: int
-    dtype: str
-    kv_cache_dtype: str
-    quantization: str | None
-    page_size: int
-    num_pages: int
-    max_total_num_tokens: int
-    max_running_requests: int
-    chunked_prefill_size: int
-    weight_bytes: int
-    kv_cache_bytes: int
-    load_time_s: float
-    cache_namespace: str
-    backend: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +142,7 @@ def _build(
         context_length=context_length,
         vocab_size=vocab_size,
         policy=config.schedule_policy,
+        mixed_prefill_tokens=None if step_tokens == -1 else -(-step_tokens // MIXED_STEP_PARTS),
     )
     progress("Allocating KV cache", 0, 1)
     backend.allocate(
@@ -221,14 +195,6 @@ def _build(
         runner.close()
 
     return BuiltEngine(core, model_config, facts, backend.bind_thread, close)
-
-
-def device_words(described: Mapping[str, Any]) -> str:
-    """What a backend says of itself (`Backend.describe`) in a few words, such as "avx512_bf16, 2 threads"."""
-    if "num_threads" not in described:
-        return str(described.get("library") or described.get("device") or "device unknown")
-    threads = described["num_threads"]
-    return f"{described.get('isa')}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:

@@ -9,56 +9,26 @@ from __future__ import annotations
 
 import inspect
 import logging
-import random
-import secrets
-import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from mooli.config import EngineConfig
 from mooli.engine.build import Progress, build_engine
 from mooli.engine.loop import EngineLoop
-from mooli.errors import ConfigError, RequestError, SamplingParamsError
+from mooli.errors import ConfigError, RequestError
 from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
-from mooli.frontend.chat_template import ChatTemplate
-from mooli.frontend.generation import WEIGHT_VERSION, Generation
-from mooli.frontend.inputs import InputRules
-from mooli.frontend.sampling import parse_sampling_params
-from mooli.frontend.tokenizer import Tokenizer, load_tokenizer
+from mooli.frontend.generation import Generation
+from mooli.frontend.model_info import model_info
+from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, with_seed
+from mooli.frontend.unsupported import ENGINE_ARGUMENTS, refuse_unsupported
 from mooli.hub import resolve
 from mooli.version import __version__
 
 logger = logging.getLogger(__name__)
-
-_UNSUPPORTED: dict[str, Any] = {
-    "image_data": None,
-    "audio_data": None,
-    "video_data": None,
-    "mm_hashes": None,
-    "mm_content_hashes": None,
-    "lora_path": None,
-    "custom_logit_processor": None,
-    "require_reasoning": False,
-    "return_hidden_states": False,
-    "return_routed_experts": False,
-    "routed_experts_start_len": 0,
-    "bootstrap_host": None,
-    "bootstrap_port": None,
-    "bootstrap_room": None,
-    "routed_dp_rank": None,
-    "disagg_prefill_dp_rank": None,
-    "kv_hints": None,
-    "data_parallel_rank": None,
-    "external_trace_header": None,
-    "session_params": None,
-    "session_id": None,
-}
-"""Arguments of SGLang's `generate` for what Mooli does not have, and the one value that asks for nothing."""
 
 Answer = dict[str, Any]
 """{"text", "output_ids", "meta_info": {"id", "finish_reason", "prompt_tokens", "completion_tokens", …}}
@@ -98,37 +68,26 @@ class Engine:
         **kwargs: Any,
     ) -> None:
         started = time.perf_counter()
-        config = _config(server_args, kwargs)
-        _check_preferred(config)
+        given = _config(server_args, kwargs)
+        config = with_seed(given)
+        check_preferred(config)
         _set_log_level(config.log_level)
         if config.trust_remote_code:
             logger.info("trust_remote_code has no effect: code from a model folder is never run")
         model_path = resolve(config.model_path)
-        tokenizer = _load_tokenizer(config, model_path)
+        tokenizer = open_tokenizer(config, model_path)
         built = build_engine(
-            config,
+            given,  # without a seed, dummy weights are the same each time
             model_path,
             tokenizer_vocab_size=None if tokenizer is None else tokenizer.vocab_size,
             progress=progress,
         )
-        facts = built.facts
-        seed = secrets.randbelow(2**30) if config.random_seed is None else config.random_seed
-        self.server_args = replace(config, random_seed=seed)
+        self.server_args = config
         self.tokenizer_manager = SimpleNamespace(tokenizer=tokenizer)
         self._tokenizer = tokenizer
-        self._facts = facts
+        self._facts = built.facts
         self._core = built.core
-        eos_ids = frozenset(facts.eos_ids) | (frozenset() if tokenizer is None else tokenizer.eos_ids)
-        self._rules = InputRules(
-            encoder=tokenizer,
-            vocab_size=facts.vocab_size,
-            context_length=facts.context_length,
-            eos_ids=frozenset(token_id for token_id in eos_ids if 0 <= token_id < facts.vocab_size),
-            namespace=facts.cache_namespace,
-            next_seed=_seed_stream(seed),
-            preferred=config.preferred_sampling,
-            allow_auto_truncate=config.allow_auto_truncate,
-        )
+        self._rules = input_rules(config, built.facts, tokenizer)
         self._loop = EngineLoop(built.core, on_thread_start=built.bind_thread)
         self._finalizer = weakref.finalize(self, _shut_down, self._loop, built.close)
         self._startup_time_s = time.perf_counter() - started
@@ -226,21 +185,7 @@ class Engine:
 
     def get_model_info(self) -> dict[str, Any]:
         """Which model this is."""
-        config = self.server_args
-        return {
-            "model_path": config.model_path,
-            "tokenizer_path": config.tokenizer_path or config.model_path,
-            "served_model_name": config.served_model_name or config.model_path,
-            "is_generation": True,
-            "preferred_sampling_params": config.preferred_sampling_params,
-            "weight_version": WEIGHT_VERSION,
-            "load_format": config.load_format,
-            "reasoning_parser": None,
-            "tool_call_parser": None,
-            "disaggregation_mode": "null",
-            "architectures": [self._facts.architecture],
-            "max_model_len": self._facts.context_length,
-        }
+        return model_info(self.server_args, self._facts)
 
     def shutdown(self) -> None:
         """Stop the engine and give its memory back. Open requests end with EngineClosedError. May be called again."""
@@ -256,11 +201,9 @@ class Engine:
 
     def _prepare(self, arguments: dict[str, Any], stream: Any) -> tuple[list[Generation], bool]:
         """Checked requests of a call, each with its text state, and whether the answer is a dict rather than a list."""
-        for name, neutral in _UNSUPPORTED.items():
-            value = arguments.pop(name)
-            # The type is compared too: 0 == False, and neither stands for the other here.
-            if value is not None and (type(value) is not type(neutral) or value != neutral):
-                raise RequestError(f"{name} is not supported by Mooli yet: leave it out")
+        refuse_unsupported(arguments, ENGINE_ARGUMENTS)
+        for name in ENGINE_ARGUMENTS:
+            del arguments[name]
         if not isinstance(stream, bool):
             raise RequestError(f"stream must be True or False, not {stream!r}")
         inputs = self._rules.prepare(**arguments)
@@ -293,40 +236,6 @@ def _config(server_args: EngineConfig | Mapping[str, Any] | None, kwargs: dict[s
     return EngineConfig.from_kwargs(**server_args)
 
 
-def _check_preferred(config: EngineConfig) -> None:
-    """Refuse `preferred_sampling_params` that every request would fail on."""
-    preferred = config.preferred_sampling
-    # What a request may still add is left open: the length here, and ids are checked when the vocabulary is known.
-    request = {} if "max_new_tokens" in preferred else {"max_new_tokens": None}
-    try:
-        parse_sampling_params(request, vocab_size=2**31, next_seed=lambda: 0, preferred=preferred)
-    except SamplingParamsError as exc:
-        raise ConfigError(f"preferred_sampling_params: {exc}") from exc
-
-
-def _load_tokenizer(config: EngineConfig, model_path: Path) -> Tokenizer | None:
-    if config.skip_tokenizer_init:
-        return None
-    tokenizer = load_tokenizer(model_path if config.tokenizer_path is None else resolve(config.tokenizer_path))
-    if config.chat_template is not None:
-        source = _template_source(config.chat_template)
-        if tokenizer.chat_template is not None:
-            tokenizer.chat_template = tokenizer.chat_template.with_source(source)
-        else:
-            tokenizer.chat_template = ChatTemplate(source, special_tokens=tokenizer.special_tokens)
-    return tokenizer
-
-
-def _template_source(given: str) -> str:
-    """The template itself, or what is in the file of that name."""
-    if "{" in given:
-        return given
-    try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"chat_template={given!r} is neither a template nor a file that can be read: {exc}") from exc
-
-
 def _set_log_level(level: str) -> None:
     package = logging.getLogger("mooli")
     package.setLevel(level.upper())
@@ -335,18 +244,6 @@ def _set_log_level(level: str) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         package.addHandler(handler)
-
-
-def _seed_stream(seed: int) -> Callable[[], int]:
-    """Seeds for requests that bring none: the same for the same calls in the same order."""
-    generator = random.Random(seed)
-    lock = threading.Lock()
-
-    def next_seed() -> int:
-        with lock:
-            return generator.getrandbits(64)
-
-    return next_seed
 
 
 def _shut_down(loop: EngineLoop, close: Callable[[], None]) -> None:

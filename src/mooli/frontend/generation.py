@@ -6,6 +6,7 @@ Owns the text of a request, where a stop string ends it, and the shape of the an
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from mooli.types import FinishReason, Request, RequestOutput, TokenLogprobs
 WEIGHT_VERSION = "default"
 
 LogprobTriple = tuple["float | None", int, "str | None"]
-"""(log-probability, token id, text). The text is always None: no argument of `generate` asks for it."""
+"""(log-probability, token id, text). The text is None unless `Generation.shows_logprob_texts`."""
 
 
 @dataclass(slots=True)
@@ -35,6 +36,9 @@ class Generation:
 
     tokenizer None: no text, and `text` is left out of answers. index: place in the call's list, shown in chunks of
     calls with several requests, None otherwise. incremental: chunks hold what is new instead of everything so far.
+
+    shows_logprob_texts, shows_prompt_ids: set before the first chunk to have the texts of tokens in lists of
+    log-probabilities, and `prompt_token_ids` in answers.
     """
 
     def __init__(
@@ -51,6 +55,9 @@ class Generation:
         self.text = ""
         self.output_ids: list[int] = []
         self.finish: FinishReason | None = None
+        self.shows_logprob_texts = False
+        self.shows_prompt_ids = False
+        self._tokenizer = tokenizer
         self._index = index
         self._stream_interval = params.stream_interval or stream_interval
         self._incremental = incremental
@@ -72,6 +79,25 @@ class Generation:
     @property
     def rid(self) -> str:
         return self.request.rid
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that came from the cache."""
+        return self._last.cached_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprobs]:
+        """One entry for each of `output_ids`, if the request wants log-probabilities."""
+        return self._logprobs
+
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprobs]:
+        """From the request's `logprob_start` on; empty until the first output."""
+        return self._prompt_logprobs
 
     def update(self, output: RequestOutput) -> str | None:
         """Take an engine output. Returns the stop string if one has just ended the text while the engine goes on.
@@ -152,6 +178,8 @@ class Generation:
     def _answer(self, text: str, first_token: int) -> dict[str, Any]:
         answer: dict[str, Any] = {} if self._detokenizer is None else {"text": text}
         answer["output_ids"] = self.output_ids[first_token:]
+        if self.shows_prompt_ids:
+            answer["prompt_token_ids"] = self.request.prompt_ids.tolist()
         answer["meta_info"] = self._meta_info(first_token)
         return answer
 
@@ -178,23 +206,23 @@ class Generation:
         """Prompt lists are always whole; output lists begin at `first_token`."""
         prompt, output = self._prompt_logprobs, self._logprobs[first_token:]
         info: dict[str, Any] = {
-            "input_token_logprobs": [_triple(item) for item in prompt],
-            "output_token_logprobs": [_triple(item) for item in output],
+            "input_token_logprobs": [self._triple(item.logprob, item.token_id) for item in prompt],
+            "output_token_logprobs": [self._triple(item.logprob, item.token_id) for item in output],
             "output_token_logprobs_length": len(self._logprobs),
         }
         if self.request.num_top_logprobs:
-            info["input_top_logprobs"] = [_alternatives(item, item.top) for item in prompt]
-            info["output_top_logprobs"] = [_alternatives(item, item.top) for item in output]
+            info["input_top_logprobs"] = [self._alternatives(item, item.top) for item in prompt]
+            info["output_top_logprobs"] = [self._alternatives(item, item.top) for item in output]
         if self.request.logprob_token_ids:
-            info["input_token_ids_logprobs"] = [_alternatives(item, item.chosen) for item in prompt]
-            info["output_token_ids_logprobs"] = [_alternatives(item, item.chosen) for item in output]
+            info["input_token_ids_logprobs"] = [self._alternatives(item, item.chosen) for item in prompt]
+            info["output_token_ids_logprobs"] = [self._alternatives(item, item.chosen) for item in output]
         return info
 
+    def _alternatives(self, item: TokenLogprobs, entries: list[tuple[float, int]]) -> list[LogprobTriple] | None:
+        """None where nothing predicts the position: the first token of a prompt."""
+        return None if item.logprob is None else [self._triple(logprob, token_id) for logprob, token_id in entries]
 
-def _triple(item: TokenLogprobs) -> LogprobTriple:
-    return (item.logprob, item.token_id, None)
-
-
-def _alternatives(item: TokenLogprobs, entries: list[tuple[float, int]]) -> list[LogprobTriple] | None:
-    """None where nothing predicts the position: the first token of a prompt."""
-    return None if item.logprob is None else [(logprob, token_id, None) for logprob, token_id in entries]
+    def _triple(self, logprob: float | None, token_id: int) -> LogprobTriple:
+        if self._tokenizer is None or not self.shows_logprob_texts:
+            return (logprob, token_id, None)
+        return (logprob, token_id, self._tokenizer.token_text(token_id))

@@ -10,6 +10,7 @@ their common prompt once and lets the others wait for it.
 from __future__ import annotations
 
 import operator
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,13 +19,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mooli.errors import PromptError, RequestError
+from mooli.errors import ContextLengthError, PromptError, RequestError
 from mooli.frontend.sampling import parse_sampling_params, sample_params
 from mooli.types import Request, SamplingParams
 
 MAX_TOP_LOGPROBS = 128
 MAX_LOGPROB_TOKEN_IDS = 1024
 MAX_RID_CHARS = 256
+MAX_PRIORITY = 2**31 - 1
 
 
 class Encoder(Protocol):
@@ -47,7 +49,8 @@ class InputRules:
 
     encoder: None if the engine has no tokenizer. context_length: most tokens of prompt and answer together.
     namespace: of requests without a salt. preferred: sampling parameters laid under each request's.
-    next_seed: seeds for requests that bring none.
+    next_seed: seeds for requests that bring none. max_sequences: prompts times `n` of one call; more are refused before
+    anything is done for them.
     """
 
     encoder: Encoder | None
@@ -58,6 +61,7 @@ class InputRules:
     next_seed: Callable[[], int]
     preferred: Mapping[str, Any]
     allow_auto_truncate: bool = False
+    max_sequences: int = sys.maxsize
 
     def prepare(
         self,
@@ -89,6 +93,7 @@ class InputRules:
         n = params[0].n
         if any(item.n != n for item in params):
             raise RequestError("n must be the same in all sampling_params of a batch")
+        self._check_count(size * n)
         if self.encoder is None and any(item.stop for item in params):
             raise RequestError(
                 "stop strings need a tokenizer, and skip_tokenizer_init=True leaves it out; use stop_token_ids"
@@ -102,6 +107,8 @@ class InputRules:
         rows = _logprob_rows(logprobs, size, is_batch, n)
         namespace = self._namespace(cache_salt)
         rank = 0 if priority is None else _index("priority", priority)
+        if not -MAX_PRIORITY <= rank <= MAX_PRIORITY:
+            raise RequestError(f"priority={str(rank)[:80]} is outside {-MAX_PRIORITY} … {MAX_PRIORITY}")
         rids = _rids(rid, size, n, is_batch)
         requests = []
         for i in range(size):
@@ -130,6 +137,7 @@ class InputRules:
             texts = list(prompt) if is_batch else [prompt]
             if not texts:
                 raise PromptError("the list of prompts is empty")
+            self._check_count(len(texts))
             return [self._encode(text, i if is_batch else None) for i, text in enumerate(texts)], is_batch
         is_array = isinstance(input_ids, np.ndarray) and input_ids.ndim > 0
         is_flat = is_array and input_ids.ndim == 1
@@ -137,7 +145,15 @@ class InputRules:
             raise PromptError(f"input_ids must be a list of ids or a list of lists of ids, not {_type(input_ids)}")
         is_batch = not is_flat and len(input_ids) > 0 and isinstance(input_ids[0], (list, tuple, np.ndarray))
         items = list(input_ids) if is_batch else [input_ids]
+        self._check_count(len(items))
         return [self._check_ids(ids, i if is_batch else None) for i, ids in enumerate(items)], is_batch
+
+    def _check_count(self, num_sequences: int) -> None:
+        if num_sequences > self.max_sequences:
+            raise RequestError(
+                f"{num_sequences} sequences in one request are more than the {self.max_sequences} that are taken at"
+                " once: send fewer prompts, or a smaller n"
+            )
 
     def _encode(self, text: Any, index: int | None) -> NDArray[np.int32]:
         where = "" if index is None else f"prompt {index}: "
@@ -185,7 +201,7 @@ class InputRules:
         """
         if len(ids) >= self.context_length:
             if not self.allow_auto_truncate:
-                raise PromptError(
+                raise ContextLengthError(
                     f"{where}the prompt has {len(ids)} tokens and the context length is {self.context_length}: at most"
                     f" {self.context_length - 1} are possible. Shorten it, start the engine with a larger"
                     " context_length (or max_total_tokens) if model and memory allow, or set allow_auto_truncate=True."
@@ -196,7 +212,7 @@ class InputRules:
         if wanted is None or wanted <= room:
             return ids, params
         if explicit and not self.allow_auto_truncate:
-            raise PromptError(
+            raise ContextLengthError(
                 f"{where}the prompt has {len(ids)} tokens and max_new_tokens is {wanted}, together more than the"
                 f" context length of {self.context_length}. Set max_new_tokens to at most {room}, or leave it out."
             )

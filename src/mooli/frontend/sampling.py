@@ -23,6 +23,10 @@ MAX_STOP_CHARS = 4096
 MAX_SAMPLES = 128
 """Largest `n`."""
 
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+"""Entries of the two: each is looked at in every step."""
+
 GREEDY_BELOW = 1e-6
 """A temperature below this is greedy; dividing logits by it would overflow."""
 
@@ -191,6 +195,8 @@ def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise _wrong_type(name, value, "a list of token ids")
     ids = [_index(name, token_id) for token_id in value]
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise SamplingParamsError(f"{name} has {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are possible")
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
             raise SamplingParamsError(f"{name} has id {token_id}, outside the vocabulary of {vocab_size} tokens")
@@ -200,6 +206,8 @@ def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
 def _logit_bias(value: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, Mapping):
         raise _wrong_type("logit_bias", value, "a dict of token id to number")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise SamplingParamsError(f"logit_bias has {len(value)} entries; at most {MAX_LOGIT_BIAS} are possible")
     result: dict[int, float] = {}
     for key, bias in value.items():
         try:

@@ -6,20 +6,21 @@ Owns the checks that need the sizes of context and pool. Sampling values are che
 from __future__ import annotations
 
 from mooli.cache.kv_cache import KVCache
-from mooli.errors import PromptError, RequestError
+from mooli.errors import ContextLengthError, PromptError, RequestError
 from mooli.types import Request
 
 
 def check_request(request: Request, cache: KVCache, context_length: int, vocab_size: int) -> int:
     """Return the number of tokens, prompt and output, at which the request ends with `length`.
 
-    Raises PromptError if the prompt is empty, not of this vocabulary, or too long for the context or, with the output
-    it asks for, for the whole KV pool: such a request could never run. Raises RequestError for a bad `logprob_start`.
+    Raises PromptError if the prompt is empty or not of this vocabulary, ContextLengthError if it is too long for the
+    context or, with the output it asks for, for the whole KV pool: such a request could never run. Raises RequestError
+    for a bad `logprob_start`.
     """
     num_prompt_tokens, start = len(request.prompt_ids), request.logprob_start
     _check_ids(request, vocab_size)
     if num_prompt_tokens >= context_length:
-        raise PromptError(
+        raise ContextLengthError(
             f"the prompt has {num_prompt_tokens} tokens, which leaves no room in the context of {context_length} "
             "tokens; shorten it or raise context_length"
         )
@@ -35,7 +36,7 @@ def check_request(request: Request, cache: KVCache, context_length: int, vocab_s
         max_tokens = min(context_length, num_prompt_tokens + max_new_tokens)
     num_pages = cache.pages_for(max(num_prompt_tokens, max_tokens - 1))
     if num_pages > cache.num_pages:
-        raise PromptError(
+        raise ContextLengthError(
             f"the prompt has {num_prompt_tokens} tokens and max_new_tokens is {max_new_tokens}: that needs {num_pages} "
             f"KV pages of {cache.page_size} tokens, and the pool has {cache.num_pages}; shorten the prompt, lower "
             "max_new_tokens, or give the pool more memory"

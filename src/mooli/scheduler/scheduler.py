@@ -5,7 +5,8 @@ a device. There is no prefill and no decode phase: each request has num_computed
 some of them some tokens to catch up with.
 
 A step is filled in this order:
-1. running requests that miss one token: streams are never held up by prompts;
+1. running requests that miss one token: streams are never held up by prompts, and if there are any, what follows gets
+   no more than `mixed_prefill_tokens`;
 2. running requests that miss more (a prompt in chunks), oldest first;
 3. waiting requests, in the order of the policy, as long as tokens, places and pages are left. The first that does not
    fit ends the round, so that large requests are not overtaken for ever.
@@ -44,6 +45,7 @@ class Scheduler:
 
     max_batch_tokens: tokens computed per step; -1 for as many as a prompt can have. At most `max_batch_tokens` requests
     run at a time, so that each running request gets at least one token of every step.
+    mixed_prefill_tokens: of them, what prompts get of a step that also continues outputs; None for all that are left.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Scheduler:
         context_length: int,
         vocab_size: int,
         policy: str = "fcfs",
+        mixed_prefill_tokens: int | None = None,
     ) -> None:
         for name, value in (
             ("max_running_requests", max_running_requests),
@@ -69,6 +72,9 @@ class Scheduler:
             raise ConfigError(f"chunked_prefill_size={max_batch_tokens} must be at least 1, or -1 for no limit")
         self.max_batch_tokens = max_batch_tokens
         self.max_running_requests = min(max_running_requests, max_batch_tokens)
+        if mixed_prefill_tokens is not None and mixed_prefill_tokens < 1:
+            raise ConfigError(f"mixed_prefill_tokens={mixed_prefill_tokens} must be at least 1")
+        self._mixed_prefill_tokens = mixed_prefill_tokens or max_batch_tokens
         self.context_length = context_length
         self.counters = Counters()
         self.last_step = StepStats()
@@ -166,7 +172,13 @@ class Scheduler:
     def _continue_running(self, plan: Plan) -> None:
         one_missing = [state for state in self._running if state.num_missing == 1]
         more_missing = [state for state in self._running if state.num_missing > 1]
-        for state in one_missing + more_missing:
+        self._continue(one_missing, plan)
+        if plan.rows:  # streams wait for this step: what else it computes is their gap
+            plan.tokens_left = min(plan.tokens_left, self._mixed_prefill_tokens)
+        self._continue(more_missing, plan)
+
+    def _continue(self, states: list[RequestState], plan: Plan) -> None:
+        for state in states:
             if state.pages is None:  # preempted for one before it
                 continue
             if not plan.tokens_left:
@@ -278,6 +290,7 @@ class Scheduler:
         self.last_step = StepStats(
             step=self.counters.steps,
             decode_rows=decode_rows,
+            prefill_rows=len(plan.rows) - decode_rows,
             prefill_tokens=num_tokens - decode_rows,
             cached_tokens=plan.num_cached_tokens,
             preempted=plan.num_preempted,
@@ -420,6 +433,7 @@ class Scheduler:
         gauges = {
             "running": len(self._running),
             "waiting": len(self._waiting),
+            "waiting_tokens": sum(state.num_tokens for state in self._waiting),
             "total_pages": cache.num_pages,
             "free_pages": cache.num_free,
             "tree_pages": cache.num_tree_pages,

@@ -28,13 +28,15 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One step. decode_rows: rows that continue an output by one token; prefill_tokens: all other tokens of the step.
+    """One step. decode_rows: rows that continue an output by one token; prefill_rows, prefill_tokens: all others, and
+    their tokens.
 
     cached_tokens: taken from the cache by requests admitted in this step. used_pages: in use by running requests.
     """
 
     step: int = 0
     decode_rows: int = 0
+    prefill_rows: int = 0
     prefill_tokens: int = 0
     cached_tokens: int = 0
     preempted: int = 0

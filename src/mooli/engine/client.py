@@ -1,0 +1,365 @@
+"""The engine process as the server sees it: start it, send it requests, hand out what comes back, notice its death.
+
+Owns the child process and the link to it, and the promise that every submitted request ends exactly once: with its last
+output, or with the error that ended the engine. Lives in one asyncio event loop, whose thread makes all calls. Never
+imports what computes: the server's process holds no weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import itertools
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import mooli.errors
+from mooli.engine import messages
+from mooli.engine.facts import EngineFacts
+from mooli.errors import EngineClosedError, EngineDeadError, EngineError, MooliError, RequestError
+from mooli.types import Request, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-m", "mooli.engine.process")
+"""Becomes the engine process; the number of its socket is appended."""
+
+EXIT_WAIT_S = 2.0
+"""How long a process whose link has ended may take to leave an exit status, and a stopped one to stop."""
+
+Sink = Callable[["RequestOutput | MooliError"], None]
+"""Takes what happens to one request, in the event loop. An error, or an output with `finish`, is the last it gets."""
+
+Progress = Callable[[str, int, int], None]
+
+
+class Process(Protocol):
+    """What is needed of a child process; `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
+
+
+class EngineClient(asyncio.Protocol):
+    """A running engine process. Make it with `start`.
+
+    facts: what building settled. last_report: the newest step, None before the first.
+    on_report: called with each step's report, after its outputs were handed out.
+    """
+
+    def __init__(self, process: Process, progress: Progress) -> None:
+        loop = asyncio.get_running_loop()
+        self.facts: EngineFacts
+        self.last_report: messages.Outputs | None = None
+        self.last_sign_s = time.monotonic()
+        self.on_report: Callable[[messages.Outputs], None] = lambda report: None
+        self.died: asyncio.Future[MooliError] = loop.create_future()
+        """Set with the cause when the process has ended, and was not told to."""
+        self._process = process
+        self._connection: socket.socket | None = None
+        self._progress = progress
+        self._frames = messages.Frames(messages.ToServer)
+        self._transport: asyncio.WriteTransport | None = None
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self._sinks: dict[str, Sink] = {}
+        self._unheard: collections.Counter[str] = collections.Counter()
+        self._questions: dict[int, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count()
+        self._error: MooliError | None = None
+        self._failure: MooliError | None = None
+        self._is_cut = False
+        self._ending: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls, start: messages.Start, *, progress: Progress = lambda *_: None, command: Sequence[str] = COMMAND
+    ) -> EngineClient:
+        """Start the process and wait until its engine is built.
+
+        Raises what building raised (ConfigError, OutOfMemoryError, a ModelError, …), or EngineDeadError.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = subprocess.Popen(
+                    [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                )
+            except BaseException:
+                ours.close()
+                raise
+        return await cls.connect(start, process, ours, progress=progress)
+
+    @classmethod
+    async def connect(
+        cls,
+        start: messages.Start,
+        process: Process,
+        connection: socket.socket,
+        *,
+        progress: Progress = lambda *_: None,
+    ) -> EngineClient:
+        """`start`, with a process that has the other end of `connection` already."""
+        client = cls(process, progress)
+        client._connection = connection
+        try:
+            await asyncio.get_running_loop().create_connection(lambda: client, sock=connection)
+            client._send(start)
+            await client._ready
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can be submitted."""
+        return self._ready.done() and not self._is_cut and (self._error or self._failure) is None
+
+    @property
+    def num_open(self) -> int:
+        """Requests submitted whose taker still waits for an output."""
+        return len(self._sinks)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> None:
+        """Start requests, all in the same step if there is room.
+
+        Raises RequestError if an id is in use by an open request or it is too much at once, EngineClosedError or
+        EngineDeadError.
+        """
+        self._check_alive()
+        for request in requests:
+            if request.rid in self._sinks:
+                raise RequestError(f"rid {request.rid!r} belongs to a request that is still running: use another")
+        num_tokens = sum(len(request.prompt_ids) for request in requests)
+        if num_tokens > messages.MAX_SUBMIT_TOKENS:
+            raise RequestError(
+                f"prompts of {num_tokens} tokens in one request, each sample's counted, are more than the"
+                f" {messages.MAX_SUBMIT_TOKENS} that are taken at once: send fewer prompts, or a smaller n"
+            )
+        # Before anything is noted down: what cannot be written must leave no trace.
+        submit = messages.Submit([messages.WireRequest.of(request) for request in requests])
+        try:
+            frame = messages.encode(submit)
+        except (ValueError, OverflowError) as exc:
+            raise RequestError(f"the request cannot be sent to the engine: {exc}") from exc
+        self._sinks.update((request.rid, sink) for request, sink in zip(requests, sinks, strict=True))
+        self._send_frame(frame)
+
+    def abort(self, rids: Iterable[str], reason: str) -> None:
+        """End requests early. Their sinks get an output with finish reason `abort`. Unknown ids are ignored."""
+        names = [rid for rid in rids if rid in self._sinks]
+        if names:
+            self._send(messages.Abort(names, reason))
+
+    def drop(self, rids: Iterable[str], reason: str) -> None:
+        """Like `abort` for requests whose sinks want nothing more."""
+        names = [rid for rid in rids if self._forget(rid)]
+        if names:
+            self._send(messages.Abort(names, reason))
+
+    def finish(self, matched: Mapping[str, str]) -> None:
+        """The text side has ended these requests: rid to stop string. Their sinks want nothing more."""
+        known = {rid: text for rid, text in matched.items() if self._forget(rid)}
+        if known:
+            self._send(messages.Finish(known))
+
+    @property
+    def open_rids(self) -> list[str]:
+        return list(self._sinks)
+
+    async def ask(self, question: str, timeout_s: float) -> Any:
+        """One of `messages.QUESTIONS`, answered between two steps.
+
+        Raises EngineError if it cannot be answered, EngineDeadError, or TimeoutError.
+        """
+        self._check_alive()
+        number = next(self._numbers)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._questions[number] = future
+        self._send(messages.Ask(number, question))
+        try:
+            return await asyncio.wait_for(future, timeout_s)
+        except asyncio.TimeoutError:
+            raise TimeoutError(f"the engine has not answered {question!r} within {timeout_s:g} s") from None
+        finally:
+            del self._questions[number]
+
+    async def close(self) -> None:
+        """Stop the process; open requests end with EngineClosedError. May be called again."""
+        if self._error is None:
+            self._error = EngineClosedError("the server is shutting down")
+            self._end_all(self._error)
+        if self._transport is not None:
+            self._send(messages.Stop())
+            self._transport.close()
+        if self._ending is not None:
+            await self._ending
+        await asyncio.to_thread(self._stop_process)
+
+    def kill(self) -> None:
+        """End a process that does not answer. What is open ends as if it had died by itself."""
+        self._process.kill()
+
+    # -- the link, called by asyncio --
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not isinstance(transport, asyncio.WriteTransport):
+            raise EngineError("the link to the engine process is not a stream")
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.last_sign_s = time.monotonic()
+        try:
+            for message in self._frames.push(data):
+                self._take(message)
+        except Exception as exc:
+            logger.error("what the engine process says cannot be used", exc_info=exc)
+            self._failure = self._failure or EngineDeadError(f"the engine process is not understood: {exc}")
+            self._process.kill()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._error is None:
+            # From here on nothing can be submitted; what is open waits for the cause.
+            self._is_cut = True
+            self._read_rest()
+            self._ending = asyncio.get_running_loop().create_task(self._find_cause())
+
+    def _read_rest(self) -> None:
+        """A write to a process that has just ended cuts the link before its last words are read."""
+        while self._connection is not None:
+            try:
+                data = self._connection.recv(1 << 16)
+            except OSError:
+                return
+            if not data:
+                return
+            self.data_received(data)
+
+    async def _find_cause(self) -> None:
+        status = await asyncio.to_thread(self._stop_process)
+        failure = self._failure
+        if failure is None:
+            failure = EngineDeadError(f"the engine process {exit_words(status)}")
+        self._error = failure
+        if self._ready.done():
+            logger.error("%s", failure)
+        self._end_all(failure)
+        if not self.died.done():
+            self.died.set_result(failure)
+
+    # -- parts --
+    def _send(self, message: messages.Message) -> None:
+        self._send_frame(messages.encode(message))
+
+    def _send_frame(self, frame: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame)
+
+    def _check_alive(self) -> None:
+        error = self._error or self._failure
+        if error is not None:
+            raise copy_error(error)
+        if self._is_cut:
+            raise EngineDeadError("the engine process has ended")
+
+    def _forget(self, rid: str) -> bool:
+        """Take a sink away. Exactly one last message about its request is still to come, and must not reach a later
+        request of the same id."""
+        if self._sinks.pop(rid, None) is None:
+            return False
+        self._unheard[rid] += 1
+        return True
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, messages.Outputs):
+            for output in message.outputs:
+                self._hand_out(output.rid, output, is_last=output.finish is not None)
+            self.last_report = message
+            try:
+                self.on_report(message)
+            except Exception:
+                logger.warning("a report of the engine was not taken", exc_info=True)
+        elif isinstance(message, messages.Refused):
+            self._hand_out(message.rid, error_named(message.error, message.message), is_last=True)
+        elif isinstance(message, messages.Reply):
+            future = self._questions.get(message.number)
+            if future is not None and not future.done():
+                if message.error is None:
+                    future.set_result(message.value)
+                else:
+                    future.set_exception(EngineError(message.error))
+        elif isinstance(message, messages.Progress):
+            self._progress(message.stage, message.done, message.total)
+        elif isinstance(message, messages.Ready):
+            self.facts = EngineFacts(**{**message.facts, "eos_ids": tuple(message.facts["eos_ids"])})
+            self._ready.set_result(None)
+        else:
+            self._failure = error_named(message.error, message.message)
+
+    def _hand_out(self, rid: str, item: RequestOutput | MooliError, *, is_last: bool) -> None:
+        if rid in self._unheard:
+            self._unheard[rid] -= is_last
+            if not self._unheard[rid]:
+                del self._unheard[rid]
+            return
+        sink = self._sinks.pop(rid, None) if is_last else self._sinks.get(rid)
+        if sink is None:
+            return
+        try:
+            sink(item)
+        except Exception:
+            logger.warning("request %s is aborted: its taker failed", rid, exc_info=True)
+            self.drop([rid], "The taker of its output failed.")
+
+    def _end_all(self, error: MooliError) -> None:
+        sinks, self._sinks = self._sinks, {}
+        for future in [self._ready, *self._questions.values()]:
+            if not future.done():
+                future.set_exception(copy_error(error))
+        for sink in sinks.values():
+            try:
+                sink(copy_error(error))
+            except Exception:
+                logger.warning("a taker failed at the end of the engine", exc_info=True)
+
+    def _stop_process(self) -> int:
+        try:
+            return self._process.wait(EXIT_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+def error_named(name: str, message: str) -> MooliError:
+    """An error of `mooli.errors` by the name of its class; EngineDeadError for any other exception."""
+    kind = getattr(mooli.errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, MooliError):
+        return kind(message)
+    return EngineDeadError(f"the engine has died of {name}: {message}")
+
+
+def copy_error(error: MooliError) -> MooliError:
+    """One error may end many requests: each raises its own copy, or tracebacks would pile up in it."""
+    return type(error)(*error.args)
+
+
+def exit_words(status: int) -> str:
+    """What an exit status of `subprocess` says."""
+    if status >= 0:
+        return f"has ended with exit status {status}"
+    name = signal.Signals(-status).name if -status in {int(item) for item in signal.Signals} else "unknown"
+    hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
+    return f"was killed by signal {-status} ({name}){hint}"

@@ -1,0 +1,227 @@
+"""The engine process of a server: one thread that reads what is asked, steps the core, and sends what came out.
+
+Owns the process's life, from its first message to its exit, and the link to the server. The link is an end of a socket
+pair that the server made: it has no name, so nobody else can connect to it. Never handles text, never imports anything
+of the server, and never waits for it: what the server does not take is kept, and the next step begins.
+
+When the server is gone, for whatever reason, the link ends and so does this process.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mooli.config import EngineConfig
+from mooli.engine import messages
+from mooli.engine.build import BuiltEngine, Progress, build_engine
+from mooli.engine.core import EngineCore
+from mooli.errors import EngineError, MooliError
+
+logger = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+_READ_BYTES = 1 << 20
+
+Build = Callable[[messages.Start, Progress], BuiltEngine]
+
+
+class LinkClosedError(EngineError):
+    """The server is gone."""
+
+
+class Link:
+    """This process's end of the socket pair. Not thread-safe."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+        self._frames = messages.Frames(messages.ToEngine)
+        self._received: collections.deque[messages.ToEngine] = collections.deque()
+        self._unsent = bytearray()
+
+    def receive(self, *, wait: bool) -> Iterator[messages.ToEngine]:
+        """What has come; with `wait`, once there is something. Sends what was left meanwhile. What the caller does not
+        take is kept for the next call.
+
+        Raises LinkClosedError when the server is gone, EngineError for what is no message.
+        """
+        if not self._received:
+            self._read(wait=wait)
+        while self._received:
+            yield self._received.popleft()
+
+    def _read(self, *, wait: bool) -> None:
+        events = select.POLLIN | (select.POLLOUT if self._unsent else 0)
+        self._poll.modify(self._connection, events)
+        if self._poll.poll(None if wait else 0):
+            self._flush()
+            try:
+                data = self._connection.recv(_READ_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                raise LinkClosedError(f"the link to the server broke: {exc}") from exc
+            if not data:
+                raise LinkClosedError("the server has ended")
+            self._received.extend(self._frames.push(data))
+
+    def send(self, message: messages.Message) -> None:
+        """Send `message`, or keep what the socket does not take for later. Raises LinkClosedError."""
+        self._unsent += messages.encode(message)
+        self._flush()
+
+    def drain(self) -> None:
+        """Wait until everything is sent. Raises LinkClosedError."""
+        while self._unsent:
+            self._poll.modify(self._connection, select.POLLOUT)
+            self._poll.poll()
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                sent = self._connection.send(self._unsent)
+                del self._unsent[:sent]
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            raise LinkClosedError(f"the link to the server broke: {exc}") from exc
+
+
+def run(connection: socket.socket, build: Build) -> int:
+    """Be the engine process on `connection`: build what the first message asks for, then serve. Returns the exit
+    status."""
+    link = Link(connection)
+    try:
+        start = _first_message(link)
+        if start is None:
+            return 0
+        _set_up_logging(start.log_level)
+        try:
+            built = build(start, lambda stage, done, total: link.send(messages.Progress(stage, done, total)))
+        except (MooliError, OSError, MemoryError) as exc:
+            return _fail(link, exc)
+        built.bind_thread()
+        try:
+            link.send(messages.Ready(built.facts.to_dict()))
+            serve(link, built.core)
+        finally:
+            built.close()
+    except LinkClosedError as exc:
+        logger.debug("the engine process ends: %s", exc)
+    except Exception as exc:
+        logger.exception("the engine has died")
+        return _fail(link, exc)
+    return 0
+
+
+def serve(link: Link, core: EngineCore) -> None:
+    """Step `core` while there is work and do what comes over `link`, until that says stop or ends."""
+    while take_turn(link, core, wait=not core.has_work):
+        pass
+
+
+def take_turn(link: Link, core: EngineCore, *, wait: bool) -> bool:
+    """Do what has come over `link`, with `wait` once there is something, then take one step if there is work. False
+    when told to stop."""
+    for message in link.receive(wait=wait):
+        if isinstance(message, messages.Stop):
+            return False
+        _carry_out(message, core, link)
+    if core.has_work:
+        outputs = core.step()
+        link.send(messages.Outputs(outputs, core.stats(), core.last_step))
+    return True
+
+
+def _first_message(link: Link) -> messages.Start | None:
+    while True:
+        for message in link.receive(wait=True):
+            if isinstance(message, messages.Start):
+                return message
+            if isinstance(message, messages.Stop):
+                return None
+            raise EngineError(f"the engine process was asked for {type(message).__name__} before Start")
+
+
+def _carry_out(message: messages.ToEngine, core: EngineCore, link: Link) -> None:
+    if isinstance(message, messages.Submit):
+        for wire in message.requests:
+            try:
+                core.add(wire.to_request())
+            except MooliError as exc:
+                # What ended before must be heard of before: it may have had the same id.
+                ended = core.take_outputs()
+                if ended:
+                    link.send(messages.Outputs(ended, core.stats(), core.last_step))
+                link.send(messages.Refused(wire.rid, type(exc).__name__, str(exc)))
+    elif isinstance(message, messages.Abort):
+        for rid in message.rids:
+            core.abort(rid, message.reason)
+    elif isinstance(message, messages.Finish):
+        for rid, matched in message.matched.items():
+            core.finish(rid, matched)
+    elif isinstance(message, messages.Ask):
+        link.send(_answer(message, core))
+    else:
+        raise EngineError(f"the engine process was asked for {type(message).__name__} while it runs")
+
+
+def _answer(message: messages.Ask, core: EngineCore) -> messages.Reply:
+    questions: dict[str, Callable[[], object]] = {
+        "ping": lambda: None,
+        "stats": core.stats,
+        "flush_cache": core.flush_cache,
+        "check": core.check,
+    }
+    if message.question not in questions:
+        return messages.Reply(message.number, None, f"the engine process knows no question {message.question!r}")
+    try:
+        return messages.Reply(message.number, questions[message.question]())
+    except MooliError as exc:
+        return messages.Reply(message.number, None, str(exc))
+
+
+def _fail(link: Link, exc: BaseException) -> int:
+    """Say why the process ends; its exit status."""
+    try:
+        link.send(messages.Failed(type(exc).__name__, str(exc) or type(exc).__name__))
+        link.drain()
+    except LinkClosedError:
+        logger.debug("nobody is left to hear of it")
+    return 1
+
+
+def _set_up_logging(level: str) -> None:
+    logging.basicConfig(format=LOG_FORMAT)
+    logging.getLogger("mooli").setLevel(level.upper())
+
+
+def _build(start: messages.Start, progress: Progress) -> BuiltEngine:
+    config = EngineConfig.from_kwargs(**start.config)
+    return build_engine(
+        config, Path(start.model_path), tokenizer_vocab_size=start.tokenizer_vocab_size, progress=progress
+    )
+
+
+def main(build: Build = _build) -> int:
+    """Entry of the process: its only argument is the number of the inherited socket."""
+    # A terminal's Ctrl-C and a service manager's SIGTERM go to all processes of a service. When this one ends is the
+    # server's decision: it has requests to finish first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return run(socket.socket(fileno=int(sys.argv[1])), build)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The bodies of the Messages API: fields, types, and what of them is not served.
+
+Owns the way from such a body to a conversation for the chat template. A field whose effect Mooli does not have is
+refused by its name, unless its value asks for nothing. Never tokenises and never generates.
+
+Source: Anthropic's API reference, Messages and Count Message tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from mooli.server.routing import HttpError
+
+Block = dict[str, Any]
+"""A content block: an object with a `type`. Only {"type": "text", "text": …} is served."""
+
+PART_SEPARATOR = "\n"
+"""Between the blocks of a message, and between messages of one role that become one turn."""
+
+
+class InputMessage(msgspec.Struct, kw_only=True):
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Block]
+
+
+class CountTokensBody(msgspec.Struct, kw_only=True):
+    """What makes up a prompt. The fields that are `Any` are there to be refused."""
+
+    model: str
+    messages: Annotated[list[InputMessage], msgspec.Meta(min_length=1)]
+    system: str | list[Block] | None = None
+    thinking: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    mcp_servers: Any = None
+    container: Any = None
+    context_management: Any = None
+    output_config: Any = None
+    output_format: Any = None
+
+
+class MessagesBody(CountTokensBody, kw_only=True):
+    """A request for an answer. metadata and service_tier change nothing here, as their meaning has it."""
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    top_p: float | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+    speed: str | None = None
+
+    def sampling_params(self) -> dict[str, Any]:
+        """What the body says of sampling, in Mooli's names; `max_tokens` is left to who knows the prompt's length."""
+        params: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "stop": self.stop_sequences}
+        if self.top_k is not None:
+            params["top_k"] = self.top_k or -1
+        return {name: value for name, value in params.items() if value is not None}
+
+
+def check_served(body: CountTokensBody) -> None:
+    """Raise HttpError (400) that names the field if the body asks for what is not served."""
+    neutral = {
+        "thinking": _type_of(body.thinking) == "disabled",
+        "tool_choice": _type_of(body.tool_choice) in ("none", "auto"),
+        "output_config": isinstance(body.output_config, dict) and not any(body.output_config.values()),
+        "speed": getattr(body, "speed", None) == "standard",
+    }
+    names = ("tools", "tool_choice", "thinking", "mcp_servers", "container", "context_management", "output_config",
+             "output_format", "speed")  # fmt: skip
+    for name in names:
+        value = getattr(body, name, None)
+        if value is not None and value != [] and value != {} and not neutral.get(name, False):
+            raise HttpError(400, f"{name} is not supported yet: leave it out.", param=name)
+
+
+def conversation(body: CountTokensBody) -> tuple[list[dict[str, str]], bool]:
+    """Messages for a chat template, and whether the last one is to be continued (it is the assistant's).
+
+    Messages of one role in a row become one turn, as the API has it. Raises HttpError (400) for a block that is not
+    text.
+    """
+    turns: list[dict[str, str]] = []
+    if body.system:
+        turns.append({"role": "system", "content": _text(body.system, "system")})
+    for index, message in enumerate(body.messages):
+        text = _text(message.content, f"messages[{index}].content")
+        if turns and turns[-1]["role"] == message.role:
+            turns[-1]["content"] += PART_SEPARATOR + text
+        else:
+            turns.append({"role": message.role, "content": text})
+    return turns, turns[-1]["role"] == "assistant"
+
+
+def _text(content: str | Sequence[Block], where: str) -> str:
+    if isinstance(content, str):
+        return content
+    return PART_SEPARATOR.join(_block_text(block, f"{where}[{index}]") for index, block in enumerate(content))
+
+
+def _block_text(block: Block, where: str) -> str:
+    kind = block.get("type")
+    if not isinstance(kind, str):
+        raise HttpError(400, f"{where} has no type: a text is {{'type': 'text', 'text': …}}.", param=where)
+    if kind != "text":
+        raise HttpError(400, f"{where} is of type {kind[:40]!r}, but only text is supported yet.", param=where)
+    text = block.get("text")
+    if not isinstance(text, str):
+        raise HttpError(400, f"{where}.text must be a string.", param=where)
+    return text
+
+
+def _type_of(value: Any) -> Any:
+    return value.get("type") if isinstance(value, dict) else None

@@ -1,0 +1,268 @@
+"""One route as an ASGI application: body in, handler, answer or events out.
+
+Owns what happens between a socket and a handler: limits and deadlines of the body, JSON and its types, the watch for a
+client that leaves, the deadline of the whole request, and errors at any moment of it. Never knows what a route does.
+
+A handler runs in a task of its own. When the client leaves or the time is up, that task is cancelled, and with it ends
+whatever the handler had started. A client that reads slowly holds up that task alone.
+
+Source: ASGI 3.0, HTTP connection scope.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from mooli.server.asgi import Receive, Scope, Send
+from mooli.server.errors import error_event, error_reply, is_for_client, problem_of, reply_messages
+from mooli.server.limits import BodyRoom, BodyShare
+from mooli.server.routing import EventStream, HttpError, Incoming, Reply, Route
+
+if TYPE_CHECKING:
+    from mooli.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+"""Status in the metrics of a request whose client did not wait for the answer (nginx's number)."""
+
+MIN_BODY_BYTES_PER_S = 64 * 1024
+"""A body may take `read_timeout` and a second more for each of these."""
+
+EVENT_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class _ClientLeft(Exception):
+    """The connection has ended before the answer."""
+
+
+class Endpoint:
+    """The ASGI application of one route. room: for the bodies of all routes together."""
+
+    def __init__(self, service: Service, route: Route, room: BodyRoom) -> None:
+        self._service = service
+        self._route = route
+        self._room = room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        metrics, path, method = self._service.metrics, self._route.path, scope["method"]
+        exchange = _Exchange(self._service, self._route, self._room, scope, receive, send)
+        metrics.http_request(path, method)
+        try:
+            await exchange.run()
+        finally:
+            metrics.http_response(path, method, exchange.status)
+
+
+class _Exchange:
+    """One request and its answer. status: of the answer, CLIENT_LEFT until there is one."""
+
+    def __init__(
+        self, service: Service, route: Route, room: BodyRoom, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self.status = CLIENT_LEFT
+        self._service = service
+        self._route = route
+        self._room = room
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._is_complete = False
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        timeout_s = self._service.config.request_timeout
+        deadline = None if timeout_s is None else loop.time() + timeout_s
+        try:
+            incoming = await self._incoming()
+        except _ClientLeft:
+            return
+        except Exception as exc:
+            await self._send_error(exc)
+            return
+        answering = asyncio.ensure_future(self._answer(incoming))
+        watching = asyncio.ensure_future(self._left())
+        try:
+            await asyncio.wait(
+                [answering, watching],
+                timeout=None if deadline is None else max(0.0, deadline - loop.time()),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not answering.done() and not watching.done() and not self._is_complete:
+                await _end(answering)
+                await self._send_error(HttpError(504, f"The request has taken longer than {timeout_s:g} s."))
+        finally:
+            await _end(watching)
+            # A connection also counts as left once its answer is complete: then there is nothing to cut short.
+            await (answering if self._is_complete else _end(answering))
+
+    # -- the request --
+    async def _incoming(self) -> Incoming:
+        """Raises HttpError, or _ClientLeft."""
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._scope["headers"]}
+        given: Mapping[str, Any] = {}
+        body = None
+        if self._route.body is not None:
+            with self._room.share() as share:
+                raw = await self._read_body(headers, share)
+                given = _object(raw, headers) if raw or self._route.needs_body else {}
+                body = _checked(given, self._route.body)
+        query = parse_qsl(self._scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
+        return Incoming(
+            given=given,
+            body=body,
+            query=dict(query),
+            path_params=self._scope.get("path_params", {}),
+            headers=headers,
+        )
+
+    async def _read_body(self, headers: Mapping[str, str], share: BodyShare) -> bytes:
+        config = self._service.config
+        declared = headers.get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared) > config.max_body_bytes:
+            raise self._too_large()
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        received = bytearray()
+        while True:
+            limit_s = config.read_timeout + len(received) / MIN_BODY_BYTES_PER_S
+            try:
+                message = await asyncio.wait_for(self._receive(), max(0.0, started_s + limit_s - loop.time()))
+            except asyncio.TimeoutError:
+                raise HttpError(408, f"The body did not arrive within {limit_s:.0f} s.") from None
+            if message["type"] != "http.request":
+                raise _ClientLeft
+            piece = message.get("body", b"")
+            share.take(len(piece))
+            received += piece
+            if len(received) > config.max_body_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return bytes(received)
+
+    def _too_large(self) -> HttpError:
+        return HttpError(413, f"The body is larger than the {self._service.config.max_body_bytes} bytes allowed here.")
+
+    async def _left(self) -> None:
+        """Returns when the client has left."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    # -- the answer --
+    async def _answer(self, incoming: Incoming) -> None:
+        try:
+            reply = await self._route.handler(self._service, incoming)
+            if isinstance(reply, Reply):
+                await self._send_reply(reply)
+            else:
+                await self._send_events(reply)
+        except Exception as exc:
+            await self._send_error(exc)
+
+    async def _send_reply(self, reply: Reply) -> None:
+        body = reply.content if isinstance(reply.content, bytes) else msgspec.json.encode(reply.content)
+        await self._send_messages(reply_messages(reply.status, body, reply.media_type, reply.headers))
+
+    async def _send_events(self, stream: EventStream) -> None:
+        pieces = stream.pieces
+        try:
+            piece = await anext(pieces, b"")
+            await self._start(
+                {"type": "http.response.start", "status": int(HTTPStatus.OK), "headers": list(EVENT_STREAM_HEADERS)}
+            )
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            async for piece in pieces:
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        finally:
+            close = getattr(pieces, "aclose", None)
+            if close is not None:
+                await close()
+        await self._finish(b"")
+
+    async def _send_error(self, error: Exception) -> None:
+        """As an answer, or where one has begun as a stream's last event."""
+        if self._is_complete or not is_for_client(error):
+            logger.error("%s %s failed", self._scope["method"], self._route.path, exc_info=error)
+        if self._is_complete:
+            return
+        problem = problem_of(error)
+        if self.status == CLIENT_LEFT:
+            await self._send_messages(error_reply(self._route.dialect, problem))
+        else:
+            await self._finish(error_event(self._route.dialect, problem))
+
+    async def _send_messages(self, messages: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        start, body = messages
+        await self._start(start)
+        await self._finish(body["body"])
+
+    async def _start(self, message: dict[str, Any]) -> None:
+        await self._send(message)
+        # Only now: one that was cancelled while it waited for the socket has sent nothing.
+        self.status = message["status"]
+
+    async def _finish(self, last: bytes) -> None:
+        self._is_complete = True
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _end(task: asyncio.Future[None]) -> None:
+    """Cancel, and wait until it has ended."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _object(raw: bytes, headers: Mapping[str, str]) -> Mapping[str, Any]:
+    """The JSON object that is the body. Raises HttpError.
+
+    The content type must be JSON's: a web page may send forms and plain text anywhere, but JSON only where CORS allows.
+    """
+    if not raw:
+        raise HttpError(400, "This request needs a JSON object as its body.")
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise HttpError(
+            400,
+            f"The content type is {media_type or 'missing'}, but only JSON is read here: send the header"
+            " 'Content-Type: application/json'.",
+        )
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise HttpError(415, f"A body with the content encoding {encoding!r} is not read here: send it as it is.")
+    try:
+        value = msgspec.json.decode(raw)
+    except RecursionError:
+        raise HttpError(400, "The body's JSON is nested too deeply.") from None
+    except ValueError as exc:
+        raise HttpError(400, f"The body is not valid JSON: {exc}") from None
+    if not isinstance(value, dict):
+        raise HttpError(400, "The body must be a JSON object.")
+    return value
+
+
+def _checked(given: Mapping[str, Any], body: type[msgspec.Struct]) -> msgspec.Struct:
+    """The body as its type. Raises HttpError that names the field."""
+    try:
+        return msgspec.convert(given, body, strict=True)
+    except msgspec.ValidationError as exc:
+        words, _, path = str(exc).partition(" - at ")
+        match = re.search(r"\$\.?([^`]*)", path)
+        where = match.group(1) if match else ""
+        missing = re.search(r"missing required field `([^`]*)`", words)
+        field = (re.match(r"[^.\[]*", where) or [""])[0] or (missing.group(1) if missing else None)
+        message = f"{where}: {words}" if where else words
+        raise HttpError(400, message.replace("`", ""), param=field or None) from None

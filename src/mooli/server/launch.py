@@ -1,0 +1,377 @@
+"""A server's life: engine process, warm-up, listening, draining, exit status.
+
+Owns the order of start and end, signals, and what happens when the engine process dies or falls silent. Routes and
+protection are in `mooli.server.app`.
+
+Exit status: 0 after SIGTERM or SIGINT, when everything that was running has been answered or given its grace period;
+1 when the engine has died; 2 when the server could not start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shlex
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import uvicorn
+
+from mooli.config import EngineConfig
+from mooli.engine import messages
+from mooli.engine.client import COMMAND, EngineClient
+from mooli.engine.facts import device_words
+from mooli.errors import ConfigError, EngineError
+from mooli.frontend.text_side import check_preferred, open_tokenizer, sampling_defaults, with_seed
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.hub import resolve
+from mooli.server.app import build_app
+from mooli.server.config import ServerConfig
+from mooli.server.metrics import Metrics
+from mooli.server.protocol import make_protocol
+from mooli.server.request_log import RequestLog
+from mooli.server.sd_notify import sd_notify
+from mooli.server.service import Service
+from mooli.server.step_log import StepLog
+
+logger = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+READY_LINE = "The server is fired up and ready to roll!"
+"""Scripts made for SGLang wait for it."""
+
+PING_INTERVAL_S = 2.0
+
+DEATH_LINGER_S = 1.0
+"""How long a server whose engine has died still answers, so that probes see 503 and open streams get the cause."""
+
+CLOSE_WAIT_S = 2
+"""For connections that are being answered when everything else is done."""
+
+SHUTTING_DOWN = "The server is shutting down."
+
+
+def run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str]) -> int:
+    """Serve until a signal or the engine's death; the exit status. argv: the command without secrets, for /server_info.
+
+    Raises a MooliError if the server cannot start.
+    """
+    config = _with_environment(config)
+    _set_up_logging(config, engine_config)
+    for warning in config.warnings():
+        logger.warning("%s", warning)
+    return asyncio.run(_run(config, engine_config, argv))
+
+
+async def _run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str]) -> int:
+    started_s = time.perf_counter()
+    stop = asyncio.Event()
+    with _signals(stop), bound_socket(config) as listener:
+        starting = asyncio.ensure_future(start_service(config, engine_config, argv, started_s))
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            logger.info("stopped before the server was ready")
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await starting
+            return 0
+        service = await starting
+        server = HttpServer(service, listener)
+        draining = asyncio.ensure_future(_drain_on(stop, server))
+        try:
+            return await server.run(on_started=lambda: _announce(service, server))
+        finally:
+            draining.cancel()
+            stopping.cancel()
+
+
+async def start_service(
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    argv: Sequence[str],
+    started_s: float,
+    *,
+    command: Sequence[str] = COMMAND,
+) -> Service:
+    """Start the engine process by `command`, load the text side, and warm both up.
+
+    Raises ConfigError, a ModelError, OutOfMemoryError, BackendUnavailableError or EngineDeadError.
+    """
+    check_preferred(engine_config)
+    model_path = resolve(engine_config.model_path)
+    tokenizer = open_tokenizer(engine_config, model_path)
+    defaults = sampling_defaults(model_path) if config.sampling_defaults == "model" else {}
+    start = messages.Start(
+        config=engine_config.to_dict(),
+        model_path=str(model_path),
+        tokenizer_vocab_size=None if tokenizer is None else tokenizer.vocab_size,
+        log_level=engine_config.log_level,
+    )
+    client = await EngineClient.start(start, progress=_Progress().update, command=command)
+    try:
+        service = make_service(
+            config, with_seed(engine_config), client, tokenizer, started_s=started_s, defaults=defaults, argv=argv
+        )
+        if not config.skip_server_warmup:
+            await _warm_up(service)
+    except BaseException:
+        await client.close()
+        raise
+    return service
+
+
+def make_service(
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    client: EngineClient,
+    tokenizer: Tokenizer | None,
+    *,
+    started_s: float,
+    defaults: dict[str, object] | None = None,
+    argv: Sequence[str] = (),
+) -> Service:
+    """What routes work with, its metrics and logs connected to `client`."""
+    metrics = Metrics(engine_config.served_model_name or engine_config.model_path, client.facts, config)
+    step_log = StepLog(client.facts, config.decode_log_interval)
+    service = Service(
+        config=config,
+        engine_config=engine_config,
+        client=client,
+        tokenizer=tokenizer,
+        metrics=metrics,
+        step_log=step_log,
+        request_log=RequestLog(config, tokenizer) if config.log_requests else None,
+        sampling_defaults=defaults or {},
+        startup_time_s=time.perf_counter() - started_s,
+        launch_command=shlex.join(argv),
+    )
+
+    def take_report(report: messages.Outputs) -> None:
+        metrics.step(report)
+        step_log.step(report)
+
+    client.on_report = take_report
+    return service
+
+
+class HttpServer:
+    """Listens, and answers until `drain` is called or the engine dies. `port` is the real one."""
+
+    def __init__(self, service: Service, listener: socket.socket | None = None) -> None:
+        self._service = service
+        self._listener = listener or _bind(service.config)
+        self.port: int = self._listener.getsockname()[1]
+        self._uvicorn = _Uvicorn(_uvicorn_config(service))
+        self._drain_asked = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    def drain(self) -> None:
+        """Take no new work, finish what is running for `shutdown_timeout`, then end. The second time: end at once."""
+        if self._drain_asked.is_set():
+            self._hurry.set()
+        self._service.is_draining = True
+        self._drain_asked.set()
+
+    async def run(self, *, on_started: Callable[[], object] = lambda: None) -> int:
+        """Serve; returns the exit status. The engine process has ended when this returns."""
+        client = self._service.client
+        with self._listener:
+            serving = asyncio.ensure_future(self._uvicorn.serve([self._listener]))
+            try:
+                while not self._uvicorn.started and not serving.done():
+                    await asyncio.sleep(0.005)
+                if serving.done():
+                    await serving
+                    raise EngineError("the HTTP server has ended before it was ready")
+                on_started()
+                return await self._serve(serving)
+            finally:
+                self._uvicorn.should_exit = True
+                await asyncio.wait([serving])
+                await client.close()
+
+    async def _serve(self, serving: asyncio.Future[None]) -> int:
+        client = self._service.client
+        draining = asyncio.ensure_future(self._drained())
+        watching = asyncio.ensure_future(self._watch())
+        try:
+            ends: list[asyncio.Future[Any]] = [serving, draining, client.died]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not client.died.done():
+                return 0
+            await asyncio.sleep(DEATH_LINGER_S)
+            return 1
+        finally:
+            for task in (draining, watching):
+                task.cancel()
+
+    async def _drained(self) -> None:
+        """Once asked to: wait for running requests, then end the others."""
+        await self._drain_asked.wait()
+        sd_notify("STOPPING=1")
+        service, client = self._service, self._service.client
+        deadline = time.monotonic() + service.config.shutdown_timeout
+        if service.num_active:
+            logger.info("finishing %d requests before the end", service.num_active)
+        while service.num_active and time.monotonic() < deadline and not self._hurry.is_set():
+            await asyncio.sleep(0.02)
+        if service.num_active:
+            logger.warning("%d requests are not finished and end here", service.num_active)
+            client.abort(client.open_rids, SHUTTING_DOWN)
+            deadline = time.monotonic() + CLOSE_WAIT_S
+            while service.num_active and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)
+
+    async def _watch(self) -> None:
+        """Ask the engine for a sign of life again and again. It answers between two steps; one that says nothing at all
+        for `watchdog_timeout` is hung, and is killed."""
+        client, timeout_s = self._service.client, self._service.config.watchdog_timeout
+        while client.is_alive:
+            try:
+                await client.ask("ping", timeout_s)
+            except TimeoutError:
+                if time.monotonic() - client.last_sign_s >= timeout_s:
+                    logger.critical("the engine has given no sign for %g s: it is killed", timeout_s)
+                    client.kill()
+                    return
+            except EngineError:
+                return
+            sd_notify("WATCHDOG=1")
+            await asyncio.sleep(PING_INTERVAL_S)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Without signal handlers: when to end is decided here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _uvicorn_config(service: Service) -> uvicorn.Config:
+    config = service.config
+    return uvicorn.Config(
+        build_app(service),
+        http=make_protocol(config),
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=config.log_level_http in ("debug", "info"),
+        server_header=False,
+        root_path=config.fastapi_root_path,
+        timeout_keep_alive=int(config.keep_alive_timeout),
+        timeout_graceful_shutdown=CLOSE_WAIT_S,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        ssl_ca_certs=config.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_NONE if config.ssl_ca_certs is None else ssl.CERT_REQUIRED,
+        ssl_keyfile_password=config.ssl_keyfile_password,
+    )
+
+
+@contextlib.contextmanager
+def bound_socket(config: ServerConfig) -> Iterator[socket.socket]:
+    """The address that will be listened on, taken before a model is loaded in vain. Raises ConfigError."""
+    with _bind(config) as listener:
+        yield listener
+
+
+def _bind(config: ServerConfig) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as exc:
+        raise ConfigError(f"host={config.host!r} is no address of this machine: {exc}") from exc
+    family, _, _, _, address = found[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as exc:
+        listener.close()
+        hint = "choose another --port, or stop what listens there" if config.port else "check --host"
+        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {exc.strerror or exc}; {hint}") from exc
+    return listener
+
+
+async def _warm_up(service: Service) -> None:
+    """A short generation, so that the first user does not pay for what is done once."""
+    prompt: dict[str, object] = {"prompt": "Hello"} if service.tokenizer is not None else {"input_ids": [0]}
+    inputs = await service.prepare(**prompt, sampling_params={"temperature": 0, "max_new_tokens": 4, "stop": None})
+    with service.start(inputs, is_stream=False, is_counted=False) as call:
+        await call.wait()
+
+
+async def _drain_on(stop: asyncio.Event, server: HttpServer) -> None:
+    while True:
+        await stop.wait()
+        stop.clear()
+        server.drain()
+
+
+@contextlib.contextmanager
+def _signals(stop: asyncio.Event) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    caught = (signal.SIGTERM, signal.SIGINT)
+    for number in caught:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in caught:
+            loop.remove_signal_handler(number)
+
+
+def _announce(service: Service, server: HttpServer) -> None:
+    config, facts = service.config, service.facts
+    scheme = "https" if config.ssl_certfile else "http"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    logger.info(
+        "%s on backend %s (%s): context %d tokens, KV cache %d tokens, ready in %.1f s",
+        service.model_name,
+        service.engine_config.backend_name,
+        device_words(facts.backend),
+        facts.context_length,
+        facts.max_total_num_tokens,
+        service.startup_time_s,
+    )
+    logger.info("listening on %s://%s:%d", scheme, host, server.port)
+    logger.info(READY_LINE)
+    sd_notify("READY=1")
+
+
+class _Progress:
+    """One log line for each stage of loading."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            logger.info("%s", stage)
+
+
+def _with_environment(config: ServerConfig) -> ServerConfig:
+    """Keys that are not given as flags, where every user of the machine could read them, come from the environment."""
+    return replace(
+        config,
+        api_key=config.api_key or os.environ.get("MOOLI_API_KEY") or None,
+        admin_api_key=config.admin_api_key or os.environ.get("MOOLI_ADMIN_API_KEY") or None,
+    )
+
+
+def _set_up_logging(config: ServerConfig, engine_config: EngineConfig) -> None:
+    logging.basicConfig(format=LOG_FORMAT)
+    logging.getLogger("mooli").setLevel(engine_config.log_level.upper())
+    logging.getLogger("uvicorn").setLevel((config.log_level_http or "warning").upper())

@@ -1,0 +1,120 @@
+"""POST /generate: SGLang's own route, the arguments of `Engine.generate` as JSON.
+
+Owns the body's fields and the shape of the answer: one object, a list for a batch or n > 1, or events. Arguments are
+checked where `Engine.generate` checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from mooli.frontend.generation import Generation
+from mooli.frontend.inputs import CallInputs
+from mooli.frontend.unsupported import BODY_FIELDS, refuse_unsupported
+from mooli.server.routing import SSE_DONE, Access, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
+from mooli.server.service import ServedCall, Service
+
+
+class GenerateBody(msgspec.Struct, kw_only=True):
+    """What /generate takes. Give `text` or `input_ids`; a list of them is a batch.
+
+    Names that are not here are left aside, but for those of things that Mooli does not have, which are refused.
+    """
+
+    text: str | list[str] | None = None
+    input_ids: list[int | list[int]] | None = None
+    sampling_params: dict[str, Any] | list[dict[str, Any] | None] | None = None
+    rid: str | list[str] | None = None
+    stream: bool = False
+    return_logprob: bool | list[bool] | None = None
+    logprob_start_len: int | list[int | None] | None = None
+    top_logprobs_num: int | list[int | None] | None = None
+    token_ids_logprob: list[int | list[int] | None] | None = None
+    return_text_in_logprobs: bool = False
+    return_prompt_token_ids: bool = False
+    priority: int | None = None
+    cache_salt: str | None = None
+    extra_key: str | None = None
+    log_metrics: bool = True
+
+
+async def generate(service: Service, request: Incoming) -> Reply | EventStream:
+    body: GenerateBody = request.body
+    refuse_unsupported(request.given, BODY_FIELDS)
+    inputs = await _prepare(service, body)
+    if body.stream:
+        return EventStream(_events(service, inputs, body))
+    with _start(service, inputs, body) as call:
+        async for _ in call.changes():
+            pass
+    if call.is_single:
+        return Reply(_whole(call.generations[0]))
+    return Reply([generation.result() for generation in call.generations])
+
+
+async def _prepare(service: Service, body: GenerateBody) -> CallInputs:
+    """Checked requests. Raises RequestError."""
+    if (body.text is None) == (body.input_ids is None):
+        raise HttpError(
+            400, "give either text or input_ids" + ("" if body.text is None else ", not both"), param="text"
+        )
+    if body.cache_salt and body.extra_key and body.cache_salt != body.extra_key:
+        raise HttpError(400, "cache_salt and extra_key mean the same here and differ: give one", param="extra_key")
+    if body.return_text_in_logprobs and service.tokenizer is None:
+        message = "return_text_in_logprobs needs a tokenizer, and this server has none (skip_tokenizer_init)"
+        raise HttpError(400, message, param="return_text_in_logprobs")
+    return await service.prepare(
+        prompt=body.text,
+        input_ids=body.input_ids,
+        sampling_params=body.sampling_params,
+        rid=body.rid,
+        return_logprob=body.return_logprob or False,
+        logprob_start_len=body.logprob_start_len,
+        top_logprobs_num=body.top_logprobs_num,
+        token_ids_logprob=body.token_ids_logprob,
+        priority=body.priority,
+        cache_salt=body.cache_salt or body.extra_key,
+    )
+
+
+def _start(service: Service, inputs: CallInputs, body: GenerateBody) -> ServedCall:
+    call = service.start(inputs, is_stream=body.stream, is_counted=body.log_metrics)
+    for generation in call.generations:
+        generation.shows_logprob_texts = body.return_text_in_logprobs
+        generation.shows_prompt_ids = body.return_prompt_token_ids
+    return call
+
+
+def _whole(generation: Generation) -> dict[str, Any]:
+    """The answer to a single prompt. Raises HttpError if the engine refused it or failed; an abort on demand is an
+    answer like any other."""
+    finish = generation.finish
+    if finish is not None and finish.status_code is not None:
+        raise HttpError(finish.status_code, f"request {generation.rid} failed: {finish.message}")
+    return generation.result()
+
+
+async def _events(service: Service, inputs: CallInputs, body: GenerateBody) -> AsyncIterator[bytes]:
+    with _start(service, inputs, body) as call:
+        async for changed in call.changes():
+            due = [call.generations[index] for index in changed if call.generations[index].is_due()]
+            if due:
+                yield b"".join([sse(generation.chunk()) for generation in due])
+    yield SSE_DONE
+
+
+ROUTES = (
+    Route(
+        path="/generate",
+        methods=("POST", "PUT"),
+        handler=generate,
+        access=Access.KEY,
+        dialect=Dialect.NATIVE,
+        summary="Generate from text or token ids (SGLang's native API)",
+        body=GenerateBody,
+        is_generation=True,
+    ),
+)

@@ -1,0 +1,125 @@
+"""/tokenize and /detokenize: text to token ids and back, as this server does it for prompts and answers.
+
+Owns the bodies and answers. How text is split is the tokenizer's, what a conversation becomes the chat route's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.server.openai_chat import conversation_ids
+from mooli.server.openai_fields import require_tokenizer
+from mooli.server.openai_types import ChatBody, ChatMessage
+from mooli.server.routing import Access, Dialect, Handler, HttpError, Incoming, Reply, Route
+from mooli.server.service import Service
+
+MANY_TOKENS = 4096
+"""So many ids and more are decoded on another thread: streams must not wait for it."""
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """prompt: a text, or a list of texts; or instead messages: a conversation, as the chat route reads it, with the
+    fields that belong to it. add_special_tokens: of a prompt, put the begin and end tokens where the model has them."""
+
+    prompt: str | list[str] | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True):
+    """tokens: ids, or a list of lists of them."""
+
+    tokens: list[int | list[int]]
+    skip_special_tokens: bool = True
+
+
+async def tokenize(service: Service, request: Incoming) -> Reply:
+    body: TokenizeBody = request.body
+    require_tokenizer(service)
+    if (body.prompt is None) == (body.messages is None):
+        raise HttpError(
+            400, "give either prompt or messages" + ("" if body.prompt is None else ", not both"), param="prompt"
+        )
+    tokens: list[int] | list[list[int]]
+    count: int | list[int]
+    if isinstance(body.prompt, list):
+        batch = [await service.tokenize(text, add_special_tokens=body.add_special_tokens) for text in body.prompt]
+        tokens, count = batch, [len(ids) for ids in batch]
+    else:
+        tokens = await _ids(service, body)
+        count = len(tokens)
+    return Reply({"tokens": tokens, "count": count, "max_model_len": service.facts.context_length})
+
+
+async def _ids(service: Service, body: TokenizeBody) -> list[int]:
+    if isinstance(body.prompt, str):
+        return await service.tokenize(body.prompt, add_special_tokens=body.add_special_tokens)
+    conversation = ChatBody(
+        messages=body.messages or [],
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+    )
+    return await conversation_ids(service, conversation)
+
+
+async def detokenize(service: Service, request: Incoming) -> Reply:
+    body: DetokenizeBody = request.body
+    tokenizer = require_tokenizer(service)
+    is_batch = bool(body.tokens) and isinstance(body.tokens[0], list)
+    rows = (
+        [_row(ids, f"tokens[{i}]") for i, ids in enumerate(body.tokens)] if is_batch else [_row(body.tokens, "tokens")]
+    )
+    if sum(map(len, rows)) < MANY_TOKENS:
+        texts = _decode(tokenizer, rows, body.skip_special_tokens)
+    else:
+        texts = await asyncio.to_thread(_decode, tokenizer, rows, body.skip_special_tokens)
+    return Reply({"text": texts if is_batch else texts[0]})
+
+
+def _row(ids: Any, where: str) -> list[int]:
+    if not isinstance(ids, list) or any(isinstance(token_id, list) for token_id in ids):
+        raise HttpError(400, f"{where} must be ids, or tokens all of it lists of ids", param="tokens")
+    return ids
+
+
+def _decode(tokenizer: Tokenizer, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+    """Raises HttpError for an id that the vocabulary does not have."""
+    for ids in rows:
+        for token_id in ids:
+            if not 0 <= token_id < tokenizer.vocab_size:
+                raise HttpError(
+                    400,
+                    f"tokens has {str(token_id)[:80]}, not an id of 0 … {tokenizer.vocab_size - 1}",
+                    param="tokens",
+                )
+    return [tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in rows]
+
+
+def _route(path: str, handler: Handler, body: type[msgspec.Struct], summary: str) -> Route:
+    return Route(
+        path=path,
+        methods=("POST",),
+        handler=handler,
+        access=Access.KEY,
+        dialect=Dialect.NATIVE,
+        summary=summary,
+        body=body,
+    )
+
+
+ROUTES = tuple(
+    _route(path, handler, body, summary)
+    for name, handler, body, summary in (
+        ("tokenize", tokenize, TokenizeBody, "Token ids of a text or of a conversation"),
+        ("detokenize", detokenize, DetokenizeBody, "The text of token ids"),
+    )
+    for path in (f"/{name}", f"/v1/{name}")
+)

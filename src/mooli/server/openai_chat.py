@@ -1,0 +1,230 @@
+"""POST /v1/chat/completions: a conversation in, the assistant's next message out, in OpenAI's shape.
+
+Owns what is particular to chats: messages and their parts, the template's arguments, the model's own sampling defaults,
+and the shape of a choice. Source: OpenAI API reference, chat; SGLang's extensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mooli.frontend.generation import Generation
+from mooli.frontend.inputs import CallInputs
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.server.logprob_shapes import chat_logprobs
+from mooli.server.openai_answers import Delta, Unshown, finish_fields, finished, head, metadata, stream, usage
+from mooli.server.openai_fields import cache_salt, openai_errors, refuse_unsupported, require_tokenizer, sampling_params
+from mooli.server.openai_types import ChatBody, ChatMessage
+from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, Reply, Route
+from mooli.server.service import Service
+from mooli.types import FinishReason
+
+_OWN_ARGUMENTS = frozenset(
+    (
+        "messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize",
+        "tokenizer", "chat_template", "parse_special_in_content", "self",
+    )
+)  # fmt: skip
+"""What `chat_template_kwargs` must not change: the request has its own fields for it, or it guards the conversation."""
+
+
+async def chat_completions(service: Service, request: Incoming) -> Reply | EventStream:
+    """Raises HttpError for a request that is wrong, and what `ServedCall.changes` raises."""
+    body: ChatBody = request.body
+    refuse_unsupported(request.given, ChatBody)
+    tokenizer = require_tokenizer(service)
+    inputs = await _prepare(service, body)
+
+    def open_choice(index: int, generation: Generation) -> ChatChoice:
+        return ChatChoice(service, tokenizer, body, index, generation)
+
+    if body.stream:
+        first_fields = head(service, inputs, body, "chat.completion.chunk")
+        return EventStream(stream(service, inputs, body, first_fields, open_choice))
+    generations = await finished(service, inputs)
+    choices = [open_choice(index, generation).whole() for index, generation in enumerate(generations)]
+    first_fields = head(service, inputs, body, "chat.completion")
+    return Reply({**first_fields, "choices": choices, "usage": usage(generations), "metadata": metadata()})
+
+
+async def _prepare(service: Service, body: ChatBody) -> CallInputs:
+    """Raises HttpError."""
+    length_name, max_tokens = _length(body)
+    logprobs = _logprob_arguments(body)
+    ids = await conversation_ids(service, body)
+    with openai_errors(prompt="messages", length=length_name, top_logprobs="top_logprobs"):
+        return await service.prepare(
+            input_ids=ids,
+            sampling_params=_sampling(service, body, max_tokens),
+            rid=body.rid,
+            priority=body.priority,
+            cache_salt=cache_salt(body),
+            **logprobs,
+        )
+
+
+async def conversation_ids(service: Service, body: ChatBody) -> list[int]:
+    """The ids of a conversation, up to where the assistant goes on. Raises HttpError."""
+    messages = [_template_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+    template_arguments = _template_arguments(service, body)
+    with openai_errors(prompt="messages", length="max_tokens", top_logprobs="top_logprobs"):
+        return await service.encode_chat(messages, **template_arguments)
+
+
+def _length(body: ChatBody) -> tuple[str, int | None]:
+    """The most tokens of the answer, None for what the context leaves, and the name of the field that says so."""
+    if body.max_completion_tokens is None:
+        return "max_tokens", body.max_tokens
+    if body.max_tokens not in (None, body.max_completion_tokens):
+        raise HttpError(
+            400,
+            f"max_completion_tokens={body.max_completion_tokens} and max_tokens={body.max_tokens} differ: give one",
+            param="max_tokens",
+        )
+    return "max_completion_tokens", body.max_completion_tokens
+
+
+def _sampling(service: Service, body: ChatBody, max_tokens: int | None) -> dict[str, Any]:
+    """The request's parameters over the model's own; those that the operator prefers go between the two."""
+    preferred = service.engine_config.preferred_sampling
+    defaults = {name: value for name, value in service.sampling_defaults.items() if name not in preferred}
+    params = {**defaults, **sampling_params(body)}
+    if max_tokens is not None or "max_new_tokens" not in preferred:
+        params["max_new_tokens"] = max_tokens
+    return params
+
+
+def _logprob_arguments(body: ChatBody) -> dict[str, Any]:
+    if body.logprobs:
+        return {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": body.top_logprobs or 0}
+    if body.top_logprobs:
+        raise HttpError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    return {}
+
+
+# -- the conversation ------------------------------------------------------------------------------------------------
+def _template_message(message: ChatMessage, where: str) -> dict[str, Any]:
+    """A message as chat templates know it. Raises HttpError for what cannot be told to this model."""
+    for name in ("tool_calls", "function_call", "audio"):
+        if getattr(message, name):
+            raise HttpError(400, f"{where}.{name} is not supported by this server: leave it out", param="messages")
+    if message.content is None and message.role != "assistant":
+        raise HttpError(400, f"{where}.content is missing", param="messages")
+    # Templates know no developer: it is OpenAI's newer name for who writes the system prompt.
+    told = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": _text(message.content, f"{where}.content"),
+    }
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        value = getattr(message, name)
+        if value is not None:
+            told[name] = value
+    return told
+
+
+def _text(content: str | list[dict[str, Any]] | None, where: str) -> str:
+    """One text; parts are put on lines of their own."""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for i, part in enumerate(content or ()):
+        kind = part.get("type")
+        if kind != "text":
+            raise HttpError(
+                400, f"{where}[{i}]: a part of type {str(kind)[:80]!r} is not supported, only text is", param="messages"
+            )
+        if not isinstance(part.get("text"), str):
+            raise HttpError(400, f"{where}[{i}].text must be a string", param="messages")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _template_arguments(service: Service, body: ChatBody) -> dict[str, Any]:
+    given = body.chat_template_kwargs or {}
+    for name in given:
+        if name in _OWN_ARGUMENTS:
+            raise HttpError(
+                400, f"chat_template_kwargs must not have {name!r}: it is not the template's to say",
+                param="chat_template_kwargs",
+            )  # fmt: skip
+    is_continued = bool(body.continue_final_message)
+    if is_continued and body.add_generation_prompt:
+        raise HttpError(
+            400, "continue_final_message and add_generation_prompt exclude each other", param="add_generation_prompt"
+        )
+    return {
+        **service.config.chat_template_kwargs,
+        **given,
+        "continue_final_message": is_continued,
+        "add_generation_prompt": not is_continued and body.add_generation_prompt is not False,
+    }
+
+
+# -- the answer ------------------------------------------------------------------------------------------------------
+class ChatChoice:
+    """One sequence as the `choices` entries of chunks: who speaks, what is said, why it ended."""
+
+    def __init__(
+        self, service: Service, tokenizer: Tokenizer, body: ChatBody, index: int, generation: Generation
+    ) -> None:
+        self._index = index
+        self._tokenizer = tokenizer
+        self._generation = generation
+        self._has_logprobs = bool(body.logprobs)
+        self._returns_ids = bool(body.return_token_ids)
+        self._shows_tokens = self._has_logprobs or self._returns_ids
+        self._unshown = Unshown(
+            generation, stream_interval=service.engine_config.stream_interval, shows_tokens=self._shows_tokens
+        )
+
+    def take(self) -> list[dict[str, Any]]:
+        """The entries that are due: the first says who speaks, the last why it ended."""
+        delta = self._unshown.take()
+        if delta is None:
+            return []
+        entries = []
+        if delta.is_first:
+            role = {"role": "assistant", "content": "", "reasoning_content": None}
+            entries.append({**self._entry("delta", role), **self._prompt_ids()})
+        if delta.text or (self._shows_tokens and delta.token_ids):
+            said = {"content": delta.text, "reasoning_content": None}
+            entries.append({**self._entry("delta", said), **self._token_fields(delta)})
+        if delta.finish is not None:
+            entries.append(self._entry("delta", {"reasoning_content": None}, delta.finish))
+        return entries
+
+    def whole(self) -> dict[str, Any]:
+        """The choice of an answer that has ended; instead of `take`."""
+        delta = self._unshown.take()
+        if delta is None:
+            raise ValueError("a choice is whole when its sequence has ended, and once")
+        message = {"role": "assistant", "content": delta.text, "reasoning_content": None}
+        return {**self._entry("message", message, delta.finish), **self._prompt_ids(), **self._token_fields(delta)}
+
+    def _entry(self, name: str, words: dict[str, Any], finish: FinishReason | None = None) -> dict[str, Any]:
+        return {"index": self._index, name: words, "logprobs": None, **finish_fields(finish)}
+
+    def _token_fields(self, delta: Delta) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        if self._has_logprobs:
+            fields["logprobs"] = chat_logprobs(self._tokenizer, delta.logprobs)
+        if self._returns_ids:
+            fields["token_ids"] = delta.token_ids
+        return fields
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._generation.request.prompt_ids.tolist()} if self._returns_ids else {}
+
+
+ROUTES = (
+    Route(
+        path="/v1/chat/completions",
+        methods=("POST",),
+        handler=chat_completions,
+        access=Access.KEY,
+        dialect=Dialect.OPENAI,
+        summary="Continue a conversation (OpenAI's chat completions)",
+        body=ChatBody,
+        is_generation=True,
+    ),
+)

@@ -1,0 +1,191 @@
+"""POST /v1/completions: prompts in, texts out, in OpenAI's shape.
+
+Owns what is particular to completions: the forms of a prompt, `echo`, the default length, and the shape of a choice.
+Source: OpenAI API reference, completions; the echo of log-probabilities is what lm-evaluation-harness reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from mooli.frontend.generation import Generation
+from mooli.frontend.inputs import CallInputs
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.server.logprob_shapes import LegacyLogprobs, joined
+from mooli.server.openai_answers import Unshown, finish_fields, finished, head, metadata, stream, usage
+from mooli.server.openai_fields import cache_salt, openai_errors, refuse_unsupported, require_tokenizer, sampling_params
+from mooli.server.openai_types import CompletionBody
+from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, Reply, Route
+from mooli.server.service import Service
+
+DEFAULT_MAX_TOKENS = 16
+
+
+async def completions(service: Service, request: Incoming) -> Reply | EventStream:
+    """Raises HttpError for a request that is wrong, and what `ServedCall.changes` raises."""
+    body: CompletionBody = request.body
+    refuse_unsupported(request.given, CompletionBody)
+    tokenizer = require_tokenizer(service)
+    _check_best_of(body)
+    inputs = await _prepare(service, body)
+    texts = _echoed(service, tokenizer, body, inputs) if body.echo else None
+
+    def open_choice(index: int, generation: Generation) -> CompletionChoice:
+        echoed = None if texts is None else texts[index // generation.request.sampling.n]
+        return CompletionChoice(service, tokenizer, body, index, generation, echoed)
+
+    first_fields = head(service, inputs, body, "text_completion")
+    if body.stream:
+        return EventStream(stream(service, inputs, body, first_fields, open_choice))
+    generations = await finished(service, inputs)
+    choices = [choice for i, generation in enumerate(generations) for choice in open_choice(i, generation).take()]
+    return Reply({**first_fields, "choices": choices, "usage": usage(generations), "metadata": metadata()})
+
+
+def _check_best_of(body: CompletionBody) -> None:
+    """Choosing among more samples than are returned is not done here. Raises HttpError."""
+    if body.best_of not in (None, 1, body.n or 1):
+        raise HttpError(
+            400, f"best_of={body.best_of} is not supported: leave it out, or give the same as n", param="best_of"
+        )
+
+
+async def _prepare(service: Service, body: CompletionBody) -> CallInputs:
+    """Raises HttpError."""
+    params = sampling_params(body)
+    limit = None
+    if body.max_tokens is not None:
+        params["max_new_tokens"] = body.max_tokens
+    elif "max_new_tokens" not in service.engine_config.preferred_sampling:
+        limit = DEFAULT_MAX_TOKENS
+        if (body.min_tokens or 0) > limit:
+            raise HttpError(
+                400, f"min_tokens={body.min_tokens} needs max_tokens, which is {limit} unless given", param="min_tokens"
+            )
+    logprobs: dict[str, Any] = {}
+    if body.logprobs is not None:
+        start = 0 if body.echo else -1
+        logprobs = {"return_logprob": True, "logprob_start_len": start, "top_logprobs_num": body.logprobs}
+    with openai_errors(prompt="prompt", length="max_tokens", top_logprobs="logprobs"):
+        inputs = await service.prepare(
+            **_prompt_argument(body.prompt),
+            sampling_params=params,
+            rid=body.rid,
+            priority=body.priority,
+            cache_salt=cache_salt(body),
+            **logprobs,
+        )
+    if limit is not None:
+        _limit(inputs, limit)
+    return inputs
+
+
+def _limit(inputs: CallInputs, max_new_tokens: int) -> None:
+    """A default, unlike a number that the client gives, is cut where the context ends."""
+    for request in inputs.requests:
+        if (request.sampling.max_new_tokens or 0) > max_new_tokens:
+            request.sampling = replace(request.sampling, max_new_tokens=max_new_tokens)
+
+
+def _prompt_argument(prompt: str | Sequence[str | int | list[int]]) -> dict[str, Any]:
+    """The prompt under the name that `InputRules.prepare` has for its form. Raises HttpError for mixed lists."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if not prompt:
+        raise HttpError(400, "prompt is an empty list: give a text, token ids, or a list of them", param="prompt")
+    kind = type(prompt[0])
+    if any(type(item) is not kind for item in prompt):
+        raise HttpError(400, "prompt mixes texts and token ids in one list: give one kind", param="prompt")
+    return {"prompt": list(prompt)} if kind is str else {"input_ids": list(prompt)}
+
+
+def _echoed(service: Service, tokenizer: Tokenizer, body: CompletionBody, inputs: CallInputs) -> list[str]:
+    """The text of each prompt: the words of the client where it sent words, otherwise what its ids say."""
+    requests = inputs.requests[:: inputs.requests[0].sampling.n]
+    given = _given_texts(body)
+    skip = body.skip_special_tokens is not False
+    longest = service.rules.context_length - 1
+    texts = []
+    for index, request in enumerate(requests):
+        may_be_cut = service.rules.allow_auto_truncate and len(request.prompt_ids) >= longest
+        if given is not None and not may_be_cut:
+            texts.append(given[index])
+        else:
+            texts.append(tokenizer.decode(request.prompt_ids.tolist(), skip_special_tokens=skip))
+    return texts
+
+
+def _given_texts(body: CompletionBody) -> list[str] | None:
+    if isinstance(body.prompt, str):
+        return [body.prompt]
+    texts = [item for item in body.prompt if isinstance(item, str)]
+    return texts or None
+
+
+class CompletionChoice:
+    """One sequence, as `choices` entries: of chunks, or of the whole answer when it has ended.
+
+    index: prompts one after the other, the samples of each together.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        tokenizer: Tokenizer,
+        body: CompletionBody,
+        index: int,
+        generation: Generation,
+        echoed: str | None,
+    ) -> None:
+        self._index = index
+        self._generation = generation
+        self._echoed = echoed
+        self._returns_ids = bool(body.return_token_ids)
+        self._logprobs: LegacyLogprobs | None = None
+        if body.logprobs is not None:
+            is_given = _given_texts(body) is not None
+            self._logprobs = LegacyLogprobs(tokenizer, generation.request, echoed=echoed, is_given=is_given)
+        self._unshown = Unshown(
+            generation,
+            stream_interval=service.engine_config.stream_interval,
+            shows_tokens=self._returns_ids or self._logprobs is not None,
+        )
+
+    def take(self) -> list[dict[str, Any]]:
+        delta = self._unshown.take()
+        if delta is None:
+            return []
+        text, logprobs = delta.text, None
+        if self._logprobs is not None:
+            logprobs = self._logprobs.more(delta.logprobs)
+        if delta.is_first and self._echoed is not None:
+            text = self._echoed + text
+            if self._logprobs is not None and logprobs is not None:
+                logprobs = joined(self._logprobs.prompt(self._generation.prompt_logprobs), logprobs)
+        choice: dict[str, Any] = {
+            "index": self._index,
+            "text": text,
+            "logprobs": logprobs,
+            **finish_fields(delta.finish),
+        }
+        if self._returns_ids:
+            choice["token_ids"] = delta.token_ids
+            if delta.is_first:
+                choice["prompt_token_ids"] = self._generation.request.prompt_ids.tolist()
+        return [choice]
+
+
+ROUTES = (
+    Route(
+        path="/v1/completions",
+        methods=("POST",),
+        handler=completions,
+        access=Access.KEY,
+        dialect=Dialect.OPENAI,
+        summary="Continue prompts (OpenAI's completions)",
+        body=CompletionBody,
+        is_generation=True,
+    ),
+)

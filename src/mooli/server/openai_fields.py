@@ -1,0 +1,159 @@
+"""OpenAI's request fields in the native names, and which of them cannot be served.
+
+Owns the lists of names, the translation both ways (values down, errors up), and the refusal of what would change the
+answer if it were left aside. Never starts a request.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from mooli.errors import ChatTemplateError, ContextLengthError, PromptError, RequestError
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.server.openai_types import GenerationBody
+from mooli.server.routing import HttpError
+from mooli.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""Coding agents look for this code to shorten their history."""
+
+_SAMPLING_NAMES = {
+    "min_tokens": "min_new_tokens",
+    **{
+        name: name
+        for name in (
+            "n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
+            "repetition_penalty", "stop", "stop_token_ids", "no_stop_trim", "ignore_eos", "skip_special_tokens",
+            "spaces_between_special_tokens", "stream_interval", "seed", "logit_bias",
+        )
+    },
+}  # fmt: skip
+
+_UNSUPPORTED = (
+    # OpenAI's
+    "tools", "tool_choice", "functions", "function_call", "response_format", "modalities", "audio", "prediction",
+    "web_search_options", "reasoning_effort", "reasoning", "suffix",
+    # SGLang's
+    "json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "lora_path", "custom_logit_processor",
+    "custom_params", "session_params", "session_id", "beam_width", "watermark", "max_thinking_tokens", "input_ids",
+    "input_embeds", "image_data", "audio_data", "video_data", "return_hidden_states", "return_routed_experts",
+    "return_meta_info",
+    # of servers that clients were also written for
+    "logits_processors", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
+    "use_beam_search", "bad_words", "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens", "chat_template",
+    "documents", "prompt_embeds", "include_stop_str_in_output", "return_tokens_as_token_ids", "grammar",
+)  # fmt: skip
+"""Each would change the answer, so it is refused rather than left aside."""
+
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "tool_choice": ("auto",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "beam_width": (1,),
+    "reasoning": ({"enabled": False}, {"effort": "none"}),
+}
+"""Values that ask for what is done anyway, besides those of `_is_neutral`."""
+
+_HINTS = frozenset(
+    (
+        "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+        "parallel_tool_calls", "verbosity", "separate_reasoning", "stream_reasoning", "return_cached_tokens_details",
+    )
+)  # fmt: skip
+"""Known fields without an influence on the answer of this server."""
+
+_MAX_NOTED_NAMES = 256
+
+
+def refuse_unsupported(given: Mapping[str, Any], body_type: type[msgspec.Struct]) -> None:
+    """Raise HttpError (400) naming the first field of `given` that asks for what is not supported.
+
+    Names that nobody knows are left aside, as OpenAI's clients expect of newer fields.
+    """
+    known = set(body_type.__struct_fields__)
+    for name, value in given.items():
+        if name in known or name in _HINTS:
+            continue
+        if name not in _UNSUPPORTED:
+            _note_unknown(name[:64])
+        elif not _is_neutral(value) and value not in _WITHOUT_EFFECT.get(name, ()):
+            raise HttpError(400, f"{name} is not supported by this server: leave it out", param=name)
+
+
+def _is_neutral(value: Any) -> bool:
+    return value is None or value is False or value in ("", "none") or value == [] or value == {}
+
+
+@lru_cache(maxsize=_MAX_NOTED_NAMES)
+def _note_unknown(name: str) -> None:
+    # Cached: once for each name, unless more of them come than anybody would read.
+    logger.debug("the request field %r is not known and left aside", name)
+
+
+def require_tokenizer(service: Service) -> Tokenizer:
+    """Raises HttpError (400) where there is none."""
+    if service.tokenizer is None:
+        raise HttpError(400, "this server has no tokenizer (skip_tokenizer_init): use /generate with input_ids")
+    return service.tokenizer
+
+
+def sampling_params(body: GenerationBody) -> dict[str, Any]:
+    """The fields that are given, under their native names. The length of the answer is not among them: its default
+    belongs to the route."""
+    given = {native: getattr(body, name) for name, native in _SAMPLING_NAMES.items()}
+    return {native: value for native, value in given.items() if value is not None}
+
+
+def cache_salt(body: GenerationBody) -> str | None:
+    """What separates this request's cache from others'. SGLang's `extra_key` is another name for it.
+
+    Raises HttpError (400) if both are given and differ.
+    """
+    if body.extra_key and body.cache_salt and body.extra_key != body.cache_salt:
+        raise HttpError(400, "extra_key and cache_salt mean the same here and differ: give one", param="extra_key")
+    return body.cache_salt or body.extra_key
+
+
+@contextmanager
+def openai_errors(*, prompt: str, length: str, top_logprobs: str) -> Iterator[None]:
+    """Errors of the native side, told in the names that the client used: HttpError instead of any RequestError.
+
+    prompt, length, top_logprobs: what the route calls these fields.
+    """
+    names = {
+        "input_ids": prompt,
+        "max_new_tokens": length,
+        "min_new_tokens": "min_tokens",
+        "top_logprobs_num": top_logprobs,
+    }
+    try:
+        yield
+    except HttpError:
+        raise
+    except ChatTemplateError as exc:
+        raise HttpError(400, str(exc), param=prompt) from exc
+    except RequestError as exc:
+        message = _renamed(str(exc), names)
+        code = CONTEXT_LENGTH_EXCEEDED if isinstance(exc, ContextLengthError) else None
+        param = prompt if isinstance(exc, PromptError) else _named_field(message, names)
+        raise HttpError(exc.status_code, message, param=param, code=code) from exc
+
+
+def _renamed(message: str, names: Mapping[str, str]) -> str:
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda match: names[match[0]], message)
+
+
+def _named_field(message: str, names: Mapping[str, str]) -> str | None:
+    """The field that a message begins to speak of."""
+    fields = [*names.values(), *_SAMPLING_NAMES, "rid", "priority", "cache_salt"]
+    match = re.search(rf"\b({'|'.join(fields)})\b", message)
+    return None if match is None else match[0]

@@ -1,0 +1,254 @@
+"""HTTP connections: how long each of their phases may take, and how much may come before a body.
+
+Owns the limits that have to be kept before there is a request, or after its answer was handed to the socket: uvicorn's
+own protocol waits without end for the rest of a header, and for a client that reads nothing. Never looks into a body.
+
+    first byte ─ read_timeout ─ end of the headers ─ answer ─ keep_alive_timeout ─ first byte of the next request
+                                                      └ write_timeout while the client takes nothing
+
+Sources: RFC 9110 (408, 431), RFC 9112 (message parsing).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from mooli.server.config import ServerConfig
+
+MAX_HEADERS = 128
+
+MAX_PIPELINED = 8
+"""Requests that may wait on a connection for the one before them."""
+
+_UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
+
+_TOO_LARGE = "The request's headers are larger than this server takes."
+_TOO_SLOW = "The request's headers did not arrive in time."
+_GARBAGE = "This is not a valid HTTP request."
+
+
+def make_protocol(config: ServerConfig) -> type[asyncio.Protocol]:
+    """The class of connections with the limits of `config`."""
+    limits = {
+        "max_header_bytes": config.max_header_bytes,
+        "read_timeout_s": config.read_timeout,
+        "write_timeout_s": config.write_timeout,
+    }
+    return type("Connection", (LimitedProtocol,), limits)
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection. Made by `make_protocol`."""
+
+    max_header_bytes: int
+    read_timeout_s: float
+    write_timeout_s: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._refusal = 400
+        self._running: RequestResponseCycle | None = None
+        """The request that is being answered, or was last."""
+        self._is_in_head = self._is_in_message = False
+        self._num_headers = 0
+        self._header_bytes = 0
+        self._idle_bytes = 0
+        """Bytes since the last that the parser made something of: part of a header, or of nothing."""
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    # -- the connection, called by asyncio --
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._arm_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        self._stop_write_timer()
+        self._unset_keepalive_if_required()
+        if self._running is not None and not self._running.response_complete:
+            # uvicorn tells the newest request alone, not the one that others have been sent behind.
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        self._idle_bytes += len(data)
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self._refuse()
+            return
+        if self._idle_bytes > self.max_header_bytes:
+            self._refusal = 431
+            self._refuse()
+        elif self._is_waiting_for_head() and (self._is_in_message or self._idle_bytes):
+            self._arm_head_timer()
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            # The parser reads nothing behind a request to change the protocol, its body included, which Java's client
+            # sends with every first request. The server may ignore the wish (RFC 9110, 7.8): a new parser is given the
+            # request without it.
+            head = self._head_without_upgrade()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+            self._feed(head + data[exc.args[0] :])
+
+    def _head_without_upgrade(self) -> bytes:
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                kept = [word for word in value.split(b",") if word.strip().lower() not in _UPGRADE_HEADERS]
+                value = b",".join(kept)
+            if name not in _UPGRADE_HEADERS and (value or name != b"connection"):
+                lines.append(name + b": " + value)
+        return b"\r\n".join([*lines, b"", b""])
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stop_write_timer()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
+
+    # -- the parser's events --
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head = self._is_in_message = True
+        self._num_headers = self._header_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_header(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._num_headers += 1
+        self._count_header(len(name) + len(value))
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("this server is no proxy")
+            return
+        self._idle_bytes = 0
+        super().on_headers_complete()
+        self._is_in_head = False
+        self._stop_head_timer()
+        if self.expect_100_continue:
+            # Whether a body still comes once it was refused is the client's choice, which nobody could tell.
+            self.cycle.keep_alive = False
+        if not self.pipeline:
+            self._running = self.cycle
+        elif len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+        else:
+            # uvicorn stops reading here; then it would not see that the client leaves.
+            self.flow.resume_reading()
+
+    def on_body(self, body: bytes) -> None:
+        self._idle_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._idle_bytes = 0
+        self._is_in_message = False
+        super().on_message_complete()
+        if self.cycle.response_complete:
+            # The answer did not wait for the body; what was left of it has come now.
+            self._stop_head_timer()
+            self._start_keep_alive()
+
+    def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._running, _ = self.pipeline[-1]  # it is taken from there and started
+        super().on_response_complete()
+        if self.transport.is_closing():
+            if self.transport.get_write_buffer_size() and self._write_timer is None:
+                self._watch_writing()
+        elif self._is_in_head:
+            self._arm_head_timer()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _refuse(self) -> None:
+        """Answer what is no request, and close."""
+        running = self._running
+        if running is not None and running.response_started and not running.response_complete:
+            # A second status line would become part of the answer that is being sent.
+            self.transport.close()
+            return
+        message = {408: _TOO_SLOW, 431: _TOO_LARGE}.get(self._refusal, _GARBAGE)
+        body = json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": None}}).encode()
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[self._refusal] + head + body)
+        self.transport.close()
+
+    # -- limits --
+    def _count_header(self, num_bytes: int) -> None:
+        self._header_bytes += num_bytes
+        if self._header_bytes > self.max_header_bytes or self._num_headers > MAX_HEADERS:
+            self._refusal = 431
+            raise ValueError(_TOO_LARGE)
+
+    def _is_waiting_for_head(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _arm_head_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.read_timeout_s, self._head_is_late)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self.transport.is_closing() or not self._is_waiting_for_head():
+            return
+        if self._is_in_head:
+            self._refusal = 408
+            self._refuse()
+        else:
+            self.transport.close()
+
+    def _start_keep_alive(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _watch_writing(self) -> None:
+        """Cut the connection if nothing leaves it for `write_timeout_s`."""
+        size = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self.write_timeout_s, self._check_writing, size)
+
+    def _check_writing(self, size_before: int) -> None:
+        if self.transport.get_write_buffer_size() >= size_before:
+            self._write_timer = None
+            self.transport.abort()
+        else:
+            self._watch_writing()
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None

@@ -1,0 +1,120 @@
+"""The words between routes and the HTTP layer: what a route is, what its handler gets and gives back.
+
+Owns plain data. Never reads a socket: that is `mooli.server.http`'s; what is done for a route is its module's.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from mooli.errors import RequestError
+
+if TYPE_CHECKING:
+    from mooli.server.service import Service
+
+
+class Access(enum.Enum):
+    """Who may call a route. Nothing is open unless its route says so."""
+
+    OPEN = "open"
+    """Anybody: probes and metrics."""
+    KEY = "key"
+    """Who has the API key, if there is one."""
+    ADMIN = "admin"
+    """Who has the admin key; without one, who has the API key."""
+
+
+class Dialect(enum.Enum):
+    """Whose error bodies and error events a route speaks."""
+
+    NATIVE = "native"
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+
+class HttpError(RequestError):
+    """A request is answered with an error. param: the field that is wrong. code: a word for programs, such as
+    context_length_exceeded. retry_after_s: when it is worth to try again."""
+
+    def __init__(
+        self,
+        status_code: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A request as its handler sees it. given: the JSON object that came ({} without a body); body: the same, checked
+    against the route's `body` type (None if it has none). query: the last value of each name."""
+
+    given: Mapping[str, Any]
+    body: Any
+    query: Mapping[str, str]
+    path_params: Mapping[str, str]
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer. content: anything msgspec can write as JSON, or bytes as they are."""
+
+    content: Any
+    status: int = 200
+    media_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EventStream:
+    """Server-sent events, already framed ("data: …\\n\\n"; several in one piece are fine).
+
+    The first piece is awaited before the status is sent, so an error before it has its own status. A MooliError after
+    that is sent as the dialect's error event, and ends the stream. When the client leaves, the iterator is closed.
+    Source: WHATWG HTML, server-sent events.
+    """
+
+    pieces: AsyncIterator[bytes]
+
+
+Handler = Callable[["Service", Incoming], Awaitable["Reply | EventStream"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One path. body: type of the JSON body; None: a body is neither needed nor read. Without `needs_body` an empty one
+    stands for {}.
+    is_generation: it makes the engine work, so it is refused while the server drains and counts against its limits."""
+
+    path: str
+    methods: tuple[str, ...]
+    handler: Handler
+    access: Access
+    dialect: Dialect
+    summary: str
+    body: type[msgspec.Struct] | None = None
+    needs_body: bool = True
+    is_generation: bool = False
+
+
+def sse(data: Any, *, event: str | None = None) -> bytes:
+    """One framed event with `data` as JSON."""
+    head = b"" if event is None else b"event: " + event.encode() + b"\n"
+    return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+SSE_DONE = b"data: [DONE]\n\n"

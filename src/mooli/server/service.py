@@ -1,0 +1,279 @@
+"""What routes work with: one model's text side, and the engine process behind it.
+
+Owns the way from the arguments of a call to its growing answers, and who is counted in the metrics. Text is brought up
+to date when an output comes, whether or not anybody reads: a stop string ends its request at once. Never knows HTTP.
+Lives in the server's event loop; only tokenising of long texts leaves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from mooli.config import EngineConfig
+from mooli.engine.client import EngineClient
+from mooli.engine.facts import EngineFacts
+from mooli.errors import MooliError, RequestError
+from mooli.frontend.chat_encoding import encode_chat
+from mooli.frontend.generation import Generation
+from mooli.frontend.inputs import CallInputs, InputRules
+from mooli.frontend.text_side import input_rules
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.server.config import ServerConfig
+from mooli.server.metrics import Metrics
+from mooli.server.request_log import RequestLog
+from mooli.server.routing import HttpError
+from mooli.server.step_log import StepLog
+from mooli.types import RequestOutput
+
+LEFT = "The client closed the connection."
+
+LONG_TEXT_CHARS = 4096
+"""Texts from here on are tokenised on another thread: some ten milliseconds of it would hold up every stream."""
+
+T = TypeVar("T")
+
+
+class Observer(Protocol):
+    """What the metrics are told of requests. Times are in seconds."""
+
+    def received(self, *, is_stream: bool, prompt_tokens: int) -> None: ...
+
+    def first_token(self, *, is_stream: bool, elapsed_s: float) -> None: ...
+
+    def next_tokens(self, *, num_tokens: int, elapsed_s: float) -> None:
+        """`num_tokens` more, `elapsed_s` after the ones before."""
+        ...
+
+    def finished(self, generation: Generation, *, is_stream: bool, elapsed_s: float) -> None: ...
+
+
+class Service:
+    """See the module docstring. Attributes are for routes to read.
+
+    sampling_defaults: of chats, from the model's own files; laid under what a request says.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ServerConfig,
+        engine_config: EngineConfig,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        metrics: Metrics,
+        step_log: StepLog,
+        request_log: RequestLog | None,
+        sampling_defaults: Mapping[str, Any],
+        startup_time_s: float,
+        launch_command: str,
+    ) -> None:
+        self.config = config
+        self.engine_config = engine_config
+        self.client = client
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self.step_log = step_log
+        self.request_log = request_log
+        self.sampling_defaults = sampling_defaults
+        self.startup_time_s = startup_time_s
+        self.launch_command = launch_command
+        self.started_at = time.time()
+        self.max_open = client.facts.max_running_requests + config.max_queued_requests
+        """Sequences that may run and wait together."""
+        self.rules: InputRules = replace(
+            input_rules(engine_config, client.facts, tokenizer), max_sequences=self.max_open
+        )
+        self.is_draining = False
+        self.num_active = 0
+        """Calls that are not closed yet."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        return self.client.facts
+
+    @property
+    def model_name(self) -> str:
+        return self.engine_config.served_model_name or self.engine_config.model_path
+
+    async def prepare(self, **arguments: Any) -> CallInputs:
+        """`InputRules.prepare`, off the event loop where the text is long. Raises RequestError."""
+        given = (arguments.get("prompt"), arguments.get("input_ids"))
+        return await self._run(_num_chars(given), lambda: self.rules.prepare(**arguments))
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_arguments: Any) -> list[int]:
+        """Ids of a conversation (`mooli.frontend.chat_encoding.encode_chat`). What users write never becomes a control
+        token. Raises ChatTemplateError, PromptError, or RequestError without a tokenizer."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise RequestError("this server has no tokenizer (skip_tokenizer_init): use /generate with input_ids")
+        return await self._run(_num_chars(messages), lambda: encode_chat(tokenizer, messages, **template_arguments))
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text. Raises PromptError, or RequestError without a tokenizer."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise RequestError("this server has no tokenizer (skip_tokenizer_init)")
+        return await self._run(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def start(self, inputs: CallInputs, *, is_stream: bool, is_counted: bool = True) -> ServedCall:
+        """Submit. Use the call as a context manager: leaving it aborts what is not finished.
+
+        is_counted: False for health checks, which are no traffic.
+        Raises RequestError for an id in use, HttpError (503) when the queue is full, EngineDeadError.
+        """
+        if self.client.num_open + len(inputs.requests) > self.max_open:
+            raise HttpError(503, "The request queue is full.", code="queue_full", retry_after_s=1)
+        return ServedCall(self, inputs, is_stream=is_stream, is_counted=is_counted)
+
+    @staticmethod
+    async def _run(num_chars: int, function: Callable[[], T]) -> T:
+        return function() if num_chars < LONG_TEXT_CHARS else await asyncio.to_thread(function)
+
+
+class ServedCall:
+    """The requests of one HTTP request. `generations` hold the text and everything else there is of each so far.
+
+        with service.start(inputs, is_stream=True) as call:
+            async for changed in call.changes(): ...
+    """
+
+    def __init__(self, service: Service, inputs: CallInputs, *, is_stream: bool, is_counted: bool) -> None:
+        self._client = service.client
+        self._observer: Observer | None = service.metrics if is_counted else None
+        self._log = service.request_log if is_counted else None
+        self._service = service
+        self._is_closed = False
+        self._is_stream = is_stream
+        self._changed: dict[int, None] = {}
+        self._wake = asyncio.Event()
+        self._error: MooliError | None = None
+        self._started_s = time.perf_counter()
+        config = service.engine_config
+        self.is_single = inputs.is_single
+        self.generations = [
+            Generation(
+                request,
+                service.tokenizer,
+                index=None if inputs.is_single else index,
+                stream_interval=config.stream_interval,
+                incremental=config.incremental_streaming_output,
+            )
+            for index, request in enumerate(inputs.requests)
+        ]
+        self._last_s: dict[str, float] = {}
+        self._open = {generation.rid for generation in self.generations}
+        sinks = [self._sink(index) for index in range(len(self.generations))]
+        self._client.submit(inputs.requests, sinks)
+        service.num_active += 1
+        if self._log is not None:
+            for generation in self.generations:
+                self._log.started(generation)
+        if self._observer is not None:
+            for request in inputs.requests:
+                self._observer.received(is_stream=is_stream, prompt_tokens=len(request.prompt_ids))
+
+    @property
+    def is_done(self) -> bool:
+        return not self._open
+
+    async def changes(self) -> AsyncIterator[list[int]]:
+        """Indices of generations that changed since they were last yielded, until all have ended. A slow reader gets
+        fewer, larger changes. Raises what ended the whole call, EngineDeadError for example."""
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._changed:
+                changed, self._changed = sorted(self._changed), {}
+                yield changed
+            elif self.is_done:
+                return
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+
+    async def wait(self) -> None:
+        """Until all have ended. Raises like `changes`; a single request that failed raises what it failed of."""
+        async for _ in self.changes():
+            pass
+        if len(self.generations) == 1:
+            self.generations[0].raise_if_failed()
+
+    def close(self, reason: str = LEFT) -> None:
+        """Abort what is not finished; what was computed of it stays in the cache. May be called again."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._service.num_active -= 1
+        rids, self._open = self._open, set()
+        if rids:
+            self._client.drop(rids, reason)
+            for generation in self.generations:
+                if generation.rid in rids:
+                    self._count_end(generation)
+
+    def __enter__(self) -> ServedCall:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _sink(self, index: int) -> Callable[[RequestOutput | MooliError], None]:
+        def take(item: RequestOutput | MooliError) -> None:
+            self._take(index, item)
+
+        return take
+
+    def _take(self, index: int, item: RequestOutput | MooliError) -> None:
+        generation = self.generations[index]
+        if isinstance(item, MooliError):
+            self._error = self._error or item
+            self._open.discard(generation.rid)
+            self._count_end(generation)
+        else:
+            num_before = len(generation.output_ids)
+            stop_string = generation.update(item)
+            self._count_tokens(generation, len(generation.output_ids) - num_before)
+            if stop_string is not None:
+                self._client.finish({generation.rid: stop_string})
+            if generation.finish is not None:
+                self._open.discard(generation.rid)
+                self._count_end(generation)
+        self._changed[index] = None
+        self._wake.set()
+
+    def _count_tokens(self, generation: Generation, num_tokens: int) -> None:
+        if self._observer is None or not num_tokens:
+            return
+        now = time.perf_counter()
+        last = self._last_s.get(generation.rid)
+        self._last_s[generation.rid] = now
+        if last is None:
+            self._observer.first_token(is_stream=self._is_stream, elapsed_s=now - self._started_s)
+        else:
+            self._observer.next_tokens(num_tokens=num_tokens, elapsed_s=now - last)
+
+    def _count_end(self, generation: Generation) -> None:
+        elapsed_s = time.perf_counter() - self._started_s
+        if self._observer is not None:
+            self._observer.finished(generation, is_stream=self._is_stream, elapsed_s=elapsed_s)
+        if self._log is not None:
+            self._log.finished(generation, elapsed_s)
+
+
+def _num_chars(value: Any) -> int:
+    """Characters in all strings of a value made of JSON types, counted no further than it matters; a number is one."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return 1
+    total = 0
+    for item in value:
+        total += _num_chars(item)
+        if total >= LONG_TEXT_CHARS:
+            break
+    return total

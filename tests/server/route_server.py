@@ -1,0 +1,135 @@
+"""Routes of a test's own behind the real HTTP layer: real sockets, uvicorn, protection; no engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from mooli.server.app import build_app
+from mooli.server.config import ServerConfig
+from mooli.server.protocol import make_protocol
+from mooli.server.routing import Access, Dialect, Route
+
+
+class Counts:
+    """What the metrics were told."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, str]] = []
+        self.responses: list[tuple[str, str, int]] = []
+
+    def http_request(self, endpoint: str, method: str) -> None:
+        self.requests.append((endpoint, method))
+
+    def http_response(self, endpoint: str, method: str, status: int) -> None:
+        self.responses.append((endpoint, method, status))
+
+
+def post(path: str, handler: Callable[..., Awaitable[Any]], body: Any = None, **fields: Any) -> Route:
+    """A route with the defaults most tests want."""
+    values = {"methods": ("POST",), "access": Access.KEY, "dialect": Dialect.NATIVE, "summary": path, **fields}
+    return Route(path=path, handler=handler, body=body, **values)
+
+
+class RouteServer:
+    """Serves `routes`. http: a client of it. counts: see `Counts`."""
+
+    def __init__(self, routes: list[Route], **arguments: Any) -> None:
+        self.config = ServerConfig.from_kwargs(port=0, **arguments)
+        self.counts = Counts()
+        self.service = SimpleNamespace(config=self.config, metrics=self.counts, is_draining=False)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                build_app(self.service, routes), http=make_protocol(self.config), ws="none", lifespan="off",
+                loop="asyncio", log_config=None, interface="asgi3", timeout_keep_alive=self.config.keep_alive_timeout,
+                root_path=self.config.fastapi_root_path, timeout_graceful_shutdown=2,
+            )
+        )  # fmt: skip
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+
+    def _run(self) -> None:
+        asyncio.run(self._server.serve([self._listener]))
+
+    def stop(self) -> None:
+        self.http.close()
+        self._server.should_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive(), "the server has not ended"
+        self._listener.close()
+
+    @property
+    def num_tasks(self) -> int:
+        """Requests that are being answered."""
+        return len(self._server.server_state.tasks)
+
+    def connect(self) -> Connection:
+        return Connection(self.port)
+
+
+class Connection:
+    """A client's bare socket."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+
+    def send(self, data: bytes) -> Connection:
+        self.socket.sendall(data)
+        return self
+
+    def read_to_end(self) -> bytes:
+        """Everything until the server closes."""
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := self.socket.recv(65536):
+                received += piece
+        return received
+
+    def read_until(self, mark: bytes) -> bytes:
+        received = b""
+        while mark not in received:
+            piece = self.socket.recv(65536)
+            assert piece, f"the server has closed after {received!r}"
+            received += piece
+        return received
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., RouteServer]]:
+    """Starts servers: serve(route, …, **server_arguments)."""
+    servers: list[RouteServer] = []
+
+    def start(*routes: Route, **arguments: Any) -> RouteServer:
+        servers.append(RouteServer(list(routes), **arguments))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def json_request(path: str, body: bytes = b"{}", *headers: str) -> bytes:
+    """A whole POST as it goes over the wire."""
+    head = [f"POST {path} HTTP/1.1", "Host: test", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*head, *headers, "", ""]).encode() + body

@@ -1,0 +1,249 @@
+"""Connections: what comes in every order, in pieces, too long, too late, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+
+import msgspec
+import pytest
+from route_server import json_request, post
+
+from mooli.errors import PromptError
+from mooli.server.routing import EventStream, Reply
+
+
+class Body(msgspec.Struct):
+    text: str = ""
+    count: int | None = None
+
+
+async def echo(service, request) -> Reply:
+    return Reply({"given": request.given})
+
+
+async def refuse(service, request) -> Reply:
+    raise PromptError("x")
+
+
+def test_a_connection_takes_one_request_after_another(serve):
+    server = serve(post("/echo", echo, Body), post("/fail", refuse))
+    with server.connect() as client:
+        for path, status in [("/echo", b"200"), ("/fail", b"400"), ("/nothing", b"404"), ("/echo", b"200")]:
+            assert client.send(json_request(path)).read_until(b"}").startswith(b"HTTP/1.1 " + status)
+
+
+def test_requests_sent_together_are_answered_in_order(serve):
+    async def handler(service, request) -> Reply:
+        await asyncio.sleep(0.05 if request.given["count"] == 0 else 0)
+        return Reply(request.given)
+
+    server = serve(post("/echo", handler, Body))
+    with server.connect() as client:
+        client.send(b"".join(json_request("/echo", b'{"count":%d}' % i) for i in range(4)))
+        answer = client.read_until(b'{"count":3}')
+    assert [answer.index(b'{"count":%d}' % i) for i in range(4)] == sorted(
+        answer.index(b'{"count":%d}' % i) for i in range(4)
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_client_that_leaves_ends_what_it_sent(serve, count):
+    ended = threading.Semaphore(0)
+    started = threading.Event()
+
+    async def handler(service, request) -> Reply:
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.release()
+
+    server = serve(post("/slow", handler, Body))
+    with server.connect() as client:
+        client.send(json_request("/slow") * count)
+        assert started.wait(10)
+    assert ended.acquire(timeout=10)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00\x01\x02\x03\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nbad header\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
+        b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
+        b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+        b"POST /echo HTTP/1.1\r\nHost: a\r\nX: a\r\n folded\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"CONNECT example.org:443 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+)
+def test_garbage_is_refused_and_the_connection_closed(serve, garbage, caplog):
+    caplog.set_level(logging.CRITICAL)
+    server = serve(post("/echo", echo, Body))
+    with server.connect() as client:
+        answer = client.send(garbage).read_to_end()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert server.http.post("/echo", json={}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 5000,
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 5000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 200 + b"\r\n",
+        b"GET /" + b"x" * 5000 + b" HTTP/1.1\r\n\r\n",
+        b"GET /" + b"x" * 5000,
+        b"\r\n" * 5000,
+    ],
+)
+def test_heads_over_the_limit_are_refused(serve, head, caplog):
+    caplog.set_level(logging.CRITICAL)
+    server = serve(post("/echo", echo, Body), max_header_bytes=4000)
+    with server.connect() as client:
+        assert client.send(head).read_to_end().startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize("tail", [b"0\r\nX: " + b"x" * 5000, b"1;" + b"x" * 5000, b"0\r\n" + b"X: a\r\n" * 2000])
+def test_a_body_without_end_in_its_frame_is_refused(serve, tail):
+    ended = threading.Event()
+
+    async def events():
+        try:
+            yield b"data: 1\n\n"
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def handler(service, request) -> EventStream:
+        return EventStream(events())
+
+    server = serve(post("/stream", handler), max_header_bytes=4000)
+    with server.connect() as client:
+        client.send(b"POST /stream HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n").read_until(b"data: 1")
+        client.send(tail).read_to_end()
+    assert ended.wait(10)
+
+
+def test_a_long_body_in_small_chunks_is_no_header(serve):
+    server = serve(post("/echo", echo, Body), max_header_bytes=1024)
+    body = json.dumps({"text": "x" * 20_000}).encode()
+    pieces = iter([body[i : i + 1] for i in range(3000)] + [body[3000:]])
+    assert server.http.post("/echo", content=pieces, headers={"Content-Type": "application/json"}).status_code == 200
+
+
+@pytest.mark.parametrize("part", [b"", b"\r\n", b"GET", b"GET / HTTP/1.1\r\nHost: a\r\n"])
+def test_a_head_that_does_not_come_to_an_end_is_cut(serve, part):
+    server = serve(post("/echo", echo, Body), read_timeout=0.2)
+    with server.connect() as client:
+        answer = client.send(part).read_to_end()
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_second_head_that_does_not_come_to_an_end_is_cut_too(serve):
+    server = serve(post("/echo", echo, Body), read_timeout=0.2)
+    with server.connect() as client:
+        client.send(json_request("/echo")).read_until(b"}}")
+        assert b"HTTP/1.1 408 " in client.send(b"POST /ec").read_to_end()
+
+
+def test_an_idle_connection_is_closed(serve):
+    server = serve(post("/echo", echo, Body), keep_alive_timeout=1)
+    with server.connect() as client:
+        client.send(json_request("/echo")).read_until(b"}}")
+        assert client.read_to_end() == b""
+
+
+def test_a_late_head_behind_a_running_request_does_not_cut_it(serve):
+    async def handler(service, request) -> Reply:
+        await asyncio.sleep(0.6)
+        return Reply({"done": True})
+
+    server = serve(post("/slow", handler, Body), read_timeout=0.1)
+    with server.connect() as client:
+        answer = client.send(json_request("/slow") + b"GET /no").read_to_end()
+    assert b'{"done":true}' in answer and b"HTTP/1.1 408 " in answer
+
+
+def test_too_many_requests_sent_together_cut_the_connection(serve):
+    async def handler(service, request) -> Reply:
+        await asyncio.sleep(60)
+
+    server = serve(post("/slow", handler, Body))
+    with server.connect() as client:
+        assert client.send(json_request("/slow") * 50).read_to_end() == b""
+
+
+@pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
+def test_a_request_to_change_the_protocol_is_answered_in_this_one(serve, upgrade):
+    server = serve(post("/echo", echo, Body), post("/get", echo, methods=("GET",)))
+    wish = ["Connection: Upgrade, HTTP2-Settings", f"Upgrade: {upgrade}", "HTTP2-Settings: AAMAAABk"]
+    first = json_request("/echo", b'{"count":1}', *wish)
+    with server.connect() as client:
+        for request in (first, json_request("/echo", b'{"count":2}'), first):
+            assert b'"count":' + request[-2:-1] in client.send(request).read_until(b"}}")
+        client.send(first[:-5]).send(first[-5:])
+        assert b'"count":1' in client.read_until(b"}}")
+        client.send("\r\n".join(["GET /get HTTP/1.1", "Host: a", *wish, "", ""]).encode())
+        assert client.read_until(b"}}").startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_wish_to_close_is_kept_when_one_to_change_the_protocol_is_not(serve):
+    server = serve(post("/echo", echo, Body))
+    with server.connect() as client:
+        client.send(json_request("/echo", b"{}", "Connection: close, Upgrade", "Upgrade: h2c"))
+        assert b"connection: close" in client.read_to_end().lower()
+
+
+@pytest.mark.parametrize("at", [1, 30, 80, 105, 140])
+def test_a_client_may_leave_at_any_moment(serve, at, caplog):
+    server = serve(post("/echo", echo, Body))
+    request = json_request("/echo", b'{"text": "' + b"x" * 50 + b'"}')
+    for _ in range(5):
+        with server.connect() as client:
+            client.send(request[:at])
+    assert server.http.post("/echo", json={}).status_code == 200
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/echo", "/nothing"])
+def test_a_client_that_asks_first_and_is_refused_gets_a_new_connection(serve, path):
+    server = serve(post("/echo", echo, Body), max_body_bytes=1024)
+    head, _, _ = json_request(path, b"x" * 2000, "Expect: 100-continue").partition(b"\r\n\r\n")
+    with server.connect() as client:
+        answer = client.send(head + b"\r\n\r\n").read_to_end()
+    assert answer.startswith(b"HTTP/1.1 4") and b"connection: close" in answer
+
+
+def test_a_body_behind_its_answer_is_passed_over(serve):
+    server = serve(post("/echo", echo, Body))
+    with server.connect() as client:
+        late = json_request("/nothing", b"x" * 500)
+        client.send(late[:-100]).read_until(b"}")
+        client.send(late[-100:] + json_request("/echo", b'{"count":1}'))
+        assert client.read_until(b"}}").startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_body_behind_its_answer_is_not_waited_for(serve):
+    server = serve(post("/echo", echo, Body), read_timeout=0.2)
+    with server.connect() as client:
+        client.send(json_request("/nothing", b"x" * 500)[:-100]).read_until(b"}")
+        assert client.send(b"x").read_to_end() == b""
+
+
+def test_a_client_that_asks_first_is_told_to_go_on(serve):
+    server = serve(post("/echo", echo, Body), max_body_bytes=1024)
+    head, _, body = json_request("/echo", b'{"count":1}', "Expect: 100-continue").partition(b"\r\n\r\n")
+    with server.connect() as client:
+        assert client.send(head + b"\r\n\r\n").read_until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert b'{"count":1}' in client.send(body).read_until(b"}}")
