@@ -97,7 +97,7 @@ def test_embedding_gives_the_rows_of_its_table(backend: Backend, variant: Varian
     page_size = allocate(backend, variant)
     ids = [7, 0, 39, 7, 21]
     actual = run(backend, loaded, step([Row(ids, 0, [0] * (len(ids) // page_size + 1))], page_size))
-    np.testing.assert_array_equal(actual, table[ids])
+    assert_close(actual, table[ids].astype(np.float64), variant.embed)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0], ids=["tiny", "unit", "large"])
@@ -187,7 +187,7 @@ def test_silu_keeps_its_limits_for_large_inputs(backend: Backend, variant: Varia
     gate, up = np.zeros((32, HIDDEN), dtype=np.float32), np.zeros((32, HIDDEN), dtype=np.float32)
     gate[0::2, 0], gate[1::2, 0], up[:, 0] = 1, -1, 1
     inputs = np.zeros((2, HIDDEN), dtype=np.float32)
-    inputs[:, 0] = 64, 1000
+    inputs[:, 0] = 64, 250  # exp(250) is beyond float32, and the square of 250 is not beyond float16
     weight = backend.load_gated(raw(gate), raw(up))
     x, actual = run_op(backend, variant, inputs, lambda _, x: backend.ops.linear_silu_mul(x, weight))
     square = np.broadcast_to(x[:, :1] ** 2, (2, 16))
@@ -378,9 +378,9 @@ def test_copies_are_carried_out_in_order(backend: Backend, variant: Variant) -> 
 def test_a_row_does_not_depend_on_the_rows_beside_it(backend: Backend, variant: Variant, eps: float) -> None:
     table = backend.load_embedding(raw(random(33, 33, HIDDEN)))
     gain = backend.load_vector(raw(random(34, HIDDEN)))
-    qkv_weight = backend.load_linear([raw(random(35, QKV_SIZE, HIDDEN))])
-    out_weight = backend.load_linear([raw(random(36, HIDDEN, SPEC.num_heads * SPEC.head_dim))])
-    gated = backend.load_gated(raw(random(37, 160, HIDDEN)), raw(random(38, 160, HIDDEN)))
+    qkv_weight = backend.load_linear([raw(random(35, QKV_SIZE, HIDDEN, scale=0.1))])
+    out_weight = backend.load_linear([raw(random(36, HIDDEN, SPEC.num_heads * SPEC.head_dim, scale=0.1))])
+    gated = backend.load_gated(raw(random(37, 160, HIDDEN, scale=0.1)), raw(random(38, 160, HIDDEN, scale=0.1)))
     page_size = allocate(backend, variant)
 
     def layer(batch: Any, x: Any) -> Any:
@@ -394,7 +394,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(backend: Backend, variant: 
     if variant.exact_rows:
         np.testing.assert_array_equal(together, np.stack(alone))
     else:
-        assert_close(together, np.stack(alone).astype(np.float64), 1e-5)
+        assert_close(together, np.stack(alone).astype(np.float64), variant.alone)
 
 
 def test_taken_rows_feed_another_function(backend: Backend, variant: Variant) -> None:

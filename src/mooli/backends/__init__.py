@@ -13,17 +13,22 @@ from mooli.errors import BackendUnavailableError, ConfigError
 BACKENDS: dict[str, tuple[str, str]] = {
     "cpu": ("mooli.backends.cpu", "CpuBackend"),
     "reference": ("mooli.backends.reference", "ReferenceBackend"),
+    "torch": ("mooli.backends.torch", "TorchBackend"),
+    "cuda": ("mooli.backends.torch", "CudaBackend"),
 }
 """Name to (module, class). A module is imported only when its backend is asked for."""
 
 NOT_INSTALLED: dict[str, str] = {
-    "ascend": "Ascend NPUs need a release of mooli with the torch backend, and torch with torch_npu",
-    "npu": "Ascend NPUs need a release of mooli with the torch backend, and torch with torch_npu",
-    "cuda": "CUDA devices need a release of mooli with the torch backend, and torch built for CUDA",
-    "gpu": "CUDA devices need a release of mooli with the torch backend, and torch built for CUDA",
-    "torch": "it needs a release of mooli with the torch backend, and torch",
+    "ascend": "Ascend NPUs need a release of mooli with the ascend backend, and torch with torch_npu",
+    "npu": "Ascend NPUs need a release of mooli with the ascend backend, and torch with torch_npu",
 }
 """Names that mean something, of backends that this version does not contain, and what they need."""
+
+INSTALL: dict[str, str] = {
+    "torch": "pip install mooli[torch]",
+    "cuda": "pip install mooli[torch], with a build of torch for CUDA",
+}
+"""How to install what a backend needs and the core does not bring."""
 
 
 def create_backend(
@@ -48,7 +53,12 @@ def create_backend(
     try:
         module = importlib.import_module(module_name)
         backend_class = getattr(module, class_name)
-    except (ImportError, AttributeError) as exc:
+    except (ImportError, AttributeError, OSError, RuntimeError) as exc:
+        # torch raises the last two for shared libraries and device extensions that do not load.
+        if name in INSTALL:
+            raise BackendUnavailableError(
+                f"backend {name!r} does not load: {exc}. It needs torch: {INSTALL[name]}."
+            ) from exc
         raise BackendUnavailableError(
             f"backend {name!r} does not load: {exc}. Reinstall mooli (pip install --force-reinstall mooli), "
             "or choose backend 'reference', which is slow but needs no native module."

@@ -1,0 +1,237 @@
+"""The torch backend behind the seam: weights, KV pool, plan of a step, sampling, on the CPU through PyTorch.
+
+Owns the choice of types and the order of loading. What other devices do differently (opening the device, memory,
+uploads, graphs) is one method each, which their backends override. Never knows a model's structure.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mooli.backends.base import KVSpec, Limits, MemoryInfo, SampleResult
+from mooli.backends.host_memory import host_memory
+from mooli.backends.reference_sampling import LogprobTuple
+from mooli.backends.torch.attention import PagedAttention
+from mooli.backends.torch.dtypes import DTYPES, torch_dtype
+from mooli.backends.torch.kv_pool import KVPool, bytes_per_page
+from mooli.backends.torch.ops import TorchOps
+from mooli.backends.torch.sampling import TorchSampler
+from mooli.backends.torch.step_plan import ForwardBatch, plan_step
+from mooli.backends.torch.weights import (
+    FloatLinear,
+    LinearWeight,
+    check_type,
+    holds_same,
+    load_int8,
+    load_matrix,
+    load_vector,
+    tensor_bytes,
+)
+from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
+from mooli.errors import ConfigError
+from mooli.tensor import RawTensor, TensorType
+
+FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
+
+
+class TorchBackend:
+    """PyTorch on this machine's processors. Any page size; every operation in `dtype`, sums in float32."""
+
+    name = "torch"
+    default_page_size = 16
+
+    def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
+        """dtype: of weights and activations; "auto" is the device's best. quantization: None or "int8" (weights only).
+
+        num_threads: None leaves PyTorch's own choice; a number is set for the whole process.
+
+        Raises ConfigError for what this backend cannot honour, BackendUnavailableError if the device is not there.
+        """
+        if dtype != "auto" and dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+        if quantization not in (None, "int8"):
+            raise ConfigError(
+                f"the {self.name} backend cannot quantise to {quantization}: use quantization='int8', or backend 'cpu'"
+            )
+        self.device = self.open_device()
+        self._num_threads = num_threads
+        self.use_threads(num_threads)
+        self.dtype_name = self.auto_dtype() if dtype == "auto" else dtype
+        self._dtype = torch_dtype(self.dtype_name)
+        self._quantization = quantization
+        self.ops = self.make_ops()
+        self.sampler = TorchSampler(self.upload)
+        self.pool: KVPool | None = None
+        self._embedding: Tensor | None = None
+        self._weight_bytes = 0
+        self._loaded: Counter[str] = Counter()
+
+    # ------------------------------------------------------------------ what a device does in its own way
+
+    def open_device(self) -> torch.device:
+        """The device to compute on. Raises BackendUnavailableError if it is not there."""
+        return torch.device("cpu")
+
+    def auto_dtype(self) -> str:
+        """The type of dtype="auto"."""
+        return "float32"
+
+    def use_threads(self, num_threads: int | None) -> None:
+        """Raise ConfigError for a number that cannot be honoured."""
+        if num_threads is None:
+            return
+        if num_threads < 1:
+            raise ConfigError(f"num_threads must be at least 1, not {num_threads}")
+        torch.set_num_threads(num_threads)
+
+    def make_ops(self) -> TorchOps:
+        return TorchOps(self.device)
+
+    def make_attention(self, pool: KVPool) -> PagedAttention:
+        return PagedAttention(pool)
+
+    def upload(self, values: NDArray[Any]) -> Tensor:
+        """One copy of an array that nobody else writes to."""
+        return torch.from_numpy(values).to(self.device)
+
+    def memory(self) -> MemoryInfo:
+        return host_memory()
+
+    def bind_thread(self) -> None:
+        # The number of threads is kept by each thread that starts some.
+        self.use_threads(self._num_threads)
+
+    def num_spare_pages(self) -> int:
+        """Pages beyond those of requests, for padding rows."""
+        return 0
+
+    # ------------------------------------------------------------------ facts
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "backend": self.name,
+            "device": str(self.device),
+            "dtype": self.dtype_name,
+            "library": f"torch {torch.__version__}",
+            "threads": torch.get_num_threads(),
+            "attention": "scaled_dot_product_attention over gathered pages",
+            "weight_kinds": dict(self._loaded),
+        }
+
+    def check_page_size(self, page_size: int) -> None:
+        if page_size < 1:
+            raise ConfigError(f"page_size must be at least 1, not {page_size}")
+
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    # ------------------------------------------------------------------ weights
+
+    def load_linear(
+        self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
+    ) -> LinearWeight:
+        self._note(tensors, is_linear=True)
+        bias = load_vector(biases, self._dtype, self.device) if biases else None
+        if self._quantization == "int8":
+            return self._count_linear(load_int8(tensors, bias, self.device))
+        if head and len(tensors) == 1 and self._embedding is not None and holds_same(self._embedding, tensors[0]):
+            return FloatLinear(self._embedding, bias)  # tied: one table for both, counted once
+        return self._count_linear(FloatLinear(load_matrix(tensors, self._dtype, self.device), bias))
+
+    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> LinearWeight:
+        """Gate and up projection stacked, so that one product makes both."""
+        return self.load_linear([gate, up], biases)
+
+    def load_embedding(self, table: RawTensor) -> Tensor:
+        self._note([table], is_linear=False)
+        self._embedding = self._count(load_matrix([table], self._dtype, self.device))
+        return self._embedding
+
+    def load_vector(self, vector: RawTensor) -> Tensor:
+        """Gains of norms stay in float32, in which norms compute."""
+        check_type(vector)
+        return self._count(load_vector([vector], torch.float32, self.device))
+
+    def _note(self, tensors: Sequence[RawTensor], *, is_linear: bool) -> None:
+        """Check storage types, and keep for `describe` what became of them."""
+        for tensor in tensors:
+            check_type(tensor)
+            to = "int8 in groups of 32" if is_linear and self._quantization else self.dtype_name
+            verb = "as" if tensor.type in FLOATS else "dequantised to"
+            self._loaded[f"{tensor.type.name} {verb} {to}"] += 1
+
+    def _count_linear(self, weight: LinearWeight) -> LinearWeight:
+        self._weight_bytes += weight.num_bytes()
+        return weight
+
+    def _count(self, values: Tensor) -> Tensor:
+        self._weight_bytes += tensor_bytes(values)
+        return values
+
+    # ------------------------------------------------------------------ KV pool
+
+    def kv_bytes_per_page(self, spec: KVSpec) -> int:
+        return bytes_per_page(spec)
+
+    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+        self.check_page_size(spec.page_size)
+        # The embedding was kept for a tied head, which is loaded by now.
+        self._embedding = None
+        self.pool = KVPool(spec, num_pages, self.device, self.num_spare_pages())
+        self.ops.attention = self.make_attention(self.pool)
+        self.ops.num_positions = limits.max_pages_per_row * spec.page_size
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        with torch.no_grad():
+            self._allocated().copy(copies)
+
+    def _allocated(self) -> KVPool:
+        if self.pool is None:
+            raise ConfigError("allocate the KV pool before running a step")
+        return self.pool
+
+    # ------------------------------------------------------------------ a step
+
+    def plan(self, batch: ScheduleBatch) -> ForwardBatch:
+        return plan_step(batch, self._allocated().page_size, self.upload)
+
+    def capture(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function itself: nothing is captured on the CPU."""
+
+        def run(argument: ForwardBatch | Tensor) -> Tensor:
+            with torch.no_grad():
+                return function(argument)
+
+        return run
+
+    def take_rows(self, hidden: Tensor, rows: NDArray[np.int32]) -> Tensor:
+        if len(rows) <= len(hidden) and np.array_equal(rows, np.arange(len(rows))):
+            return hidden[: len(rows)]  # a decode step samples every row
+        return hidden.index_select(0, self.upload(rows.astype(np.int64)))
+
+    def sample(self, logits: Tensor, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
+        with torch.no_grad():
+            return self.sampler.sample(logits[:, :vocab_size].float(), sampling)
+
+    def logprobs(
+        self, logits: Tensor, target_ids: NDArray[np.int32], num_top: int, token_ids: Sequence[int], vocab_size: int
+    ) -> list[LogprobTuple]:
+        with torch.no_grad():
+            return self.sampler.logprobs(logits[:, :vocab_size].float(), target_ids, num_top, token_ids)
+
+    def to_host(self, x: Tensor) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = x.float().cpu().numpy()
+        return values
+
+    def close(self) -> None:
+        """Give back the KV pool and tables. Weights go with the model that holds them."""
+        self.ops.close()
+        self.pool = None
+        self._embedding = None

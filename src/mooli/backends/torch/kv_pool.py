@@ -1,0 +1,74 @@
+"""The KV pool in one tensor: storing, gathering and copying by slot.
+
+Owns the layout, [layer][K, V][page][offset][kv head][value], of which every layer's keys and values are contiguous.
+Never knows which request a page belongs to. Memory that was never stored to holds anything, and is never gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mooli.backends.base import KVSpec
+from mooli.backends.torch.dtypes import ITEM_BYTES, torch_dtype
+from mooli.batch import PageCopy
+from mooli.errors import OutOfMemoryError
+
+
+class KVPool:
+    """Keys and values of `num_pages` pages, and of `num_spare_pages` more that no request owns.
+
+    Padding rows of a captured step read and write the spare page, whose number is `num_pages`.
+    """
+
+    def __init__(self, spec: KVSpec, num_pages: int, device: torch.device, num_spare_pages: int = 0) -> None:
+        """Raises OutOfMemoryError if the device does not hold the pool, ConfigError for an unknown KV type."""
+        self.page_size = spec.page_size
+        self.num_kv_heads = spec.num_kv_heads
+        self.head_dim = spec.head_dim
+        self.num_pages = num_pages
+        shape = (spec.num_layers, 2, num_pages + num_spare_pages, spec.page_size, spec.num_kv_heads, spec.head_dim)
+        dtype = torch_dtype(spec.dtype)
+        try:
+            self.storage = torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError as exc:  # of which torch's own out-of-memory error is one
+            size = num_pages * bytes_per_page(spec)
+            raise OutOfMemoryError(
+                f"no memory on {device} for a KV pool of {size / 2**30:.2f} GiB ({str(exc).splitlines()[0]}): "
+                "lower mem_fraction_static or max_total_tokens"
+            ) from exc
+        width = spec.num_kv_heads * spec.head_dim
+        self._keys = [layer[0].view(-1, width) for layer in self.storage]
+        self._values = [layer[1].view(-1, width) for layer in self.storage]
+
+    @property
+    def spare_slot(self) -> int:
+        """The first slot of the spare page."""
+        return self.num_pages * self.page_size
+
+    def store(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keep k and v (T, kv heads * head_dim), rounded to the pool's type, at slots int64 (T,)."""
+        dtype = self.storage.dtype
+        self._keys[layer].index_copy_(0, slots, k.to(dtype))
+        self._values[layer].index_copy_(0, slots, v.to(dtype))
+
+    def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values at slots int64 of any shape: (*slots.shape, kv heads, head_dim) each."""
+        flat, shape = slots.reshape(-1), (*slots.shape, self.num_kv_heads, self.head_dim)
+        k = self._keys[layer].index_select(0, flat)
+        v = self._values[layer].index_select(0, flat)
+        return k.view(shape), v.view(shape)
+
+    def copy(self, copies: Sequence[PageCopy]) -> None:
+        """Carry out the copies, in order, in all layers."""
+        for item in copies:
+            source = self.storage[:, :, item.source, : item.num_tokens]
+            self.storage[:, :, item.target, : item.num_tokens].copy_(source)
+
+
+def bytes_per_page(spec: KVSpec) -> int:
+    """Bytes of one page, all layers. Raises ConfigError for an unknown KV type."""
+    item_bytes = ITEM_BYTES[torch_dtype(spec.dtype)]
+    return spec.num_layers * 2 * spec.page_size * spec.num_kv_heads * spec.head_dim * item_bytes

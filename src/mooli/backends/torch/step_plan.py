@@ -1,0 +1,159 @@
+"""A step as the torch operations take it: index tensors on the device, lengths on the host.
+
+Owns which rows are attended together and the one upload of a step. Never reads a device tensor back: whatever decides
+shapes is known on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mooli.batch import ScheduleBatch
+
+GATHERED_TOKENS = 1 << 16
+"""Tokens whose keys and values are gathered at one time for rows of length 1. A longer row is gathered alone."""
+
+SHORT_ROW = 256
+"""Rows of length 1 with no more keys than this are attended together: padding them costs less than another call."""
+
+Upload = Callable[[NDArray[Any]], Tensor]
+"""One copy from the host to the device. The array is the callee's from then on."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Rows of length 1 that are attended in one call.
+
+    tokens: int64 (G,), their tokens in the step; None if they are the step's tokens in order. page_table: int64 (G, W).
+    positions: int64 (G,). num_keys: the most keys any of them has, itself included. is_even: all have that many.
+    """
+
+    tokens: Tensor | None
+    page_table: Tensor
+    positions: Tensor
+    num_keys: int
+    is_even: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRow:
+    """A row of several tokens: `first_token` .. `first_token + length` of the step, at positions `start` and on.
+
+    pages: int64 (W,).
+    """
+
+    first_token: int
+    start: int
+    length: int
+    pages: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """token_ids, positions, slots: int64 (T,). num_tokens: rows of a result that mean something, T unless padded.
+
+    max_position: of any token. `memo` keeps what all layers share, such as the slots of keys: it belongs to one run of
+    a model's forward function. `graph_key` names the captured graph that may carry the step out, if any.
+    """
+
+    num_tokens: int
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    max_position: int
+    decode: tuple[DecodeGroup, ...]
+    chunks: tuple[ChunkRow, ...]
+    graph_key: tuple[int, ...] | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+def decode_groups(num_keys: Sequence[int]) -> list[list[int]]:
+    """Indices of rows to attend together, by their numbers of keys: the longest rows come first.
+
+    A group pads all its rows to the longest one. Rows join unless they would be padded to more than twice their length
+    (short rows aside) or the group would gather more than GATHERED_TOKENS.
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(num_keys)), key=lambda i: -num_keys[i]):
+        fits = groups and (len(groups[-1]) + 1) * longest <= GATHERED_TOKENS
+        if fits and longest <= max(SHORT_ROW, 2 * num_keys[index]):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            longest = num_keys[index]
+    return groups
+
+
+def plan_step(batch: ScheduleBatch, page_size: int, upload: Upload) -> ForwardBatch:
+    """Index tensors of a step, uploaded together."""
+    uploads = _Uploads()
+    tokens = [uploads.add(values) for values in (batch.token_ids, batch.positions, batch.slots)]
+    first_tokens = np.cumsum(batch.lengths) - batch.lengths
+    num_keys = (batch.starts + batch.lengths).tolist()
+    ones = np.flatnonzero(batch.lengths == 1)
+
+    groups = decode_groups([num_keys[row] for row in ones])
+    planned_groups = []
+    for members in groups:
+        is_whole_step = len(groups) == 1 and len(ones) == batch.num_rows
+        rows = ones if is_whole_step else ones[members]
+        longest = max(num_keys[row] for row in rows)
+        planned_groups.append(
+            (
+                None if is_whole_step else uploads.add(first_tokens[rows]),
+                uploads.add(batch.page_table[rows, : -(-longest // page_size)]),
+                uploads.add(batch.starts[rows]),
+                longest,
+                all(num_keys[row] == longest for row in rows),
+            )
+        )
+    planned_chunks = [
+        (
+            int(first_tokens[row]),
+            int(batch.starts[row]),
+            int(batch.lengths[row]),
+            uploads.add(batch.page_table[row, : -(-num_keys[row] // page_size)]),
+        )
+        for row in np.flatnonzero(batch.lengths > 1)
+    ]
+
+    sent = uploads.send(upload)
+    return ForwardBatch(
+        num_tokens=batch.num_tokens,
+        token_ids=sent[tokens[0]],
+        positions=sent[tokens[1]],
+        slots=sent[tokens[2]],
+        max_position=int(batch.positions.max(initial=0)),
+        decode=tuple(
+            DecodeGroup(None if where is None else sent[where], sent[table], sent[positions], longest, is_even)
+            for where, table, positions, longest, is_even in planned_groups
+        ),
+        chunks=tuple(ChunkRow(first, start, length, sent[pages]) for first, start, length, pages in planned_chunks),
+    )
+
+
+class _Uploads:
+    """Integer arrays that travel as one."""
+
+    def __init__(self) -> None:
+        self._arrays: list[NDArray[np.integer[Any]]] = []
+
+    def add(self, array: NDArray[np.integer[Any]]) -> int:
+        """The index the array will have in what `send` gives."""
+        self._arrays.append(array)
+        return len(self._arrays) - 1
+
+    def send(self, upload: Upload) -> list[Tensor]:
+        flat = np.concatenate([array.reshape(-1).astype(np.int64) for array in self._arrays])
+        sent, begin, tensors = upload(flat), 0, []
+        for array in self._arrays:
+            tensors.append(sent[begin : begin + array.size].view(array.shape))
+            begin += array.size
+        return tensors
