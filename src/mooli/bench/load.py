@@ -1,0 +1,120 @@
+"""Putting a server under load: requests go out at their times, at most so many at once.
+
+Owns the schedule of one run, stopping it early, and giving up when the server is gone. Never knows HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from mooli.bench.client import UnreachableError
+from mooli.bench.records import BenchRequest, RequestRecord
+
+REFUSALS_TO_GIVE_UP = 20
+"""So many requests in a row that find no server end the run: a rate of 1/s would go on for an hour otherwise."""
+
+Send = Callable[[int, BenchRequest, "list[RequestRecord]"], Awaitable[None]]
+"""Sends one request and adds its records; raises UnreachableError when there is no server."""
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadResult:
+    """records: in the order of the dataset, of what was sent. duration_s: from the first request to the last answer.
+
+    is_interrupted: `stop` was set. is_server_gone: the run was given up. num_unsent: requests that never went out.
+    """
+
+    records: list[RequestRecord] = field(default_factory=list)
+    start_s: float = 0.0
+    duration_s: float = 0.0
+    is_interrupted: bool = False
+    is_server_gone: bool = False
+    num_unsent: int = 0
+
+
+async def put_under_load(
+    requests: Sequence[BenchRequest],
+    times_s: Sequence[float],
+    send: Send,
+    *,
+    max_concurrency: int | None,
+    clock: Callable[[], float],
+    stop: asyncio.Event,
+    records: list[RequestRecord] | None = None,
+) -> LoadResult:
+    """Send each request at its time, wait for all answers, and tell what came.
+
+    max_concurrency: requests (conversations) in progress at once; the wait for a place counts in no latency.
+    stop: setting it ends the run: what is in progress is cut off and marked so.
+    records: a list to fill, for someone who watches the run.
+    """
+    run = _Run(send, max_concurrency, [] if records is None else records, stop)
+    start_s = clock()
+    sending = asyncio.create_task(run.send_all(requests, times_s, start_s, clock))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({sending, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        # Also when this task is cancelled: nothing may go on sending.
+        stopping.cancel()
+        if not sending.done():
+            sending.cancel()
+        await asyncio.wait({sending, stopping})
+    if not sending.cancelled() and (failure := sending.exception()) is not None:
+        raise failure
+    return LoadResult(
+        records=sorted(run.records, key=lambda record: (record.index, record.turn)),
+        start_s=start_s,
+        duration_s=clock() - start_s,
+        is_interrupted=stop.is_set() and not run.is_server_gone,
+        is_server_gone=run.is_server_gone,
+        num_unsent=len(requests) - len({record.index for record in run.records}),
+    )
+
+
+class _Run:
+    def __init__(
+        self, send: Send, max_concurrency: int | None, records: list[RequestRecord], stop: asyncio.Event
+    ) -> None:
+        self.records = records
+        self.is_server_gone = False
+        self._send = send
+        self._places = asyncio.Semaphore(max_concurrency) if max_concurrency else None
+        self._stop = stop
+        self._num_refused = 0
+
+    async def send_all(
+        self, requests: Sequence[BenchRequest], times_s: Sequence[float], start_s: float, clock: Callable[[], float]
+    ) -> None:
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            for index, (request, time_s) in enumerate(zip(requests, times_s, strict=True)):
+                delay = start_s + time_s - clock() if time_s else 0.0
+                if delay > 0:
+                    await asyncio.sleep(delay)
+                tasks.append(asyncio.create_task(self._send_one(index, request)))
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send_one(self, index: int, request: BenchRequest) -> None:
+        if self._places is None:
+            await self._send_counted(index, request)
+        else:
+            async with self._places:
+                await self._send_counted(index, request)
+
+    async def _send_counted(self, index: int, request: BenchRequest) -> None:
+        try:
+            await self._send(index, request, self.records)
+        except UnreachableError:
+            self._num_refused += 1
+            if self._num_refused >= REFUSALS_TO_GIVE_UP:
+                self.is_server_gone = True
+                self._stop.set()
+        else:
+            self._num_refused = 0

@@ -1,0 +1,288 @@
+"""One run of `bench_serving`, from the first contact with the server to the numbers.
+
+Owns the order of things: contact, tokenizer, prompts, warm-up, flush, load, numbers (`measure`); then the table and the
+file (`report`). Never parses arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from mooli.bench import result_file
+from mooli.bench.arguments import BenchOptions
+from mooli.bench.arrivals import arrival_times
+from mooli.bench.backends import Api
+from mooli.bench.client import Client, UnreachableError, open_session
+from mooli.bench.datasets import Dataset, Randoms, load_dataset
+from mooli.bench.errors import BenchmarkError
+from mooli.bench.event_loop_lag import LATE_MS, ClientLoad, EventLoopLag
+from mooli.bench.load import LoadResult, put_under_load
+from mooli.bench.machine import client_machine, engine_facts
+from mooli.bench.metrics import Metrics, calculate_metrics
+from mooli.bench.progress import Progress
+from mooli.bench.records import BenchRequest, RequestRecord
+from mooli.bench.result_table import TableHeader, further_blocks, result_table, throughput_plot
+from mooli.bench.server_contact import ServerContact, accept_length
+from mooli.bench.tokenizer_source import find_tokenizer
+
+WARMUP_OUTPUT_LEN = 32
+SETTLE_S = 1.0
+"""Rest between warm-up and run, as SGLang's client has it."""
+
+LATE_SHARE = 0.2
+"""From this share of the mean TTFT on, the time before a request is on the wire is worth a note."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Everything a run brought. notes: what the reader of the numbers should know."""
+
+    load: LoadResult
+    metrics: Metrics
+    client_load: ClientLoad
+    server_info: dict[str, Any]
+    dataset: Dataset
+    model: str
+    tokenizer_place: str
+    notes: tuple[str, ...]
+
+
+async def measure(
+    options: BenchOptions,
+    *,
+    stopping: AbstractContextManager[asyncio.Event],
+    say: Callable[[str], None],
+    progress_out: TextIO | None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Measurement:
+    """Measure a server.
+
+    stopping: entered while the server is under load; setting its event ends the run early, and what finished is
+        measured. say: takes lines for the user. clock: of all times of requests.
+    Raises BenchmarkError when the run cannot begin; once it has begun, failures are part of the measurement.
+    """
+    randoms = Randoms.seeded(options.seed)
+    async with open_session(options.headers) as session:
+        contact = ServerContact(session, options.base_url, say)
+        first_model = await contact.wait_until_ready(options.ready_check_timeout_s)
+        model = options.model or first_model
+        if model is None:
+            raise BenchmarkError(f"{options.base_url}/v1/models names no model; give --model")
+        tokenizer, place = find_tokenizer(options.tokenizer, await contact.model_info(), model)
+
+        def count_tokens(text: str) -> int:
+            return len(tokenizer.encode(text, add_special_tokens=False))
+
+        dataset = load_dataset(options.data, tokenizer, randoms)
+        _say_dataset(dataset, say)
+        times = arrival_times(dataset.requests, request_rate=options.request_rate, generator=randoms.numpy)
+        client = Client(
+            session,
+            options.base_url,
+            options.backend,
+            options.request,
+            model=options.served_model_name or model,
+            clock=clock,
+            salt=secrets.token_hex(8) if options.force_miss else None,
+            count_tokens=count_tokens,
+        )
+        await _warm_up(client, dataset.requests[0], options.warmup_requests, say)
+        if options.flush_cache:
+            await contact.flush_cache(options.flush_cache_timeout_s)
+        await asyncio.sleep(SETTLE_S)
+
+        async def send(index: int, request: BenchRequest, records: list[RequestRecord]) -> None:
+            first = len(records)
+            try:
+                await client.converse(index, request, records)
+            finally:
+                if options.print_requests:
+                    _say_request(request, [r for r in records[first:] if r.index == index], say)
+
+        records: list[RequestRecord] = []
+        num_answers = sum(1 + len(request.later_turns) for request in dataset.requests)
+        with stopping as stop:
+            async with EventLoopLag() as lag, Progress(records, num_answers, progress_out):
+                load = await put_under_load(
+                    dataset.requests,
+                    times,
+                    send,
+                    max_concurrency=options.max_concurrency,
+                    clock=clock,
+                    stop=stop,
+                    records=records,
+                )
+        server_info = {} if load.is_server_gone else await contact.server_info()
+    metrics = calculate_metrics(
+        load.records,
+        load.duration_s,
+        count_tokens,
+        accept_length=accept_length(server_info),
+        is_openai=options.backend.api is not Api.NATIVE,
+        slos_ms=dict(options.slos_ms),
+    )
+    client_load = lag.load()
+    return Measurement(
+        load=load,
+        metrics=metrics,
+        client_load=client_load,
+        server_info=server_info,
+        dataset=dataset,
+        model=model,
+        tokenizer_place=place,
+        notes=_notes(options, metrics, client_load),
+    )
+
+
+def report(options: BenchOptions, run: Measurement, say: Callable[[str], None]) -> Path | None:
+    """Print the table and append the line of JSON; the file that was written, None when nothing had finished.
+
+    Raises BenchmarkError when the file cannot be written, after the table.
+    """
+    metrics = run.metrics
+    if metrics.num_completed:
+        header = TableHeader(
+            backend=options.backend.name, request_rate=_rate(options), max_concurrency=options.max_concurrency
+        )
+        if options.plot_throughput:
+            say(throughput_plot(metrics))
+        say("\n" + result_table(header, metrics, with_cache_report=options.cache_report))
+    facts: dict[str, Any] = {"Model": run.model, "Tokenizer": run.tokenizer_place}
+    machine = client_machine()
+    facts |= {f"Client {key}": _words(value) for key, value in machine.items()}
+    facts |= {f"Server {key}": value for key, value in engine_facts(run.server_info).items()}
+    say(
+        further_blocks(
+            metrics,
+            client_load=run.client_load,
+            seed=options.seed,
+            dataset_note=run.dataset.note,
+            facts=facts,
+            unsent=run.load.num_unsent,
+        )
+    )
+    for note in run.notes:
+        say(f"note: {note}")
+    if not metrics.num_completed:
+        return None
+    file = options.output_file or Path(
+        result_file.default_file_name(
+            options.backend.name,
+            options.data.name,
+            options.data.num_prompts,
+            (options.data.random_input_len, options.data.random_output_len),
+            datetime.date.today(),
+        )
+    )
+    result_file.append_line(file, result_object(options, run, machine))
+    return file
+
+
+def result_object(options: BenchOptions, run: Measurement, machine: dict[str, Any]) -> dict[str, Any]:
+    """The line of JSON: SGLang's keys in its order, then ours."""
+    result: dict[str, Any] = {
+        "tag": options.tag,
+        "backend": options.backend.name,
+        "dataset_name": options.data.name,
+        "request_rate": _rate(options),
+        "max_concurrency": options.max_concurrency,
+        "sharegpt_output_len": options.data.sharegpt_output_len,
+        "random_input_len": options.data.random_input_len,
+        "random_output_len": options.data.random_output_len,
+        "random_range_ratio": options.data.random_range_ratio,
+        "server_info": run.server_info or None,
+        **result_file.measured(run.metrics),
+    }
+    if options.cache_report and run.metrics.cache is not None:
+        result["cache_report"] = result_file.cache_report(run.metrics.cache)
+    result |= result_file.further(run.metrics)
+    result |= {
+        "seed": options.seed,
+        "num_prompts": len(run.dataset.requests),
+        "dataset_note": run.dataset.note,
+        "model": run.model,
+        "tokenizer": run.tokenizer_place,
+        "force_miss": options.force_miss,
+        "unsent": run.load.num_unsent,
+        "is_interrupted": run.load.is_interrupted,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "client": {
+            "machine": machine,
+            "mean_send_delay_ms": run.metrics.mean_send_delay_ms,
+            "mean_event_loop_lag_ms": run.client_load.mean_lag_ms,
+            "p99_event_loop_lag_ms": run.client_load.p99_lag_ms,
+            "max_event_loop_lag_ms": run.client_load.max_lag_ms,
+            "cpu_share": run.client_load.cpu_share,
+        },
+        "notes": list(run.notes),
+    }
+    if options.output_details:
+        result |= result_file.details(run.load.records, run.load.start_s, with_cache=options.cache_report)
+    return result
+
+
+async def _warm_up(client: Client, request: BenchRequest, num: int, say: Callable[[str], None]) -> None:
+    """Send the first request `num` times at once, for short answers. Raises BenchmarkError if none succeeds."""
+    if not num:
+        return
+    say(f"Warming up with {num} request{'' if num == 1 else 's'}")
+    records: list[RequestRecord] = []
+    output_len = min(request.output_len, WARMUP_OUTPUT_LEN)
+    jobs = [client.converse(i, request, records, output_len=output_len) for i in range(num)]
+    for outcome in await asyncio.gather(*jobs, return_exceptions=True):
+        if isinstance(outcome, BaseException) and not isinstance(outcome, UnreachableError):
+            raise outcome
+    if not any(record.success for record in records):
+        raise BenchmarkError(f"all warm-up requests failed: {records[0].error}")
+
+
+def _notes(options: BenchOptions, metrics: Metrics, client_load: ClientLoad) -> tuple[str, ...]:
+    notes = []
+    complaint = client_load.complaint(metrics.itl.median)
+    if complaint and metrics.num_completed:
+        notes.append(complaint)
+    delay_ms = metrics.mean_send_delay_ms
+    if delay_ms >= LATE_MS and delay_ms >= LATE_SHARE * metrics.ttft.mean:
+        notes.append(
+            f"of the mean TTFT of {metrics.ttft.mean:.1f} ms, {delay_ms:.1f} ms passed before the requests were on"
+            " the wire (connecting, and this client's work on a burst); a finite --request-rate spreads them"
+        )
+    if metrics.num_output_lens_unreported:
+        notes.append(
+            f"{metrics.num_output_lens_unreported} answers came without a token count: what was asked for counts as"
+            " their output length (compare the retokenized total)"
+        )
+    if options.force_miss and metrics.cache is not None and metrics.cache.total_cached_tokens:
+        notes.append(f"the server reused {metrics.cache.total_cached_tokens} tokens in spite of --force-miss")
+    return tuple(notes)
+
+
+def _rate(options: BenchOptions) -> float | str:
+    return "trace" if options.data.name == "mooncake" else options.request_rate
+
+
+def _say_dataset(dataset: Dataset, say: Callable[[str], None]) -> None:
+    say(f"Prompts: {dataset.note}")
+    for remark in dataset.remarks:
+        say(f"note: {remark}")
+    say(f"#Input tokens: {sum(request.prompt_len for request in dataset.requests)}")
+    say(f"#Output tokens: {sum(request.output_len * (1 + len(request.later_turns)) for request in dataset.requests)}")
+
+
+def _say_request(request: BenchRequest, records: list[RequestRecord], say: Callable[[str], None]) -> None:
+    for record in records:
+        answer = record.generated_text if record.success else f"failed: {record.error or 'cut off'}"
+        prompt = request.prompt if record.turn == 0 else request.later_turns[record.turn - 1]
+        say(f"--- request {record.index}, turn {record.turn}\n{prompt}\n--- answer\n{answer}")
+
+
+def _words(value: Any) -> str:
+    return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
