@@ -13,6 +13,7 @@ what to do about it.
     │       └── UnknownSamplingParamError (TypeError)
     ├── ModelError                            a model cannot be used
     │   ├── ModelNotFoundError (FileNotFoundError)
+    │   ├── DownloadError (ConnectionError)   a model cannot be fetched from a hub
     │   ├── CheckpointError (ValueError)      a file is truncated, malformed or lies about its contents
     │   ├── UnsupportedModelError (ValueError)  a family, tensor type or feature that is not implemented
     │   ├── TokenizerError (ValueError)
@@ -71,6 +72,10 @@ class ModelError(MooliError):
 
 class ModelNotFoundError(ModelError, FileNotFoundError):
     """No model at that path or of that name."""
+
+
+class DownloadError(ModelError, ConnectionError):
+    """A model cannot be fetched: its hub does not answer, refuses, or sends what is not the model."""
 
 
 class CheckpointError(ModelError, ValueError):

@@ -28,6 +28,12 @@ class Gate:
         self._is_open = True
         self._permits.release()
 
+    def close(self) -> None:
+        """From here on no step without `let`. To be called while nothing runs."""
+        self._is_open = False
+        while self._permits.acquire(blocking=False):
+            pass
+
     def __enter__(self) -> Gate:
         return self
 

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from uvicorn.server import ServerState
 
 from mooli.server.app import build_app
 from mooli.server.config import ServerConfig
@@ -49,31 +50,46 @@ class RouteServer:
         self.service = SimpleNamespace(config=self.config, metrics=self.counts, is_draining=False)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                build_app(self.service, routes), http=make_protocol(self.config), ws="none", lifespan="off",
-                loop="asyncio", log_config=None, interface="asgi3", timeout_keep_alive=self.config.keep_alive_timeout,
-                root_path=self.config.fastapi_root_path, timeout_graceful_shutdown=2,
-            )
+        self._uvicorn = uvicorn.Config(
+            build_app(self.service, routes), ws="none", lifespan="off", loop="asyncio", log_config=None,
+            interface="asgi3", timeout_keep_alive=int(self.config.keep_alive_timeout),
+            root_path=self.config.fastapi_root_path,
         )  # fmt: skip
+        self._state = ServerState()
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20, verify=False)
 
     def _run(self) -> None:
-        asyncio.run(self._server.serve([self._listener]))
+        with contextlib.closing(self._loop):
+            self._loop.run_until_complete(self._serve())
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+
+    async def _serve(self) -> None:
+        self._uvicorn.load()
+        protocol = make_protocol(self.config)
+        listening = await self._loop.create_server(
+            lambda: protocol(config=self._uvicorn, server_state=self._state, app_state={}), sock=self._listener
+        )
+        await self._stopping.wait()
+        listening.close()
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        while self._state.tasks:  # all clients have left
+            await asyncio.sleep(0.005)
 
     def stop(self) -> None:
         self.http.close()
-        self._server.should_exit = True
+        self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(20)
-        assert not self._thread.is_alive(), "the server has not ended"
-        self._listener.close()
+        assert not self._thread.is_alive(), "a request has not ended with its connection"
 
     @property
     def num_tasks(self) -> int:
         """Requests that are being answered."""
-        return len(self._server.server_state.tasks)
+        return len(self._state.tasks)
 
     def connect(self) -> Connection:
         return Connection(self.port)

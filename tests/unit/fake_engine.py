@@ -102,7 +102,7 @@ class FakeEngine:
         self.core: EngineCore
         self.runner: FakeRunner
         self.runner_options: dict = {}
-        monkeypatch.setattr(engine_module, "resolve", lambda path: Path(path))
+        monkeypatch.setattr(engine_module, "locate", lambda path, **_: Path(path))
         monkeypatch.setattr(text_side_module, "load_tokenizer", lambda path: byte_tokenizer())
         monkeypatch.setattr(engine_module, "build_engine", self._build)
         self.engines: list[Engine] = []

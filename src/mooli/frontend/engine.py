@@ -25,7 +25,7 @@ from mooli.frontend.generation import Generation
 from mooli.frontend.model_info import model_info
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, with_seed
 from mooli.frontend.unsupported import ENGINE_ARGUMENTS, refuse_unsupported
-from mooli.hub import resolve
+from mooli.hub.locate import locate
 from mooli.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Engine:
         _set_log_level(config.log_level)
         if config.trust_remote_code:
             logger.info("trust_remote_code has no effect: code from a model folder is never run")
-        model_path = resolve(config.model_path)
+        model_path = locate(config.model_path, needs_weights=config.load_format != "dummy")
         tokenizer = open_tokenizer(config, model_path)
         built = build_engine(
             given,  # without a seed, dummy weights are the same each time

@@ -225,7 +225,9 @@ class InputRules:
             raise RequestError(f"{where}return_logprob must be True or False, not {wanted!r}")
         start = -1 if row["logprob_start_len"] is None else _index("logprob_start_len", row["logprob_start_len"])
         num_top = 0 if row["top_logprobs_num"] is None else _index("top_logprobs_num", row["top_logprobs_num"])
-        ids = () if row["token_ids_logprob"] is None else tuple(row["token_ids_logprob"])
+        ids = () if row["token_ids_logprob"] is None else row["token_ids_logprob"]
+        if not isinstance(ids, (list, tuple)):
+            raise RequestError(f"{where}token_ids_logprob must be a list of ids, not {_type(ids)}")
         if not wanted:
             if start != -1 or num_top or ids:
                 raise RequestError(f"{where}log-probability arguments have no effect without return_logprob=True")

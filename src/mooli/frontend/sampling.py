@@ -30,6 +30,12 @@ MAX_STOP_TOKEN_IDS = 1024
 GREEDY_BELOW = 1e-6
 """A temperature below this is greedy; dividing logits by it would overflow."""
 
+FLAT_ABOVE = 1e6
+"""A temperature above this samples as evenly as this one does; far above it would not be a float32."""
+
+HARSH_BELOW = 1e-6
+"""A repetition penalty below this is as this one; dividing logits by it would overflow."""
+
 _DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(SamplingParams) if item.default is not MISSING}
 _INT64 = 2**63
 _UNSUPPORTED = (
@@ -80,6 +86,8 @@ def parse_sampling_params(
     result["seed"] = next_seed() if seed is None else seed
     if result["temperature"] < GREEDY_BELOW:
         result["temperature"] = 0.0
+    result["temperature"] = min(result["temperature"], FLAT_ABOVE)
+    result["repetition_penalty"] = max(result["repetition_penalty"], HARSH_BELOW)
     if result["top_k"] >= vocab_size:
         result["top_k"] = TOP_K_ALL
     longest = result["max_new_tokens"]

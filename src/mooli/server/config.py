@@ -65,7 +65,7 @@ class ServerConfig(Arguments):
         4096, "int", "Sequences that may wait; more are answered with 503.", low=1, subject="limits"
     )
     max_concurrent_requests: int = argument(
-        8192, "int", "HTTP requests in progress; more are answered with 503.", low=1
+        8192, "int", "HTTP requests in progress; more are answered with 429.", low=1
     )
     max_body_bytes: int = argument(32 * 2**20, "size", "Longest body of a request, in bytes.", low=1024)
     max_header_bytes: int = argument(

@@ -47,8 +47,8 @@ def readiness_problem(service: Service) -> str | None:
     return problem
 
 
-async def generation_problem(service: Service, limit_s: float = GENERATE_LIMIT_S) -> str | None:
-    """`server_problem`, or that a request of one token brought no sign of the engine within `limit_s`.
+async def generation_problem(service: Service) -> str | None:
+    """`server_problem`, or that a request of one token brought no sign of the engine within GENERATE_LIMIT_S.
 
     Any sign counts, as other requests may be before it. The request is not counted in the metrics.
     """
@@ -63,7 +63,7 @@ async def generation_problem(service: Service, limit_s: float = GENERATE_LIMIT_S
         input_ids=[0], sampling_params=sampling_params, rid=f"{PROBE_RID_PREFIX}_{uuid.uuid4().hex}"
     )
     before_s = client.last_sign_s
-    deadline_s = time.monotonic() + limit_s
+    deadline_s = time.monotonic() + GENERATE_LIMIT_S
     try:
         with service.start(inputs, is_stream=False, is_counted=False) as call:
             waiting = asyncio.ensure_future(call.wait())
@@ -81,4 +81,4 @@ async def generation_problem(service: Service, limit_s: float = GENERATE_LIMIT_S
         return None  # the queue has become full meanwhile: the engine is as well as a moment ago
     except MooliError as exc:
         return str(exc)
-    return f"the engine has not answered a request within {limit_s:g} s"
+    return f"the engine has not answered a request within {GENERATE_LIMIT_S:g} s"

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import shlex
 import signal
 import socket
@@ -31,7 +32,7 @@ from mooli.engine.facts import device_words
 from mooli.errors import ConfigError, EngineError
 from mooli.frontend.text_side import check_preferred, open_tokenizer, sampling_defaults, with_seed
 from mooli.frontend.tokenizer import Tokenizer
-from mooli.hub import resolve
+from mooli.hub.locate import locate_async
 from mooli.server.app import build_app
 from mooli.server.config import ServerConfig
 from mooli.server.metrics import Metrics
@@ -68,6 +69,7 @@ def run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str]) 
     _set_up_logging(config, engine_config)
     for warning in config.warnings():
         logger.warning("%s", warning)
+    _allow_many_connections()
     return asyncio.run(_run(config, engine_config, argv))
 
 
@@ -107,7 +109,7 @@ async def start_service(
     Raises ConfigError, a ModelError, OutOfMemoryError, BackendUnavailableError or EngineDeadError.
     """
     check_preferred(engine_config)
-    model_path = resolve(engine_config.model_path)
+    model_path = await locate_async(engine_config.model_path, needs_weights=engine_config.load_format != "dummy")
     tokenizer = open_tokenizer(engine_config, model_path)
     defaults = sampling_defaults(model_path) if config.sampling_defaults == "model" else {}
     start = messages.Start(
@@ -360,6 +362,13 @@ class _Progress:
         if stage != self._stage:
             self._stage = stage
             logger.info("%s", stage)
+
+
+def _allow_many_connections() -> None:
+    """Each connection is an open file, and the usual limit of 1,024 is a soft one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a system that has no more to give keeps what it has
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _with_environment(config: ServerConfig) -> ServerConfig:

@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 
 PATH = "/openapi.json"
 
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string", "minLength": 1}},
+        }
+    },
+}
+"""What all dialects have in common in the body of an error."""
+
 
 def make_route(routes: Sequence[Route]) -> Route:
     """The route that shows `routes`."""
@@ -61,7 +74,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "Mooli", "version": __version__},
         "paths": paths,
-        "components": {"schemas": components, "securitySchemes": schemes},
+        "components": {"schemas": {**components, "Error": ERROR}, "securitySchemes": schemes},
     }
 
 
@@ -71,7 +84,16 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
         "operationId": f"{method.lower()}_{name}",
         "summary": route.summary,
         "security": [] if route.access is Access.OPEN else [{"bearer": []}, {"header": []}],
-        "responses": {"200": {"description": "Done"}, "default": {"description": "An error; the body says which"}},
+        "responses": {
+            "200": {"description": "Done"},
+            "default": {
+                "description": "An error; the body says which, to probes in plain text",
+                "content": {
+                    "application/json": {"schema": {"$ref": "#/components/schemas/Error"}},
+                    "text/plain": {"schema": {"type": "string"}},
+                },
+            },
+        },
     }
     names = re.findall(r"\{(\w+)", route.path)
     if names:
