@@ -1,4 +1,4 @@
-"""The `mooli` command: serve, generate, chat, demo, version.
+"""The `mooli` command: serve, generate, chat, demo, pull, version.
 
 Owns what is typed and what is printed: answers go to standard output; progress, statistics and errors go to standard
 error. An error of ours is one line and exit status 2, output that cannot be written is 1, Ctrl-C is 130. Never does
@@ -25,6 +25,7 @@ from mooli.frontend.call import Stream
 from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.engine import Answer, Engine
 from mooli.frontend.sampling import parse_sampling_params
+from mooli.hub.command import add_pull_args, run_pull
 from mooli.server.command import serve
 from mooli.server.flags import add_server_args, unknown_argument
 from mooli.version import __version__
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         EngineConfig.add_cli_args(command, defaults={"log_level": "warning"})
     server = _command(commands, "serve", serve, "serve a model over HTTP; without one, the demo model")
     add_server_args(server, takes_model=True)
+    add_pull_args(_command(commands, "pull", run_pull, "fetch a model from Hugging Face or ModelScope"))
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version, parser=version)
     return parser

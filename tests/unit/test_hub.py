@@ -124,7 +124,14 @@ def test_without_a_reference_the_newest_snapshot_is_taken(tmp_path: Path, monkey
     assert resolve("Qwen/Qwen2.5-7B-Instruct") == new
 
 
-@pytest.mark.parametrize("folder", ["models/Qwen/Qwen2___5-7B-Instruct", "hub/Qwen/Qwen2.5-7B-Instruct"])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "models/Qwen/Qwen2___5-7B-Instruct",
+        "hub/Qwen/Qwen2.5-7B-Instruct",
+        "models/Qwen--Qwen2.5-7B-Instruct/snapshots/master",
+    ],
+)
 def test_a_name_is_found_in_the_modelscope_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
     model_folder(tmp_path / folder)
@@ -136,12 +143,59 @@ def test_a_name_that_is_nowhere_says_where_it_looked_and_how_to_download(empty_c
         resolve("Qwen/Qwen2.5-7B-Instruct")
     message = str(error.value)
     assert str(empty_caches / ".cache/huggingface/hub/models--Qwen--Qwen2.5-7B-Instruct") in message
-    assert "hf download Qwen/Qwen2.5-7B-Instruct" in message
-    assert "modelscope download" in message
+    assert "`mooli pull Qwen/Qwen2.5-7B-Instruct`" in message
+
+
+def test_a_model_with_missing_shards_is_passed_over_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = hugging_face_cache(tmp_path)
+    (snapshot / "a.safetensors").touch()
+    index = snapshot / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
+    with pytest.raises(ModelNotFoundError, match=r"unfinished: 1 files of weights are missing, b\.safetensors is one"):
+        resolve("Qwen/Qwen2.5-7B-Instruct")
+    (snapshot / "b.safetensors").touch()
+    assert resolve("Qwen/Qwen2.5-7B-Instruct") == snapshot
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 1}', "[" * 100_000])
+def test_an_index_that_is_none_is_left_to_the_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = hugging_face_cache(tmp_path)
+    (snapshot / "model.safetensors.index.json").write_text(text)
+    assert resolve("Qwen/Qwen2.5-7B-Instruct") == snapshot
+
+
+@pytest.mark.parametrize("file", ["a-Q4_K_M.gguf", "Q8/a.gguf"])
+def test_one_gguf_file_of_a_model_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    path = hugging_face_cache(tmp_path) / file
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    assert resolve(f"Qwen/Qwen2.5-7B-Instruct:{file}") == path
+    with pytest.raises(ModelNotFoundError):
+        resolve("Qwen/Qwen2.5-7B-Instruct:other.gguf")
 
 
 @pytest.mark.parametrize(
-    "name", ["", "nothing", "a/b/c", "../secret", "org/..", "/none/at/all", "x" * 5000, "a\0b", "~nobody/x"]
+    "name",
+    [
+        "",
+        "nothing",
+        "a/b/c",
+        "../secret",
+        "org/..",
+        "/none/at/all",
+        "x" * 5000,
+        "a\0b",
+        "~nobody/x",
+        "a/b:c",
+        "a/b:../c.gguf",
+    ],
 )
 def test_what_cannot_be_a_model_is_not_found(name: str) -> None:
     with pytest.raises(ModelNotFoundError):
