@@ -1,4 +1,4 @@
-"""The `mooli` command: serve, generate, chat, demo, pull, version.
+"""The `mooli` command: serve, generate, chat, demo, pull, plan, doctor, version.
 
 Owns what is typed and what is printed: answers go to standard output; progress, statistics and errors go to standard
 error. An error of ours is one line and exit status 2, output that cannot be written is 1, Ctrl-C is 130. Never does
@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from mooli.arguments import CommandParser
 from mooli.config import EngineConfig
+from mooli.doctor.command import add_doctor_args, run_doctor
 from mooli.engine.facts import device_words
 from mooli.errors import ChatTemplateError, MooliError, PromptError, RequestError, RequestFailedError
 from mooli.frontend.call import Stream
@@ -26,6 +27,7 @@ from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.engine import Answer, Engine
 from mooli.frontend.sampling import parse_sampling_params
 from mooli.hub.command import add_pull_args, run_pull
+from mooli.plan import add_plan_args, run_plan
 from mooli.server.command import serve
 from mooli.server.flags import add_server_args, unknown_argument
 from mooli.version import __version__
@@ -111,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     server = _command(commands, "serve", serve, "serve a model over HTTP; without one, the demo model")
     add_server_args(server, takes_model=True)
     add_pull_args(_command(commands, "pull", run_pull, "fetch a model from Hugging Face or ModelScope"))
+    add_plan_args(_command(commands, "plan", run_plan, "what a model takes of a memory, and what then fits"))
+    add_doctor_args(_command(commands, "doctor", run_doctor, "what this machine has, what is missing, what to do"))
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version, parser=version)
     return parser

@@ -1,0 +1,194 @@
+"""The arithmetic of `mooli plan`, by hand for a model that everybody knows, and the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from model_files import small_gguf
+
+from mooli import ConfigError, cli
+from mooli.backends import create_backend
+from mooli.models.checkpoint import DummyCheckpoint
+from mooli.models.config import ModelConfig
+from mooli.models.registry import create_model
+from mooli.plan import kv_bytes_per_token, parse_memory, plan_memory, weight_bytes
+from mooli.tensor import TensorType
+
+GIB = 2**30
+
+QWEN_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 152064,
+}
+SMALL = {
+    **QWEN_7B,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 320,
+    "head_dim": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return ModelConfig.from_hf(QWEN_7B)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    return tmp_path
+
+
+def test_a_7b_model_takes_two_bytes_a_parameter(qwen):
+    parameters = 7_615_616_512
+    vectors = 28 * (2 * 3584 + 3584 + 2 * 512) + 3584  # norms and biases, which are kept in four bytes
+    assert weight_bytes(qwen, "bfloat16") == 2 * parameters + 2 * vectors
+
+
+def test_a_token_takes_a_key_and_a_value_in_every_layer(qwen):
+    assert kv_bytes_per_token(qwen, "bfloat16") == 2 * 28 * 4 * 128 * 2
+    assert kv_bytes_per_token(qwen, "float32") == 2 * kv_bytes_per_token(qwen, "float16")
+
+
+def test_nine_tenths_of_a_card_of_64_gib(qwen):
+    plan = plan_memory(qwen, 64 * GIB, mem_fraction_static=0.9)
+    assert plan.num_tokens == int((0.9 * 64 * GIB - plan.weight_bytes) // (57344 * 128)) * 128
+    assert plan.kv_cache_bytes + plan.weight_bytes <= 0.9 * 64 * GIB
+    assert plan.requests[32768] == plan.num_tokens // 32768
+    assert plan.memory_bytes == plan.weight_bytes + plan.kv_cache_bytes + plan.left_bytes
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_weights_are_those_that_the_cpu_backend_packs(quantization, is_tied):
+    config = ModelConfig.from_hf({**SMALL, "tie_word_embeddings": is_tied})
+    backend = create_backend("cpu", dtype="bfloat16", quantization=quantization, num_threads=1)
+    try:
+        create_model(config, DummyCheckpoint(config), backend)
+        assert weight_bytes(config, "bfloat16", quantization=quantization) == pytest.approx(
+            backend.weight_bytes(), rel=0.02
+        )
+    finally:
+        backend.close()
+
+
+def test_two_devices_hold_half_each_but_for_the_norms(qwen):
+    one, two = weight_bytes(qwen, "bfloat16"), weight_bytes(qwen, "bfloat16", tp=2)
+    assert one / 2 < two < one / 2 * 1.001
+    assert kv_bytes_per_token(qwen, "bfloat16", tp=2) * 2 == kv_bytes_per_token(qwen, "bfloat16")
+
+
+def test_key_heads_that_are_too_few_are_on_several_devices():
+    config = ModelConfig.from_hf({**SMALL, "num_attention_heads": 8, "num_key_value_heads": 2})
+    assert kv_bytes_per_token(config, "bfloat16", tp=8) == kv_bytes_per_token(config, "bfloat16", tp=2)
+
+
+@pytest.mark.parametrize("tp", [0, 3, 56])
+def test_heads_that_cannot_be_shared_out_are_refused(qwen, tp):
+    with pytest.raises(ConfigError, match=f"tp={tp}"):
+        plan_memory(qwen, 64 * GIB, tp=tp)
+
+
+def test_a_model_that_does_not_fit_says_what_is_lacking(qwen):
+    plan = plan_memory(qwen, 12 * GIB)
+    assert plan.num_tokens == 0
+    assert "the weights take 14.19 GiB" in (plan.problem or "")
+    assert plan_memory(qwen, 12 * GIB, quantization="int8").problem is None
+
+
+def test_types_of_a_gguf_file_are_kept_where_nothing_else_is_asked(qwen):
+    types = {"model.embed_tokens.weight": TensorType.Q8_0}
+    kept = plan_memory(qwen, 64 * GIB, stored_types=types)
+    assert kept.dtype == "file"
+    assert plan_memory(qwen, 64 * GIB).weight_bytes - kept.weight_bytes == 152064 * 3584 * 30 // 32
+    assert plan_memory(qwen, 64 * GIB, stored_types=types, dtype="float16").dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mem_fraction_static": 0.0}, {"mem_fraction_static": 1.5}, {"context_length": 1}, {"context_length": 40000}],
+)
+def test_numbers_that_mean_nothing_are_refused(qwen, wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        plan_memory(qwen, 64 * GIB, **wrong)
+
+
+@pytest.mark.parametrize("text", ["64GiB", "64Gi", " 64 GiB ", "65536Mi", str(64 * GIB)])
+def test_memory_is_read_as_people_write_it(text):
+    assert parse_memory(text) == 64 * GIB
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "64 parsecs", "1e9GiB", "B", "nan"])
+def test_memory_that_is_none_is_refused(text):
+    with pytest.raises(ConfigError, match="--memory"):
+        parse_memory(text)
+
+
+@given(
+    memory=st.integers(1, 2**41),
+    fraction=st.none() | st.floats(0.01, 1.0),
+    tp=st.sampled_from([1, 2, 4]),
+    quantization=st.sampled_from([None, "int8", "int4"]),
+    context=st.none() | st.integers(2, 32768),
+)
+def test_what_is_planned_always_fits(qwen, memory, fraction, tp, quantization, context):
+    plan = plan_memory(
+        qwen, memory, tp=tp, quantization=quantization, mem_fraction_static=fraction, context_length=context
+    )
+    assert (plan.problem is None) == (plan.num_tokens > 0)
+    if plan.problem is None:
+        assert plan.left_bytes >= 0
+        assert plan.requests[plan.context_length] >= 1
+        counts = list(plan.requests.values())
+        assert counts == sorted(counts, reverse=True)
+
+
+def test_the_command_prints_the_arithmetic(folder, capsys):
+    command = ["plan", "--model", str(folder), "--memory", "64GiB", "--mem-fraction-static", "0.9"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "57,344 bytes a token" in out
+    assert "32,768 tokens: 24" in out
+    assert cli.main([*command, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["requests"]["32768"] == 24
+    assert plan["problem"] is None
+
+
+def test_a_config_alone_is_enough_and_a_model_too_large_ends_with_one(folder, capsys):
+    assert cli.main(["plan", "--model", str(folder / "config.json"), "--memory", "8GiB"]) == 1
+    assert "It does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--model", "/nowhere", "--memory", "64GiB"],
+        ["--model", "FOLDER", "--memory", "much"],
+        ["--model", "FOLDER", "--memory", "64GiB", "--tp", "3"],
+        ["--model", "FOLDER", "--memory", "64GiB", "--context-length", "x"],
+    ],
+)
+def test_a_question_without_an_answer_is_an_error_of_one_line(folder, capsys, wrong):
+    assert cli.main(["plan", *[word.replace("FOLDER", str(folder)) for word in wrong]]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_gguf_file_that_is_no_whole_model_is_an_error(tmp_path, capsys):
+    (tmp_path / "x.gguf").write_bytes(small_gguf())
+    assert cli.main(["plan", "--model", str(tmp_path / "x.gguf"), "--memory", "1GiB"]) == 2
