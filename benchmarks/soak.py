@@ -1,7 +1,7 @@
 """A server under several times its capacity, with clients that leave, abort and send nonsense; then its books are read.
 
 Starts `mooli.launch_server` with a small KV cache, so that eviction and preemption happen all the time, and sends
-random requests on all generation routes. At the end, and now and then between:
+random requests on all generation routes. Every two minutes, and at the end, all that is open is aborted, and then:
 
 - every request has ended once: with an answer, with a refusal that says why, or because its client left;
 - no page is lost: when nothing runs, pages in use are zero, and free pages and the tree's make up the pool;
@@ -25,23 +25,28 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import numpy as np
 
-KV_TOKENS = 8192
+KV_TOKENS = 2048
 FLAGS = {
     "--max-total-tokens": KV_TOKENS, "--context-length": 2048, "--chunked-prefill-size": 128,
-    "--max-running-requests": 12, "--max-queued-requests": 24, "--log-level": "error", "--shutdown-timeout": 20,
+    "--max-running-requests": 24, "--max-queued-requests": 24, "--log-level": "error", "--shutdown-timeout": 20,
 }  # fmt: skip
 
 MAX_SLOPE_MIB_PER_MIN = 1.0
 """Growth that counts as a leak, in a run that is long enough to tell (`MIN_SLOPE_S`)."""
-MIN_SLOPE_S = 600
+MIN_SLOPE_S = 600  # also long enough for preemptions on any machine
+ROUND_S = 120
 
 REFUSALS = (400, 429, 503)
+
+PAUSE_S, REFUSED_PAUSE_S = 0.05, 0.5
+"""Between two requests of one client, on average; the second after a refusal, so that most requests do get in."""
 
 
 @dataclass
@@ -62,10 +67,12 @@ class Client:
 
     def __init__(self, url: str, session: aiohttp.ClientSession, rng: random.Random, tally: Tally) -> None:
         self._url, self._session, self._rng, self._tally = url, session, rng, tally
+        self._pause_s = PAUSE_S
 
     async def run(self, end: float) -> None:
         while time.monotonic() < end:
             kind = self._rng.random()
+            self._pause_s = PAUSE_S
             try:
                 if kind < 0.08:
                     await self._nonsense()
@@ -73,7 +80,7 @@ class Client:
                     await self._request(leaves=kind < 0.35, is_aborted=0.35 <= kind < 0.42)
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as exc:
                 self._tally.fault(f"connection failed: {type(exc).__name__}: {exc}")
-            await asyncio.sleep(self._rng.expovariate(20))
+            await asyncio.sleep(self._rng.expovariate(1 / self._pause_s))
 
     def _body(self) -> tuple[str, dict[str, Any], str]:
         """Path, body and request id."""
@@ -81,9 +88,10 @@ class Client:
         rid = f"{rng.getrandbits(64):016x}"
         stem = rng.choice(STEMS)
         text = " ".join(
-            stem[: rng.randint(1, len(stem))] + [str(rng.randrange(10**6)) for _ in range(rng.choice([0, 2, 40]))]
+            stem[: rng.randint(1, rng.choice([4, 16, len(stem)]))]
+            + [str(rng.randrange(10**6)) for _ in range(rng.choice([0, 2, 2, 40]))]
         )
-        length = rng.choice([1, 4, 16, 64, 200])
+        length = rng.choice([1, 4, 16, 64, 200, 400])
         common: dict[str, Any] = {
             "temperature": rng.choice([0, 0.8]), "stop": rng.choice([None, None, ["the"], [".\n", "xyz"]]),
             "ignore_eos": rng.random() < 0.5, "n": rng.choice([1, 1, 1, 2, 3]),
@@ -134,6 +142,7 @@ class Client:
             if response.status == 400 and b"context" not in data:
                 self._tally.fault(f"{path}: a good request was refused: {data[:200]!r}")
             self._tally.ended[f"refused {response.status}"] += 1
+            self._pause_s = REFUSED_PAUSE_S
         elif response.status != 200:
             self._tally.fault(f"{path}: status {response.status}: {data[:200]!r}")
         elif is_stream:
@@ -158,8 +167,10 @@ class Client:
         events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
         ends: collections.Counter[int] = collections.Counter()
         if path == "/v1/messages":
-            wanted, is_over = 1, text.rstrip().endswith('{"type":"message_stop"}')
             ends[0] = sum(event["type"] == "message_delta" for event in events)
+            aborts = [event for event in events if event["type"] == "error" and "abort" in event["error"]["message"]]
+            ends[0] += len(aborts)  # this API has no stop reason for it
+            wanted, is_over = 1, bool(aborts) or text.endswith('{"type":"message_stop"}\n\n')
         elif path == "/generate":
             wanted, is_over = body["sampling_params"]["n"], text.endswith("data: [DONE]\n\n")
             for event in events:
@@ -181,19 +192,7 @@ class Client:
     async def _nonsense(self) -> None:
         rng = self._rng
         path = rng.choice(["/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages", "/tokenize"])
-        body = rng.choice(
-            [
-                b"{",
-                b"[]",
-                b'{"text": 5}',
-                b'{"messages": []}',
-                b'{"prompt": "x", "max_tokens": -3}',
-                b"\xff\xfe",
-                b"null",
-                b'{"text": "x", "sampling_params": {"top_p": 9}}',
-                b'{"prompt": "x", "temperature": "hot"}',
-            ]
-        )
+        body = rng.choice([b"{", b"[]", b"\xff\xfe", b"null", b"{}", *NONSENSE[path]])
         headers = {"Content-Type": rng.choice(["application/json", "text/plain"])}
         async with self._session.post(self._url + path, data=body, headers=headers) as response:
             data = await response.read()
@@ -201,6 +200,14 @@ class Client:
             self._tally.fault(f"{path}: nonsense {body!r} was answered with {response.status}: {data[:200]!r}")
         self._tally.ended["nonsense refused"] += 1
 
+
+NONSENSE = {
+    "/generate": [b'{"text": 5}', b'{"text": "x", "sampling_params": {"top_p": 9}}', b'{"input_ids": [[]]}'],
+    "/v1/completions": [b'{"prompt": "x", "max_tokens": -3}', b'{"prompt": "x", "temperature": "hot"}'],
+    "/v1/chat/completions": [b'{"messages": []}', b'{"messages": [{"role": "king", "content": "x"}]}'],
+    "/v1/messages": [b'{"messages": []}', b'{"model": "m", "max_tokens": 1, "messages": []}'],
+    "/tokenize": [b'{"prompt": 5}', b'{"prompt": "x", "messages": []}'],
+}
 
 STEMS = [[f"{word}{i}" for i in range(120)] for word in ("alpha", "beta", "gamma", "delta")]
 
@@ -232,8 +239,8 @@ async def wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     raise SystemExit("the server has not become ready")
 
 
-async def check_books(url: str, session: aiohttp.ClientSession, tally: Tally) -> None:
-    """With nothing running: no request, no page in use, none lost."""
+async def check_books(url: str, session: aiohttp.ClientSession, tally: Tally) -> dict[str, Any]:
+    """With nothing running: no request, no page in use, none lost. Returns the engine's numbers."""
     state: dict[str, Any] = {}
     for _ in range(300):
         async with session.get(f"{url}/server_info") as response:
@@ -251,6 +258,7 @@ async def check_books(url: str, session: aiohttp.ClientSession, tally: Tally) ->
         loads = (await response.json())["loads"][0]
     if loads["num_used_tokens"] or loads["num_running_reqs"] or loads["num_waiting_reqs"]:
         tally.fault(f"/v1/loads shows load where there is none: {loads}")
+    return state
 
 
 async def soak(url: str, process: subprocess.Popen[bytes], seconds: float, num_clients: int, seed: int) -> Tally:
@@ -259,29 +267,40 @@ async def soak(url: str, process: subprocess.Popen[bytes], seconds: float, num_c
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
         rng = random.Random(seed)
         pids = [process.pid, *children(process.pid)]
-        end = time.monotonic() + seconds
         began = time.monotonic()
-        rounds = max(1, round(seconds / 120))
+        rounds = max(1, round(seconds / ROUND_S))
         for index in range(rounds):
             round_end = began + seconds * (index + 1) / rounds
             clients = [Client(url, session, random.Random(rng.random()), tally) for _ in range(num_clients)]
             tasks = [asyncio.ensure_future(client.run(round_end)) for client in clients]
-            while time.monotonic() < round_end:
-                await asyncio.sleep(min(2.0, seconds / 30))
+            while time.monotonic() < round_end and process.poll() is None:
                 tally.memory_mib.append((time.monotonic() - began, memory_mib(pids)))
-                if process.poll() is not None:
-                    tally.fault(f"the server has ended with status {process.returncode}")
-                    end = 0
-                    break
-            await asyncio.gather(*tasks)
-            await check_books(url, session, tally)
+                await asyncio.sleep(min(2.0, seconds / 30))
+            if process.poll() is not None:
+                for task in tasks:
+                    task.cancel()
+                tally.fault(f"the server has ended with status {process.returncode}")
+                return tally
+            await abort_until_done(url, session, tasks)
+            state = await check_books(url, session, tally)
+            left_s = max(0.0, began + seconds - time.monotonic())
             size = f"{tally.memory_mib[-1][1]:.0f} MiB"
+            engine = f"{state['evicted_pages']} pages evicted, {state['preemptions']} preemptions"
             print(
-                f"{max(0, end - time.monotonic()):6.0f} s left; {dict(tally.ended)}; {size}; faults {len(tally.faults)}"
+                f"{left_s:6.0f} s left; {dict(tally.ended)}; {engine}; {size}; faults {len(tally.faults)}", flush=True
             )
-            if not end:
-                break
+            if not state["evicted_pages"] or (seconds >= MIN_SLOPE_S and not state["preemptions"]):
+                tally.fault("the KV cache was never full: nothing was shown")
     return tally
+
+
+async def abort_until_done(url: str, session: aiohttp.ClientSession, tasks: Sequence[asyncio.Future[None]]) -> None:
+    """Clients that have sent their last request need not wait for the whole answer."""
+    while not all(task.done() for task in tasks):
+        async with session.post(f"{url}/abort_request", json={"abort_all": True}) as response:
+            await response.read()
+        await asyncio.wait(tasks, timeout=0.5)
+    await asyncio.gather(*tasks)
 
 
 def slope_mib_per_min(samples: list[tuple[float, float]]) -> float:

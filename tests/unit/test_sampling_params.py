@@ -127,6 +127,13 @@ def test_a_tiny_temperature_is_greedy():
     assert parse(temperature=1e-5).temperature == 1e-5
 
 
+@pytest.mark.parametrize(("name", "value"), [("temperature", 1e308), ("repetition_penalty", 1e-300)])
+def test_extreme_values_stay_what_a_float32_can_divide_by(name, value):
+    with np.errstate(all="raise"):
+        logits = np.array([-1e4, 1e4], np.float32) / np.float32(getattr(parse(**{name: value}), name))
+    assert np.isfinite(logits).all()
+
+
 def test_a_top_k_of_the_whole_vocabulary_is_none():
     assert parse(top_k=100).top_k == TOP_K_ALL
     assert parse(top_k=99).top_k == 99
