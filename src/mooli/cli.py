@@ -1,4 +1,4 @@
-"""The `mooli` command: serve, generate, chat, demo, pull, plan, doctor, version.
+"""The `mooli` command: serve, generate, chat, demo, bench, pull, plan, doctor, version.
 
 Owns what is typed and what is printed: answers go to standard output; progress, statistics and errors go to standard
 error. An error of ours is one line and exit status 2, output that cannot be written is 1, Ctrl-C is 130. Never does
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import sys
@@ -115,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     add_pull_args(_command(commands, "pull", run_pull, "fetch a model from Hugging Face or ModelScope"))
     add_plan_args(_command(commands, "plan", run_plan, "what a model takes of a memory, and what then fits"))
     add_doctor_args(_command(commands, "doctor", run_doctor, "what this machine has, what is missing, what to do"))
+    bench = _command(commands, "bench", _bench, "measure a server, or an engine in this process")
+    bench.add_argument("kind", choices=tuple(_BENCHES), help="; ".join(f"{k}: {v[1]}" for k, v in _BENCHES.items()))
+    bench.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="Its own flags; --help lists them.")
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version, parser=version)
     return parser
@@ -155,6 +159,23 @@ def _sampling_params(args: argparse.Namespace) -> dict[str, Any]:
 def _version(args: argparse.Namespace) -> int:
     print(f"mooli {__version__}")
     return 0
+
+
+_BENCHES = {
+    "serving": ("mooli.bench_serving", "requests to a running server"),
+    "multiturn": ("mooli.bench.multiturn", "conversations of several rounds with a running server"),
+    "replay": ("mooli.bench.replay", "a recorded or made-up trace, sent to a running server"),
+    "offline": ("mooli.bench.offline", "throughput of an engine in this process"),
+    "one-batch": ("mooli.bench.one_batch", "prefill and decode of an engine in this process, by batch size"),
+    "report": ("mooli.bench.report", "a page of charts from result files"),
+}
+"""Each benchmark's module, which has a `main`, and what it measures."""
+
+
+def _bench(args: argparse.Namespace) -> int:
+    # Imported when asked for: no other command needs an HTTP client.
+    status: int = importlib.import_module(_BENCHES[args.kind][0]).main(args.words)
+    return status
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))  # for the fake engine
+
+from plain_server import Answer, PlainServer
 from scripted_server import tokenizer_folder
 
 import mooli.bench.serving as serving
@@ -27,3 +33,16 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_path: Path) -> Tokenizer:
     return load_tokenizer(tokenizer_path)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Answer], PlainServer]]:
+    servers: list[PlainServer] = []
+
+    def start(answer: Answer = lambda number, body: None) -> PlainServer:
+        servers.append(PlainServer(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

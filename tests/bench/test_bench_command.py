@@ -8,86 +8,16 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plain_server import Answer
 
 from mooli.bench.event_loop_lag import EventLoopLag
 from mooli.bench.progress import Progress
 from mooli.bench.records import RequestRecord
 from mooli.bench_serving import main
-
-Answer = Callable[[int, dict[str, Any]], "tuple[int, Any] | None"]
-
-
-class PlainServer:
-    """Answers /generate at once, with three pieces. answer: (number of the request, body) -> an error, or None."""
-
-    def __init__(self, answer: Answer) -> None:
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: Any) -> None: ...
-
-            def do_GET(self) -> None:
-                known = {"/v1/models": {"data": [{"id": "plain"}]}, "/get_server_info": {"version": "0.0.1"}}
-                self._json(200 if self.path in known else 404, known.get(self.path, {}))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    number, outer.count = outer.count, outer.count + 1
-                outer.keys.append(self.headers.get("Authorization"))
-                error = answer(number, body)
-                if error is not None:
-                    self._json(*error)
-                    return
-                self.send_response(200)
-                self.send_header("Content-Type", "text/event-stream")
-                self.end_headers()
-                for i in range(1, 4):
-                    meta = {"completion_tokens": i, "prompt_tokens": 9, "cached_tokens": 0, "finish_reason": None}
-                    piece = {"text": "abc"[:i], "meta_info": meta}
-                    self.wfile.write(b"data: " + json.dumps(piece).encode() + b"\n\n")
-                self.wfile.write(b"data: [DONE]\n\n")
-
-            def _json(self, status: int, body: Any) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        self.count = 0
-        self.keys: list[str | None] = []
-        self.lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.port = self._http.server_address[1]
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Answer], PlainServer]]:
-    servers: list[PlainServer] = []
-
-    def start(answer: Answer = lambda number, body: None) -> PlainServer:
-        servers.append(PlainServer(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def command(port: int, tokenizer: Path, file: Path, *flags: str) -> list[str]:

@@ -170,7 +170,7 @@ PARAMS = [
 def small_engine():
     """Ten pages for up to eight requests of three or four each: they must give way to each other."""
     require("cpu")
-    settings = {"max_total_tokens": 320, "context_length": 160, "max_running_requests": 8, "chunked_prefill_size": 32}
+    settings = {"max_total_tokens": 320, "context_length": 160, "max_running_requests": 8, "chunked_prefill_size": 128}
     with Engine(model_path="demo", backend="cpu", **settings) as made:
         yield made
 

@@ -52,7 +52,14 @@ class EngineThread:
 class LiveServer:
     """url: of the running server. `http`: an httpx client for it, with the API key if there is one."""
 
-    def __init__(self, next_token: Any = None, *, runner: dict[str, Any] | None = None, engine: dict[str, Any] | None = None, **server: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        next_token: Any = None,
+        *,
+        runner: dict[str, Any] | None = None,
+        engine: dict[str, Any] | None = None,
+        **server: Any,
+    ) -> None:
         self.engine_config = EngineConfig.from_kwargs(**{"model_path": "fake", "random_seed": 7, **(engine or {})})
         self.config = ServerConfig.from_kwargs(**{"port": 0, "skip_server_warmup": True, **server})
         self._runner_options = {"next_token": next_token, **(runner or {})}

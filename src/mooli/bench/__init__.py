@@ -1,4 +1,5 @@
-"""Measuring a running server from outside: what is sent, when, what came back, and what that amounts to.
+"""Measuring: a running server from outside, and an engine of this process.
 
-Works with any server that speaks one of the APIs in `backends`. Never looks into an engine of its own process.
+Owns what is sent, when, what came back, and what that amounts to. `serving`, `multiturn` and `replay` work with any
+server that speaks one of the APIs in `backends`, and never look into an engine; `offline` and `one_batch` run one.
 """

@@ -83,6 +83,7 @@ class BenchOptions:
     """A run as it was asked for, checked. Times in seconds, rates per second.
 
     base_url: without a slash at its end. output_file: None takes the name SGLang gives.
+    report_file: None writes no report.
     """
 
     backend: Backend
@@ -111,6 +112,7 @@ class BenchOptions:
     plot_throughput: bool
     show_progress: bool
     explain: bool
+    report_file: Path | None = None
 
 
 def parse_arguments(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> BenchOptions:
@@ -223,6 +225,7 @@ def _options(args: argparse.Namespace, environment: Mapping[str, str]) -> BenchO
         plot_throughput=args.plot_throughput,
         show_progress=not args.disable_tqdm,
         explain=args.explain,
+        report_file=_report_file(args.report),
     )
 
 
@@ -264,6 +267,16 @@ def _check_counts(args: argparse.Namespace, port: int) -> None:
         raise BenchmarkError(f"--port must be from 1 to 65535, got {port}")
     if not 0 <= args.seed < 2**32:
         raise BenchmarkError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
+
+
+def _report_file(name: str | None) -> Path | None:
+    """Refuses now what would only fail after the run."""
+    if name is None:
+        return None
+    file = Path(name)
+    if not name or file.is_dir() or not file.parent.is_dir():
+        raise BenchmarkError(f"--report takes the name of a file in a folder that exists, got {name!r}")
+    return file
 
 
 def _headers(pairs: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The flags of `bench_serving`: SGLang's, with its defaults, and three of ours.
+"""The flags of `bench_serving`: SGLang's, with its defaults, and a few of ours.
 
 Owns names, defaults, help and abbreviations. Never looks at what a value means.
 """
@@ -14,7 +14,7 @@ from mooli.bench.backends import BACKENDS, REFUSED_BACKENDS
 from mooli.bench.datasets import REFUSED_DATASETS
 from mooli.bench.errors import BenchmarkError
 
-OWN_FLAGS = ("--explain", "--force-miss", "--mooncake-length-factor")
+OWN_FLAGS = ("--explain", "--force-miss", "--mooncake-length-factor", "--report")
 
 DATASETS = ("sharegpt", "custom", "openai", "random", "random-ids", "generated-shared-prefix", "mooncake")
 
@@ -47,8 +47,8 @@ def bench_parser() -> argparse.ArgumentParser:
         " --random-input 512 --random-output 128 --request-rate 4",
     )
     _add_target(parser.add_argument_group("server"))
-    _add_data(parser.add_argument_group("prompts"))
-    _add_shared_prefix(parser.add_argument_group("generated-shared-prefix"))
+    add_data(parser.add_argument_group("prompts"))
+    add_shared_prefix(parser.add_argument_group("generated-shared-prefix"))
     _add_mooncake(parser.add_argument_group("mooncake"))
     _add_load(parser.add_argument_group("load"))
     _add_request(parser.add_argument_group("requests"))
@@ -73,7 +73,8 @@ def _add_target(group: Group) -> None:
     add("--ready-check-timeout-sec", type=int, default=60, help="seconds to wait for the server (60)")
 
 
-def _add_data(group: Group) -> None:
+def add_data(group: Group) -> None:
+    """What to send, and its seed."""
     add = group.add_argument
     add("--dataset-name", default="sharegpt", choices=[*DATASETS, *REFUSED_DATASETS], help="(sharegpt)")
     add("--dataset-path", default="", help="file of the dataset; random works without one")
@@ -94,7 +95,8 @@ def _add_data(group: Group) -> None:
     add("--seed", type=int, default=42, help="of prompts, lengths and arrivals (42)")
 
 
-def _add_shared_prefix(group: Group) -> None:
+def add_shared_prefix(group: Group) -> None:
+    """The groups of generated-shared-prefix."""
     add = group.add_argument
     add("--gsp-num-groups", type=int, default=64, help="(64)")
     add("--gsp-prompts-per-group", type=int, default=16, help="(16)")
@@ -160,6 +162,7 @@ def _add_output(group: Group) -> None:
     add = group.add_argument
     add("--output-file", help="JSON lines file to append to (BACKEND_MMDD_NUM_….jsonl)")
     add("--output-details", action="store_true", help="also write what each request did")
+    add("--report", metavar="FILE", help="[Mooli] also write a page with charts of this run (report.html)")
     add("--tag", help="word to store with the result")
     add("--goodput", nargs="+", metavar="NAME:MS", help="objectives, such as ttft:500 tpot:50 e2el:20000")
     add("--cache-report", action="store_true", help="show where reused tokens came from")

@@ -37,7 +37,13 @@ def mooncake(options: DatasetOptions, tokenizer: Tokenizer, _: Randoms) -> Datas
 
     Raises BenchmarkError when the trace is missing or a record is malformed.
     """
-    cake = options.mooncake
+    check_factors(options.mooncake)
+    file = _file(options)
+    return replayed(read_trace(file, options.num_prompts), options, tokenizer, note=f"mooncake, {file}")
+
+
+def check_factors(cake: MooncakeOptions) -> None:
+    """Raise BenchmarkError for a slowdown, a length factor or a number of rounds that cannot be."""
     if not (math.isfinite(cake.slowdown_factor) and cake.slowdown_factor >= 0):
         raise BenchmarkError(f"--mooncake-slowdown-factor must be at least 0, got {cake.slowdown_factor}")
     factor = cake.length_factor
@@ -46,15 +52,26 @@ def mooncake(options: DatasetOptions, tokenizer: Tokenizer, _: Randoms) -> Datas
         raise BenchmarkError(f"--mooncake-length-factor must be a number of at least {least}, got {factor}")
     if cake.num_rounds < 1:
         raise BenchmarkError(f"--mooncake-num-rounds must be at least 1, got {cake.num_rounds}")
-    file = _file(options)
-    trace = _read(file, options.num_prompts)
+
+
+def replayed(
+    trace: list[dict[str, Any]],
+    options: DatasetOptions,
+    tokenizer: Tokenizer,
+    *,
+    note: str,
+    remarks: tuple[str, ...] = (),
+) -> Dataset:
+    """The requests of `trace`, records in the order of their times. Nothing else of `options` but `mooncake` and
+    `is_chat` is looked at; its factors are taken as checked."""
+    cake = options.mooncake
     first_ms = trace[0]["timestamp"] if trace else 0
     prompts = _Prompts(cake, tokenizer, is_chat=options.is_chat)
     requests = []
     for record in trace:
         at_s = (record["timestamp"] - first_ms) / 1000 * cake.slowdown_factor
         requests += prompts.rounds(record, at_s)
-    return Dataset(requests=requests, note=f"mooncake, {file}")
+    return Dataset(requests=requests, note=note, remarks=remarks)
 
 
 class _Prompts:
@@ -137,7 +154,11 @@ def _file(options: DatasetOptions) -> Path:
     return path
 
 
-def _read(file: Path, num: int) -> list[dict[str, Any]]:
+def read_trace(file: Path, num: int | None) -> list[dict[str, Any]]:
+    """The first `num` records of a file, None for all, in the order of their times.
+
+    Each has timestamp, hash_ids, input_length and output_length. Raises BenchmarkError.
+    """
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as exc:

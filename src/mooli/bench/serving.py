@@ -21,7 +21,7 @@ from mooli.bench.arguments import BenchOptions
 from mooli.bench.arrivals import arrival_times
 from mooli.bench.backends import Api
 from mooli.bench.client import Client, UnreachableError, open_session
-from mooli.bench.datasets import Dataset, Randoms, load_dataset
+from mooli.bench.datasets import Dataset, DatasetOptions, Randoms, load_dataset
 from mooli.bench.errors import BenchmarkError
 from mooli.bench.event_loop_lag import LATE_MS, ClientLoad, EventLoopLag
 from mooli.bench.load import LoadResult, put_under_load
@@ -29,9 +29,12 @@ from mooli.bench.machine import client_machine, engine_facts
 from mooli.bench.metrics import Metrics, calculate_metrics
 from mooli.bench.progress import Progress
 from mooli.bench.records import BenchRequest, RequestRecord
+from mooli.bench.report import write_page
+from mooli.bench.report_runs import run_of
 from mooli.bench.result_table import TableHeader, further_blocks, result_table, throughput_plot
 from mooli.bench.server_contact import ServerContact, accept_length
 from mooli.bench.tokenizer_source import find_tokenizer
+from mooli.frontend.tokenizer import Tokenizer
 
 WARMUP_OUTPUT_LEN = 32
 SETTLE_S = 1.0
@@ -62,11 +65,12 @@ async def measure(
     say: Callable[[str], None],
     progress_out: TextIO | None,
     clock: Callable[[], float] = time.perf_counter,
+    load: Callable[[DatasetOptions, Tokenizer, Randoms], Dataset] = load_dataset,
 ) -> Measurement:
     """Measure a server.
 
     stopping: entered while the server is under load; setting its event ends the run early, and what finished is
-        measured. say: takes lines for the user. clock: of all times of requests.
+        measured. say: takes lines for the user. clock: of all times of requests. load: makes the prompts.
     Raises BenchmarkError when the run cannot begin; once it has begun, failures are part of the measurement.
     """
     randoms = Randoms.seeded(options.seed)
@@ -81,7 +85,7 @@ async def measure(
         def count_tokens(text: str) -> int:
             return len(tokenizer.encode(text, add_special_tokens=False))
 
-        dataset = load_dataset(options.data, tokenizer, randoms)
+        dataset = load(options.data, tokenizer, randoms)
         _say_dataset(dataset, say)
         times = arrival_times(dataset.requests, request_rate=options.request_rate, generator=randoms.numpy)
         client = Client(
@@ -111,7 +115,7 @@ async def measure(
         num_answers = sum(1 + len(request.later_turns) for request in dataset.requests)
         with stopping as stop:
             async with EventLoopLag() as lag, Progress(records, num_answers, progress_out):
-                load = await put_under_load(
+                load_result = await put_under_load(
                     dataset.requests,
                     times,
                     send,
@@ -120,10 +124,10 @@ async def measure(
                     stop=stop,
                     records=records,
                 )
-        server_info = {} if load.is_server_gone else await contact.server_info()
+        server_info = {} if load_result.is_server_gone else await contact.server_info()
     metrics = calculate_metrics(
-        load.records,
-        load.duration_s,
+        load_result.records,
+        load_result.duration_s,
         count_tokens,
         accept_length=accept_length(server_info),
         is_openai=options.backend.api is not Api.NATIVE,
@@ -131,7 +135,7 @@ async def measure(
     )
     client_load = lag.load()
     return Measurement(
-        load=load,
+        load=load_result,
         metrics=metrics,
         client_load=client_load,
         server_info=server_info,
@@ -143,9 +147,10 @@ async def measure(
 
 
 def report(options: BenchOptions, run: Measurement, say: Callable[[str], None]) -> Path | None:
-    """Print the table and append the line of JSON; the file that was written, None when nothing had finished.
+    """Print the table, append the line of JSON and write the report, if one is asked for.
 
-    Raises BenchmarkError when the file cannot be written, after the table.
+    Returns the file of the line, None when nothing had finished: then no file is written.
+    Raises BenchmarkError when a file cannot be written, after the table.
     """
     metrics = run.metrics
     if metrics.num_completed:
@@ -182,7 +187,12 @@ def report(options: BenchOptions, run: Measurement, say: Callable[[str], None]) 
             datetime.date.today(),
         )
     )
-    result_file.append_line(file, result_object(options, run, machine))
+    result = result_object(options, run, machine)
+    result_file.append_line(file, result)
+    if options.report_file is not None:
+        result |= result_file.details(run.load.records, run.load.start_s, with_cache=True)
+        write_page(options.report_file, [run_of(result, file.stem, place=str(file))])
+        say(f"Report written to {options.report_file}")
     return file
 
 

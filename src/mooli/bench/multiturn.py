@@ -1,0 +1,208 @@
+"""`mooli bench multiturn`: conversations of several rounds against a running server.
+
+Owns the command: one run a rate, what is printed after each, and the file. Each request holds the whole conversation
+so far, the server's own answers included. What is said is in `multiturn_prompts`, when in `multiturn_load`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from mooli.bench import result_file, serving
+from mooli.bench.backends import Api
+from mooli.bench.client import Client, open_session
+from mooli.bench.command import ended, fail, say, status, stopping_on_ctrl_c
+from mooli.bench.errors import BenchmarkError
+from mooli.bench.event_loop_lag import ClientLoad, EventLoopLag
+from mooli.bench.load import LoadResult
+from mooli.bench.machine import client_machine, engine_facts
+from mooli.bench.metrics import Metrics, calculate_metrics
+from mooli.bench.multiturn_flags import PROGRAM, MultiturnOptions, parse_multiturn_arguments
+from mooli.bench.multiturn_load import Conversation, converse_under_load, pace
+from mooli.bench.multiturn_prompts import make_conversations, move_on
+from mooli.bench.multiturn_result import RoundMetrics, by_round, rounds_object, summary, summary_lines
+from mooli.bench.progress import Progress
+from mooli.bench.records import BenchRequest, RequestRecord
+from mooli.bench.server_contact import ServerContact
+from mooli.bench.tokenizer_source import find_tokenizer
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command and return the exit status."""
+    try:
+        options = parse_multiturn_arguments(argv)
+    except BenchmarkError as exc:
+        return fail(PROGRAM, exc, status=2)
+    return ended(PROGRAM, lambda: asyncio.run(_run(options)))
+
+
+async def _run(options: MultiturnOptions) -> int:
+    def keep(run: RateRun) -> bool:
+        report(options, run, say)
+        statuses.append(_status(run))
+        return statuses[-1] == 0
+
+    statuses: list[int] = []
+    await measure_rates(options, stopping=stopping_on_ctrl_c(), say=say, keep=keep)
+    return statuses[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateRun:
+    """What one rate brought. server_info: empty where the server tells nothing or is gone."""
+
+    request_rate: float
+    load: LoadResult
+    metrics: Metrics
+    rounds: list[RoundMetrics]
+    client_load: ClientLoad
+    server_info: dict[str, Any]
+    model: str
+
+
+async def measure_rates(
+    options: MultiturnOptions,
+    *,
+    stopping: AbstractContextManager[asyncio.Event],
+    say: Callable[[str], None],
+    keep: Callable[[RateRun], bool],
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Measure one rate after another.
+
+    stopping: entered before the first; setting its event ends the run early, and what finished is measured. keep: takes
+        what a rate brought; False ends it there. clock: of all times of requests.
+    Raises BenchmarkError when a run cannot begin; once it has begun, failures are part of the measurement.
+    """
+    target = options.target
+    async with open_session(target.headers) as session:
+        contact = ServerContact(session, target.base_url, say)
+        first_model = await contact.wait_until_ready(target.ready_check_timeout_s)
+        model = target.served_model_name or first_model
+        if model is None:
+            raise BenchmarkError(f"{target.base_url}/v1/models names no model; give --served-model-name")
+        tokenizer, _ = find_tokenizer(target.tokenizer, await contact.model_info(), model)
+
+        def count_tokens(text: str) -> int:
+            return len(tokenizer.encode(text, add_special_tokens=False))
+
+        client = Client(session, target.base_url, target.backend, target.request, model=model, clock=clock)
+        is_alone = len(options.rates) == 1
+        say("Running with specified request rate..." if is_alone else "Auto-running with different request rates...")
+        with stopping as stop:
+            for rate in options.rates:
+                conversations = make_conversations(options, tokenizer)
+                if options.can_flush:
+                    await contact.flush_cache(target.flush_cache_timeout_s)
+                    await asyncio.sleep(serving.SETTLE_S)
+                load, client_load = await _load(options, rate, client, conversations, count_tokens, clock, stop)
+                is_openai = target.backend.api is not Api.NATIVE
+                run = RateRun(
+                    request_rate=rate,
+                    load=load,
+                    metrics=calculate_metrics(load.records, load.duration_s, count_tokens, is_openai=is_openai),
+                    rounds=by_round(load.records, load.duration_s, count_tokens, is_openai=is_openai),
+                    client_load=client_load,
+                    server_info={} if load.is_server_gone else await contact.server_info(),
+                    model=model,
+                )
+                if not keep(run):
+                    return
+
+
+async def _load(
+    options: MultiturnOptions,
+    rate: float,
+    client: Client,
+    conversations: Sequence[Conversation],
+    count_tokens: Callable[[str], int],
+    clock: Callable[[], float],
+    stop: asyncio.Event,
+) -> tuple[LoadResult, ClientLoad]:
+    async def send(conversation: Conversation, records: list[RequestRecord]) -> bool:
+        request = BenchRequest(
+            prompt=conversation.history, prompt_len=conversation.prompt_len, output_len=options.output_len
+        )
+        first = len(records)
+        try:
+            await client.converse(conversation.index, request, records)
+        finally:
+            # Others may have come behind it; a conversation has one request at a time.
+            record = next(record for record in records[first:] if record.index == conversation.index)
+            record.turn = conversation.round_index
+            record.prompt_len = record.server_prompt_tokens or record.prompt_len
+        if record.success:
+            move_on(conversation, record, count_tokens)
+        return record.success
+
+    how = pace(
+        max_parallel=options.max_parallel,
+        request_rate=rate,
+        distribution=options.distribution,
+        policy=options.ready_queue_policy,
+        has_round_barrier=options.has_round_barrier,
+        seed=options.seed,
+    )
+    records: list[RequestRecord] = []
+    total = sum(len(conversation.questions) for conversation in conversations)
+    out = sys.stderr if options.show_progress else None
+    async with EventLoopLag() as lag, Progress(records, total, out):
+        load = await converse_under_load(conversations, send, how, clock=clock, stop=stop, records=records)
+    return load, lag.load()
+
+
+def report(options: MultiturnOptions, run: RateRun, say: Callable[[str], None]) -> None:
+    """Print a run and append its line of JSON. Raises BenchmarkError when the file cannot be written."""
+    metrics = run.metrics
+    say(f"{metrics.num_completed} requests completed" if run.load.num_unsent else "All requests completed")
+    if not metrics.num_completed:
+        return
+    say(summary_lines(summary(metrics, run.request_rate), run.rounds))
+    for reason, count in metrics.failures:
+        say(f"  failed: {count} x {reason}")
+    complaint = run.client_load.complaint(metrics.itl.median)
+    if complaint:
+        say(f"note: {complaint}")
+    result_file.append_line(options.log_file, result_object(options, run))
+    say(f"Result appended to {options.log_file}")
+
+
+def result_object(options: MultiturnOptions, run: RateRun) -> dict[str, Any]:
+    """The line of JSON: SGLang's keys, then ours."""
+    metrics = run.metrics
+    return {
+        "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "tag": options.tag,
+        "summary": summary(metrics, run.request_rate),
+        "round": rounds_object(run.rounds),
+        "backend": options.target.backend.name,
+        "model": run.model,
+        "num_clients": options.num_clients,
+        "rounds": [options.min_rounds, options.max_rounds],
+        "max_parallel": options.max_parallel,
+        "request_length": options.request_len,
+        "sub_question_input_length": options.question_len,
+        "output_length": options.output_len,
+        "distribution": options.distribution,
+        "ready_queue_policy": options.ready_queue_policy,
+        "round_barrier": options.has_round_barrier,
+        "seed": options.seed,
+        "duration": metrics.duration_s,
+        "failed": metrics.num_failed,
+        "interrupted": metrics.num_interrupted,
+        "unsent": run.load.num_unsent,
+        "failures": [{"reason": reason, "count": count} for reason, count in metrics.failures],
+        "client": client_machine(),
+        "engine": engine_facts(run.server_info),
+    }
+
+
+def _status(run: RateRun) -> int:
+    return status(PROGRAM, run.metrics, is_interrupted=run.load.is_interrupted, is_server_gone=run.load.is_server_gone)

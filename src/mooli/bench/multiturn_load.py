@@ -1,0 +1,183 @@
+"""Conversations under load: whose turn it is, and when the next request goes out.
+
+Owns the queue of conversations that are ready, the gaps, the places, and giving up when the server is gone. Never knows
+HTTP or text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from mooli.bench.client import UnreachableError
+from mooli.bench.load import REFUSALS_TO_GIVE_UP, LoadResult
+from mooli.bench.records import Message, RequestRecord
+
+
+@dataclass(slots=True, kw_only=True)
+class Conversation:
+    """questions: what the user says, one a round. history: what is sent next, the next question included.
+
+    round_index: of the request that comes next. prompt_len: tokens of `history`, as far as known.
+    """
+
+    index: int
+    questions: Sequence[str]
+    history: str | list[Message]
+    prompt_len: int
+    round_index: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.round_index == len(self.questions)
+
+
+Send = Callable[[Conversation, "list[RequestRecord]"], Awaitable[bool]]
+"""Sends a conversation's next request, adds its record, and moves the conversation on. False: it cannot go on. Raises
+UnreachableError when there is no server."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """gap_s: drawn after each request. picks: which of so many waiting conversations is next."""
+
+    max_parallel: int
+    gap_s: Callable[[], float]
+    picks: Callable[[int], int]
+    has_round_barrier: bool = False
+
+
+def pace(
+    *, max_parallel: int, request_rate: float, distribution: str, policy: str, has_round_barrier: bool, seed: int
+) -> Pace:
+    """Gaps of mean 1 / `request_rate` seconds, none for inf.
+
+    distribution: "poisson" (exponential gaps) or "uniform" (from 0 to twice the mean). policy: "random" or "fifo".
+    """
+    chance = random.Random(seed)
+
+    def gap_s() -> float:
+        if distribution == "poisson":
+            return chance.expovariate(1.0) / request_rate
+        return chance.uniform(0.0, 2.0) / request_rate
+
+    order = random.Random(seed + 1)  # so that the gaps are the same whatever the queue holds
+    return Pace(
+        max_parallel=max_parallel,
+        gap_s=gap_s,
+        picks=order.randrange if policy == "random" else lambda num: 0,
+        has_round_barrier=has_round_barrier,
+    )
+
+
+async def converse_under_load(
+    conversations: Sequence[Conversation],
+    send: Send,
+    how: Pace,
+    *,
+    clock: Callable[[], float],
+    stop: asyncio.Event,
+    records: list[RequestRecord],
+) -> LoadResult:
+    """Bring all conversations to their end, and tell what came.
+
+    A gap passes after each request; then the next one goes out as soon as a conversation is ready and a place is free.
+    A conversation whose request fails ends there. stop: setting it ends the run: what is in progress is cut off and
+    marked so. records: filled as requests are sent.
+    """
+    total = sum(len(conversation.questions) for conversation in conversations)
+    run = _Run(conversations, send, how, stop, records)
+    start_s = clock()
+    sending = asyncio.create_task(run.send_all())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({sending, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        # Also when this task is cancelled: nothing may go on sending.
+        stopping.cancel()
+        if not sending.done():
+            sending.cancel()
+        await asyncio.wait({sending, stopping})
+    if not sending.cancelled() and (failure := sending.exception()) is not None:
+        raise failure
+    return LoadResult(
+        records=sorted(records, key=lambda record: (record.index, record.turn)),
+        start_s=start_s,
+        duration_s=clock() - start_s,
+        is_interrupted=stop.is_set() and not run.is_server_gone,
+        is_server_gone=run.is_server_gone,
+        num_unsent=total - len(records),
+    )
+
+
+class _Run:
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        send: Send,
+        how: Pace,
+        stop: asyncio.Event,
+        records: list[RequestRecord],
+    ) -> None:
+        self.is_server_gone = False
+        self._send = send
+        self._how = how
+        self._stop = stop
+        self._records = records
+        self._ready = list(conversations)
+        self._next_round: list[Conversation] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._num_refused = 0
+
+    async def send_all(self) -> None:
+        try:
+            while await self._has_next():
+                conversation = self._ready.pop(self._how.picks(len(self._ready)))
+                task = asyncio.create_task(self._send_one(conversation))
+                self._tasks.add(task)
+                gap_s = self._how.gap_s()
+                if gap_s:
+                    await asyncio.sleep(gap_s)
+        finally:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _has_next(self) -> bool:
+        """Wait until a conversation is ready and there is a place for it. False when none will be."""
+        while self._failure is None:
+            if not self._tasks and not self._ready:
+                self._ready, self._next_round = self._next_round, []
+                if not self._ready:
+                    return False
+            if self._ready and len(self._tasks) < self._how.max_parallel:
+                return True
+            self._changed.clear()
+            await self._changed.wait()
+        return False
+
+    async def _send_one(self, conversation: Conversation) -> None:
+        try:
+            goes_on = await self._send(conversation, self._records)
+            self._num_refused = 0
+            if goes_on and not conversation.is_over:
+                (self._next_round if self._how.has_round_barrier else self._ready).append(conversation)
+        except UnreachableError:
+            self._num_refused += 1
+            if self._num_refused >= REFUSALS_TO_GIVE_UP:
+                self.is_server_gone = True
+                self._stop.set()
+        except Exception as exc:
+            self._failure = exc
+        finally:
+            task = asyncio.current_task()
+            if task is not None:
+                self._tasks.discard(task)
+            self._changed.set()
