@@ -1,10 +1,14 @@
-"""What holds for all tests: libraries use one thread, no model is fetched, `steps` and `variants` can be imported."""
+"""What holds for all tests: libraries use one thread, no model is fetched, `steps` and `variants` can be imported, and
+tests of the ascend backend run on a simulated NPU."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 # Before NumPy is imported: its library reads these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,3 +18,17 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MOOLI_OFFLINE", "1")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+@pytest.fixture(autouse=True)
+def _simulated_npu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For tests of every backend: an NPU while it is the turn of the ascend backend, and none otherwise."""
+    from variants import simulated_npu
+
+    call = getattr(request.node, "callspec", None)
+    values = call.params if call is not None else {}
+    if "ascend" not in (values.get("backend_name"), getattr(values.get("variant"), "backend", None)):
+        yield
+        return
+    with simulated_npu():
+        yield

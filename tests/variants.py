@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -54,6 +56,8 @@ WORST = 6.0
 # weights. int4: 2.1 sigma / 8 for the weights, 9 to 11 % of the product. Three random layers multiply that: rounding
 # the weights alone to 4 bits in float32 arithmetic moves the logits of these tiny models by up to 0.41. The torch
 # backend keeps activations in its type, so that every result is rounded once more; it dequantises blocks to that type.
+# The ascend backend also rounds gains, cosines and sines to its type; its int8 (W8A8) has one step for a whole row of
+# weights or activations. It runs on the simulated device.
 # fmt: off
 VARIANTS = [
     #                                      embed  norm   attend  linear  head   lossless blocks  model  exact rows
@@ -67,13 +71,26 @@ VARIANTS = [
     Variant("torch", "bfloat16", None,     0.002, 0.003, 0.006,  0.004,  0.004,  0.004,  0.004,  0.03,  False),
     Variant("torch", "float16", None,      3e-4,  4e-4,  0.001,  0.0006, 0.0006, 0.0006, 0.0006, 0.004, False),
     Variant("torch", "float32", "int8",    0.0,   1e-6,  3e-6,   0.012,  0.012,  0.012,  0.012,  0.05,  False),
+    Variant("ascend", "bfloat16", None,    0.002, 0.005, 0.006,  0.004,  0.004,  0.004,  0.004,  0.03,  False),
+    Variant("ascend", "float16", None,     3e-4,  7e-4,  0.001,  0.0006, 0.0006, 0.0006, 0.0006, 0.004, False),
+    Variant("ascend", "bfloat16", "int8",  0.002, 0.005, 0.006,  0.016,  0.004,  0.016,  0.016,  0.06,  False),
 ]
 # fmt: on
 
 
+@contextmanager
+def simulated_npu(profile: str = "8.2") -> Iterator[pytest.MonkeyPatch]:
+    """The ascend backend is there, and does not test itself: that has tests of its own."""
+    require("ascend")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOOLI_SIMULATE_ASCEND", profile)
+        patch.setenv("MOOLI_SELFTEST", "0")
+        yield patch
+
+
 def require(backend_name: str) -> None:
     """Skip while the native backend is not built, or torch is not installed."""
-    if backend_name == "torch":
+    if backend_name in ("torch", "ascend"):
         pytest.importorskip("torch")
     if backend_name == "cpu":
         try:

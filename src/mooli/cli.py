@@ -1,4 +1,4 @@
-"""The `mooli` command: serve, generate, chat, demo, bench, pull, plan, doctor, version.
+"""The `mooli` command: serve, generate, chat, demo, bench, pull, plan, doctor, selftest, version.
 
 Owns what is typed and what is printed: answers go to standard output; progress, statistics and errors go to standard
 error. An error of ours is one line and exit status 2, output that cannot be written is 1, Ctrl-C is 130. Never does
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mooli.arguments import CommandParser
+from mooli.backends.ascend.command import add_selftest_args, run_selftest_command
 from mooli.config import EngineConfig
 from mooli.doctor.command import add_doctor_args, run_doctor
 from mooli.engine.facts import device_words
@@ -116,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     add_pull_args(_command(commands, "pull", run_pull, "fetch a model from Hugging Face or ModelScope"))
     add_plan_args(_command(commands, "plan", run_plan, "what a model takes of a memory, and what then fits"))
     add_doctor_args(_command(commands, "doctor", run_doctor, "what this machine has, what is missing, what to do"))
+    selftest = _command(commands, "selftest", run_selftest_command, "compare an NPU's operations with plain torch")
+    add_selftest_args(selftest)
     bench = _command(commands, "bench", _bench, "measure a server, or an engine in this process")
     bench.add_argument("kind", choices=tuple(_BENCHES), help="; ".join(f"{k}: {v[1]}" for k, v in _BENCHES.items()))
     bench.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="Its own flags; --help lists them.")

@@ -11,7 +11,7 @@ from mooli.backends.base import Backend
 from variants import VARIANTS, Variant, require
 
 
-@pytest.fixture(scope="session", params=["reference", "cpu", "torch"])
+@pytest.fixture(scope="session", params=["reference", "cpu", "torch", "ascend"])
 def backend_name(request: pytest.FixtureRequest) -> str:
     require(request.param)
     return str(request.param)

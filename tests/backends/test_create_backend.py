@@ -18,12 +18,6 @@ def test_a_backend_is_made_by_its_name(backend_name: str) -> None:
     backend.close()
 
 
-@pytest.mark.parametrize("name", ["ascend", "npu"])
-def test_a_backend_that_is_not_here_says_what_it_needs(name: str) -> None:
-    with pytest.raises(BackendUnavailableError, match=rf"'{name}' is not part of this installation.*torch.*cpu"):
-        create_backend(name)
-
-
 @pytest.mark.parametrize("name", ["torch", "cuda"])
 @pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
 def test_without_torch_an_error_says_how_to_install_it(

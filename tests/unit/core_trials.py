@@ -26,7 +26,8 @@ VOCAB = 20
 class Setting:
     """Everything about an engine that a trial varies.
 
-    is_crowded: all requests come at once and want long outputs, so that pages run out while they run.
+    is_crowded: all requests come at once and want long outputs, so that pages run out while they run. whole_pages:
+    cached prefixes are used by the page.
     """
 
     page_size: int
@@ -41,9 +42,11 @@ class Setting:
     failure_rate: float = 0.0
     nan_rate: float = 0.0
     is_crowded: bool = False
+    whole_pages: bool = False
 
     def engine(self, runner: FakeRunner) -> tuple[EngineCore, Scheduler, KVCache]:
-        cache = KVCache(self.num_pages, self.page_size, self.enabled)
+        granularity = self.page_size if self.whole_pages else 1
+        cache = KVCache(self.num_pages, self.page_size, self.enabled, match_granularity_tokens=granularity)
         scheduler = Scheduler(
             cache,
             max_batch_tokens=self.max_batch_tokens,
@@ -250,6 +253,7 @@ class Trial:
         if batch.copies or self.rng.random() < 0.2:
             self.core.check()
         assert batch.num_tokens <= self.scheduler.max_batch_tokens
+        assert not (self.setting.whole_pages and batch.copies), "part of a page is copied"
         self._check_namespaces(batch)
         if self.rng.random() < self.setting.abort_rate:
             self._end_one_early()

@@ -8,7 +8,7 @@ import pytest
 from mooli.cache.kv_cache import KVCache, RequestPages
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import token_key
-from mooli.errors import EngineError
+from mooli.errors import ConfigError, EngineError
 
 
 def key(*token_ids: int) -> bytes:
@@ -61,6 +61,27 @@ def test_a_match_inside_a_page_names_the_page_to_copy_and_locks_it() -> None:
     assert cache.num_evictable == 1
     assert cache.grow(held, 12)
     cache.check([held])
+
+
+@pytest.mark.parametrize(("granularity", "found"), [(1, 7), (2, 6), (4, 4)])
+def test_a_match_is_cut_to_the_granularity(granularity: int, found: int) -> None:
+    cache = KVCache(4, 4, match_granularity_tokens=granularity)
+    ids = np.arange(8, dtype=np.int32)
+    held = cache.open(cache.match("", token_key(ids), 8))
+    assert cache.grow(held, 8)
+    cache.release(held, token_key(ids))
+    match = cache.match("", token_key(ids), 7)
+    assert 4 * len(match.pages) + match.head_tokens == found
+    assert (match.source_page >= 0) == (match.head_tokens > 0)
+    again = cache.open(match)
+    assert (again.copy_source is not None) == (match.head_tokens > 0)
+    cache.check([again])
+
+
+@pytest.mark.parametrize("granularity", [0, 3, 8])
+def test_a_granularity_that_does_not_divide_a_page_is_refused(granularity: int) -> None:
+    with pytest.raises(ConfigError, match=f"match_granularity_tokens={granularity}.*page size of 4"):
+        KVCache(4, 4, match_granularity_tokens=granularity)
 
 
 def test_growth_evicts_what_nobody_uses_and_nothing_else() -> None:

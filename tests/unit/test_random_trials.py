@@ -27,6 +27,7 @@ SETTINGS = st.builds(
     enabled=st.booleans(),
     abort_rate=st.sampled_from([0.0, 0.2]),
     is_crowded=st.booleans(),
+    whole_pages=st.booleans(),
 )
 
 

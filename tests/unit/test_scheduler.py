@@ -544,3 +544,28 @@ def test_a_step_must_be_answered_before_the_next() -> None:
     bench.scheduler.update(batch, bench.runner.execute(batch))
     with pytest.raises(EngineError, match="not the step"):
         bench.scheduler.update(batch, bench.runner.execute(batch))
+
+
+@pytest.mark.parametrize(("granularity", "expected"), [(1, [(0, 10), (10, 3)]), (4, [(0, 8), (8, 5)])])
+def test_chunks_begin_where_a_match_could_end(granularity: int, expected: list[tuple[int, int]]) -> None:
+    bench = Bench(max_batch_tokens=10)
+    bench.cache.match_granularity_tokens = granularity
+    bench.add(request("a", list(range(13)), max_new_tokens=1))
+    bench.run()
+    assert [spans(batch)[0] for batch in bench.batches] == expected
+
+
+def test_a_chunk_shorter_than_the_granularity_is_taken_as_it_is() -> None:
+    bench = Bench(max_batch_tokens=3)
+    bench.cache.match_granularity_tokens = 4
+    bench.add(request("a", list(range(8)), max_new_tokens=1))
+    bench.run()
+    assert [spans(batch)[0] for batch in bench.batches] == [(0, 3), (3, 1), (4, 3), (7, 1)]
+
+
+def test_the_error_of_a_request_without_numbers_names_the_type() -> None:
+    bench = Bench(computed_in="float16")
+    bench.runner = FakeRunner(64, 4, VOCAB, gives_nan=lambda context: True)
+    bench.add(request("a", [1, 2, 3]))
+    bench.run()
+    assert bench.last("a").finish.message.endswith("or infinity, computed in float16")

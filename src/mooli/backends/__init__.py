@@ -15,14 +15,9 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "reference": ("mooli.backends.reference", "ReferenceBackend"),
     "torch": ("mooli.backends.torch", "TorchBackend"),
     "cuda": ("mooli.backends.torch", "CudaBackend"),
+    "ascend": ("mooli.backends.ascend", "open_backend"),
 }
-"""Name to (module, class). A module is imported only when its backend is asked for."""
-
-NOT_INSTALLED: dict[str, str] = {
-    "ascend": "Ascend NPUs need a release of mooli with the ascend backend, and torch with torch_npu",
-    "npu": "Ascend NPUs need a release of mooli with the ascend backend, and torch with torch_npu",
-}
-"""Names that mean something, of backends that this version does not contain, and what they need."""
+"""Name to (module, what makes a backend there). A module is imported only when its backend is asked for."""
 
 INSTALL: dict[str, str] = {
     "torch": "pip install mooli[torch]",
@@ -42,17 +37,12 @@ def create_backend(
     Raises BackendUnavailableError if the backend is not part of this installation or its native part does not load,
     ConfigError for an unknown name or for settings the backend cannot honour.
     """
-    if name in NOT_INSTALLED:
-        raise BackendUnavailableError(
-            f"backend {name!r} is not part of this installation of mooli: {NOT_INSTALLED[name]}. "
-            f"Available here: {', '.join(BACKENDS)}."
-        )
     if name not in BACKENDS:
         raise ConfigError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    module_name, class_name = BACKENDS[name]
+    module_name, maker_name = BACKENDS[name]
     try:
         module = importlib.import_module(module_name)
-        backend_class = getattr(module, class_name)
+        make = getattr(module, maker_name)
     except (ImportError, AttributeError, OSError, RuntimeError) as exc:
         # torch raises the last two for shared libraries and device extensions that do not load.
         if name in INSTALL:
@@ -63,5 +53,5 @@ def create_backend(
             f"backend {name!r} does not load: {exc}. Reinstall mooli (pip install --force-reinstall mooli), "
             "or choose backend 'reference', which is slow but needs no native module."
         ) from exc
-    backend: Backend = backend_class(dtype=dtype, quantization=quantization, num_threads=num_threads)
+    backend: Backend = make(dtype=dtype, quantization=quantization, num_threads=num_threads)
     return backend

@@ -128,6 +128,9 @@ class Backend(Protocol):
     name: str
     ops: Ops
     default_page_size: int
+    match_granularity_tokens: int
+    """Cached prefixes are used in multiples of this: 1 unless the kernels want prompts to begin at certain places. It
+    divides every page size."""
 
     def check_page_size(self, page_size: int) -> None:
         """Raise ConfigError, naming the allowed sizes, if the kernels cannot use this page size."""

@@ -194,6 +194,7 @@ class ReferenceBackend:
 
     name = "reference"
     default_page_size = 16
+    match_granularity_tokens = 1
 
     def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
         """Raises ConfigError for anything but float32: the reference has no other arithmetic and owns no threads."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import TOKEN_BYTES, Match, Node, RadixTree
-from mooli.errors import EngineError
+from mooli.errors import ConfigError, EngineError
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +44,18 @@ class RequestPages:
 class KVCache:
     """All pages of the KV pool. With `enabled=False` nothing is shared: every match is empty, nothing is kept."""
 
-    def __init__(self, num_pages: int, page_size: int, enabled: bool = True) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, enabled: bool = True, *, match_granularity_tokens: int = 1
+    ) -> None:
+        """match_granularity_tokens: a match is cut to a multiple of this, which divides the page size.
+
+        Raises ConfigError if it does not.
+        """
+        if match_granularity_tokens < 1 or page_size % match_granularity_tokens:
+            raise ConfigError(
+                f"match_granularity_tokens={match_granularity_tokens} must divide the page size of {page_size}"
+            )
+        self.match_granularity_tokens = match_granularity_tokens
         self.num_pages = num_pages
         self.page_size = page_size
         self.enabled = enabled
@@ -78,7 +89,11 @@ class KVCache:
         """The longest cached prefix of `key` (see `token_key`), at most `max_tokens`. Changes nothing."""
         if not self.enabled:
             return Match(namespace)
-        return self._tree.match(namespace, key, max_tokens)
+        match = self._tree.match(namespace, key, max_tokens)
+        match.head_tokens -= match.head_tokens % self.match_granularity_tokens
+        if not match.head_tokens:
+            match.source_page = -1
+        return match
 
     def open(self, match: Match) -> RequestPages:
         """Lock what was matched, for a request that begins to run. Ends with `release`, `discard` or `forget`.

@@ -135,7 +135,12 @@ def _build(
     step_tokens = config.chunked_prefill_size or DEFAULT_CHUNKED_PREFILL_SIZE
     vocab_size = min(model_config.vocab_size, tokenizer_vocab_size or model_config.vocab_size)
     scheduler = Scheduler(
-        KVCache(num_pages, page_size, enabled=not config.disable_radix_cache),
+        KVCache(
+            num_pages,
+            page_size,
+            enabled=not config.disable_radix_cache,
+            match_granularity_tokens=backend.match_granularity_tokens,
+        ),
         max_batch_tokens=step_tokens,
         # A request holds at least one page.
         max_running_requests=min(needs.max_running_requests, num_pages),
@@ -143,6 +148,7 @@ def _build(
         vocab_size=vocab_size,
         policy=config.schedule_policy,
         mixed_prefill_tokens=None if step_tokens == -1 else -(-step_tokens // MIXED_STEP_PARTS),
+        computed_in=backend.describe().get("dtype"),
     )
     progress("Allocating KV cache", 0, 1)
     backend.allocate(

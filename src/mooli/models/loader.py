@@ -120,6 +120,11 @@ def _open_folder(
     config = ModelConfig.from_hf(raw, generation)
     if load_format == "dummy":
         return config, DummyCheckpoint(config, seed)
+    if any(path.glob("quant_model_description*.json")):
+        raise UnsupportedModelError(
+            f"{path.name} was quantised by msmodelslim, which is not read; use the unquantised model with"
+            " quantization='int8', which makes W8A8 of it on an NPU"
+        )
     if not any(path.glob("*.safetensors")):
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
         if pickles:

@@ -46,6 +46,7 @@ class Scheduler:
     max_batch_tokens: tokens computed per step; -1 for as many as a prompt can have. At most `max_batch_tokens` requests
     run at a time, so that each running request gets at least one token of every step.
     mixed_prefill_tokens: of them, what prompts get of a step that also continues outputs; None for all that are left.
+    computed_in: the type of the computation, for the error of a request whose logits it could not hold.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Scheduler:
         vocab_size: int,
         policy: str = "fcfs",
         mixed_prefill_tokens: int | None = None,
+        computed_in: str | None = None,
     ) -> None:
         for name, value in (
             ("max_running_requests", max_running_requests),
@@ -75,6 +77,7 @@ class Scheduler:
         if mixed_prefill_tokens is not None and mixed_prefill_tokens < 1:
             raise ConfigError(f"mixed_prefill_tokens={mixed_prefill_tokens} must be at least 1")
         self._mixed_prefill_tokens = mixed_prefill_tokens or max_batch_tokens
+        self._computed_in = f", computed in {computed_in}" if computed_in else ""
         self.context_length = context_length
         self.counters = Counters()
         self.last_step = StepStats()
@@ -199,9 +202,17 @@ class Scheduler:
             plan.drop(victim)
             plan.num_preempted += 1
             self._preempt(victim)
-        length = min(state.num_missing, room, plan.tokens_left)
+        length = self._chunk(state, min(state.num_missing, room, plan.tokens_left))
         self._grow(state, held, state.num_computed + length)
         return length
+
+    def _chunk(self, state: RequestState, most: int) -> int:
+        """At most `most` of the missing tokens: fewer if the next chunk then begins where a match could end, which some
+        devices compute faster."""
+        if most < state.num_missing:
+            past = (state.num_computed + most) % self._cache.match_granularity_tokens
+            return most - past if past < most else most
+        return most
 
     def _room(self, state: RequestState, held: RequestPages) -> int:
         """How many tokens could be stored after the computed ones."""
@@ -262,7 +273,7 @@ class Scheduler:
             # Alone in a pool just large enough: the page to copy from is the one that is needed.
             cache.drop_copy_source(held)
             state.num_computed = num_cached = len(held.pages) * cache.page_size
-        length = min(state.num_missing, plan.tokens_left, self._room(state, held))
+        length = self._chunk(state, min(state.num_missing, plan.tokens_left, self._room(state, held)))
         if length <= 0:
             cache.discard(held)
             state.num_computed = 0
@@ -320,7 +331,8 @@ class Scheduler:
             if state.pages is not None:
                 self._cache.drop_copy_source(state.pages)
             if token_id == NAN_TOKEN or index in nan_rows:
-                self._end_untrusted(state, _error("the model's output holds NaN (not a number)", "NaNError"))
+                message = f"the model's output holds NaN (not a number) or infinity{self._computed_in}"
+                self._end_untrusted(state, _error(message, "NaNError"))
             elif state.pending_finish is not None:
                 self._end(state, state.pending_finish)
             elif token_id is not None:

@@ -137,8 +137,8 @@ class Service:
 class ServedCall:
     """The requests of one HTTP request. `generations` hold the text and everything else there is of each so far.
 
-        with service.start(inputs, is_stream=True) as call:
-            async for changed in call.changes(): ...
+    with service.start(inputs, is_stream=True) as call:
+        async for changed in call.changes(): ...
     """
 
     def __init__(self, service: Service, inputs: CallInputs, *, is_stream: bool, is_counted: bool) -> None:

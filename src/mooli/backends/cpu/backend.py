@@ -72,6 +72,7 @@ class CpuBackend:
 
     name = "cpu"
     default_page_size = TILE
+    match_granularity_tokens = 1
 
     def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
         """dtype: of weights that are not quantised. quantization: None keeps what the file has; int8, int4.

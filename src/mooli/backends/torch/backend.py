@@ -46,6 +46,7 @@ class TorchBackend:
 
     name = "torch"
     default_page_size = 16
+    match_granularity_tokens = 1
 
     def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
         """dtype: of weights and activations; "auto" is the device's best. quantization: None or "int8" (weights only).

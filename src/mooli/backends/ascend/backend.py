@@ -1,0 +1,222 @@
+"""The backend of Ascend NPUs behind the seam. Not tried on hardware.
+
+Owns what is different from the torch backend it extends: pages of 128, the fused operations that the self-test left on,
+W8A8, graphs of decode steps with the head in them, and the watch for overflow. Never tests an operation itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mooli.backends.ascend.attention import AscendAttention
+from mooli.backends.ascend.bring_up import Npu
+from mooli.backends.ascend.graphs import DecodeGraphs, StaticSteps
+from mooli.backends.ascend.kv_pool import AscendKVPool
+from mooli.backends.ascend.ops import AscendOps
+from mooli.backends.ascend.paths import DECODE_ORDER, GRAPHS, PAGE_SIZE, W8A8, Paths, Switches, extend_order
+from mooli.backends.ascend.quant import load_w8a8, takes
+from mooli.backends.ascend.sampler import AscendSampler
+from mooli.backends.ascend.step import AscendStep, cut, plan_rows
+from mooli.backends.base import KVSpec, Limits, MemoryInfo
+from mooli.backends.host_memory import host_memory
+from mooli.backends.torch.backend import TorchBackend
+from mooli.backends.torch.graphed_backend import GRAPHS_SWITCH
+from mooli.backends.torch.step_plan import ForwardBatch
+from mooli.backends.torch.weights import LinearWeight, load_vector
+from mooli.batch import ScheduleBatch
+from mooli.errors import ConfigError
+from mooli.tensor import RawTensor
+
+
+class AscendBackend(TorchBackend):
+    """One NPU. float16 and bfloat16 run on fused operations; float32 in plain torch, for comparison."""
+
+    name = "ascend"
+    default_page_size = PAGE_SIZE
+
+    def __init__(
+        self,
+        npu: Npu,
+        switches: Switches,
+        *,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        """switches: what the self-test found unfit for this device. dtype: "auto" is bfloat16. quantization: None or
+        "int8", which is W8A8 here.
+
+        Raises ConfigError for what this backend cannot honour.
+        """
+        self._npu = npu
+        self._switches = switches
+        super().__init__(dtype, quantization, num_threads)
+        if quantization == "int8" and self.dtype_name == "float32":
+            raise ConfigError(
+                "quantization='int8' computes in float16 or bfloat16 on an NPU: leave dtype='float32' out"
+            )
+        self._paths = Paths(npu.versions.release, switches, self.dtype_name)
+        self.match_granularity_tokens = self._paths.match_granularity_tokens()
+        self.sampler = AscendSampler(self.upload, self.dtype_name)
+        self.graphs: DecodeGraphs | None = None
+        """None where steps are not captured."""
+        if self._graphs_wanted():
+            self.graphs = DecodeGraphs(npu.api)
+        self._steps: StaticSteps | None = None
+        self._head: Callable[..., Tensor] | None = None
+        self._done: tuple[Tensor, Tensor] | None = None
+        self._taken: tuple[Tensor, Tensor] | None = None
+
+    def _graphs_wanted(self) -> bool:
+        switch = os.environ.get(GRAPHS_SWITCH, "1")
+        if switch not in ("0", "1"):
+            raise ConfigError(f"{GRAPHS_SWITCH}={switch} is neither 0 nor 1")
+        return switch == "1" and self.dtype_name != "float32" and self._switches.is_on(GRAPHS)
+
+    # ------------------------------------------------------------------ the device
+
+    def open_device(self) -> torch.device:
+        return self._npu.device
+
+    def auto_dtype(self) -> str:
+        return "bfloat16"
+
+    def use_threads(self, num_threads: int | None) -> None:
+        if num_threads is not None:
+            raise ConfigError(f"num_threads={num_threads} has no effect on an NPU: leave it out")
+
+    def bind_thread(self) -> None:
+        self._npu.api.set_device(0 if self._npu.is_simulated else self._npu.api.current_device())
+
+    def memory(self) -> MemoryInfo:
+        if self._npu.is_simulated:
+            return host_memory()
+        free, total = self._npu.api.mem_get_info()
+        return MemoryInfo(total_bytes=total, available_bytes=free)
+
+    def make_ops(self) -> AscendOps:
+        return AscendOps(self.device, self._switches)
+
+    def describe(self) -> dict[str, Any]:
+        described = super().describe()
+        described.pop("threads")
+        release = self._npu.versions.release
+        return {
+            **described,
+            "library": str(self._npu.versions),
+            "simulated": self._npu.is_simulated,
+            "attention": {"prompts": list(extend_order(release)), "decode": list(DECODE_ORDER)},
+            "graphs": "decode steps" if self.graphs is not None and self.graphs.is_in_use else "off",
+            "match_granularity_tokens": self.match_granularity_tokens,
+            "switched_off": dict(self._switches.off),
+        }
+
+    def check_page_size(self, page_size: int) -> None:
+        if page_size != PAGE_SIZE:
+            raise ConfigError(
+                f"page_size={page_size} is not possible on an NPU: use {PAGE_SIZE}, or leave it out. Others are"
+                " refused by the attention operations, or give wrong numbers."
+            )
+
+    # ------------------------------------------------------------------ weights
+
+    def load_linear(
+        self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
+    ) -> LinearWeight:
+        if self._quantization != "int8" or not self._switches.is_on(W8A8):
+            return super().load_linear(tensors, biases, head=head)
+        if head or not takes(tensors):
+            # The head is wider than the quantised product takes, and the part of a model that suffers most from it.
+            return self._as_floats(tensors, biases, head=head)
+        self._note(tensors, is_linear=True)
+        bias = load_vector(biases, self._dtype, self.device) if biases else None
+        return self._count_linear(load_w8a8(tensors, bias, self.device))
+
+    def _as_floats(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor], *, head: bool) -> LinearWeight:
+        self._quantization, wanted = None, self._quantization
+        try:
+            return super().load_linear(tensors, biases, head=head)
+        finally:
+            self._quantization = wanted
+
+    def load_vector(self, vector: RawTensor) -> Tensor:
+        """Gains of norms in the type of the activations, which the fused norm wants of them."""
+        return super().load_vector(vector).to(self._dtype)
+
+    # ------------------------------------------------------------------ KV pool
+
+    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+        self.check_page_size(spec.page_size)
+        if spec.dtype != self.dtype_name:
+            raise ConfigError(
+                f"kv_cache_dtype={spec.dtype!r} is not possible with dtype={self.dtype_name!r} on an NPU: its attention"
+                " reads queries and keys of one type. Leave kv_cache_dtype out."
+            )
+        self._embedding = None
+        self.pool = pool = AscendKVPool(spec, num_pages, self._npu, self._switches)
+        self.ops.attention = AscendAttention(pool, self._paths, self.device)
+        self.ops.num_positions = limits.max_pages_per_row * spec.page_size
+        if self.graphs is not None:
+            self._steps = StaticSteps(limits, num_pages, self.device)
+
+    # ------------------------------------------------------------------ a step
+
+    def plan(self, batch: ScheduleBatch) -> ForwardBatch:
+        self._allocated()
+        if self._steps is not None and self.graphs is not None and self.graphs.is_in_use:
+            fixed = self._steps.plan(batch)
+            if fixed is not None:
+                return fixed
+        return plan_rows(batch, self.upload)
+
+    def capture(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Decode steps are replayed, and the head with them once it is known: it is the function of rows."""
+
+        def run(argument: ForwardBatch | Tensor) -> Tensor:
+            with torch.no_grad():
+                if isinstance(argument, AscendStep) and argument.is_static:
+                    return self._decode(function, argument)
+                if isinstance(argument, Tensor):
+                    return self._of_rows(function, argument)
+                self._done = self._taken = None
+                return function(argument)
+
+        return run
+
+    def _decode(self, forward: Callable[..., Tensor], step: AscendStep) -> Tensor:
+        self._done = self._taken = None
+        result = None if self.graphs is None else self.graphs.run(forward, self._head, step)
+        if result is None:
+            return forward(cut(step))
+        if result.logits is not None:
+            self._done = (result.hidden, result.logits)
+        return result.hidden
+
+    def _of_rows(self, head: Callable[..., Tensor], rows: Tensor) -> Tensor:
+        self._head = head
+        if self._taken is not None and self._taken[0] is rows:
+            return self._taken[1]
+        return head(rows)
+
+    def take_rows(self, hidden: Tensor, rows: NDArray[np.int32]) -> Tensor:
+        begin, count = int(rows[0]) if len(rows) else 0, len(rows)
+        if begin + count > len(hidden) or not np.array_equal(rows, np.arange(begin, begin + count)):
+            return hidden.index_select(0, self.upload(rows.astype(np.int32)))
+        taken = hidden[begin : begin + count]
+        if self._done is not None and self._done[0] is hidden:
+            self._taken = (taken, self._done[1][begin : begin + count])
+        return taken
+
+    def close(self) -> None:
+        if self.graphs is not None:
+            self.graphs.close()
+        self._steps = self._head = self._done = self._taken = None
+        super().close()
+        self._npu.api.empty_cache()

@@ -1,0 +1,72 @@
+"""The operations of the seam with the NPU's fused ones: norms, rotations, gates. Not tried on hardware.
+
+Owns which of them are used, and the rotary tables in the form they take. Whatever the self-test switched off is
+computed in plain torch. The residual is added in the linear operation: the fused add-and-norm has no place in this
+seam.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mooli.backends.ascend.paths import RMS_NORM, ROTARY, SWIGLU, Switches
+from mooli.backends.base import AttentionSpec, RopeSpec
+from mooli.backends.torch.ops import TorchOps, rotary_table
+from mooli.backends.torch.step_plan import ForwardBatch
+from mooli.backends.torch.weights import LinearWeight
+
+WIDEST_ROTARY_HEAD = 896
+MOST_ROTARY_HEADS = 999
+
+
+class AscendOps(TorchOps):
+    """`Ops` on one NPU."""
+
+    def __init__(self, device: torch.device, switches: Switches) -> None:
+        super().__init__(device)
+        self._is_on = switches.is_on
+        self._tables: dict[tuple[bytes, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not self._is_on(RMS_NORM):
+            return super().rms_norm(x, weight, eps)
+        # Heads between others in a packed row are no tensor of their own.
+        normed: Tensor = torch.ops.npu.npu_rms_norm(x.contiguous(), weight, eps)[0]
+        return normed
+
+    def linear_silu_mul(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        if not self._is_on(SWIGLU):
+            return super().linear_silu_mul(x, weight)
+        gated: Tensor = torch.ops.npu.npu_swiglu(weight.matmul(x).contiguous(), -1)
+        return gated
+
+    def rope(self, batch: ForwardBatch, qkv: Tensor, spec: AttentionSpec, rope: RopeSpec) -> Tensor:
+        turning = spec.num_heads + spec.num_kv_heads
+        if not self._is_on(ROTARY) or turning > MOST_ROTARY_HEADS or spec.head_dim >= WIDEST_ROTARY_HEAD:
+            return super().rope(batch, qkv, spec, rope)
+        cos, sin = self._rotations_in(qkv.dtype, batch, rope)
+        heads = qkv.view(1, len(qkv), -1, spec.head_dim)
+        turned = torch.ops.npu.npu_rotary_mul(heads[:, :, :turning].contiguous(), cos, sin)
+        return torch.cat([turned[0], heads[0, :, turning:]], dim=1).flatten(1)
+
+    def _rotations_in(self, dtype: torch.dtype, batch: ForwardBatch, rope: RopeSpec) -> tuple[Tensor, Tensor]:
+        """Cosines and sines at the step's positions, each half twice: (1, T, 1, head_dim) in the type of the heads."""
+        name = (rope.inv_freq.tobytes(), dtype)
+        key = ("rotations", *name)
+        if key not in batch.memo:
+            table = self._tables.get(name)
+            if table is None or len(table[0]) <= batch.max_position:
+                self.num_positions = max(self.num_positions, batch.max_position + 1)
+                table = self._tables[name] = self._table(rope, dtype)
+            batch.memo[key] = tuple(part.index_select(0, batch.positions)[None, :, None, :] for part in table)
+        cos, sin = batch.memo[key]
+        return cos, sin
+
+    def _table(self, rope: RopeSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary_table(rope, self.num_positions, self.device)
+        return torch.cat([cos, cos], dim=1).to(dtype), torch.cat([sin, sin], dim=1).to(dtype)
+
+    def close(self) -> None:
+        super().close()
+        self._tables.clear()
