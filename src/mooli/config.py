@@ -197,8 +197,8 @@ class EngineConfig(Arguments):
         for name in ("tp_size", "dp_size"):
             if getattr(self, name) != 1:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} is not possible yet: use {name}=1. One engine already uses every"
-                    " core of the CPU (see num_threads)."
+                    f"{name}={getattr(self, name)} is not possible yet: use {name}=1. On a CPU one engine already uses"
+                    " every core (see num_threads)."
                 )
         if self.chunked_prefill_size == 0:
             raise ConfigError("chunked_prefill_size=0 computes nothing: use a positive number, or -1 for no chunking")

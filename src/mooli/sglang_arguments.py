@@ -16,7 +16,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 _ONE_KERNEL = "each device has one implementation"
-_NO_GRAPHS = "there are no CUDA graphs"
+_NO_GRAPHS = "a CPU has no graphs, and on other devices MOOLI_GRAPHS=0 in the environment switches them off"
 _ONE_PROCESS = "one process computes, there is no group to set up"
 _MIXED = "a step always takes running requests first and fills up with prompts; see --chunked-prefill-size"
 _NO_HOST_TIME = "there is no such step to tune"

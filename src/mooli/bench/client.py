@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from mooli.bench.answers import AnswerError, answer_reader, error_message
 from mooli.bench.backends import Backend, RequestOptions, request_body
-from mooli.bench.errors import BenchmarkError
 from mooli.bench.event_stream import DONE, EventStream
 from mooli.bench.records import BenchRequest, Message, RequestRecord
 
@@ -40,14 +39,9 @@ class UnreachableError(Exception):
 
 
 def open_session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
-    """An HTTP session that sends `headers` with all it asks. To be called, and closed, in an event loop.
+    """An HTTP session that sends `headers` with all it asks. To be called, and closed, in an event loop."""
+    import aiohttp  # 0.3 s that only a run needs
 
-    Raises BenchmarkError when aiohttp is not installed.
-    """
-    try:
-        import aiohttp
-    except ImportError as exc:
-        raise BenchmarkError("the benchmark client needs aiohttp: pip install 'mooli[bench]'") from exc
     trace = aiohttp.TraceConfig()
     trace.on_request_headers_sent.append(_is_on_the_wire)
     return aiohttp.ClientSession(

@@ -110,7 +110,7 @@ FAILURES: tuple[Failure, ...] = (
         r"\b507015\b|MTE DDR address out of range",
         "a kernel has read outside its memory: a wrong page number, or memory that a captured graph still uses",
         "export ASCEND_LAUNCH_BLOCKING=1   # then run it again: the failing operation is named",
-        "if it only happens with graphs: --disable-cuda-graph; please report it with the log",
+        "if it only happens with graphs: export MOOLI_GRAPHS=0; please report it with the log",
     ),
     _failure(
         "npu-out-of-memory",
@@ -155,7 +155,7 @@ FAILURES: tuple[Failure, ...] = (
         "graph-streams-exhausted",
         r"\b207008\b|Stream resources are insufficient",
         "the card has too few streams for so many captured graphs",
-        "start with --disable-cuda-graph, or with fewer batch sizes to capture",
+        "export MOOLI_GRAPHS=0   # no graphs are captured",
     ),
     _failure(
         "page-size-not-aligned",
