@@ -265,13 +265,23 @@ def test_a_request_that_fails_in_the_engine_is_an_error_without_its_insides(live
 
 
 def test_a_stream_that_fails_ends_with_an_error_event(live):
+    has_begun = threading.Event()
+
     def raises(batch: Any) -> Exception | None:
-        return RuntimeError("the pool burst") if max(batch.positions) >= 40 else None
+        if max(batch.positions) < 40:
+            return None
+        has_begun.wait(30)  # the client has seen a part: what fails before is answered with a status
+        return RuntimeError("the pool burst")
 
     server = live(says("y" * CONTEXT, after="assistant: ", then=None), runner={"raises": raises})
-    reply = ask(server, stream=True, max_tokens=60)
-    assert reply.status_code == 200
-    last = reply.text.removesuffix("\n\n").split("\n\n")[-1]
+    body = {"model": "m", "max_tokens": 60, "messages": HELLO, "stream": True}
+    with server.http.stream("POST", "/v1/messages", json=body) as reply:
+        assert reply.status_code == 200
+        pieces = reply.iter_text()
+        text = next(pieces)
+        has_begun.set()
+        text += "".join(pieces)
+    last = text.removesuffix("\n\n").split("\n\n")[-1]
     assert last.startswith("event: error\n") and json.loads(last.partition("data: ")[2])["type"] == "error"
     with client_of(server) as client, pytest.raises(anthropic.APIStatusError):
         for _ in client.messages.create(model="m", max_tokens=60, messages=HELLO, stream=True):
