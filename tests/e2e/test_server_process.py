@@ -42,7 +42,7 @@ def story(max_new_tokens: int, **fields: object) -> dict[str, object]:
 
 def open_streams(server: ServerProcess, max_tokens: int) -> dict[str, Stream]:
     """One of each API, by path."""
-    chat = {"model": "m", "messages": [{"role": "user", "content": "Count from one to one thousand."}]}
+    chat = {"model": "m", "messages": [{"role": "user", "content": "Write a long story about a king and his castle."}]}
     endless = {"max_tokens": max_tokens, "ignore_eos": True, "temperature": 0}
     bodies = {
         "/generate": story(max_tokens),
