@@ -132,6 +132,7 @@ def _build(
             context_length,
             needs.model_context,
         )
+    described = backend.describe()
     step_tokens = config.chunked_prefill_size or DEFAULT_CHUNKED_PREFILL_SIZE
     vocab_size = min(model_config.vocab_size, tokenizer_vocab_size or model_config.vocab_size)
     scheduler = Scheduler(
@@ -148,7 +149,7 @@ def _build(
         vocab_size=vocab_size,
         policy=config.schedule_policy,
         mixed_prefill_tokens=None if step_tokens == -1 else -(-step_tokens // MIXED_STEP_PARTS),
-        computed_in=backend.describe().get("dtype"),
+        computed_in=described.get("dtype"),
     )
     progress("Allocating KV cache", 0, 1)
     backend.allocate(
@@ -162,7 +163,6 @@ def _build(
     )
     progress("Allocating KV cache", 1, 1)
     runner = ModelRunner(model, backend, vocab_size)
-    described = backend.describe()
     facts = EngineFacts(
         resolved_model_path=str(model_path),
         architecture=model_config.architecture,

@@ -86,6 +86,7 @@ class Scheduler:
         self._policy = check_policy(policy)
         self._states: dict[str, RequestState] = {}
         self._waiting: list[RequestState] = []  # in the order of fcfs_key
+        self._num_waiting_tokens = 0
         self._running: list[RequestState] = []  # in the order of rank
         self._free_indices = list(range(self.max_running_requests - 1, -1, -1))
         max_pages = min(cache.pages_for(context_length), cache.num_pages)
@@ -122,7 +123,7 @@ class Scheduler:
         self._num_added += 1
         self.counters.requests += 1
         self._states[request.rid] = state
-        insort(self._waiting, state, key=fcfs_key)
+        self._enqueue(state)
 
     def abort(self, rid: str, message: str = ABORTED) -> bool:
         """End a request with `abort`, at any time; what it computed stays cached. False if there is no such request."""
@@ -141,6 +142,14 @@ class Scheduler:
         else:
             self._end(state, finish)
         return True
+
+    def _enqueue(self, state: RequestState) -> None:
+        insort(self._waiting, state, key=fcfs_key)
+        self._num_waiting_tokens += state.num_tokens
+
+    def _dequeue(self, state: RequestState) -> None:
+        self._waiting.remove(state)
+        self._num_waiting_tokens -= state.num_tokens
 
     def take_outputs(self) -> list[RequestOutput]:
         """Outputs that no `update` has returned yet."""
@@ -230,7 +239,7 @@ class Scheduler:
         state.num_preemptions += 1
         state.enqueued_at = self.counters.computed_tokens
         self.counters.preemptions += 1
-        insort(self._waiting, state, key=fcfs_key)
+        self._enqueue(state)
 
     def _admit_waiting(self, plan: Plan) -> None:
         if not plan.tokens_left or not self._free_indices:
@@ -278,7 +287,7 @@ class Scheduler:
             cache.discard(held)
             state.num_computed = 0
             return False
-        self._waiting.remove(state)
+        self._dequeue(state)
         insort(self._running, state, key=_rank)
         state.pages = held
         state.req_index = self._free_indices.pop()
@@ -399,7 +408,7 @@ class Scheduler:
     ) -> None:
         """The one place where a request ends: its pages go, its last output is queued."""
         if state.pages is None:
-            self._waiting.remove(state)
+            self._dequeue(state)
         else:
             self._leave(state, keep=keep)
         del self._states[state.rid]
@@ -445,7 +454,7 @@ class Scheduler:
         gauges = {
             "running": len(self._running),
             "waiting": len(self._waiting),
-            "waiting_tokens": sum(state.num_tokens for state in self._waiting),
+            "waiting_tokens": self._num_waiting_tokens,
             "total_pages": cache.num_pages,
             "free_pages": cache.num_free,
             "tree_pages": cache.num_tree_pages,
@@ -460,6 +469,8 @@ class Scheduler:
         self._cache.check([state.pages for state in self._running if state.pages is not None])
         if len(self._states) != len(self._waiting) + len(self._running):
             raise EngineError("a request is neither waiting nor running, or both")
+        if self._num_waiting_tokens != sum(state.num_tokens for state in self._waiting):
+            raise EngineError("the count of waiting tokens is not that of the waiting requests")
         indices = sorted([*self._free_indices, *(state.req_index for state in self._running)])
         if indices != list(range(self.max_running_requests)):
             raise EngineError("a req_index is lost or used twice")
