@@ -3,6 +3,8 @@
 # make check       formatting, lint, types, and the direction of imports
 # make accuracy    how far the packed weights are from the dequantised float32 model, on real text
 # make bench-kernels   speed on this machine, as a share of its measured limits
+# make peers       install the engines that Mooli is compared with into .peers (about 5 GB, builds llama.cpp)
+# make compare     Mooli and those peers on the same work in turns, as ratios (about three hours with all of them)
 # make bench-server    what serving costs beside computing, and whether users hold each other up
 # make soak        20 minutes of a server under several times its capacity
 PYTHON ?= python3
@@ -11,7 +13,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test test-quick check accuracy bench-kernels bench-server soak clean
+.PHONY: demo test test-quick check accuracy bench-kernels bench-server peers compare soak clean
 
 demo: $(VENV)/.installed $(VENV)/.demo
 	$(VENV)/bin/mooli demo
@@ -30,6 +32,16 @@ accuracy: $(VENV)/.installed $(VENV)/.demo .models/.fetched
 
 bench-kernels: $(VENV)/.installed $(VENV)/.demo .models/.fetched
 	$(PY) benchmarks/kernels.py
+
+# transformers is a peer too and dequantises the weights for vLLM: it comes with what the tests need.
+peers: $(VENV)/.installed $(VENV)/.test
+	$(PIP) install -q accelerate
+	$(PY) benchmarks/install_peers.py .peers
+
+# The first command compares whole engines; the second measures single steps against the machine's limits.
+compare: $(VENV)/.installed $(VENV)/.demo .models/.fetched
+	$(PY) benchmarks/compare.py $(COMPARE)
+	$(PY) benchmarks/kernels.py --models qwen
 
 bench-server: $(VENV)/.installed $(VENV)/.demo
 	$(PY) benchmarks/serving_cost.py

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -236,6 +237,20 @@ def test_a_good_run_ends_with_0_and_a_line_of_json(
     assert len(server.bodies) == 6
 
 
+def test_the_report_shows_each_request_and_the_figures_of_the_run(
+    serve: Any, tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, file = tmp_path / "report.html", tmp_path / "out"
+    assert main(command(serve().port, tokenizer_path, file, "--report", str(page))) == 0
+    assert f"Report written to {page}" in capsys.readouterr().out
+    text, result = page.read_text(), json.loads(file.read_text())
+    shown = re.findall(r'<data [^>]*data-key="mean_ttft_ms"[^>]*>', text)
+    (ttft_ms,) = {float(tag.split('value="')[1].split('"')[0]) for tag in shown}
+    assert ttft_ms == pytest.approx(1000 * result["summary"]["average_ttft"])
+    assert "Timeline" in text and "conversations of" in text
+    assert "ttfts" not in result
+
+
 def test_without_a_rate_many_are_tried_each_from_an_empty_cache(
     serve: Any, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +313,8 @@ def test_ctrl_c_keeps_what_finished_and_ends_with_130(
         (["--api-format", "openai", "--backend", "vllm"], "not both"),
         (["--backend", "vllm"], "give --disable-auto-run"),
         (["--disable-random-sample", "--dataset-path", "x"], "reads no file"),
+        (["--report", "x.html"], "--report shows one run"),
+        (["--disable-auto-run", "--report", "no/such/folder/x.html"], "in a folder that exists"),
         (["--base-url", "ftp://x"], "must begin with http"),
     ],
 )

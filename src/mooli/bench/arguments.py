@@ -7,6 +7,7 @@ reason, as soon as it is given another value than its default. Which flags there
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -194,7 +195,7 @@ def _options(args: argparse.Namespace, environment: Mapping[str, str]) -> BenchO
         served_model_name=args.served_model_name,
         tokenizer=args.tokenizer,
         ready_check_timeout_s=args.ready_check_timeout_sec,
-        data=_dataset_options(args, is_chat=backend.api is Api.CHAT),
+        data=dataset_options(args, is_chat=backend.api is Api.CHAT),
         use_trace_timestamps=args.use_trace_timestamps,
         request_rate=args.request_rate,
         max_concurrency=args.max_concurrency,
@@ -225,14 +226,12 @@ def _options(args: argparse.Namespace, environment: Mapping[str, str]) -> BenchO
         plot_throughput=args.plot_throughput,
         show_progress=not args.disable_tqdm,
         explain=args.explain,
-        report_file=_report_file(args.report),
+        report_file=report_file(args.report),
     )
 
 
-def _dataset_options(args: argparse.Namespace, *, is_chat: bool) -> DatasetOptions:
-    def part(prefix: str, kind: Any) -> Any:
-        return kind(**{field: getattr(args, prefix + field) for field in kind.__dataclass_fields__})
-
+def dataset_options(args: argparse.Namespace, *, is_chat: bool = False) -> DatasetOptions:
+    """What flags of `add_data` and `add_shared_prefix` ask for; Mooncake's, where the parser has them."""
     return DatasetOptions(
         name=args.dataset_name,
         path=args.dataset_path,
@@ -246,9 +245,14 @@ def _dataset_options(args: argparse.Namespace, *, is_chat: bool) -> DatasetOptio
         apply_chat_template=args.apply_chat_template,
         tokenize_prompt=args.tokenize_prompt,
         is_chat=is_chat,
-        shared_prefix=part("gsp_", SharedPrefixOptions),
-        mooncake=part("mooncake_", MooncakeOptions),
+        shared_prefix=SharedPrefixOptions(**_fields(args, "gsp_", SharedPrefixOptions)),
+        mooncake=MooncakeOptions(**_fields(args, "mooncake_", MooncakeOptions)),
     )
+
+
+def _fields(args: argparse.Namespace, prefix: str, kind: type) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {name: getattr(args, prefix + name) for name in names if hasattr(args, prefix + name)}
 
 
 def _check_counts(args: argparse.Namespace, port: int) -> None:
@@ -269,8 +273,8 @@ def _check_counts(args: argparse.Namespace, port: int) -> None:
         raise BenchmarkError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
 
 
-def _report_file(name: str | None) -> Path | None:
-    """Refuses now what would only fail after the run."""
+def report_file(name: str | None) -> Path | None:
+    """The file that --report names, or None. Raises BenchmarkError now for what would only fail after the run."""
     if name is None:
         return None
     file = Path(name)

@@ -6,8 +6,9 @@ Owns the schedule of one run, stopping it early, and giving up when the server i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mooli.bench.client import UnreachableError
 from mooli.bench.records import BenchRequest, RequestRecord
@@ -52,7 +53,20 @@ async def put_under_load(
     """
     run = _Run(send, max_concurrency, [] if records is None else records, stop)
     start_s = clock()
-    sending = asyncio.create_task(run.send_all(requests, times_s, start_s, clock))
+    await until_stopped(run.send_all(requests, times_s, start_s, clock), stop)
+    return LoadResult(
+        records=sorted(run.records, key=lambda record: (record.index, record.turn)),
+        start_s=start_s,
+        duration_s=clock() - start_s,
+        is_interrupted=stop.is_set() and not run.is_server_gone,
+        is_server_gone=run.is_server_gone,
+        num_unsent=len(requests) - len({record.index for record in run.records}),
+    )
+
+
+async def until_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> None:
+    """Wait for `work`, or cut it off when `stop` is set. Raises what `work` raised."""
+    sending = asyncio.create_task(work)
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({sending, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -64,14 +78,6 @@ async def put_under_load(
         await asyncio.wait({sending, stopping})
     if not sending.cancelled() and (failure := sending.exception()) is not None:
         raise failure
-    return LoadResult(
-        records=sorted(run.records, key=lambda record: (record.index, record.turn)),
-        start_s=start_s,
-        duration_s=clock() - start_s,
-        is_interrupted=stop.is_set() and not run.is_server_gone,
-        is_server_gone=run.is_server_gone,
-        num_unsent=len(requests) - len({record.index for record in run.records}),
-    )
 
 
 class _Run:

@@ -30,6 +30,8 @@ from mooli.bench.multiturn_prompts import make_conversations, move_on
 from mooli.bench.multiturn_result import RoundMetrics, by_round, rounds_object, summary, summary_lines
 from mooli.bench.progress import Progress
 from mooli.bench.records import BenchRequest, RequestRecord
+from mooli.bench.report import write_page
+from mooli.bench.report_runs import run_of
 from mooli.bench.server_contact import ServerContact
 from mooli.bench.tokenizer_source import find_tokenizer
 
@@ -159,7 +161,10 @@ async def _load(
 
 
 def report(options: MultiturnOptions, run: RateRun, say: Callable[[str], None]) -> None:
-    """Print a run and append its line of JSON. Raises BenchmarkError when the file cannot be written."""
+    """Print a run, append its line of JSON and write the report, if one is asked for.
+
+    Raises BenchmarkError when a file cannot be written.
+    """
     metrics = run.metrics
     say(f"{metrics.num_completed} requests completed" if run.load.num_unsent else "All requests completed")
     if not metrics.num_completed:
@@ -172,6 +177,31 @@ def report(options: MultiturnOptions, run: RateRun, say: Callable[[str], None]) 
         say(f"note: {complaint}")
     result_file.append_line(options.log_file, result_object(options, run))
     say(f"Result appended to {options.log_file}")
+    if options.report_file is not None:
+        place = str(options.log_file)
+        write_page(options.report_file, [run_of(report_object(options, run), options.log_file.stem, place=place)])
+        say(f"Report written to {options.report_file}")
+
+
+def report_object(options: MultiturnOptions, run: RateRun) -> dict[str, Any]:
+    """What the page of charts reads: the keys of `mooli bench serving`, each request with its round as its turn."""
+    return {
+        **result_object(options, run),
+        "dataset_note": f"{options.num_clients} conversations of {_rounds(options)} rounds",
+        "request_rate": run.request_rate,
+        "max_concurrency": options.max_parallel,
+        "server_info": run.server_info or None,
+        "is_interrupted": run.load.is_interrupted,
+        "client": {"machine": client_machine()},
+        **result_file.measured(run.metrics),
+        **result_file.further(run.metrics),
+        **result_file.details(run.load.records, run.load.start_s, with_cache=True),
+    }
+
+
+def _rounds(options: MultiturnOptions) -> str:
+    least, most = options.min_rounds, options.max_rounds
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def result_object(options: MultiturnOptions, run: RateRun) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mooli.arguments import CommandParser
-from mooli.bench.arguments import BenchOptions, parse_arguments
+from mooli.bench.arguments import BenchOptions, parse_arguments, report_file
 from mooli.bench.backends import BACKENDS, Api
 from mooli.bench.errors import BenchmarkError
 
@@ -30,6 +30,7 @@ class MultiturnOptions:
 
     target: server, API and key. min_rounds, max_rounds: each conversation draws its number of rounds between them, both
     included. rates: one run each. words: prompts are words (or ShareGPT's text), else running token ids as text.
+    report_file: None writes no report.
     """
 
     target: BenchOptions
@@ -50,6 +51,7 @@ class MultiturnOptions:
     tag: str
     seed: int
     show_progress: bool
+    report_file: Path | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -96,6 +98,7 @@ def parse_multiturn_arguments(argv: Sequence[str]) -> MultiturnOptions:
         tag=args.tag,
         seed=args.seed,
         show_progress=not args.disable_tqdm,
+        report_file=report_file(args.report),
     )
 
 
@@ -124,6 +127,8 @@ def _check(args: argparse.Namespace) -> None:
         raise BenchmarkError(
             "--request-rate belongs to --disable-auto-run; without that, rates from 16 to 1 are tried one after another"
         )
+    if args.report is not None and not args.disable_auto_run:
+        raise BenchmarkError("--report shows one run: give --disable-auto-run, and --request-rate")
     if args.request_rate is not None and not args.request_rate > 0:
         raise BenchmarkError(f"--request-rate must be above 0, got {args.request_rate}")
     if args.request_rate == math.inf and args.distribution is not None:
@@ -198,5 +203,6 @@ def _parser() -> argparse.ArgumentParser:
         "--log-file", type=Path, default=Path("performance_metrics.jsonl"), help="Appended to. Default: %(default)s."
     )
     output("--tag", default="", help="Word to store with the result.")
+    output("--report", metavar="FILE", help="Also write a page with charts of the run; with --disable-auto-run.")
     output("--disable-tqdm", action="store_true", help="Show no progress.")
     return parser

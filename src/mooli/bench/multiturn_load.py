@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from mooli.bench.client import UnreachableError
-from mooli.bench.load import REFUSALS_TO_GIVE_UP, LoadResult
+from mooli.bench.load import REFUSALS_TO_GIVE_UP, LoadResult, until_stopped
 from mooli.bench.records import Message, RequestRecord
 
 
@@ -90,18 +90,7 @@ async def converse_under_load(
     total = sum(len(conversation.questions) for conversation in conversations)
     run = _Run(conversations, send, how, stop, records)
     start_s = clock()
-    sending = asyncio.create_task(run.send_all())
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({sending, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        # Also when this task is cancelled: nothing may go on sending.
-        stopping.cancel()
-        if not sending.done():
-            sending.cancel()
-        await asyncio.wait({sending, stopping})
-    if not sending.cancelled() and (failure := sending.exception()) is not None:
-        raise failure
+    await until_stopped(run.send_all(), stop)
     return LoadResult(
         records=sorted(records, key=lambda record: (record.index, record.turn)),
         start_s=start_s,

@@ -17,14 +17,13 @@ from typing import Any, cast
 
 from mooli.arguments import CommandParser
 from mooli.bench import result_file
-from mooli.bench.arguments import DATASETS_OF_FLAG
+from mooli.bench.arguments import DATASETS_OF_FLAG, dataset_options
 from mooli.bench.command import ended, fail, say
 from mooli.bench.datasets import (
     REFUSED_DATASETS,
     Dataset,
     DatasetOptions,
     Randoms,
-    SharedPrefixOptions,
     load_dataset,
 )
 from mooli.bench.errors import BenchmarkError
@@ -102,7 +101,7 @@ def parse_offline_arguments(argv: Sequence[str]) -> OfflineOptions:
         raise BenchmarkError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     return OfflineOptions(
         engine=engine_config(args, _WITHOUT_EFFECT),
-        data=_dataset_options(args),
+        data=dataset_options(args),
         ignore_eos=not args.disable_ignore_eos,
         extra_params=_json_object(args.extra_request_body),
         seed=args.seed,
@@ -129,25 +128,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--do-not-exit", action="store_true", help=argparse.SUPPRESS)
     add_engine_args(parser)
     return parser
-
-
-def _dataset_options(args: argparse.Namespace) -> DatasetOptions:
-    return DatasetOptions(
-        name=args.dataset_name,
-        path=args.dataset_path,
-        num_prompts=args.num_prompts,
-        sharegpt_output_len=args.sharegpt_output_len,
-        sharegpt_context_len=args.sharegpt_context_len,
-        random_input_len=args.random_input_len,
-        random_output_len=args.random_output_len,
-        random_range_ratio=args.random_range_ratio,
-        prompt_suffix=args.prompt_suffix,
-        apply_chat_template=args.apply_chat_template,
-        tokenize_prompt=args.tokenize_prompt,
-        shared_prefix=SharedPrefixOptions(
-            **{name: getattr(args, f"gsp_{name}") for name in SharedPrefixOptions.__dataclass_fields__}
-        ),
-    )
 
 
 def _json_object(text: str | None) -> dict[str, Any]:
