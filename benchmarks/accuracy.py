@@ -2,11 +2,13 @@
 
 The reference is the file's own weights dequantised to float32 and computed in NumPy. Prints, for both models and each
 format, the mean and worst KL(reference || packed) in nats and how often the most likely token is the same; then a
-greedy continuation, for a person to judge.
+greedy continuation, for a person to judge. `--kv-cache-dtype` names the types of KV cache to do this with.
 """
 
 from __future__ import annotations
 
+import argparse
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +47,24 @@ def greedy(loaded: Loaded, ids: list[int], count: int) -> list[int]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kv-cache-dtype", nargs="+", default=["bfloat16"])
+    args = parser.parse_args()
     text = (Path(__file__).parent / "text.txt").read_text()
     for name, path in (("SmolLM2-135M", demo_model()), ("Qwen2.5-Coder-0.5B", compared_model())):
         tokenizer = load_tokenizer(path)
         ids = np.array(tokenizer.encode(text)[:POSITIONS])
         reference = log_softmax(all_logits(Loaded(path, "reference", num_pages=16), ids))
         print(f"{name}, {len(ids)} positions")
-        for label, dtype, quantization in FORMATS:
-            loaded = Loaded(path, "cpu", dtype=dtype, quantization=quantization, num_pages=16)
+        for (label, dtype, quantization), kv_cache_dtype in product(FORMATS, args.kv_cache_dtype):
+            loaded = Loaded(
+                path, "cpu", dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype, num_pages=16
+            )
             packed = log_softmax(all_logits(loaded, ids))
             kl = (np.exp(reference) * (reference - packed)).sum(axis=-1)
             same = (reference.argmax(-1) == packed.argmax(-1)).mean()
-            print(f"  {label:<18} mean KL {kl.mean():.5f}  worst {kl.max():.4f}  same top token {same:.1%}")
+            name = f"{label}, KV {kv_cache_dtype}"
+            print(f"  {name:<32} mean KL {kl.mean():.5f}  worst {kl.max():.4f}  same top token {same:.1%}")
             continuation = tokenizer.decode(greedy(loaded, tokenizer.encode(PROMPT), 24))
             print(f"      {PROMPT}{continuation!r}")
 

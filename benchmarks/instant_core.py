@@ -32,7 +32,7 @@ class InstantRunner:
     def execute(self, batch: ScheduleBatch) -> StepOutput:
         if self._step_s:
             time.sleep(self._step_s)
-        num_sampled = int(batch.samples.sum())
+        num_sampled = int(batch.num_samples.sum())
         return StepOutput(np.full(num_sampled, TOKEN_ID, np.int32), [None] * num_sampled, [])
 
 

@@ -47,6 +47,7 @@ class Loaded:
         *,
         dtype: str = "auto",
         quantization: str | None = None,
+        kv_cache_dtype: str | None = None,
         num_pages: int = 700,
         max_tokens: int = 512,
     ) -> None:
@@ -55,7 +56,7 @@ class Loaded:
         self.config, checkpoint = open_model(path)
         self.model = create_model(self.config, checkpoint, self.backend)
         checkpoint.close()
-        kv_dtype = "float32" if backend_name == "reference" or dtype == "float32" else "bfloat16"
+        kv_dtype = kv_cache_dtype or ("float32" if backend_name == "reference" or dtype == "float32" else "bfloat16")
         spec = KVSpec(self.config.num_layers, self.config.num_kv_heads, self.config.head_dim, PAGE_SIZE, kv_dtype)
         self.backend.allocate(spec, num_pages, Limits(max_tokens, 64, 4096))
         self.forward = self.backend.capture(self.model.forward)
@@ -84,6 +85,6 @@ class Loaded:
         )  # fmt: skip
         return ScheduleBatch(
             step=0, token_ids=ids.astype(np.int32), positions=positions, slots=slots.astype(np.int32),
-            req_indices=np.arange(n, dtype=np.int32), starts=starts, lengths=lengths, samples=np.ones(n, np.bool_),
+            req_indices=np.arange(n, dtype=np.int32), starts=starts, lengths=lengths, num_samples=np.ones(n, np.int32),
             page_table=table, sampling=sampling,
         )  # fmt: skip

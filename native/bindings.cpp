@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <stdexcept>
 
 #include "device.h"
@@ -56,6 +57,23 @@ NB_MODULE(_native, m) {
     if (out.shape(0) != rows.shape(0) || int(out.shape(1)) != columns) throw std::invalid_argument("output of another shape");
     for (size_t i = 0; i < rows.shape(0); i++)
       decode_row(Format(format), rows.data() + int64_t(i) * rows.stride(0), columns, out.data() + i * columns);
+  });
+
+  // Strings of GGUF metadata from `position` on, each its length in 64 bits and its text: up to `count`, and where they end.
+  // Stops before the first that does not fit the data or is not UTF-8.
+  m.def("read_strings", [](nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> data, size_t position, size_t count) {
+    const size_t size = data.shape(0);
+    nb::list strings;
+    for (size_t i = 0; i < count && position <= size && size - position >= 8; i++) {
+      uint64_t length;
+      memcpy(&length, data.data() + position, 8);
+      if (length > size - position - 8) break;
+      PyObject* text = PyUnicode_DecodeUTF8((const char*)data.data() + position + 8, Py_ssize_t(length), nullptr);
+      if (!text) { PyErr_Clear(); break; }
+      strings.append(nb::steal(text));
+      position += 8 + length;
+    }
+    return nb::make_tuple(strings, position);
   });
 
   nb::class_<FloatBuffer>(m, "FloatBuffer")
@@ -120,6 +138,7 @@ NB_MODULE(_native, m) {
         return d.ropes.back().get();
       }, nb::rv_policy::reference_internal)
       .def("allocate_kv", &Device::allocate_kv, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("kv_bytes", [](const Device& d) { return d.kv.size(); })
       .def("allocate_scratch", &Device::allocate_scratch, nb::call_guard<nb::gil_scoped_release>())
       .def("release", &Device::release, nb::call_guard<nb::gil_scoped_release>())
       .def("copy_page", &Device::copy_page, nb::call_guard<nb::gil_scoped_release>())
@@ -193,9 +212,12 @@ NB_MODULE(_native, m) {
         if (size_t(width) != w.count) throw std::invalid_argument("norm weight of another width");
         t.rms_norm((const float*)x, w.buffer.as<float>(), eps, width, (float*)out);
       }, nb::keep_alive<1, 3>())
-      .def("linear", [](Tape& t, uintptr_t x, const Linear& w, uintptr_t residual, uintptr_t out) {
-        t.linear((const float*)x, &w, (const float*)residual, (float*)out);
-      }, nb::keep_alive<1, 3>())
+      // `norm` and `residual` may be None and 0
+      .def("linear", [](Tape& t, uintptr_t x, const Linear& w, FloatBuffer* norm, float eps, uintptr_t residual, uintptr_t out) {
+        if (norm && norm->count != size_t(w.k)) throw std::invalid_argument("norm weight of another width");
+        t.linear((const float*)x, &w, norm ? norm->buffer.as<float>() : nullptr, eps, (const float*)residual, (float*)out);
+      }, nb::arg("x"), nb::arg("weight"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("residual"), nb::arg("out"),
+         nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
       .def("head_norm", [](Tape& t, uintptr_t x, FloatBuffer& q, FloatBuffer& k, float eps, int heads, int kv_heads, int head_dim, uintptr_t out) {
         if (q.count != size_t(head_dim) || k.count != size_t(head_dim)) throw std::invalid_argument("head norm weight of another width");
         t.head_norm((const float*)x, q.buffer.as<float>(), k.buffer.as<float>(), eps, heads, kv_heads, head_dim, (float*)out);

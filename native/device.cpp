@@ -4,8 +4,29 @@
 #include <cmath>
 #include <new>
 #include <stdexcept>
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace mooli {
+
+#if defined(__aarch64__)
+namespace {
+
+// The dot product of ARMv8.2, optional until ARMv8.4.
+bool has_dot_product() {
+#if defined(__linux__)
+  constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP, which older headers lack
+  return (getauxval(AT_HWCAP) & kAsimdDp) != 0;
+#elif defined(__APPLE__)
+  return true;  // every Mac with an Arm processor has it
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+#endif
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names{"scalar"};
@@ -19,6 +40,8 @@ std::vector<std::string> available_isas() {
       if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
     }
   }
+#elif defined(__aarch64__)
+  if (has_dot_product()) names.push_back("neon");
 #endif
   return names;
 }
@@ -32,6 +55,8 @@ const Kernels& select_kernels(const std::string& isa) {
   if (want == "avx512_bf16") return kernels_avx512_bf16();
   if (want == "avx512") return kernels_avx512();
   if (want == "avx2") return kernels_avx2();
+#elif defined(__aarch64__)
+  if (want == "neon") return kernels_neon();
 #endif
   return kernels_scalar();
 }
@@ -58,19 +83,19 @@ void Device::pack(Linear& w, int part, int first_row, Format format, const uint8
   const int p0 = first_row / per_panel, p1 = (first_row + num_rows_ - 1) / per_panel + 1;
   std::atomic<int> next{p0};
   pool.run([&](int) {
-    std::vector<float> scratch(size_t(w.padded_k));
-    for (int p; (p = next.fetch_add(1)) < p1;)
-      for (int row = std::max(first_row, p * per_panel); row < std::min(first_row + num_rows_, (p + 1) * per_panel); row++) {
-        int at, column;
-        w.locate(part, row, at, column);
-        pack_column(w.kind, format, rows + size_t(row - first_row) * row_stride, w.k, w.padded_k, w.panel(at), column, scratch.data());
-      }
+    for (int p; (p = next.fetch_add(1)) < p1;) {
+      const int row = std::max(first_row, p * per_panel), end = std::min(first_row + num_rows_, (p + 1) * per_panel);
+      int at, column;
+      w.locate(part, row, at, column);
+      pack_columns(w.kind, format, rows + size_t(row - first_row) * row_stride, row_stride, end - row, w.k, w.padded_k, w.panel(at), column);
+    }
   });
 }
 
 void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, int page_size_, int64_t pages) {
   if (page_size_ % kTile != 0 || head_dim_ % 16 != 0) throw std::invalid_argument("page size or head size does not fit the kernels");
-  if (type < KV_F32 || type > KV_BF16 || layers_ <= 0 || kv_heads_ <= 0 || head_dim_ <= 0 || page_size_ <= 0 || pages <= 0)
+  if (type == KV_INT8 && head_dim_ > kMaxInt8HeadDim) throw std::invalid_argument("head size too large for int8 keys and values");
+  if (type < KV_F32 || (type > KV_BF16 && type != KV_INT8) || layers_ <= 0 || kv_heads_ <= 0 || head_dim_ <= 0 || page_size_ <= 0 || pages <= 0)
     throw std::invalid_argument("bad shape of a KV pool");
   // No step may run on a pool whose allocation failed.
   num_pages = num_tiles = num_tokens = 0;
@@ -79,7 +104,7 @@ void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, in
   layers = layers_; kv_heads = kv_heads_; head_dim = head_dim_; page_size = page_size_;
   const int64_t tiles = page_size / kTile;
   size_t bytes;
-  if (pages > INT32_MAX / tiles || __builtin_mul_overflow(size_t(layers) * kv_heads * 2 * tile_bytes(), size_t(pages * tiles), &bytes) ||
+  if (pages > INT32_MAX / tiles || __builtin_mul_overflow(size_t(layers) * kv_heads * tile_bytes(), size_t(pages * tiles), &bytes) ||
       bytes > size_t(INT64_MAX))
     throw std::bad_alloc();
   kv = Buffer(bytes);
@@ -94,6 +119,7 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
   const size_t rows = std::max<size_t>(size_t(16) * num_heads, kMaxRows);
   work.resize(pool.size());
   for (auto& w : work) {
+    w.rows = Buffer(size_t(kMaxRows) * max_k * 4);
     w.out = Buffer(rows * head * 4);
     w.lanes = Buffer(rows * 64);
     w.maxima = Buffer(rows * 4);
@@ -111,7 +137,9 @@ void Device::release() {
 }
 
 void Device::clear_v(char* tile, int from) const {
-  if (kv_type == KV_BF16_DOT) {
+  if (kv_type == KV_INT8) {  // a scale of zero makes values zero whatever their codes
+    memset(tile + size_t(kTile) * head_dim + from * 4, 0, size_t(kTile - from) * 4);
+  } else if (kv_type == KV_BF16_DOT) {
     uint16_t* v = (uint16_t*)tile;
     for (int d = 0; d < head_dim; d++)
       for (int t = from; t < kTile; t++) v[size_t(d / 32) * kTile * 32 + size_t(t / 2) * 64 + (d % 32) * 2 + (t & 1)] = 0;
@@ -128,7 +156,7 @@ void Device::copy_page(int source, int target, int tokens) {
   for (int layer = 0; layer < layers; layer++)
     for (int t = 0; t * kTile < tokens; t++) {
       int from = source * per_page + t, to = target * per_page + t;
-      memcpy(k_tile(layer, to, 0), k_tile(layer, from, 0), size_t(kv_heads) * 2 * tile_bytes());
+      memcpy(k_tile(layer, to, 0), k_tile(layer, from, 0), size_t(kv_heads) * tile_bytes());
       int keep = std::min(tokens - t * kTile, kTile);
       if (keep < kTile)  // values past the copied tokens are multiplied by exact zeros: they must be finite
         for (int h = 0; h < kv_heads; h++) clear_v(v_tile(layer, to, h), keep);

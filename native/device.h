@@ -69,12 +69,12 @@ class Device {
   void prepare_attention(int num_heads, int window);
   void prepare_rope(RopeTable& rope) const;
 
-  size_t tile_bytes() const { return size_t(kTile) * head_dim * kv_element_bytes(kv_type); }
+  size_t tile_bytes() const { return k_tile_bytes(kv_type, head_dim) + v_tile_bytes(kv_type, head_dim); }  // keys and values
   // All layers of a tile lie together: a new page touches new memory once, and not once in every layer's region.
   char* k_tile(int layer, int tile, int head) const {
-    return kv.data() + (size_t(tile) * layers + layer) * kv_heads * 2 * tile_bytes() + size_t(head) * 2 * tile_bytes();
+    return kv.data() + (size_t(tile) * layers + layer) * kv_heads * tile_bytes() + size_t(head) * tile_bytes();
   }
-  char* v_tile(int layer, int tile, int head) const { return k_tile(layer, tile, head) + tile_bytes(); }
+  char* v_tile(int layer, int tile, int head) const { return k_tile(layer, tile, head) + k_tile_bytes(kv_type, head_dim); }
   void clear_v(char* tile, int from) const;
 
   ThreadPool pool;
@@ -99,7 +99,7 @@ class Device {
   int max_tokens = 0;
   Buffer activations;  // prepared rows of the linear being computed
   Buffer queries;      // (kv_heads, tokens, group, head_dim)
-  struct Work { Buffer out, lanes, maxima, scores, weights; };
+  struct Work { Buffer rows, out, lanes, maxima, scores, weights; };
   std::vector<Work> work;
 };
 

@@ -60,6 +60,25 @@ void k_scale_min(const uint8_t* s, int j, int& scale, int& minimum) {
   else { scale = (s[j + 4] & 15) | ((s[j - 4] >> 6) << 4); minimum = (s[j + 4] >> 4) | ((s[j] >> 6) << 4); }
 }
 
+// Eight bytes at a time, in one register at every instruction set.
+uint64_t load8(const uint8_t* p) { uint64_t x; memcpy(&x, p, 8); return x; }
+void store8(uint8_t* p, uint64_t x) { memcpy(p, &x, 8); }
+constexpr int kUnit = 256;  // values of a row that are packed at a time: the largest block of any format
+constexpr uint64_t kOnes = 0x0101010101010101u, kLow = 15 * kOnes;
+// Sixteen bytes of nibbles as 32 codes: the low ones first.
+void split_nibbles(const uint8_t* q, uint8_t* code) {
+  for (int i = 0; i < 16; i += 8) {
+    uint64_t x = load8(q + i);
+    store8(code + i, x & kLow);
+    store8(code + 16 + i, (x >> 4) & kLow);
+  }
+}
+// Bit i of `bits` as 16 in byte i.
+uint64_t spread_bits(uint8_t bits) {
+  uint64_t one_in_each = uint64_t(bits) * kOnes & 0x8040201008040201u;
+  return ((one_in_each + 0x7f * kOnes) >> 3) & (16 * kOnes);
+}
+
 // Integer codes of 32 values with value = scale * code + minimum, for the formats that have them per 32.
 struct Group { uint8_t code[32]; float scale, minimum; };
 
@@ -70,27 +89,23 @@ bool decode_group(Format format, const uint8_t* row, int g, Group& out) {
       const uint8_t* q = b + (format == kQ4_0 ? 2 : 4);
       out.scale = half_at(b);
       out.minimum = format == kQ4_0 ? -8.f * out.scale : half_at(b + 2);
-      for (int i = 0; i < 16; i++) { out.code[i] = q[i] & 15; out.code[i + 16] = q[i] >> 4; }
+      split_nibbles(q, out.code);
       return true;
     }
     case kQ5_0: case kQ5_1: {
       const uint8_t* b = row + size_t(g) * (format == kQ5_0 ? 22 : 24);
       const uint8_t* h = b + (format == kQ5_0 ? 2 : 4);
-      uint32_t high;
-      memcpy(&high, h, 4);
       out.scale = half_at(b);
       out.minimum = format == kQ5_0 ? -16.f * out.scale : half_at(b + 2);
-      for (int i = 0; i < 16; i++) {
-        out.code[i] = uint8_t((h[4 + i] & 15) | (((high >> i) & 1) << 4));
-        out.code[i + 16] = uint8_t((h[4 + i] >> 4) | (((high >> (i + 16)) & 1) << 4));
-      }
+      split_nibbles(h + 4, out.code);
+      for (int i = 0; i < 4; i++) store8(out.code + 8 * i, load8(out.code + 8 * i) | spread_bits(h[i]));
       return true;
     }
     case kQ8_0: {
       const uint8_t* b = row + size_t(g) * 34;
       out.scale = half_at(b);
       out.minimum = -128.f * out.scale;
-      for (int i = 0; i < 32; i++) out.code[i] = uint8_t(b[2 + i] ^ 128);
+      for (int i = 0; i < 32; i += 8) store8(out.code + i, load8(b + 2 + i) ^ (128 * kOnes));
       return true;
     }
     case kQ4_K: case kQ5_K: {
@@ -100,10 +115,10 @@ bool decode_group(Format format, const uint8_t* row, int g, Group& out) {
       out.scale = half_at(b) * float(scale);
       out.minimum = -half_at(b + 2) * float(minimum);
       const uint8_t* q = b + (format == kQ4_K ? 16 : 48) + 32 * (j / 2);
-      for (int i = 0; i < 32; i++) {
-        int code = j % 2 ? q[i] >> 4 : q[i] & 15;
-        if (format == kQ5_K) code |= ((b[16 + i] >> j) & 1) << 4;
-        out.code[i] = uint8_t(code);
+      for (int i = 0; i < 32; i += 8) {
+        uint64_t code = (load8(q + i) >> 4 * (j % 2)) & kLow;
+        if (format == kQ5_K) code |= ((load8(b + 16 + i) >> j) & kOnes) << 4;
+        store8(out.code + i, code);
       }
       return true;
     }
@@ -121,19 +136,25 @@ char* q4_code(char* panel, int column, int k, size_t group, int scales, bool& hi
   return panel + size_t(g) * group + scales + (column / 16) * 256 + (step / 2) * 64 + (column % 16) * 4 + j % 4;
 }
 void put_half(char* p, float f) { uint16_t h = float_to_half(f); memcpy(p, &h, 2); }
-void put_q8(char* panel, int column, int g, float scale, const int* q) {
+// The 32 codes of a group, as they are stored: value + 128.
+void put_q8(char* panel, int column, int g, float scale, const uint8_t* code) {
   put_half(panel + size_t(g) * 1088 + column * 2, scale);
-  for (int j = 0; j < 32; j++) *q8_code(panel, column, g * 32 + j) = char(q[j] + 128);
+  char* p = q8_code(panel, column, g * 32);
+  for (int step = 0; step < 8; step++) memcpy(p + step * 64, code + step * 4, 4);
 }
 void put_q4(char* panel, int column, int g, bool with_minimum, float scale, float minimum, const uint8_t* code) {
-  size_t group = with_minimum ? 640 : 576;
-  int scales = with_minimum ? 128 : 64;
+  const size_t group = with_minimum ? 640 : 576;
+  const int scales = with_minimum ? 128 : 64;
   put_half(panel + g * group + column * 2, scale);
   if (with_minimum) put_half(panel + g * group + 64 + column * 2, minimum);
-  for (int j = 0; j < 32; j++) {
-    bool high;
-    char* p = q4_code(panel, column, g * 32 + j, group, scales, high);
-    *p = char(high ? (uint8_t(*p) & 15) | (code[j] << 4) : (uint8_t(*p) & 240) | code[j]);
+  bool high;
+  char* p = q4_code(panel, column, g * 32, group, scales, high);
+  for (int line = 0; line < 4; line++) {
+    uint32_t low_step, high_step;
+    memcpy(&low_step, code + line * 8, 4);
+    memcpy(&high_step, code + line * 8 + 4, 4);
+    const uint32_t both = low_step | high_step << 4;
+    memcpy(p + line * 64, &both, 4);
   }
 }
 
@@ -151,7 +172,8 @@ bool all_finite(const float* x) {
   return finite;
 }
 
-// Symmetric 4 bits with the scale of least squared error among a few around the usual one.
+// Symmetric 4 bits with the scale of least squared error among a few around the usual one. Errors of large weights count
+// more, by |x|: a quarter less divergence from the float model than plain least squares (docs/log.md).
 void quantize_q4(const float* x, float& scale, uint8_t* code) {
   float extreme = 0.f;
   for (int i = 0; i < 32; i++) if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
@@ -164,15 +186,19 @@ void quantize_q4(const float* x, float& scale, uint8_t* code) {
     float s = half_to_float(float_to_half(extreme / (-8.f + 0.4f * float(t))));
     if (s == 0.f) continue;
     const float inverse = 1.f / s;
-    float q[32], xq[4] = {}, qq[4] = {}, ee[4] = {};
+    float q[32], xq[4] = {}, qq[4] = {}, ee[4] = {};  // sums weighted by |x|
     for (int i = 0; i < 32; i++) q[i] = std::min(7.f, std::max(-8.f, round_even(x[i] * inverse)));
     for (int i = 0; i < 32; i += 4)
-      for (int j = 0; j < 4; j++) { xq[j] += x[i + j] * q[i + j]; qq[j] += q[i + j] * q[i + j]; }
+      for (int j = 0; j < 4; j++) {
+        const float wq = std::fabs(x[i + j]) * q[i + j];
+        xq[j] += wq * x[i + j];
+        qq[j] += wq * q[i + j];
+      }
     const float squares = qq[0] + qq[1] + qq[2] + qq[3];
     if (squares == 0.f) continue;
     const float fitted = half_to_float(float_to_half((xq[0] + xq[1] + xq[2] + xq[3]) / squares));
     for (int i = 0; i < 32; i += 4)
-      for (int j = 0; j < 4; j++) { float d = x[i + j] - fitted * q[i + j]; ee[j] += d * d; }
+      for (int j = 0; j < 4; j++) { float d = x[i + j] - fitted * q[i + j]; ee[j] += std::fabs(x[i + j]) * d * d; }
     const float error = ee[0] + ee[1] + ee[2] + ee[3];
     if (error < best_error) {
       best_error = error;
@@ -182,17 +208,17 @@ void quantize_q4(const float* x, float& scale, uint8_t* code) {
   }
 }
 
-void quantize_q8(const float* x, float& scale, int* q) {
+void quantize_q8(const float* x, float& scale, uint8_t* code) {
   float largest = 0.f;
   for (int i = 0; i < 32; i++) largest = std::max(largest, std::fabs(x[i]));
   if (!all_finite(x) || largest > 127.f * kLargestHalf) {
     scale = kBadScale;
-    std::fill(q, q + 32, 0);
+    std::fill(code, code + 32, uint8_t(128));
     return;
   }
   scale = half_to_float(float_to_half(largest / 127.f));
   float inverse = scale > 0.f ? 1.f / scale : 0.f;
-  for (int i = 0; i < 32; i++) q[i] = int(std::min(127.f, std::max(-128.f, round_even(x[i] * inverse))));
+  for (int i = 0; i < 32; i++) code[i] = uint8_t(int(std::min(127.f, std::max(-128.f, round_even(x[i] * inverse)))) + 128);
 }
 
 }  // namespace
@@ -233,17 +259,15 @@ void decode_row(Format format, const uint8_t* row, int columns, float* out) {
       for (int s = 0; s < columns / 256; s++) {
         const uint8_t* b = row + size_t(s) * 210;
         float d = half_at(b + 208);
-        for (int half = 0; half < 2; half++)
-          for (int i = 0; i < 32; i++) {
-            const uint8_t *low = b + half * 64, *high = b + 128 + half * 32;
-            const int8_t* scale = (const int8_t*)b + 192 + half * 8 + i / 16;
-            int h = high[i];
-            float* y = out + s * 256 + half * 128 + i;
-            y[0] = d * float(scale[0]) * float(((low[i] & 15) | ((h & 3) << 4)) - 32);
-            y[32] = d * float(scale[2]) * float(((low[i + 32] & 15) | (((h >> 2) & 3) << 4)) - 32);
-            y[64] = d * float(scale[4]) * float(((low[i] >> 4) | (((h >> 4) & 3) << 4)) - 32);
-            y[96] = d * float(scale[6]) * float(((low[i + 32] >> 4) | ((h >> 6) << 4)) - 32);
-          }
+        for (int part = 0; part < 16; part++) {  // 16 values with one scale
+          const int half = part / 8, quarter = part % 8 / 2, first = part % 2 * 16;
+          const uint8_t *low = b + half * 64 + quarter % 2 * 32 + first, *high = b + 128 + half * 32 + first;
+          const int low_shift = quarter / 2 * 4, high_shift = quarter * 2;
+          const float scale = d * float(((const int8_t*)b)[192 + half * 8 + part % 8]);
+          uint8_t code[16];
+          for (int i = 0; i < 16; i++) code[i] = uint8_t(((low[i] >> low_shift) & 15) | (((high[i] >> high_shift) & 3) << 4));
+          for (int i = 0; i < 16; i++) out[s * 256 + part * 16 + i] = scale * float(int(code[i]) - 32);
+        }
       }
       return;
     default: {
@@ -260,66 +284,79 @@ void decode_row(Format format, const uint8_t* row, int columns, float* out) {
   }
 }
 
-void pack_column(Kind kind, Format format, const uint8_t* row, int k, int padded_k, char* panel, int column, float* x) {
-  Group group;
-  int q[32];
+namespace {
+
+// Write `groups` groups of one column, which begin at group g of the panel. `row` begins where they do and holds k values.
+void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* panel, int column, int g, int groups) {
   if (kind == Q8 && (format == kQ8_0 || format == kQ5_0 || format == kQ4_0)) {
-    const int zero = format == kQ8_0 ? 128 : format == kQ5_0 ? 16 : 8;
-    for (int g = 0; g < padded_k / 32; g++) {
-      decode_group(format, row, g, group);
-      for (int j = 0; j < 32; j++) q[j] = int(group.code[j]) - zero;
-      put_q8(panel, column, g, group.scale, q);
+    const uint64_t offset = format == kQ8_0 ? 0 : (128 - (format == kQ5_0 ? 16 : 8)) * kOnes;
+    for (int i = 0; i < groups; i++) {
+      Group group;
+      decode_group(format, row, i, group);
+      for (int j = 0; j < 32; j += 8) store8(group.code + j, load8(group.code + j) + offset);
+      put_q8(panel, column, g + i, group.scale, group.code);
     }
     return;
   }
   if ((kind == Q4 && format == kQ4_0) || (kind == Q4M && (format == kQ4_1 || format == kQ4_K))) {
-    for (int g = 0; g < padded_k / 32; g++) {
-      decode_group(format, row, g, group);
-      put_q4(panel, column, g, kind == Q4M, group.scale, group.minimum, group.code);
+    for (int i = 0; i < groups; i++) {
+      Group group;
+      decode_group(format, row, i, group);
+      put_q4(panel, column, g + i, kind == Q4M, group.scale, group.minimum, group.code);
     }
     return;
   }
+  float x[kUnit];
   decode_row(format, row, k, x);
-  std::fill(x + k, x + padded_k, 0.f);
-  switch (kind) {
-    case Q8:
-      for (int g = 0; g < padded_k / 32; g++) {
-        float scale;
-        quantize_q8(x + g * 32, scale, q);
-        put_q8(panel, column, g, scale, q);
-      }
-      return;
-    case Q4:
-      for (int g = 0; g < padded_k / 32; g++) {
-        float scale;
-        uint8_t code[32];
-        quantize_q4(x + g * 32, scale, code);
-        put_q4(panel, column, g, false, scale, 0.f, code);
-      }
-      return;
-    case Q4M:
-      for (int g = 0; g < padded_k / 32; g++) {
-        const float* v = x + g * 32;
-        float low = *std::min_element(v, v + 32), high = *std::max_element(v, v + 32);
-        float scale = half_to_float(float_to_half((high - low) / 15.f)), minimum = half_to_float(float_to_half(low));
-        uint8_t code[32] = {};
+  std::fill(x + k, x + groups * 32, 0.f);
+  for (int i = 0; i < groups; i++) {
+    const float* v = x + i * 32;
+    const int first = (g + i) * 32;
+    float scale;
+    uint8_t code[32] = {};
+    switch (kind) {
+      case Q8:
+        quantize_q8(v, scale, code);
+        put_q8(panel, column, g + i, scale, code);
+        break;
+      case Q4:
+        quantize_q4(v, scale, code);
+        put_q4(panel, column, g + i, false, scale, 0.f, code);
+        break;
+      case Q4M: {
+        const float low = *std::min_element(v, v + 32), high = *std::max_element(v, v + 32);
+        const float minimum = half_to_float(float_to_half(low));
+        scale = half_to_float(float_to_half((high - low) / 15.f));
         if (!all_finite(v) || !(scale <= kLargestHalf) || std::fabs(minimum) > kLargestHalf) scale = kBadScale;
         else for (int j = 0; j < 32; j++)
           code[j] = uint8_t(scale > 0.f ? std::clamp(int(std::lrintf((v[j] - minimum) / scale)), 0, 15) : 0);
-        put_q4(panel, column, g, true, scale, minimum, code);
+        put_q4(panel, column, g + i, true, scale, minimum, code);
+        break;
       }
-      return;
-    case BF16:
-      for (int i = 0; i < padded_k; i++) {
-        uint16_t h = float_to_bf16(x[i]);
-        memcpy(panel + size_t(i / 2) * 128 + column * 4 + (i & 1) * 2, &h, 2);
-      }
-      return;
-    case F16:
-      for (int i = 0; i < padded_k; i++) put_half(panel + (size_t(i) * 32 + column) * 2, x[i]);
-      return;
-    default:
-      for (int i = 0; i < padded_k; i++) memcpy(panel + (size_t(i) * 32 + column) * 4, x + i, 4);
+      case BF16:
+        for (int j = 0; j < 32; j++) {
+          const uint16_t h = float_to_bf16(v[j]);
+          memcpy(panel + size_t((first + j) / 2) * 128 + column * 4 + (j & 1) * 2, &h, 2);
+        }
+        break;
+      case F16:
+        for (int j = 0; j < 32; j++) put_half(panel + (size_t(first + j) * 32 + column) * 2, v[j]);
+        break;
+      default:
+        for (int j = 0; j < 32; j++) memcpy(panel + (size_t(first + j) * 32 + column) * 4, v + j, 4);
+    }
+  }
+}
+
+}  // namespace
+
+void pack_columns(Kind kind, Format format, const uint8_t* rows, size_t row_stride, int count, int k, int padded_k, char* panel,
+                  int first_column) {
+  // A piece of all columns before the next piece: a panel is larger than the first level cache, a piece of it is not.
+  for (int begin = 0; begin < padded_k; begin += kUnit) {
+    const int groups = std::min(kUnit, padded_k - begin) / 32, values = std::min(kUnit, k - begin);
+    for (int i = 0; i < count; i++)
+      pack_groups(kind, format, rows + size_t(i) * row_stride + row_bytes(format, begin), values, panel, first_column + i, begin / 32, groups);
   }
 }
 

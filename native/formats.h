@@ -17,9 +17,10 @@ int block_values(Format format);
 size_t row_bytes(Format format, int columns);
 void decode_row(Format format, const uint8_t* row, int columns, float* out);
 
-// Write one weight row (k values of `format`) as column `column` of a panel of `kind`. Q8_0, Q5_0 and Q4_0 to Q8, Q4_0 to
-// Q4 and Q4_1 and Q4_K to Q4M keep their integers; everything else goes through float. `scratch` holds padded_k floats.
-void pack_column(Kind kind, Format format, const uint8_t* row, int k, int padded_k, char* panel, int column, float* scratch);
+// Write `count` weight rows (k values of `format` each, `row_stride` bytes apart) as columns of a panel of `kind`. Q8_0,
+// Q5_0 and Q4_0 to Q8, Q4_0 to Q4 and Q4_1 and Q4_K to Q4M keep their integers; everything else goes through float.
+void pack_columns(Kind kind, Format format, const uint8_t* rows, size_t row_stride, int count, int k, int padded_k, char* panel,
+                  int first_column);
 // The inverse, for tests: the values the kernels compute with.
 void unpack_column(Kind kind, const char* panel, int k, int column, float* out);
 

@@ -43,12 +43,28 @@ inline size_t activation_row_bytes(Kind kind, int padded_k) {
 }
 
 // How keys and values lie in a tile of 32 tokens for one head; see attend_block.
-enum KvType : int { KV_F32 = 0, KV_F16 = 1, KV_BF16 = 2, KV_BF16_DOT = 3 };
-inline size_t kv_element_bytes(KvType type) { return type == KV_F32 ? 4 : 2; }
+enum KvType : int { KV_F32 = 0, KV_F16 = 1, KV_BF16 = 2, KV_BF16_DOT = 3, KV_INT8 = 4, kNumKvTypes = 5 };
+constexpr int kMaxInt8HeadDim = 512;
+inline size_t kv_element_bytes(KvType type) { return type == KV_F32 ? 4 : type == KV_INT8 ? 1 : 2; }
+// Values, then for KV_INT8 a scale for each token, and beside keys a base with its scale; see attention_int8.inc.
+inline size_t v_tile_bytes(KvType type, int head_dim) {
+  return size_t(kTile) * head_dim * kv_element_bytes(type) + (type == KV_INT8 ? kTile * 4 : 0);
+}
+inline size_t k_tile_bytes(KvType type, int head_dim) {
+  return v_tile_bytes(type, head_dim) + (type == KV_INT8 ? size_t(head_dim + 4 + 63) / 64 * 64 : 0);
+}
+// A query row as attend_block reads it; never more than as f32.
+inline size_t query_bytes(KvType type, int head_dim) {
+  switch (type) {
+    case KV_BF16_DOT: return size_t(head_dim) * 2;
+    case KV_INT8: return 16 + size_t(head_dim) * 2;
+    default: return size_t(head_dim) * 4;
+  }
+}
 
 // One block of up to 128 tokens at absolute position `first`, attended by `rows` query rows.
 struct AttendBlock {
-  const void* q;             // rows x head_dim, row major: bf16 for KV_BF16_DOT, else f32
+  const void* q;             // rows, as prepare_queries made them
   const int* positions;      // rows: last position each row attends to
   const void* const* k;      // tiles
   const void* const* v;
@@ -58,11 +74,12 @@ struct AttendBlock {
   float* lane_sums;          // rows x 16, running sum of weights
   float* maxima;             // rows, running maximum of scaled scores
   float* scores;             // scratch kMaxRows x 128 f32
-  void* weights;             // scratch kMaxRows x 128 f32 or bf16
+  void* weights;             // scratch kMaxRows x 128 f32, bf16 or two digits
 };
 
 using GemmFn = void (*)(const char* activations, const char* panel, int padded_k, float* tile, const char* prefetch, int lines);
-using PrepareFn = void (*)(const float* x, int k, int padded_k, char* block, int row, int rows);
+// `rows` rows of k values, `stride` floats apart, as the activations of one block
+using PrepareFn = void (*)(const float* x, size_t stride, int k, int padded_k, char* block, int rows);
 using StoreKvFn = void (*)(const float* k, const float* v, int head_dim, char* k_tile, char* v_tile, int token);
 
 struct Kernels {
@@ -71,8 +88,9 @@ struct Kernels {
   GemmFn gemm[kNumKinds][kMaxRows + 1];
   PrepareFn prepare[kNumKinds];
   bool has_bf16_dot;
-  StoreKvFn store_kv[4];
-  void (*attend_block[4])(const AttendBlock&);
+  StoreKvFn store_kv[kNumKvTypes];
+  void (*prepare_queries[kNumKvTypes])(const float* q, int heads, int head_dim, char* out);
+  void (*attend_block[kNumKvTypes])(const AttendBlock&);
   void (*finish_attention)(const float* out, const float* lane_sums, int head_dim, float* result);
   void (*to_bf16)(const float* x, int n, uint16_t* out);
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
@@ -94,6 +112,8 @@ const Kernels& kernels_scalar();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512_bf16();
+#elif defined(__aarch64__)
+const Kernels& kernels_neon();
 #endif
 
 }  // namespace mooli

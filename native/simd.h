@@ -5,6 +5,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -140,6 +142,9 @@ MOOLI_INLINE int quantize16(const float* x, vf inverse, int8_t* q) {
 }
 MOOLI_INLINE void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
+#elif defined(MOOLI_NEON)
+#include "simd_neon.h"
+
 #else
 constexpr int W = 4;
 typedef float vf __attribute__((vector_size(16)));
@@ -230,6 +235,9 @@ MOOLI_INLINE void prefetch(const char*) {}
 #endif
 
 constexpr int H = 16 / W;  // vectors in half a panel
+#if !defined(MOOLI_NEON)
+constexpr int kQ8Zero = 128;  // what the dot product sees of a Q8 weight is value + 128
+#endif
 MOOLI_INLINE uint16_t float_to_bf16(float f) {
   uint32_t u; memcpy(&u, &f, 4);
   if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 64);

@@ -7,13 +7,12 @@
 #include <string>
 
 namespace mooli {
-
 void Tape::embed(const Embedding* table, float* out) { Op o{EMBED}; o.table = table; o.out = out; ops_.push_back(o); }
 void Tape::rms_norm(const float* x, const float* weight, float eps, int width, float* out) {
   Op o{RMS_NORM}; o.x = x; o.a = weight; o.number = eps; o.width = width; o.out = out; ops_.push_back(o);
 }
-void Tape::linear(const float* x, const Linear* weight, const float* residual, float* out) {
-  Op o{LINEAR}; o.x = x; o.weight = weight; o.a = residual; o.out = out; ops_.push_back(o);
+void Tape::linear(const float* x, const Linear* weight, const float* norm, float eps, const float* residual, float* out) {
+  Op o{LINEAR}; o.x = x; o.weight = weight; o.b = norm; o.number = eps; o.a = residual; o.out = out; ops_.push_back(o);
 }
 void Tape::head_norm(const float* x, const float* q, const float* k, float eps, int heads, int kv_heads, int head_dim, float* out) {
   Op o{HEAD_NORM}; o.x = x; o.a = q; o.b = k; o.number = eps; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.out = out;
@@ -31,8 +30,13 @@ const char* Tape::name(int code) {
   return names[code];
 }
 
+Tape::Blocks Tape::blocks_of(const Op& op, int rows) const {
+  const int most = device_.kernels.max_rows[op.weight->kind];
+  return {rows, (rows + most - 1) / most};
+}
+
 int Tape::phase_items(const Op& op, int rows, int phase) const {
-  if (op.code == LINEAR) return phase == 0 ? rows : op.weight->panels();
+  if (op.code == LINEAR) return phase == 0 ? blocks_of(op, rows).count : op.weight->panels();
   if (op.code == ATTEND) return int(phase == 0 ? device_.tile_runs.size() : device_.jobs.size());
   return phase == 0 ? rows : 0;
 }
@@ -144,29 +148,32 @@ void Tape::execute(const Op& op, int rows, int thread, Part* parts) {
 void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
   const Kernels& k = device_.kernels;
   const Linear& w = *op.weight;
-  const int blocks = (rows + k.max_rows[w.kind] - 1) / k.max_rows[w.kind];
+  const Blocks blocks = blocks_of(op, rows);
   const size_t row_size = activation_row_bytes(w.kind, w.padded_k);
   char* prepared = device_.activations.data();
-  share(parts, thread, [&](int i) {
-    int b = int((int64_t(i) * blocks + blocks - 1) / rows);
-    while (int(int64_t(rows) * b / blocks) > i) b--;
-    while (int(int64_t(rows) * (b + 1) / blocks) <= i) b++;
-    int r0 = int(int64_t(rows) * b / blocks), r = int(int64_t(rows) * (b + 1) / blocks) - r0;
-    k.prepare[w.kind](op.x + size_t(i) * w.k, w.k, w.padded_k, prepared + r0 * row_size, i - r0, r);
+  share(parts, thread, [&](int b) {
+    const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
+    const float* x = op.x + size_t(r0) * w.k;
+    if (op.b) {
+      float* normed = device_.work[thread].rows.as<float>();
+      for (int i = 0; i < r; i++) k.rms_norm(x + size_t(i) * w.k, op.b, op.number, w.k, normed + size_t(i) * w.k);
+      x = normed;
+    }
+    k.prepare[w.kind](x, size_t(w.k), w.k, w.padded_k, prepared + r0 * row_size, r);
   });
   device_.pool.barrier();
   const int panels = w.panels(), steps = w.padded_k / kGroup;
-  const int lines = int((w.stride / 64 + size_t(steps) * blocks - 1) / (size_t(steps) * blocks));
   const size_t width = size_t(w.n);
+  const int lines = int((w.stride / 64 + size_t(steps) * blocks.count - 1) / (size_t(steps) * blocks.count));
   share(parts + device_.pool.size(), thread, [&](int p) {
     alignas(64) float tile[kMaxRows * kPanel];
     const char* panel = w.panel(p);
-    for (int b = 0; b < blocks; b++) {
-      int r0 = int(int64_t(rows) * b / blocks), r = int(int64_t(rows) * (b + 1) / blocks) - r0;
+    for (int b = 0; b < blocks.count; b++) {
+      const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
       size_t ahead = size_t(b) * steps * lines * 64;
       // The next panel is fetched during this one's row blocks. With one block the processor's own prefetcher follows the
       // stream as fast as memory gives it, and instructions of ours only get in its way.
-      bool fetch = blocks > 1 && p + 1 < panels && ahead < w.stride;
+      bool fetch = blocks.count > 1 && p + 1 < panels && ahead < w.stride;
       k.gemm[w.kind][r](prepared + r0 * row_size, panel, w.padded_k, tile, panel + w.stride + ahead, fetch ? lines : 0);
       if (w.gated) {
         int column = p * 16, columns = std::min(16, w.n - column);
@@ -184,21 +191,18 @@ void Tape::run_attend(const Op& op, int rows, int thread, Part* parts) {
   Device& d = device_;
   const Kernels& k = d.kernels;
   const int D = d.head_dim, group = op.heads / d.kv_heads, width = (op.heads + 2 * d.kv_heads) * D;
-  const bool dot = d.kv_type == KV_BF16_DOT;
-  const size_t q_element = dot ? 2 : 4;
-  auto query = [&](int kv_head, int token) { return d.queries.data() + (size_t(kv_head) * rows + token) * group * D * q_element; };
+  const size_t q_bytes = query_bytes(d.kv_type, D);
+  auto query = [&](int kv_head, int token) { return d.queries.data() + (size_t(kv_head) * rows + token) * group * q_bytes; };
   share(parts, thread, [&](int index) {
     const TileRun& run = d.tile_runs[index];
     const int tile = d.token_tile[run.first_token], first_slot = d.positions[run.first_token] % kTile;
     for (int h = 0; h < d.kv_heads; h++) {
       char *kt = d.k_tile(op.layer, tile, h), *vt = d.v_tile(op.layer, tile, h);
       // a tile's first token clears its values: past the last token they are multiplied by exact zeros, so must be finite
-      if (first_slot == 0) memset(vt, 0, d.tile_bytes());
+      if (first_slot == 0) memset(vt, 0, v_tile_bytes(d.kv_type, D));
       for (int i = run.first_token; i < run.first_token + run.tokens; i++) {
         const float* x = op.x + size_t(i) * width;
-        const float* q = x + h * group * D;
-        if (dot) k.to_bf16(q, group * D, (uint16_t*)query(h, i));
-        else memcpy(query(h, i), q, size_t(group) * D * 4);
+        k.prepare_queries[d.kv_type](x + h * group * D, group, D, query(h, i));
         k.store_kv[d.kv_type](x + (op.heads + h) * D, x + (op.heads + d.kv_heads + h) * D, D, kt, vt,
                               first_slot + i - run.first_token);
       }
@@ -227,7 +231,7 @@ void Tape::run_attend(const Op& op, int rows, int thread, Part* parts) {
         kt[t] = d.k_tile(op.layer, tiles[b * kBlockTiles + t], job.kv_head);
         vt[t] = d.v_tile(op.layer, tiles[b * kBlockTiles + t], job.kv_head);
       }
-      AttendBlock block{query(job.kv_head, job.first_token) + size_t(job.first_q) * D * q_element, positions.data(), kt, vt, n, count,
+      AttendBlock block{query(job.kv_head, job.first_token) + size_t(job.first_q) * q_bytes, positions.data(), kt, vt, n, count,
                         b * kBlock, D, op.window, op.number * 1.44269504f, out, lanes, maxima, w.scores.as<float>(), w.weights.data()};
       k.attend_block[d.kv_type](block);
     }

@@ -15,7 +15,8 @@ class Tape {
   // Addresses are of float32 rows, max rows each; strides are the widths. All must outlive the tape.
   void embed(const Embedding* table, float* out);
   void rms_norm(const float* x, const float* weight, float eps, int width, float* out);
-  void linear(const float* x, const Linear* weight, const float* residual, float* out);
+  // `norm` may be null, or the weight of an RMS norm that each row of x goes through first.
+  void linear(const float* x, const Linear* weight, const float* norm, float eps, const float* residual, float* out);
   void head_norm(const float* x, const float* q_weight, const float* k_weight, float eps, int heads, int kv_heads, int head_dim, float* out);
   void rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out);
   void attend(int layer, const float* qkv, int heads, float scale, int window, float* out);
@@ -29,6 +30,11 @@ class Tape {
 
  private:
   enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND };
+  // How the rows of a linear are cut into blocks, each one call of a kernel.
+  struct Blocks {
+    int rows, count;
+    int first_row(int block) const { return int(int64_t(rows) * block / count); }
+  };
   struct Op {
     Code code;
     const float *x = nullptr, *a = nullptr, *b = nullptr;
@@ -44,6 +50,7 @@ class Tape {
   struct alignas(64) Part { std::atomic<uint64_t> range{0}; };
 
   void start(int rows);
+  Blocks blocks_of(const Op& op, int rows) const;
   int phase_items(const Op& op, int rows, int phase) const;
   void execute(const Op& op, int rows, int thread, Part* parts);
   void run_linear(const Op& op, int rows, int thread, Part* parts);

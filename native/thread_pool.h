@@ -1,14 +1,15 @@
 // A persistent pool of pinned threads. The caller is thread 0. Owns threads and barriers; knows nothing of kernels.
-// Waiting is bounded spinning (a step's barriers are tens of nanoseconds apart), then yielding inside a region and sleeping
-// between regions, so that an idle engine uses no processor time and a busy neighbour costs its share and no more.
+// Waiting is bounded spinning (a step's barriers are tens of nanoseconds apart), then sleeping, inside a region and between
+// regions: an idle engine uses no processor time, and a busy neighbour costs its share and no more.
 #pragma once
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
+
+#include "wait_word.h"
 
 namespace mooli {
 
@@ -32,13 +33,10 @@ class ThreadPool {
   void stop();
   int num_threads_;
   std::vector<int> cpus_;
-  std::mutex run_mutex_, sleep_mutex_;
-  std::condition_variable wake_;
-  alignas(64) std::atomic<uint64_t> epoch_{0};
-  alignas(64) std::atomic<int> pending_{0};
+  std::mutex run_mutex_;
+  WaitWord epoch_;  // one more for every job; wraps
+  WaitWord phase_;  // one more for every barrier; wraps
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};  // wraps
-  std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   const std::function<void(int)>* job_ = nullptr;
   std::vector<std::thread> threads_;

@@ -20,12 +20,15 @@ LIMITS = Limits(max_tokens=128, max_rows=16, max_pages_per_row=64)
 
 @dataclass
 class Row:
-    """Tokens `token_ids` at positions start, start + 1, ... of a sequence that lies in `pages`."""
+    """Tokens `token_ids` at positions start, start + 1, ... of a sequence that lies in `pages`.
+
+    samples: how many of the last ones sample.
+    """
 
     token_ids: Sequence[int]
     start: int
     pages: Sequence[int]
-    samples: bool = True
+    samples: int = 1
 
 
 @dataclass
@@ -93,7 +96,7 @@ def step(
     for index, row in enumerate(rows):
         page_table[index, : len(row.pages)] = row.pages
     if choices is None:
-        choices = [Choice() for row in rows if row.samples]
+        choices = [Choice() for row in rows for _ in range(row.samples)]
     return ScheduleBatch(
         step=0,
         token_ids=np.concatenate([np.asarray(row.token_ids, dtype=np.int32) for row in rows]),
@@ -102,7 +105,7 @@ def step(
         req_indices=np.arange(len(rows), dtype=np.int32),
         starts=np.array([row.start for row in rows], dtype=np.int32),
         lengths=np.array([len(row.token_ids) for row in rows], dtype=np.int32),
-        samples=np.array([row.samples for row in rows], dtype=np.bool_),
+        num_samples=np.array([row.samples for row in rows], dtype=np.int32),
         page_table=page_table,
         sampling=sampling_batch(choices),
         copies=list(copies),

@@ -1,7 +1,8 @@
 """The one sheet of data that passes from the deciding column to the computing column, and back.
 
 Owns the layout of a step: host arrays (NumPy) and plain values only. Never refers to a request, a device or text.
-There is no prefill mode and no decode mode: a row is (req_index, start, length) and a decode step is a row of length 1.
+There is no prefill mode and no decode mode: a row is (req_index, start, length). A decode step is a row of length 1,
+and one that verifies draft tokens a row of a few tokens that all sample.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ class PromptLogprobRows:
 
 @dataclass(slots=True)
 class SamplingBatch:
-    """Sampling inputs of the rows that sample, in row order; S = number of such rows.
+    """Sampling inputs of the tokens that sample, in the order of the step's tokens; S = number of them.
 
     Ragged fields are flat arrays with an index pointer of S + 1 entries.
-    `history_ids` holds prompt and output of rows with any penalty (other rows: empty); `output_starts[i]` is where the
-    output begins inside row i's history. Frequency and presence penalties count the output, repetition counts both.
+    `history_ids` holds prompt and output of entries with any penalty, drafts before the sampled token included (other
+    entries: empty); `output_starts[i]` is where the output begins inside entry i's history. Frequency and presence
+    penalties count the output, repetition counts both.
     `bias_ids/values` hold logit_bias and, while `min_new_tokens` is not reached, -inf for every stopping id.
     `positions` is the index in the sequence of the token about to be sampled: with `seeds` it determines the draw.
     `num_top`: -1 for no log-probability, 0 for the sampled token's only, k for k alternatives.
@@ -72,11 +74,12 @@ class SamplingBatch:
 
 @dataclass(slots=True)
 class ScheduleBatch:
-    """One step of work. R rows, T = sum of lengths tokens, S rows that sample.
+    """One step of work. R rows, T = sum of lengths tokens, S = sum of num_samples tokens that sample.
 
     Flat per token, rows one after the other: `token_ids` int32 (T,), `positions` int32 (T,),
     `slots` int32 (T,): page * page_size + offset, where the token's KV is stored.
-    Per row: `req_indices`, `starts`, `lengths` int32 (R,); `samples` bool (R,): start + length == num_tokens;
+    Per row: `req_indices`, `starts`, `lengths` int32 (R,); `num_samples` int32 (R,): how many of its last tokens
+    sample: 0 where a prompt goes on in the next step, 1 as a rule, 1 + n where the last n tokens are drafts to verify;
     `page_table` int32 (R, max_pages), -1 past a row's pages. A row attends to positions 0 .. its own position.
     `copies` are carried out, in order, before anything is stored.
     """
@@ -88,7 +91,7 @@ class ScheduleBatch:
     req_indices: NDArray[np.int32]
     starts: NDArray[np.int32]
     lengths: NDArray[np.int32]
-    samples: NDArray[np.bool_]
+    num_samples: NDArray[np.int32]
     page_table: NDArray[np.int32]
     sampling: SamplingBatch
     copies: list[PageCopy] = field(default_factory=list)
@@ -101,6 +104,13 @@ class ScheduleBatch:
     @property
     def num_rows(self) -> int:
         return len(self.starts)
+
+    @property
+    def sampling_tokens(self) -> NDArray[np.int32]:
+        """Indices into the step's tokens of those that sample, in order: int32 (S,)."""
+        num_before = np.cumsum(self.num_samples)
+        first = np.repeat(np.cumsum(self.lengths) - num_before, self.num_samples)
+        return (first + np.arange(len(first))).astype(np.int32)
 
 
 @dataclass(slots=True)
@@ -116,7 +126,7 @@ class LogprobRow:
 class StepOutput:
     """What a step computed.
 
-    token_ids: int32 (S,), in the order of the sampling rows; -1 where the logits held NaN, which ends that request.
+    token_ids: int32 (S,), in the order of `ScheduleBatch.sampling_tokens`; -1 where the logits held NaN.
     logprobs: S entries, None where not asked for.
     prompt_logprobs: parallel to `ScheduleBatch.prompt_logprobs`, one LogprobRow per target.
     """

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from mooli.arguments import Arguments, argument, group_titled, parse_object
 from mooli.errors import ConfigError, UnknownArgumentError
-from mooli.sglang_arguments import HINTS, asks_for_nothing, is_server_argument, is_sglang_argument
+from mooli.sglang_arguments import HINTS, REASONS, asks_for_nothing, is_server_argument, is_sglang_argument
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,15 @@ DEVICES = {
 
 KERNELS = ("auto", "native", "ascend")
 """`attention_backend` and `sampling_backend`: each device has one implementation, `ascend` is the one of NPUs."""
+
+NGRAM_DRAFT_TOKENS, NGRAM_MIN_MATCH, NGRAM_MAX_MATCH = 4, 2, 12
+"""Defaults of `speculative_num_draft_tokens` and of the `speculative_ngram_*_match_window_size`."""
+
+_SPECULATIVE = (
+    "speculative_num_draft_tokens",
+    "speculative_ngram_min_match_window_size",
+    "speculative_ngram_max_match_window_size",
+)
 
 _DEVICE_SUBJECT = "device"
 _ONE_IMPLEMENTATION = " Mooli has one implementation for each device: leave this argument out."
@@ -99,13 +108,15 @@ class EngineConfig(Arguments):
         "Quantise weights while loading, group-wise; none: as the files have them.",
         choices=(None, "none", "int8", "int4"),
         spellings={"none": None},  # a flag cannot say None
+        choices_hint=" A checkpoint that is quantised already, by msmodelslim too, needs no such argument.",
     )
     kv_cache_dtype: str = argument(
         "auto",
         "str",
-        "Type of the KV cache.",
-        choices=("auto", "float32", "float16", "bfloat16", "bf16"),
+        "Type of the KV cache; int8 takes a little more than half the memory of bfloat16, on the CPU alone.",
+        choices=("auto", "float32", "float16", "bfloat16", "bf16", "int8"),
         spellings={"bf16": "bfloat16"},
+        choices_hint=" For a cache of eight bits a value there is int8, on the CPU.",
     )
     device: str | None = argument(
         None,
@@ -132,7 +143,12 @@ class EngineConfig(Arguments):
         None, "int", "Threads of the CPU backend; default: the cores this process may use.", low=1, high=1024
     )
     tp_size: int = argument(
-        1, "int", "Devices that share one model; only 1 so far.", low=1, aliases=("tp", "tensor_parallel_size")
+        1,
+        "int",
+        "Devices that share one model, a process each: cuda, npu, or torch on the CPU.",
+        low=1,
+        high=64,
+        aliases=("tp", "tensor_parallel_size"),
     )
     dp_size: int = argument(
         1, "int", "Copies of the model; only 1 so far.", low=1, aliases=("dp", "data_parallel_size")
@@ -149,7 +165,7 @@ class EngineConfig(Arguments):
     max_running_requests: int | None = argument(
         None,
         "int",
-        "Requests computed at the same time; default: 48, fewer if the KV cache is small.",
+        "Requests computed at the same time; default: by device, fewer if the KV cache is small.",
         low=1,
         high=65536,
     )
@@ -162,6 +178,35 @@ class EngineConfig(Arguments):
         "fcfs", "str", "Order of waiting requests: arrival (fcfs) or longest cached prefix first (lpm).",
         choices=("fcfs", "lpm"),
     )  # fmt: skip
+    speculative_algorithm: str | None = argument(
+        None,
+        "str",
+        "Guess tokens and verify several in a step; NGRAM: those that followed the same tokens before.",
+        choices=(None, "NGRAM"),
+        choices_hint=" The others of SGLang are not supported by Mooli yet.",
+        subject="guessed tokens",
+    )
+    speculative_num_draft_tokens: int | None = argument(
+        None,
+        "int",
+        f"Tokens computed for one request in a step at most, its known one included; default: {NGRAM_DRAFT_TOKENS}.",
+        low=2,
+        high=64,
+    )
+    speculative_ngram_min_match_window_size: int | None = argument(
+        None,
+        "int",
+        f"Tokens at the end that must have come before for a guess; default: {NGRAM_MIN_MATCH}.",
+        low=1,
+        high=64,
+    )
+    speculative_ngram_max_match_window_size: int | None = argument(
+        None,
+        "int",
+        f"Tokens at the end that are compared, to find the place most like it; default: {NGRAM_MAX_MATCH}.",
+        low=1,
+        high=64,
+    )
     random_seed: int | None = argument(
         None,
         "int",
@@ -194,19 +239,57 @@ class EngineConfig(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tp_size", "dp_size"):
-            if getattr(self, name) != 1:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)} is not possible yet: use {name}=1. On a CPU one engine already uses"
-                    " every core (see num_threads)."
-                )
+        if self.dp_size != 1:
+            raise ConfigError(
+                f"dp_size={self.dp_size} is not possible yet: use dp_size=1, and a server for each copy of the model"
+            )
+        if self.tp_size != 1 and self.backend_name not in ("torch", "cuda", "ascend"):
+            raise ConfigError(
+                f"tp_size={self.tp_size} is not possible on device {self.backend_name!r}, where one process already"
+                " uses every core (see num_threads): use tp_size=1, or device='cuda' or 'npu' with several cards"
+            )
         if self.chunked_prefill_size == 0:
             raise ConfigError("chunked_prefill_size=0 computes nothing: use a positive number, or -1 for no chunking")
+        self._check_speculation()
+        if self.kv_cache_dtype == "int8" and self.backend_name not in ("cpu", "reference"):
+            raise ConfigError(
+                f"kv_cache_dtype='int8' is not possible on the {self.backend_name} backend, only on cpu and"
+                " reference: leave it out"
+            )
         for name in ("attention_backend", "sampling_backend"):
             if getattr(self, name) == "ascend" and self.backend_name != "ascend":
                 raise ConfigError(f"{name}='ascend' needs device='npu', not device={self.device!r}")
         if self.served_model_name is not None and ":" in self.served_model_name:
             raise ConfigError(f"served_model_name={self.served_model_name!r} must not contain ':'")
+
+    def _check_speculation(self) -> None:
+        if self.speculative_algorithm is None:
+            for name in _SPECULATIVE:
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)} has no effect without speculative_algorithm='NGRAM':"
+                        " give both or neither"
+                    )
+        elif self.backend_name not in ("cpu", "reference"):
+            raise ConfigError(
+                f"speculative_algorithm={self.speculative_algorithm!r} is not possible on device {self.backend_name!r}:"
+                " there a guess is verified by other kernels than those of a single token, so that answers could"
+                " change; use device='cpu', or leave it out"
+            )
+        shortest, longest = self.ngram_match_window
+        if shortest > longest:
+            raise ConfigError(
+                f"speculative_ngram_min_match_window_size={shortest} is more than"
+                f" speculative_ngram_max_match_window_size={longest}: lower it"
+            )
+
+    @property
+    def ngram_match_window(self) -> tuple[int, int]:
+        """Tokens at the end of a request that must have come before for a guess, and that are compared."""
+        shortest, longest = self.speculative_ngram_min_match_window_size, self.speculative_ngram_max_match_window_size
+        if shortest is None:
+            shortest = min(NGRAM_MIN_MATCH, longest or NGRAM_MIN_MATCH)
+        return shortest, longest or max(NGRAM_MAX_MATCH, shortest)
 
     @property
     def backend_name(self) -> str:
@@ -257,7 +340,8 @@ class EngineConfig(Arguments):
         if is_sglang_argument(name):
             if asks_for_nothing(name, value):
                 return
-            why = f" ({HINTS[name]})" if name in HINTS else ""
+            reason = HINTS.get(name) or REASONS.get(name)
+            why = "" if reason is None else f" ({reason})"
             raise UnknownArgumentError(
                 f"{name} is known to SGLang but not supported by Mooli yet{why}: remove {name}={value!r}"
             )

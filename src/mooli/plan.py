@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mooli.arguments import parse_size
-from mooli.config import DTYPES
+from mooli.backends.ascend.defaults import MAX_RUNNING_REQUESTS
+from mooli.config import DEVICES, DTYPES
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, num_pool_pages
 from mooli.errors import ConfigError, OutOfMemoryError
 from mooli.formats.gguf import GGUFFile
@@ -24,6 +25,8 @@ from mooli.hub import resolve
 from mooli.models.checkpoint import canonical_name, expected_shapes
 from mooli.models.config import ModelConfig
 from mooli.models.loader import open_model
+from mooli.models.modelslim import described_types, find_description
+from mooli.models.sharding import check_size
 from mooli.tensor import TensorType, row_bytes
 
 PAGE_SIZE = 128
@@ -32,11 +35,22 @@ PAGE_SIZE = 128
 EXAMPLE_CONTEXTS = (1024, 2048, 4096, 8192, 32768)
 """Lengths, in tokens, for which the number of requests is given besides the context asked for."""
 
+DEVICE_NAMES = {name: kind for name, kind in DEVICES.items() if kind != "reference"} | {"auto": "cpu"}
+"""What `--device` takes to the backend that is counted for."""
+
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 _QUANTISED_BYTES = {"int8": 34 / 32, "int4": 18 / 32}
-"""Bytes of a weight, with its share of the 16-bit scale that 32 weights have in common."""
+"""Bytes of a weight on the CPU, with its share of the 16-bit scale that 32 weights have in common."""
+
+_TORCH_INT8_BYTES = 36 / 32
+"""Bytes of a weight in int8 on the backends of PyTorch: the scale has 32 bits there."""
+
+_ROW_SCALE_BYTES = 4.0
+"""On NPUs a row of int8 weights has one scale."""
 
 _VECTOR_BYTES = 4.0
+_AUTO_DTYPES = {"torch": "float32", "cuda": "bfloat16", "ascend": "bfloat16"}
+"""What dtype="auto" is on backends that choose it themselves; the CPU takes the checkpoint's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +58,9 @@ class MemoryPlan:
     """The answer. Bytes are those of one of `tp` devices; tokens and requests are those of all together, which hold
     the same ones.
 
-    weights: where dtype is "file" the tensors keep the types of a GGUF file. num_tokens: what the KV cache holds, in
+    device: the backend that is counted for: cpu, torch, cuda or ascend.
+    weights: where dtype is "file" the tensors keep the types of a GGUF file. quantization: int8 also where the
+    checkpoint has it. num_tokens: what the KV cache holds, in
     whole pages; 0 where the model does not fit, and `problem` says what is lacking.
     requests: context length to the number of requests of that length that fit at the same time, shared prefixes not
     counted: they make it more.
@@ -52,6 +68,7 @@ class MemoryPlan:
 
     model: str
     architecture: str
+    device: str
     dtype: str
     quantization: str | None
     kv_cache_dtype: str
@@ -80,6 +97,7 @@ def plan_memory(
     memory_bytes: int,
     *,
     model: str = "",
+    device: str = "cpu",
     dtype: str = "auto",
     quantization: str | None = None,
     tp: int = 1,
@@ -89,11 +107,12 @@ def plan_memory(
 ) -> MemoryPlan:
     """How `memory_bytes` of each of `tp` devices are used by a model of this configuration.
 
-    dtype: of weights that are not quantised; auto takes the checkpoint's. quantization: None, int8 or int4.
-    stored_types: types by canonical tensor name, of a GGUF file, which its weights keep where nothing else is asked.
+    device: cpu, torch, cuda or ascend (NPUs); what a weight takes differs.
+    dtype: of weights that are not quantised; auto takes the device's own choice. quantization: None, int8 or int4.
+    stored_types: types by canonical tensor name, of a GGUF file or of int8 weights, where there are such.
     mem_fraction_static: share of the memory for weights and KV cache; None is the engine's own rule, which takes half
-    of what the weights leave and no more than 48 requests can use.
-    Raises ConfigError for numbers that mean nothing.
+    of what the weights leave and no more than the requests that run by default can use.
+    Raises ConfigError for numbers that mean nothing, and for what the device cannot honour.
     """
     if memory_bytes < 1:
         raise ConfigError(f"memory is {memory_bytes} bytes: give a size such as 64GiB")
@@ -105,12 +124,19 @@ def plan_memory(
             " the model"
         )
     check_tp(config, tp)
-    keeps_file = stored_types is not None and dtype == "auto" and quantization is None
-    computed = config.dtype if dtype == "auto" else dtype
+    computed = auto_dtype(config, device) if dtype == "auto" else dtype
+    _check_quantization(device, quantization, computed)
+    int8 = {name: kind for name, kind in (stored_types or {}).items() if kind == TensorType.I8}
+    keeps_file = stored_types is not None and not int8 and (device, dtype, quantization) == ("cpu", "auto", None)
     weights = weight_bytes(
-        config, computed, quantization=quantization, tp=tp, stored_types=stored_types if keeps_file else None
+        config,
+        computed,
+        device=device,
+        quantization=quantization,
+        tp=tp,
+        stored_types=stored_types if keeps_file else int8,
     )
-    kv_dtype = "bfloat16" if dtype == "auto" else dtype
+    kv_dtype = "float32" if device == "torch" and dtype == "auto" else "bfloat16" if dtype == "auto" else dtype
     per_token = kv_bytes_per_token(config, kv_dtype, tp=tp)
     needs = PoolNeeds(
         available_bytes=memory_bytes,
@@ -118,7 +144,7 @@ def plan_memory(
         bytes_per_page=per_token * PAGE_SIZE,
         page_size=PAGE_SIZE,
         model_context=config.max_position_embeddings,
-        max_running_requests=48,
+        max_running_requests=MAX_RUNNING_REQUESTS if device == "ascend" else 48,
         context_length=context_length,
         mem_fraction_static=mem_fraction_static,
     )
@@ -133,8 +159,9 @@ def plan_memory(
     return MemoryPlan(
         model=model,
         architecture=config.architecture,
+        device=device,
         dtype="file" if keeps_file else computed,
-        quantization=quantization,
+        quantization=quantization or ("int8" if int8 else None),
         kv_cache_dtype=kv_dtype,
         tp=tp,
         memory_bytes=memory_bytes,
@@ -156,6 +183,7 @@ def weight_bytes(
     config: ModelConfig,
     dtype: str,
     *,
+    device: str = "cpu",
     quantization: str | None = None,
     tp: int = 1,
     stored_types: Mapping[str, TensorType] | None = None,
@@ -163,27 +191,78 @@ def weight_bytes(
     """Bytes of the weights on one of `tp` devices, rounded up.
 
     Linear layers, embedding and head are cut in `tp` parts (a key and value head that several devices need is on each
-    of them); norms are on every device. The head is a matrix of its own also where it is tied to the embedding, since
-    the one is read by rows and the other packed. Quantised are the linear layers, and the head to 8 bits.
+    of them); norms are on every device. On the CPU the head is a matrix of its own also where it is tied to the
+    embedding, since the one is read by rows and the other packed. `stored_types` as `plan_memory` takes it.
     """
     total = 0.0
     shapes = expected_shapes(config)
     head = shapes.pop("lm_head.weight", shapes["model.embed_tokens.weight"])
     for name, shape in (*shapes.items(), ("lm_head.weight", head)):
-        source = "model.embed_tokens.weight" if name == "lm_head.weight" and config.tie_word_embeddings else name
+        is_tied = name == "lm_head.weight" and config.tie_word_embeddings
         if len(shape) == 1:
             total += shape[0] * _VECTOR_BYTES
             continue
         copies = _kv_copies(config, tp) if name.endswith(("k_proj.weight", "v_proj.weight")) else 1
-        if stored_types is not None and source in stored_types:
-            matrix = float(shape[0] * row_bytes(stored_types[source], shape[1]))
+        stored = (stored_types or {}).get("model.embed_tokens.weight" if is_tied else name)
+        if device == "cpu":
+            matrix = _cpu_matrix(name, shape, dtype, quantization, stored)
         else:
-            kind = "int8" if quantization and name == "lm_head.weight" else quantization
-            is_table = name == "model.embed_tokens.weight"
-            per_value = _BYTES[dtype] if kind is None or is_table else _QUANTISED_BYTES[kind]
-            matrix = shape[0] * shape[1] * per_value
+            matrix = _device_matrix(name, shape, dtype, device, quantization, stored, is_tied=is_tied)
         total += matrix * copies / tp
     return int(total) + (total > int(total))
+
+
+def _cpu_matrix(
+    name: str, shape: tuple[int, ...], dtype: str, quantization: str | None, stored: TensorType | None
+) -> float:
+    """Bytes as the CPU backend packs it: quantised are the linear layers, and the head to 8 bits."""
+    if stored == TensorType.I8 and quantization is None:
+        return shape[0] * shape[1] * _QUANTISED_BYTES["int8"]
+    if stored is not None and quantization is None:
+        return float(shape[0] * row_bytes(stored, shape[1]))
+    kind = "int8" if quantization and name == "lm_head.weight" else quantization
+    is_table = name == "model.embed_tokens.weight"
+    return shape[0] * shape[1] * (_BYTES[dtype] if kind is None or is_table else _QUANTISED_BYTES[kind])
+
+
+def _device_matrix(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    device: str,
+    quantization: str | None,
+    stored: TensorType | None,
+    *,
+    is_tied: bool,
+) -> float:
+    """Bytes as the backends of PyTorch hold it: floats of one type, int8 with a scale for 32 weights, or a row of them
+    on NPUs, whose head stays in floats unless the checkpoint has it in int8."""
+    count = float(shape[0] * shape[1])
+    is_table = name == "model.embed_tokens.weight"
+    if device == "ascend":
+        is_int8 = stored == TensorType.I8 or (quantization == "int8" and name != "lm_head.weight")
+        if is_int8 and not is_table and dtype != "float32":
+            return count + shape[0] * _ROW_SCALE_BYTES
+    elif quantization == "int8" and not is_table:
+        return count * _TORCH_INT8_BYTES
+    return 0.0 if is_tied else count * _BYTES[dtype]
+
+
+def _check_quantization(device: str, quantization: str | None, dtype: str) -> None:
+    """ConfigError, as the backends raise it, for what they cannot quantise to."""
+    if device == "cpu" or quantization is None:
+        return
+    if quantization != "int8":
+        raise ConfigError(
+            f"the {device} backend cannot quantise to {quantization}: use quantization='int8', or backend 'cpu'"
+        )
+    if device == "ascend" and dtype == "float32":
+        raise ConfigError("quantization='int8' computes in float16 or bfloat16 on an NPU: leave dtype='float32' out")
+
+
+def auto_dtype(config: ModelConfig, device: str) -> str:
+    """What dtype="auto" is for a model of this configuration."""
+    return _AUTO_DTYPES.get(device, config.dtype)
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: str, *, tp: int = 1) -> int:
@@ -194,12 +273,9 @@ def kv_bytes_per_token(config: ModelConfig, dtype: str, *, tp: int = 1) -> int:
 
 def check_tp(config: ModelConfig, tp: int) -> None:
     """ConfigError unless the model's heads can be cut in `tp` equal parts."""
-    if tp < 1 or config.num_heads % tp or config.intermediate_size % tp:
-        raise ConfigError(
-            f"tp={tp} does not divide the {config.num_heads} heads and {config.intermediate_size} columns of the model"
-        )
-    if config.num_kv_heads % tp and tp % config.num_kv_heads:
-        raise ConfigError(f"tp={tp} and the {config.num_kv_heads} key and value heads of the model do not divide")
+    if tp < 1:
+        raise ConfigError(f"tp_size={tp} is no number of devices")
+    check_size(config, tp)
 
 
 def _kv_copies(config: ModelConfig, tp: int) -> int:
@@ -207,7 +283,7 @@ def _kv_copies(config: ModelConfig, tp: int) -> int:
 
 
 def read_model(name: str) -> tuple[ModelConfig, dict[str, TensorType] | None]:
-    """Configuration of the model that `name` means, and the types of its tensors if it is a GGUF file.
+    """Configuration of the model that `name` means, and types of tensors: all of a GGUF file, int8 ones of a folder.
 
     A name as `mooli.hub.resolve` takes it, or a config.json alone. Raises any ModelError.
     """
@@ -216,14 +292,15 @@ def read_model(name: str) -> tuple[ModelConfig, dict[str, TensorType] | None]:
     config, checkpoint = open_model(path, load_format="dummy")
     checkpoint.close()
     if path.is_dir():
-        return config, None
+        description = find_description(path)
+        return config, None if description is None else described_types(description)
     with GGUFFile(path) as file:
         return config, {canonical_name(tensor): info.type for tensor, info in file.tensors.items()}
 
 
 def plan_table(plan: MemoryPlan) -> str:
     """The plan for people."""
-    each = "" if plan.tp == 1 else f" on each of {plan.tp} devices"
+    each = f" ({plan.device})" if plan.tp == 1 else f" on each of {plan.tp} devices ({plan.device})"
     share = "the engine's default" if plan.mem_fraction_static is None else f"{plan.mem_fraction_static:g} of it"
     stored = "types of the file" if plan.dtype == "file" else plan.dtype
     kinds = stored if plan.quantization is None else f"{plan.quantization}, embedding {stored}"
@@ -256,7 +333,16 @@ def add_plan_args(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="Memory of one device that programs can use, such as 61GiB (what an Ascend card of 64 GB reports).",
     )
-    parser.add_argument("--dtype", default="auto", choices=tuple(DTYPES), help="Default: the checkpoint's.")
+    parser.add_argument(
+        "--device",
+        "--backend",
+        default="auto",
+        choices=tuple(DEVICE_NAMES),
+        help="What computes, as weights take different room: a CPU (the default), PyTorch, a GPU or an NPU.",
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=tuple(DTYPES), help="Default: the checkpoint's; bfloat16 on GPUs and NPUs."
+    )
     parser.add_argument("--quantization", default="none", choices=("none", "int8", "int4"), help="Default: none.")
     parser.add_argument("--tp", "--tp-size", type=int, default=1, help="Devices that share the model. Default: 1.")
     parser.add_argument("--context-length", help="Longest text, prompt and answer together. Default: the model's.")
@@ -271,6 +357,7 @@ def run_plan(args: argparse.Namespace) -> int:
         config,
         parse_memory(args.memory),
         model=args.model,
+        device=DEVICE_NAMES[args.device],
         dtype=DTYPES[args.dtype],
         quantization=None if args.quantization == "none" else args.quantization,
         tp=args.tp,

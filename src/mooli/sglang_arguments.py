@@ -17,7 +17,7 @@ def _words(text: str) -> frozenset[str]:
 
 _ONE_KERNEL = "each device has one implementation"
 _NO_GRAPHS = "a CPU has no graphs, and on other devices MOOLI_GRAPHS=0 in the environment switches them off"
-_ONE_PROCESS = "one process computes, there is no group to set up"
+_NO_PORT = "the processes of --tp meet through a file on this machine, and one that dies is noticed at once"
 _MIXED = "a step always takes running requests first and fills up with prompts; see --chunked-prefill-size"
 _NO_HOST_TIME = "there is no such step to tune"
 _GONE = "SGLang has dropped it too"
@@ -49,7 +49,7 @@ _HINTS_BY_REASON = {
     "there is one watchdog, see --watchdog-timeout": "soft_watchdog_timeout",
     "/metrics has the times": "show_time_cost",
     "there is one copy of the model": "load_balance_method",
-    _ONE_PROCESS: "dist_init_addr nccl_init_addr nccl_port dist_timeout gpu_id_step",
+    _NO_PORT: "nccl_port dist_timeout",
     f"{_GONE}; for weights of fewer bits there is --quantization": "torchao_config",
     f"{_GONE}; /metrics has the histograms": "collect_tokens_histogram",
     f"{_GONE}; attention is always over the whole context": """
@@ -60,10 +60,7 @@ _HINTS_BY_REASON = {
         disaggregation_decode_dp disaggregation_decode_tp disaggregation_prefill_pp prefill_round_robin_balance
         load_watch_interval
     """,
-    f"{_GONE}; nothing is speculated": """
-        speculative_ngram_branch_length speculative_ngram_min_match_window_size
-        speculative_ngram_max_match_window_size
-    """,
+    f"{_GONE}; see --speculative-num-draft-tokens": "speculative_ngram_branch_length",
     f"{_GONE}; nothing is dumped": "debug_tensor_dump_inject",
 }
 
@@ -86,22 +83,31 @@ REFUSED = _words("""
 abort_on_priority_when_disabled attn_dp_size base_gpu_id completion_template
 constrained_json_disable_any_whitespace constrained_json_whitespace_pattern cpu_offload_gb crash_dump_folder
 default_priority_value disaggregation_bootstrap_port disaggregation_mode
-disaggregation_transfer_backend download_dir enable_dp_attention enable_flexkv enable_hicache
+disaggregation_transfer_backend dist_init_addr download_dir enable_dp_attention enable_flexkv enable_hicache
 enable_hierarchical_cache enable_http2 enable_lmcache enable_lora enable_memory_saver enable_multimodal
-enable_response_store enable_trace ep ep_size expert_parallel_size extra_metric_labels grpc_port
+enable_response_store enable_trace ep ep_size expert_parallel_size extra_metric_labels gpu_id_step grpc_port
 hf_chat_template_name hicache_io_backend hicache_mem_layout hicache_ratio hicache_size hicache_storage_backend
 hicache_storage_backend_extra_config hicache_storage_prefetch_policy hicache_write_policy is_embedding
 log_requests_target lora_backend lora_eviction_policy lora_paths lora_target_modules max_loaded_loras max_lora_rank
-max_loras_per_batch model_impl model_loader_extra_config model_type nnodes node_rank otlp_traces_endpoint
+max_loras_per_batch model_impl model_loader_extra_config model_type nccl_init_addr nnodes node_rank otlp_traces_endpoint
 pipeline_parallel_size pp pp_size reasoning_parser revision
 schedule_low_priority_values_first smg_grpc_mode speculative_accept_threshold_acc
-speculative_accept_threshold_single speculative_algorithm speculative_draft_model_path speculative_eagle_topk
+speculative_accept_threshold_single speculative_draft_model_path speculative_eagle_topk
 speculative_ngram_capacity speculative_ngram_match_type speculative_ngram_max_bfs_breadth
-speculative_ngram_max_trie_depth speculative_ngram_min_bfs_breadth speculative_num_draft_tokens
-speculative_num_steps speculative_token_map strip_thinking_cache tokenizer_mode tool_call_parser tool_server
+speculative_ngram_max_trie_depth speculative_ngram_min_bfs_breadth speculative_num_steps speculative_token_map
+strip_thinking_cache tokenizer_mode tool_call_parser tool_server
 trust_request_chat_template warmups weight_version
 """)
 """Arguments that ask for what is missing."""
+
+_ONE_MACHINE = "one model runs on one machine: --tp uses several devices of it"
+_VISIBLE = "choose devices with ASCEND_RT_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES"
+
+REASONS: dict[str, str] = {
+    **dict.fromkeys(("dist_init_addr", "nccl_init_addr", "nnodes", "node_rank"), _ONE_MACHINE),
+    **dict.fromkeys(("base_gpu_id", "gpu_id_step"), _VISIBLE),
+}
+"""What is to be said of some of them."""
 
 SERVER_ARGUMENTS = _words("""
 admin_api_key api_key bucket_e2e_request_latency bucket_inter_token_latency bucket_time_to_first_token
@@ -142,6 +148,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_parallel_size": (1,),
     "hicache_size": (0,),
     "model_impl": ("auto",),
+    "gpu_id_step": (1,),
     "model_type": ("auto", "llm"),
     "nnodes": (1,),
     "node_rank": (0,),

@@ -117,6 +117,25 @@ class TokenLogprobs:
     chosen: list[tuple[float, int]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """How guessed tokens fared in one request so far.
+
+    num_proposed: drafts verified. histogram: at i, the steps that continued the output and found i drafts right.
+    """
+
+    num_proposed: int
+    histogram: tuple[int, ...]
+
+    @property
+    def num_steps(self) -> int:
+        return sum(self.histogram)
+
+    @property
+    def num_right(self) -> int:
+        return sum(i * count for i, count in enumerate(self.histogram))
+
+
 @dataclass(slots=True)
 class RequestOutput:
     """What one step added to one request. Sent whenever there is something new; the last one has `finish`.
@@ -124,6 +143,7 @@ class RequestOutput:
     new_token_ids: appended since the last output, a matched stop token included.
     prompt_logprobs: complete list, sent once, with the output that carries the first token (or the finish).
     cached_tokens: prompt tokens whose KV came from the tree at first admission.
+    drafts: None where the engine guesses no tokens.
     """
 
     rid: str
@@ -135,3 +155,4 @@ class RequestOutput:
     num_preemptions: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
+    drafts: DraftCounts | None = None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +14,16 @@ from mooli.backends import create_backend
 from mooli.backends.ascend import sim
 from mooli.backends.ascend.backend import AscendBackend
 from mooli.backends.ascend.bring_up import Npu, open_npu
+from mooli.backends.ascend.graphs import SIZES
 from mooli.backends.ascend.host_work import HostWorkCounter
-from mooli.backends.ascend.paths import Switches
+from mooli.backends.ascend.paths import PAGE_SIZE, Switches
 from mooli.backends.ascend.quant import FRACTAL_NZ, W8A8Linear
 from mooli.backends.ascend.selftest import decode_work
 from mooli.backends.ascend.selftest_model import Part, SmallModel
-from mooli.backends.base import KVSpec
+from mooli.backends.base import KVSpec, MemoryInfo
+from mooli.backends.dequant import dequantize
 from mooli.backends.torch.weights import FloatLinear, Int8Linear
-from mooli.errors import ConfigError, UnsupportedModelError
-from mooli.models.loader import open_model
+from mooli.errors import ConfigError
 from mooli.tensor import RawTensor, TensorType
 from steps import LIMITS, Choice, sampling_batch
 from variants import simulated_npu
@@ -79,19 +78,21 @@ def test_a_pool_beyond_what_kernels_count_is_refused() -> None:
         create_backend("ascend").allocate(KVSpec(1, 8, 128, 128, "bfloat16"), 16383, LIMITS)
 
 
-def test_a_checkpoint_of_msmodelslim_is_refused_with_what_to_use(tmp_path: Path) -> None:
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "vocab_size": 8,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "quant_model_description_w8a8_dynamic.json").write_text("{}")
-    with pytest.raises(UnsupportedModelError, match=r"msmodelslim.*quantization='int8'"):
-        open_model(tmp_path)
+# -- where it starts --
+
+
+def test_it_runs_as_many_requests_as_its_largest_graph_holds() -> None:
+    assert create_backend("ascend").default_max_running_requests == SIZES[-1]
+
+
+@pytest.mark.parametrize(("gib", "tokens"), [(29, 4096), (61, 8192)])
+def test_a_step_is_longer_than_on_a_cpu_and_fits_the_card(
+    npu: Npu, monkeypatch: pytest.MonkeyPatch, gib: int, tokens: int
+) -> None:
+    monkeypatch.setattr(AscendBackend, "memory", lambda self: MemoryInfo(gib * 2**30, gib * 2**30))
+    backend = AscendBackend(npu, Switches())
+    assert backend.default_chunked_prefill_size == tokens
+    assert tokens % PAGE_SIZE == 0
 
 
 # -- what it tells --
@@ -134,6 +135,38 @@ def test_the_head_stays_in_floats() -> None:
 def test_int8_without_its_operations_is_the_torch_backends(npu: Npu) -> None:
     backend = AscendBackend(npu, Switches({"w8a8": "differs"}), quantization="int8")
     assert isinstance(backend.load_linear([raw(64, 32)]), Int8Linear)
+
+
+def int8_rows(rows: int, columns: int, seed: int = 0) -> RawTensor:
+    """As a checkpoint of msmodelslim has it."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-127, 128, (rows, columns), dtype=np.int8)
+    return RawTensor("t", TensorType.I8, codes.shape, codes.view(np.uint8), rng.random(rows, np.float32))
+
+
+def test_int8_of_a_checkpoint_is_kept_as_it_is() -> None:
+    stacked = [int8_rows(40, 48, 1), int8_rows(24, 48, 2)]
+    backend = create_backend("ascend")
+    weight = backend.load_linear(stacked)
+    assert isinstance(weight, W8A8Linear)
+    codes = np.concatenate([tensor.data.view(np.int8) for tensor in stacked])
+    np.testing.assert_array_equal(weight.codes.cpu().numpy().T, codes)
+    np.testing.assert_array_equal(weight.scales.cpu(), np.concatenate([tensor.scales for tensor in stacked]))
+    assert backend.describe()["weight_kinds"] == {"I8 as W8A8": 2}
+
+
+def test_int8_stacked_with_floats_becomes_floats() -> None:
+    weight = create_backend("ascend").load_linear([int8_rows(40, 48), raw(24, 48)])
+    assert isinstance(weight, FloatLinear)
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"switches": {"w8a8": "differs"}}])
+def test_int8_of_a_checkpoint_becomes_floats_where_the_product_is_not_used(npu: Npu, settings: dict[str, Any]) -> None:
+    backend = AscendBackend(npu, Switches(settings.get("switches", {})), dtype=settings.get("dtype", "float16"))
+    tensor = int8_rows(64, 32)
+    weight = backend.load_linear([tensor])
+    assert isinstance(weight, FloatLinear)
+    np.testing.assert_allclose(weight.values.float().cpu(), dequantize(tensor), rtol=2**-10)
 
 
 # -- graphs --

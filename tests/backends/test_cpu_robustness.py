@@ -246,7 +246,7 @@ def sample(backend: CpuBackend, arrays: dict[str, Any], sampling: Any) -> None:
 QUERIES = slice(0, SPEC.num_heads * SPEC.head_dim)
 KEYS = slice(SPEC.num_heads * SPEC.head_dim, VALUES.start)
 
-every_kv = pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+every_kv = pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16", "int8"])
 every_level = pytest.mark.parametrize("level", native.available_isas())
 
 

@@ -77,7 +77,7 @@ class Sequence:
 
 @every_level
 @pytest.mark.parametrize("spec", [SPEC, WINDOWED], ids=["full", "window"])
-@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_a_token_attends_to_the_same_bits_in_any_cut_and_company(
     level: str, spec: AttentionSpec, kv_dtype: str
 ) -> None:
@@ -97,7 +97,7 @@ def test_a_token_attends_to_the_same_bits_in_any_cut_and_company(
 
 
 @every_level
-@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_a_decode_row_has_the_same_bits_among_1_to_40(level: str, kv_dtype: str) -> None:
     with cpu_backend(level) as backend:
         sequence = Sequence(backend, random(5, LONGEST, QKV_SIZE), SPEC, kv_dtype)

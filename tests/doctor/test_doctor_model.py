@@ -9,10 +9,12 @@ from fake_machine import CONFIG, model_folder, shard, write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modelslim_folder import quantised, write
 from mooli.doctor import model_folder as checks
 from mooli.doctor.model_folder import probe_model
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
+from mooli.plan import weight_bytes
 
 GIB = 2**30
 SECOND = "model-00002-of-00002.safetensors"
@@ -182,3 +184,26 @@ def test_no_damage_to_a_folder_breaks_the_examination(tmp_path, name, cut, junk)
     text = path.read_bytes() if path.exists() else b"{}"
     path.write_bytes(text[:cut] + junk + text[cut + len(junk) :])
     probe_model(str(folder), "cpu", GIB)
+
+
+def test_a_folder_of_msmodelslim_has_nothing_wrong_with_its_types(tmp_path):
+    folder = write(model_folder(tmp_path / "m"), *quantised())
+    (folder / "model.safetensors").unlink()
+    section = probe_model(str(folder), "ascend", 8 * GIB)
+    assert [finding.code for finding in section.findings] == []
+
+
+def test_a_folder_of_msmodelslim_without_a_scale_is_broken(tmp_path):
+    tensors, description = quantised()
+    del tensors["model.layers.0.self_attn.q_proj.weight_scale"]
+    folder = write(model_folder(tmp_path / "m"), tensors, description)
+    (folder / "model.safetensors").unlink()
+    assert "q_proj.weight_scale is missing" in found(folder)["model-broken"].found
+
+
+def test_int4_is_no_cure_on_an_npu(folder):
+    config = ModelConfig.from_hf(CONFIG)
+    free = GIB + weight_bytes(config, "bfloat16", quantization="int4")
+    on_cpu, on_npu = (found(folder, backend, free)["out-of-memory"].cure for backend in ("cpu", "ascend"))
+    assert any("--quantization int4" in cure for cure in on_cpu)
+    assert not any("--quantization int4" in cure for cure in on_npu)

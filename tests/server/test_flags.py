@@ -170,7 +170,9 @@ def test_flags_have_aliases_abbreviations_and_suffixes(start, line, name, value)
     [
         ("--ssl-key x", "ambiguous option: --ssl-key could match --ssl-keyfile, --ssl-keyfile-password"),
         ("--enable-lo", "--enable-lora is known to SGLang but not supported by Mooli yet: remove it"),
-        ("--speculative-algorithm EAGLE", "known to SGLang but not supported"),
+        ("--speculative-algorithm EAGLE", "invalid choice: 'EAGLE'"),
+        ("--speculative-eagle-topk 4", "known to SGLang but not supported"),
+        ("--speculative-num-draft-tokens 4", "has no effect without speculative_algorithm"),
         ("--pp 2", "--pp is known to SGLang"),
         ("--tokenizer-mode slow", "--tokenizer-mode is known to SGLang"),
         ("--prot 1", "there is no flag --prot; did you mean --port?"),
@@ -179,6 +181,10 @@ def test_flags_have_aliases_abbreviations_and_suffixes(start, line, name, value)
         ("--port x", "invalid int value: 'x'"),
         ("--port 65536", "the most is 65535"),
         ("--tp 2", "use tp_size=1"),
+        ("--nnodes 2", "one model runs on one machine"),
+        ("--dist-init-addr 10.0.0.1:5000", "one model runs on one machine"),
+        ("--base-gpu-id 1", "choose devices with ASCEND_RT_VISIBLE_DEVICES"),
+        ("--gpu-id-step 2", "choose devices with ASCEND_RT_VISIBLE_DEVICES"),
         ("--dtype int9", "invalid choice: 'int9'"),
         ("--attention-backend nonsense", "invalid choice: 'nonsense'"),
         ("--max-header-bytes 8z", "'8z' is not a number like"),
@@ -226,7 +232,14 @@ def test_what_asks_for_a_missing_feature_is_refused(refused, name):
 
 
 @pytest.mark.parametrize(
-    "line", ["--pp-size 1", "--nnodes 1 --node-rank 0", "--tokenizer-mode auto", "--disaggregation-mode null"]
+    "line",
+    [
+        "--pp-size 1",
+        "--nnodes 1 --node-rank 0",
+        "--base-gpu-id 0 --gpu-id-step 1",
+        "--tokenizer-mode auto",
+        "--disaggregation-mode null",
+    ],
 )
 def test_what_asks_for_nothing_is_accepted_without_a_word(start, capsys, line):
     start(line)

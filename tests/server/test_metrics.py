@@ -38,6 +38,7 @@ SGLANG_NAMES = [
     "realtime_tokens_total", "time_to_first_token_seconds_bucket", "e2e_request_latency_seconds_bucket",
     "inter_token_latency_seconds_bucket", "time_per_output_token_seconds_bucket", "prompt_tokens_histogram_bucket",
     "uncached_prompt_tokens_histogram_bucket", "generation_tokens_histogram_bucket", "http_requests_active",
+    "spec_accept_length", "spec_accept_rate", "spec_verify_calls_total",
 ]  # fmt: skip
 
 
@@ -288,6 +289,14 @@ def test_every_so_many_decode_steps_are_logged_with_their_rate(caplog):
     )
     assert lines[1:] == [decode, decode] and lines[0].startswith("Prefill batch, #new-seq: 2")
     assert log.last_gen_throughput == 4.0
+
+
+def test_the_line_says_how_guessed_tokens_fared_since_the_last_one(caplog):
+    reports = [a_report(1 + i, generated=3 * i, decode_rows=1) for i in range(5)]
+    for i, report in enumerate(reports):
+        report.stats.update(verify_steps=i, proposed_drafts=4 * i, correct_drafts=2 * i)
+    _, lines = step_lines(caplog, reports)
+    assert ["accept len: 3.00, accept rate: 0.50, gen throughput" in line for line in lines] == [True, True]
 
 
 def test_nothing_runs_at_no_tokens_per_second_and_a_pause_is_not_part_of_a_rate(caplog):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from fake_engine import CONTEXT, NUM_PAGES, PAGE_SIZE, VOCAB_SIZE, says
@@ -35,6 +39,33 @@ def events_of(reply):
 def stream(server, **body):
     body = {"text": "a>", "sampling_params": FOREVER, "stream": True, **body}
     return server.http.stream("POST", "/generate", json=body)
+
+
+@dataclass
+class Streaming:
+    """A server in the middle of a stream: `first` of its events has come, `events` are the others. `gate` holds the
+    engine before each step."""
+
+    server: LiveServer
+    gate: Gate
+    first: dict[str, Any]
+    events: Iterator[dict[str, Any]]
+
+
+@pytest.fixture
+def streaming(live):
+    """`with streaming(settings, **body) as run:` a stream is open, of a server with these settings."""
+
+    @contextlib.contextmanager
+    def start(settings=None, **body):
+        with Gate() as gate:
+            server = live(says("x" * 100), runner={"raises": gate}, **(settings or {}))
+            gate.let()
+            with stream(server, **body) as reply:
+                events = events_of(reply)
+                yield Streaming(server, gate, next(events), events)
+
+    return start
 
 
 # -- who is served -----------------------------------------------------------------------------------------------------
@@ -92,6 +123,17 @@ def test_loads_show_what_runs_and_what_waits(live):
     assert load["memory"]["token_capacity"] == NUM_PAGES * PAGE_SIZE
     assert (load["spec"], load["lora"], load["disagg"]) == (None, None, None)
     assert (loads["version"], loads["accelerator"], loads["num_accelerators"]) == (__version__, "cpu", 1)
+
+
+def test_a_server_that_guesses_tokens_says_how_they_fared(live):
+    server = live(says("ab" * 20), engine={"speculative_algorithm": "NGRAM"})
+    body = {"text": "x>", "sampling_params": {"temperature": 0, "max_new_tokens": 60}}
+    meta = server.http.post("/generate", json=body).json()["meta_info"]
+    assert meta["spec_accept_length"] > 1 and meta["spec_verify_ct"] < 20
+    (state,) = server.http.get("/server_info").json()["internal_states"]
+    (load,) = server.http.get("/v1/loads").json()["loads"]
+    assert state["avg_spec_accept_length"] == load["spec"]["accept_length"] > 1
+    assert load["spec"]["accept_rate"] == meta["spec_accept_rate"]
 
 
 def test_nothing_is_used_when_nothing_runs(live):
@@ -166,45 +208,30 @@ def lines_of(metrics, *names):
     return lines
 
 
-def test_a_busy_engine_is_healthy(live):
+def test_a_busy_engine_is_healthy(streaming):
     """It answers nothing in the middle of a long step."""
-    with Gate() as gate:
-        server = live(says("x" * 100), runner={"raises": gate})
-        gate.let()
-        with stream(server) as reply:
-            events = events_of(reply)
-            next(events)
-            assert [server.http.get(path).status_code for path in PROBES[:4]] == [200] * 4
+    with streaming() as run:
+        assert [run.server.http.get(path).status_code for path in PROBES[:4]] == [200] * 4
 
 
-def test_an_engine_that_is_silent_for_too_long_is_not_healthy(live):
-    with Gate() as gate:
-        server = live(says("x" * 100), runner={"raises": gate})
-        gate.let()
-        with stream(server) as reply:
-            events = events_of(reply)
-            next(events)
-            server.service.client.last_sign_s -= server.config.watchdog_timeout + 5
-            for path in PROBES:
-                reply = server.http.get(path)
-                assert reply.status_code == 503
-                assert "no sign" in reply.text
+def test_an_engine_that_is_silent_for_too_long_is_not_healthy(streaming):
+    with streaming() as run:
+        run.server.service.client.last_sign_s -= run.server.config.watchdog_timeout + 5
+        for path in PROBES:
+            reply = run.server.http.get(path)
+            assert reply.status_code == 503
+            assert "no sign" in reply.text
 
 
-def test_any_sign_of_the_engine_shows_that_it_generates(live):
-    with Gate() as gate:
-        server = live(says("x" * 100), runner={"raises": gate})
-        gate.let()
-        with stream(server) as reply:
-            events = events_of(reply)
-            next(events)
-            answers = []
-            probe = threading.Thread(target=lambda: answers.append(server.http.get("/health_generate").status_code))
-            probe.start()
-            wait_until(lambda: server.service.client.num_open == 2)
-            gate.let()  # of the stream: the probe's request waits for the next step
-            probe.join()
-        assert answers == [200]
+def test_any_sign_of_the_engine_shows_that_it_generates(streaming):
+    with streaming() as run:
+        answers = []
+        probe = threading.Thread(target=lambda: answers.append(run.server.http.get("/health_generate").status_code))
+        probe.start()
+        wait_until(lambda: run.server.service.client.num_open == 2)
+        run.gate.let()  # of the stream: the probe's request waits for the next step
+        probe.join()
+    assert answers == [200]
 
 
 def test_an_engine_that_does_not_generate_is_not_healthy(live, monkeypatch):
@@ -241,33 +268,23 @@ def test_a_dead_engine_is_not_healthy(live):
         assert "engine process" in reply.text
 
 
-def test_a_server_that_drains_is_alive_but_takes_nothing(live):
-    with Gate() as gate:
-        server = live(says("x" * 100), runner={"raises": gate})
-        gate.let()
-        with stream(server) as reply:
-            events = events_of(reply)
-            next(events)
-            server.service.is_draining = True
-            assert server.http.get("/health/live").status_code == 200
-            for path in ("/health", "/ready", "/health/ready", "/health_generate"):
-                reply = server.http.get(path)
-                assert (reply.status_code, reply.text) == (503, "the server is shutting down\n")
-            server.service.is_draining = False
+def test_a_server_that_drains_is_alive_but_takes_nothing(streaming):
+    with streaming() as run:
+        run.server.service.is_draining = True
+        assert run.server.http.get("/health/live").status_code == 200
+        for path in ("/health", "/ready", "/health/ready", "/health_generate"):
+            reply = run.server.http.get(path)
+            assert (reply.status_code, reply.text) == (503, "the server is shutting down\n")
+        run.server.service.is_draining = False
 
 
-def test_a_full_queue_is_not_ready_but_healthy(live):
-    with Gate() as gate:
-        server = live(
-            says("x" * 100), runner={"raises": gate}, engine={"max_running_requests": 1}, max_queued_requests=1
-        )
-        gate.let()
-        with stream(server, text=["a>", "b>"]) as reply:
-            events = events_of(reply)
-            next(events)
-            assert "full" in server.http.get("/ready").text
-            assert server.http.get("/ready").status_code == server.http.get("/health/ready").status_code == 503
-            assert server.http.get("/health").status_code == server.http.get("/health_generate").status_code == 200
+def test_a_full_queue_is_not_ready_but_healthy(streaming):
+    settings = {"engine": {"max_running_requests": 1}, "max_queued_requests": 1}
+    with streaming(settings, text=["a>", "b>"]) as run:
+        http = run.server.http
+        assert "full" in http.get("/ready").text
+        assert http.get("/ready").status_code == http.get("/health/ready").status_code == 503
+        assert http.get("/health").status_code == http.get("/health_generate").status_code == 200
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
@@ -288,33 +305,23 @@ def test_flush_cache_forgets_prefixes(live, method):
     assert server.core.stats()["tree_pages"] == 3
 
 
-def test_flush_cache_refuses_while_something_runs(live):
-    with Gate() as gate:
-        server = live(says("x" * 100), runner={"raises": gate})
-        gate.let()
-        with stream(server) as reply:
-            events = events_of(reply)
-            next(events)
-            gate.let(20)  # the engine answers between two steps
-            answer = server.http.post("/flush_cache")
-            assert answer.status_code == 400
-            assert "not flushed" in answer.text
+def test_flush_cache_refuses_while_something_runs(streaming):
+    with streaming() as run:
+        run.gate.let(20)  # the engine answers between two steps
+        answer = run.server.http.post("/flush_cache")
+        assert answer.status_code == 400
+        assert "not flushed" in answer.text
 
 
-def test_flush_cache_can_wait_until_nothing_runs(live):
-    with Gate() as gate:
-        server = live(says("x" * 100), runner={"raises": gate})
-        gate.let()
-        with stream(server) as reply:
-            events = events_of(reply)
-            next(events)
-            flushed = []
-            waiter = threading.Thread(target=lambda: flushed.append(server.http.post("/flush_cache?timeout=30").text))
-            waiter.start()
-            gate.open()
-            assert list(events)[-1]["meta_info"]["finish_reason"]["type"] == "length"
-            waiter.join()
-        assert flushed[0].startswith("Cache flushed.")
+def test_flush_cache_can_wait_until_nothing_runs(streaming):
+    with streaming() as run:
+        flushed = []
+        waiter = threading.Thread(target=lambda: flushed.append(run.server.http.post("/flush_cache?timeout=30").text))
+        waiter.start()
+        run.gate.open()
+        assert list(run.events)[-1]["meta_info"]["finish_reason"]["type"] == "length"
+        waiter.join()
+    assert flushed[0].startswith("Cache flushed.")
 
 
 @pytest.mark.parametrize("timeout", ["-1", "soon", "nan", "inf"])
@@ -325,26 +332,20 @@ def test_flush_cache_refuses_a_timeout_that_is_none(greeter, timeout):
 
 
 # -- aborts ------------------------------------------------------------------------------------------------------------
-def run_and_abort(live, abort, **body):
+def run_and_abort(streaming, abort, **body):
     """What became of each request of a call that was aborted after its first token: rid to finish_reason."""
-    with Gate() as gate:
-        server = live(says("x" * 100), runner={"raises": gate})
-        gate.let()
-        with stream(server, **body) as reply:
-            events = events_of(reply)
-            first = next(events)
-            answer = server.http.post("/abort_request", json=abort)
-            gate.open()
-            ends = {event["meta_info"]["id"]: event for event in [first, *events]}
-        assert answer.status_code == 200, answer.text
-        stats = server.core.stats()
-        assert stats["used_pages"] == 0
-        return {rid: event["meta_info"]["finish_reason"] for rid, event in ends.items()}
+    with streaming(**body) as run:
+        answer = run.server.http.post("/abort_request", json=abort)
+        run.gate.open()
+        ends = {event["meta_info"]["id"]: event for event in [run.first, *run.events]}
+    assert answer.status_code == 200, answer.text
+    assert run.server.core.stats()["used_pages"] == 0
+    return {rid: event["meta_info"]["finish_reason"] for rid, event in ends.items()}
 
 
 @pytest.mark.parametrize("abort", [{"rid": "mine"}, {"rid": ["other", "mine"]}, {"abort_all": True}])
-def test_an_aborted_request_ends_with_abort(live, abort):
-    finish = run_and_abort(live, abort, rid="mine")["mine"]
+def test_an_aborted_request_ends_with_abort(streaming, abort):
+    finish = run_and_abort(streaming, abort, rid="mine")["mine"]
     assert finish["type"] == "abort"
     assert "/abort_request" in finish["message"]
     assert finish["status_code"] is None
@@ -360,9 +361,9 @@ def test_an_aborted_request_ends_with_abort(live, abort):
         ("mine_", set()),
     ],
 )
-def test_the_id_of_a_call_ends_all_that_was_made_from_it(live, rid, aborted):
+def test_the_id_of_a_call_ends_all_that_was_made_from_it(streaming, rid, aborted):
     ends = run_and_abort(
-        live, {"rid": rid}, text=["a>", "b>"], rid="mine", sampling_params={**FOREVER, "n": 2, "max_new_tokens": 8}
+        streaming, {"rid": rid}, text=["a>", "b>"], rid="mine", sampling_params={**FOREVER, "n": 2, "max_new_tokens": 8}
     )
     assert len(ends) == 4
     assert {name for name, finish in ends.items() if finish["type"] == "abort"} == aborted

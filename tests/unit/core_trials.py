@@ -16,10 +16,14 @@ from mooli.cache.kv_cache import KVCache
 from mooli.engine.core import EngineCore
 from mooli.errors import PromptError
 from mooli.runner.fake import FakeRunner, fake_logits, logprob_row, sample, stored_values
+from mooli.scheduler.drafts import DraftSettings
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 
 VOCAB = 20
+
+HABIT_LOGIT = 9.0
+"""A little above what any other id can have: penalties and chance can break a habit."""
 
 
 @dataclass
@@ -27,7 +31,7 @@ class Setting:
     """Everything about an engine that a trial varies.
 
     is_crowded: all requests come at once and want long outputs, so that pages run out while they run. whole_pages:
-    cached prefixes are used by the page.
+    cached prefixes are used by the page. drafts: tokens are guessed, and the model has habits that can be guessed.
     """
 
     page_size: int
@@ -43,6 +47,7 @@ class Setting:
     nan_rate: float = 0.0
     is_crowded: bool = False
     whole_pages: bool = False
+    drafts: DraftSettings | None = None
 
     def engine(self, runner: FakeRunner) -> tuple[EngineCore, Scheduler, KVCache]:
         granularity = self.page_size if self.whole_pages else 1
@@ -55,6 +60,7 @@ class Setting:
             vocab_size=VOCAB,
             policy=self.policy,
             mixed_prefill_tokens=self.mixed_prefill_tokens,
+            drafts=self.drafts,
         )
         return EngineCore(scheduler, runner), scheduler, cache
 
@@ -77,7 +83,20 @@ def random_setting(rng: random.Random) -> Setting:
         failure_rate=rng.choice([0.0, 0.0, 0.0, 0.05]),
         nan_rate=rng.choice([0.0, 0.0, 0.0, 0.02]),
         is_crowded=is_crowded,
+        drafts=random_drafts(rng) if rng.random() < 0.4 else None,
     )
+
+
+def random_drafts(rng: random.Random) -> DraftSettings:
+    shortest = rng.choice([1, 1, 2])
+    return DraftSettings(rng.choice([2, 4, 6]), rng.choice([4, 8, 30]), shortest, rng.choice([shortest, 5]))
+
+
+def habit(context: list[int]) -> int | None:
+    """What a model with habits says after two given tokens, most of the time; None where it has to think."""
+    before, last = (context[-2] if len(context) > 1 else 0), context[-1]
+    follows = before % 2 * 7 + last * 3 + 1
+    return None if follows % 7 == 0 else follows % VOCAB
 
 
 def random_request(rng: random.Random, rid: str, stems: list[list[int]], is_crowded: bool) -> Request:
@@ -127,7 +146,10 @@ def reference(request: Request, setting: Setting) -> Expected:
     """The request computed alone, by the meaning of its fields."""
     expected, params = Expected(), request.sampling
     prompt = request.prompt_ids.tolist()
-    logits_after = [_logits(prompt[: i + 1]) for i in range(len(prompt))] if request.logprob_start is not None else []
+    has_habits = setting.drafts is not None
+    logits_after = (
+        [_logits(prompt[: i + 1], has_habits) for i in range(len(prompt))] if request.logprob_start is not None else []
+    )
     if request.logprob_start is not None:
         expected.prompt_logprobs = [TokenLogprobs(prompt[request.logprob_start], None)] + [
             _logprobs(logits_after[i - 1], prompt[i], request) for i in range(request.logprob_start + 1, len(prompt))
@@ -142,7 +164,7 @@ def reference(request: Request, setting: Setting) -> Expected:
         if len(expected.tokens) == longest:
             expected.finish = FinishReason("length", length=longest)
             break
-        logits = _logits(prompt + expected.tokens)
+        logits = _logits(prompt + expected.tokens, has_habits)
         early = stops if len(expected.tokens) < params.min_new_tokens else frozenset()
         token = sample(logits, _sampling_of(params, prompt, expected.tokens, early), 0)
         expected.tokens.append(token)
@@ -153,8 +175,12 @@ def reference(request: Request, setting: Setting) -> Expected:
     return expected
 
 
-def _logits(context: list[int]) -> np.ndarray:
-    return fake_logits(stored_values(np.array(context, np.int32), np.arange(len(context), dtype=np.int32)), VOCAB)
+def _logits(context: list[int], has_habits: bool) -> np.ndarray:
+    logits = fake_logits(stored_values(np.array(context, np.int32), np.arange(len(context), dtype=np.int32)), VOCAB)
+    favoured = habit(context) if has_habits else None
+    if favoured is not None:
+        logits[favoured] = HABIT_LOGIT
+    return logits
 
 
 def _logprobs(logits: np.ndarray, token: int, request: Request) -> TokenLogprobs:
@@ -201,6 +227,8 @@ class Trial:
             self.setting.page_size,
             VOCAB,
             raises=self._before_execute,
+            next_token=habit if self.setting.drafts is not None else None,
+            favoured_logit=HABIT_LOGIT,
             gives_nan=self._gives_nan if self.setting.nan_rate else None,
         )
         self.core, self.scheduler, self.cache = self.setting.engine(self.runner)

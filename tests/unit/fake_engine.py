@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import mooli.frontend.engine as engine_module
 import mooli.frontend.text_side as text_side_module
 from mooli import Engine
 from mooli.cache.kv_cache import KVCache
-from mooli.engine.build import BuiltEngine
+from mooli.engine.build import BuiltEngine, draft_settings
 from mooli.engine.core import EngineCore
 from mooli.engine.facts import EngineFacts
 from mooli.frontend.chat_template import ChatTemplate
@@ -70,6 +71,7 @@ def fake_build(config, **runner_options) -> BuiltEngine:
         context_length=config.context_length or CONTEXT,
         vocab_size=VOCAB_SIZE,
         policy=config.schedule_policy,
+        drafts=draft_settings(config),
     )
     facts = EngineFacts(
         resolved_model_path="fake",
@@ -117,3 +119,15 @@ class FakeEngine:
         built = fake_build(config, **self.runner_options)
         self.core, self.runner = built.core, built.core._runner
         return built
+
+
+class Gate:
+    """Holds the runner's steps until opened, so that a request is surely running."""
+
+    def __init__(self):
+        self.is_open = threading.Event()
+        self.entered = threading.Event()
+
+    def __call__(self, batch):
+        self.entered.set()
+        assert self.is_open.wait(20)

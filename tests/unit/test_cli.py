@@ -187,7 +187,7 @@ def test_ctrl_c_ends_other_commands_with_130(run, command):
         (["generate", "--max-new-tokenz", "3"], "there is no flag --max-new-tokenz; did you mean --max-new-tokens?"),
         (["chat", "--tempereture=3"], "there is no flag --tempereture; did you mean --temperature?"),
         (["generate", "--qqqqqqqq"], "there is no flag --qqqqqqqq (see"),
-        (["generate", "--speculative-algorithm", "EAGLE"], "known to SGLang but not supported"),
+        (["generate", "--speculative-eagle-topk", "4"], "known to SGLang but not supported"),
         (["generate", "hello"], "a prompt goes behind --prompt"),
         (["generate", "--dtype", "int9"], "invalid choice: 'int9'"),
         (["generate", "--context-length", "8z"], "'8z' is not a number like"),

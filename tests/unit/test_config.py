@@ -93,6 +93,8 @@ def test_the_documented_way_to_ascend_works():
         ({"context_length": [1]}, "whole number"),
         ({"chunked_prefill_size": 0}, "computes nothing"),
         ({"tp_size": 2}, "use tp_size=1"),
+        ({"tp_size": 2, "device": "reference"}, "use tp_size=1"),
+        ({"tp_size": 65, "device": "torch"}, "the most is 64"),
         ({"dp": 2}, "use dp_size=1"),
         ({"backend": "tpu"}, "not a backend"),
         ({"backend": 3}, "not a backend"),
@@ -103,6 +105,7 @@ def test_the_documented_way_to_ascend_works():
         ({"preferred_sampling_params": 3}, "JSON object"),
         ({"served_model_name": "a:b"}, "must not contain"),
         ({"quantization": "awq"}, "int8"),
+        ({"quantization": "modelslim"}, "quantised already, by msmodelslim too, needs no such argument"),
         ({"log_level": "loud"}, "choose one of debug"),
         ({"model_path": 3}, "of type str"),
         ({"model_path": None}, "missing"),
@@ -204,3 +207,20 @@ def test_a_bad_size_on_the_command_line_is_a_usage_error(capsys):
 @pytest.mark.parametrize("given", [None, "none"])
 def test_no_quantization_can_be_said_in_words(given):
     assert EngineConfig.from_kwargs(model_path="demo", quantization=given).quantization is None
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"device": "cpu"}, {"device": "reference"}], ids=str)
+def test_a_kv_cache_of_eight_bits_is_possible_on_the_cpu(kwargs):
+    assert config(kv_cache_dtype="int8", **kwargs).kv_cache_dtype == "int8"
+
+
+@pytest.mark.parametrize("device", ["torch", "cuda", "npu"])
+def test_a_kv_cache_of_eight_bits_is_refused_elsewhere(device):
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype='int8'.*(torch|cuda|ascend) backend"):
+        config(kv_cache_dtype="int8", device=device)
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e5m2", "fp8_e4m3", "fp4_e2m1"])
+def test_the_kv_cache_types_of_other_engines_are_refused_with_a_hint(dtype):
+    with pytest.raises(ConfigError, match=f"kv_cache_dtype='{dtype}'.*int8"):
+        config(kv_cache_dtype=dtype)

@@ -14,6 +14,8 @@ import pytest
 from fake_engine import FakeEngine
 
 from mooli import Engine, EngineConfig, UnknownArgumentError, cli
+from mooli.doctor.failures import explain
+from mooli.doctor.torch_stack import VERSIONS, pair_findings
 from mooli.errors import ConfigError, RequestError
 from mooli.frontend.sampling import parse_sampling_params
 from mooli.server.config import ServerConfig
@@ -22,6 +24,7 @@ from mooli.types import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.zh.md")
+ASCEND_GUIDES = ("docs/ascend.md", "docs/ascend.zh.md")
 DOCUMENTS = sorted(
     [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in (*READMES, "CHANGELOG.md", "SECURITY.md"))]
 )
@@ -190,6 +193,36 @@ def test_backends_documented_as_missing_are_known_words(backend: str) -> None:
     assert EngineConfig.from_kwargs(model_path="m", backend=backend).backend_name in ("ascend", "cuda")
     with pytest.raises(ConfigError, match="not a backend"):
         EngineConfig.from_kwargs(model_path="m", backend=f"{backend}x")
+
+
+@pytest.mark.parametrize("name", ASCEND_GUIDES)
+def test_the_pairs_of_torch_and_torch_npu_are_the_doctors(name: str) -> None:
+    rows = re.findall(r"^\| \**(\d[^|]*?)\** \| (.*?) \| (.*?) \|$", text_of(name), re.MULTILINE)
+    table = {
+        cann: tuple(zip(*(re.findall(r"[\d.]+(?:post\d)?", cell) for cell in cells), strict=True))
+        for releases, *cells in rows
+        for cann in re.split(", |、", releases)
+    }
+    assert table == {row.name: row.pairs for row in VERSIONS if row.cann >= (8, 2)}
+
+
+@pytest.mark.parametrize("name", ASCEND_GUIDES)
+def test_the_guide_installs_what_the_doctor_says(name: str) -> None:
+    lines = [line.split("   ")[0].strip() for block in code_blocks(name, "sh") for line in block.splitlines()]
+    installs = [line for line in lines if line.startswith("pip install") and "2.13" not in line]
+    (finding,) = pair_findings(None, None, "8.2.RC1")
+    assert installs == [line.split("   ")[0].replace("mooli[", ".[") for line in finding.cure]
+
+
+def test_the_extra_for_npus_has_what_cann_imports_and_no_torch() -> None:
+    extras = re.search(r"^ascend = \[(.*?)^\]", text_of("pyproject.toml"), re.MULTILINE | re.DOTALL)
+    assert extras
+    names = {re.split(r"[<>=]", name)[0] for name in re.findall(r'"(.+?)"', extras[1])}
+    assert names == {
+        *("absl-py", "attrs", "cffi", "decorator", "pathlib2", "protobuf", "psutil", "pyyaml", "requests", "scipy"),
+        *("setuptools", "sympy"),
+    }
+    assert "[ascend]" in " ".join(line for finding in explain("EH9999") for line in finding.cure)
 
 
 @pytest.mark.parametrize("name", ["architecture.md", "add_a_model.md", "add_a_backend.md"])

@@ -126,6 +126,16 @@ def test_tokens_come_from_the_last_token_of_each_row_that_samples() -> None:
     assert output.logprobs == [None, None, None]
 
 
+def test_a_row_samples_after_as_many_of_its_last_tokens_as_it_is_to() -> None:
+    setup = Setup(max_logit_rows=2)
+    rows = [Row([5, 6, 7, 8], 0, [0], samples=3), Row([9, 10], 0, [1], samples=0), Row([11, 12], 0, [2], samples=2)]
+    batch = step(rows, PAGE_SIZE)
+    assert batch.sampling_tokens.tolist() == [1, 2, 3, 6, 7]
+    output = setup.runner.execute(batch)
+    logits = [setup.all_logits(list(row.token_ids), list(row.pages)) for row in rows]
+    assert output.token_ids.tolist() == [*logits[0].argmax(axis=1)[1:], *logits[2].argmax(axis=1)]
+
+
 def test_logits_of_many_rows_are_made_in_blocks_and_change_nothing() -> None:
     rng = np.random.default_rng(0)
     rows = [Row(rng.integers(0, VOCAB, 1 + i % 3).tolist(), 0, [i], samples=i != 4) for i in range(11)]

@@ -9,13 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_files import small_gguf
 
+from modelslim_folder import quantised, write
 from mooli import ConfigError, cli
 from mooli.backends import create_backend
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
+from mooli.models.loader import open_model
 from mooli.models.registry import create_model
-from mooli.plan import kv_bytes_per_token, parse_memory, plan_memory, weight_bytes
+from mooli.plan import kv_bytes_per_token, parse_memory, plan_memory, read_model, weight_bytes
 from mooli.tensor import TensorType
+from variants import simulated_npu
 
 GIB = 2**30
 
@@ -87,6 +90,73 @@ def test_the_weights_are_those_that_the_cpu_backend_packs(quantization, is_tied)
         backend.close()
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "quantization"),
+    [
+        ("ascend", "bfloat16", None),
+        ("ascend", "bfloat16", "int8"),
+        ("ascend", "float16", "int8"),
+        ("torch", "float32", None),
+        ("torch", "float32", "int8"),
+    ],
+)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_weights_are_those_that_the_backend_of_the_device_holds(device, dtype, quantization, is_tied):
+    config = ModelConfig.from_hf({**SMALL, "tie_word_embeddings": is_tied})
+    with simulated_npu():
+        backend = create_backend(device, dtype=dtype, quantization=quantization)
+        create_model(config, DummyCheckpoint(config), backend)
+        actual = backend.weight_bytes()
+        backend.close()
+    planned = weight_bytes(config, dtype, device=device, quantization=quantization)
+    assert planned == pytest.approx(actual, rel=0.01)
+
+
+def test_int8_on_an_npu_is_a_byte_a_weight_and_a_scale_a_row(qwen):
+    plan = plan_memory(qwen, 61 * GIB, device="ascend", quantization="int8")
+    rows = 28 * (3584 + 2 * 512 + 3584 + 2 * 18944 + 3584)
+    linears = 28 * 3584 * (3584 + 2 * 512 + 3584 + 3 * 18944)
+    vectors = 28 * (2 * 3584 + 3584 + 2 * 512) + 3584
+    assert plan.weight_bytes == linears + 4 * rows + 2 * 2 * 152064 * 3584 + 4 * vectors
+
+
+def test_what_the_device_cannot_quantise_to_is_refused_as_its_backend_does(qwen):
+    with pytest.raises(ConfigError) as planned:
+        plan_memory(qwen, 61 * GIB, device="ascend", quantization="int4")
+    with simulated_npu(), pytest.raises(ConfigError) as made:
+        create_backend("ascend", quantization="int4")
+    assert str(planned.value) == str(made.value)
+    with pytest.raises(ConfigError, match="float32"):
+        plan_memory(qwen, 61 * GIB, device="ascend", quantization="int8", dtype="float32")
+
+
+def test_more_requests_run_on_an_npu_unless_it_is_told_otherwise(qwen):
+    cpu, npu = plan_memory(qwen, 800 * GIB), plan_memory(qwen, 800 * GIB, device="ascend")
+    assert (cpu.num_tokens, npu.num_tokens) == (48 * 32768, 64 * 32768)
+
+
+def test_a_quantised_checkpoint_is_counted_as_its_description_says(tmp_path):
+    tensors, description = quantised()
+    config, types = read_model(str(write(tmp_path, tensors, description)))
+    with simulated_npu():
+        backend = create_backend("ascend")
+        opened, checkpoint = open_model(tmp_path)
+        create_model(opened, checkpoint, backend)
+        actual = backend.weight_bytes()
+        checkpoint.close()
+        backend.close()
+    plan = plan_memory(config, GIB, device="ascend", stored_types=types)
+    assert plan.weight_bytes == pytest.approx(actual, rel=0.02)
+    assert plan.quantization == "int8"
+    assert plan_memory(config, GIB, stored_types=types).weight_bytes < plan_memory(config, GIB).weight_bytes
+
+
+def test_a_gguf_file_becomes_floats_on_an_npu(qwen):
+    types = {"model.layers.0.mlp.down_proj.weight": TensorType.Q4_0}
+    plan = plan_memory(qwen, 61 * GIB, device="ascend", stored_types=types)
+    assert plan == plan_memory(qwen, 61 * GIB, device="ascend")
+
+
 def test_two_devices_hold_half_each_but_for_the_norms(qwen):
     one, two = weight_bytes(qwen, "bfloat16"), weight_bytes(qwen, "bfloat16", tp=2)
     assert one / 2 < two < one / 2 * 1.001
@@ -100,7 +170,7 @@ def test_key_heads_that_are_too_few_are_on_several_devices():
 
 @pytest.mark.parametrize("tp", [0, 3, 56])
 def test_heads_that_cannot_be_shared_out_are_refused(qwen, tp):
-    with pytest.raises(ConfigError, match=f"tp={tp}"):
+    with pytest.raises(ConfigError, match=f"tp_size={tp}"):
         plan_memory(qwen, 64 * GIB, tp=tp)
 
 
@@ -160,9 +230,12 @@ def test_what_is_planned_always_fits(qwen, memory, fraction, tp, quantization, c
 
 def test_the_command_prints_the_arithmetic(folder, capsys):
     command = ["plan", "--model", str(folder), "--memory", "64GiB", "--mem-fraction-static", "0.9"]
+    assert cli.main([*command, "--backend", "ascend"]) == 0
+    assert "(ascend)" in capsys.readouterr().out
     assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert "57,344 bytes a token" in out
+    assert "(cpu)" in out
     assert "32,768 tokens: 24" in out
     assert cli.main([*command, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -182,6 +255,7 @@ def test_a_config_alone_is_enough_and_a_model_too_large_ends_with_one(folder, ca
         ["--model", "FOLDER", "--memory", "much"],
         ["--model", "FOLDER", "--memory", "64GiB", "--tp", "3"],
         ["--model", "FOLDER", "--memory", "64GiB", "--context-length", "x"],
+        ["--model", "FOLDER", "--memory", "64GiB", "--device", "npu", "--quantization", "int4"],
     ],
 )
 def test_a_question_without_an_answer_is_an_error_of_one_line(folder, capsys, wrong):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
-from core_trials import run_trial
+from core_trials import Trial, run_trial
 
-from mooli.batch import PageCopy, ScheduleBatch
+from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
 from mooli.cache.kv_cache import KVCache, RequestPages
 from mooli.cache.radix_tree import TOKEN_BYTES, Insertion, Match, Node, RadixTree, token_key
-from mooli.scheduler.batch_builder import BatchBuilder, Plan
+from mooli.scheduler.acceptance import Acceptance, Accepted, Sample
+from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
+from mooli.scheduler.drafts import Drafts
 from mooli.scheduler.prefix_waits import PrefixWaits
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.scheduler import Scheduler
@@ -296,6 +298,78 @@ def bias_not_lifted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BatchBuilder, "enter", enter)
 
 
+def wrong_drafts_taken(patch: pytest.MonkeyPatch) -> None:
+    """What was sampled after a draft is taken without looking whether the draft was right."""
+    original = Acceptance.take
+
+    def take(acceptance: Acceptance, row: Row, samples: list[Sample]) -> Accepted:
+        row.drafts = [token_id for token_id, _ in samples[:-1]]
+        return original(acceptance, row, samples)
+
+    patch.setattr(Acceptance, "take", take)
+
+
+def wrong_drafts_counted_as_computed(patch: pytest.MonkeyPatch) -> None:
+    """What the step stored for wrong drafts counts as the KV of what was sampled instead."""
+    original = Acceptance.take
+
+    def take(acceptance: Acceptance, row: Row, samples: list[Sample]) -> Accepted:
+        accepted = original(acceptance, row, samples)
+        row.state.num_computed = max(row.state.num_computed, row.start + row.length - 1)
+        return accepted
+
+    patch.setattr(Acceptance, "take", take)
+
+
+def drafts_left_out_of_the_history(patch: pytest.MonkeyPatch) -> None:
+    """Penalties and `min_new_tokens` do not see the drafts before the token."""
+    original = BatchBuilder._sampling
+
+    def sampling(builder: BatchBuilder, samples: list[tuple[Row, int]], indices: np.ndarray) -> SamplingBatch:
+        batch = original(builder, [(row, 0) for row, _ in samples], indices)
+        batch.positions = original(builder, samples, indices).positions
+        return batch
+
+    patch.setattr(BatchBuilder, "_sampling", sampling)
+
+
+def drafts_drawn_at_one_position(patch: pytest.MonkeyPatch) -> None:
+    """All tokens sampled in a row get the random number of its first."""
+    original = BatchBuilder._sampling
+
+    def sampling(builder: BatchBuilder, samples: list[tuple[Row, int]], indices: np.ndarray) -> SamplingBatch:
+        batch = original(builder, samples, indices)
+        batch.positions = original(builder, [(row, 0) for row, _ in samples], indices).positions
+        return batch
+
+    patch.setattr(BatchBuilder, "_sampling", sampling)
+
+
+def draft_pages_not_grown(patch: pytest.MonkeyPatch) -> None:
+    """Drafts are stored past the pages that the request has."""
+    original = Scheduler._add_drafts
+
+    def add_drafts(scheduler: Scheduler, drafts: Drafts, plan: Plan) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Scheduler, "_grow", lambda *arguments: None)
+            original(scheduler, drafts, plan)
+
+    patch.setattr(Scheduler, "_add_drafts", add_drafts)
+
+
+def stop_ids_seen_only_at_the_end(patch: pytest.MonkeyPatch) -> None:
+    """An output goes on behind a stopping id if the tokens after it come in the same step."""
+    original = Acceptance.take
+
+    def take(acceptance: Acceptance, row: Row, samples: list[Sample]) -> Accepted:
+        stop_ids, row.state.stop_ids = row.state.stop_ids, frozenset() if row.drafts else row.state.stop_ids
+        accepted = original(acceptance, row, samples)
+        row.state.stop_ids = stop_ids
+        return accepted
+
+    patch.setattr(Acceptance, "take", take)
+
+
 BUGS: list[Plant] = [
     match_whole_prompt,
     logprob_start_ignored,
@@ -324,10 +398,19 @@ BUGS: list[Plant] = [
     bias_not_lifted,
 ]
 
+DRAFT_BUGS: list[Plant] = [
+    wrong_drafts_taken,
+    wrong_drafts_counted_as_computed,
+    drafts_left_out_of_the_history,
+    drafts_drawn_at_one_position,
+    draft_pages_not_grown,
+    stop_ids_seen_only_at_the_end,
+]
 
-def first_failing_trial() -> int | None:
+
+def first_failing_trial(seeds: Iterable[int]) -> int | None:
     """The first seed whose trial fails, by whatever rule."""
-    for seed in range(MAX_TRIALS):
+    for seed in seeds:
         try:
             run_trial(seed)
         except Exception:
@@ -338,4 +421,11 @@ def first_failing_trial() -> int | None:
 @pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__)
 def test_random_trials_catch(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    assert first_failing_trial() is not None, f"{plant.__name__} was not caught in {MAX_TRIALS} trials"
+    assert first_failing_trial(range(MAX_TRIALS)) is not None, f"{plant.__name__} was not caught in {MAX_TRIALS} trials"
+
+
+@pytest.mark.parametrize("plant", DRAFT_BUGS, ids=lambda plant: plant.__name__)
+def test_random_trials_with_drafts_catch(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = [seed for seed in range(MAX_TRIALS) if Trial(seed).setting.drafts is not None]
+    plant(monkeypatch)
+    assert first_failing_trial(seeds) is not None, f"{plant.__name__} was not caught in {len(seeds)} trials"

@@ -82,7 +82,7 @@ def test_a_batch_lays_out_tokens_positions_slots_and_pages() -> None:
     batch = bench.batches[0]
     assert batch.token_ids.tolist() == [7, 8, 9, 10, 11, 5, 6]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
-    assert batch.samples.tolist() == [True, True]
+    assert batch.num_samples.tolist() == [1, 1]
     first, second, other = batch.page_table[0, 0], batch.page_table[0, 1], batch.page_table[1, 0]
     assert batch.slots.tolist() == [first * 4 + i for i in range(4)] + [second * 4, other * 4, other * 4 + 1]
     assert batch.page_table.shape == (2, 2)
@@ -97,7 +97,7 @@ def test_a_long_prompt_is_computed_in_chunks_and_only_the_last_samples() -> None
     bench.add(request("a", list(range(12)), 1))
     bench.run()
     assert [spans(batch) for batch in bench.batches] == [[(0, 5)], [(5, 5)], [(10, 2)]]
-    assert [batch.samples.tolist() for batch in bench.batches] == [[False], [False], [True]]
+    assert [batch.num_samples.tolist() for batch in bench.batches] == [[0], [0], [1]]
 
 
 def test_minus_one_means_prompts_are_not_cut() -> None:

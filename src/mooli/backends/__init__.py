@@ -6,6 +6,7 @@ Owns the names users write and the lazy import behind each. Never falls back to 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from mooli.backends.base import Backend
 from mooli.errors import BackendUnavailableError, ConfigError
@@ -19,6 +20,9 @@ BACKENDS: dict[str, tuple[str, str]] = {
 }
 """Name to (module, what makes a backend there). A module is imported only when its backend is asked for."""
 
+PARALLEL_BACKENDS = ("torch", "cuda", "ascend")
+"""Those that compute one model in several processes: see `mooli.backends.parallel`."""
+
 INSTALL: dict[str, str] = {
     "torch": "pip install mooli[torch]",
     "cuda": "pip install mooli[torch], with a build of torch for CUDA",
@@ -27,12 +31,18 @@ INSTALL: dict[str, str] = {
 
 
 def create_backend(
-    name: str, *, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    num_threads: int | None = None,
+    rank: int = 0,
 ) -> Backend:
     """A new backend, with nothing loaded.
 
     dtype: type of the computation ("auto" leaves it to the backend). quantization: None, "int8" or "int4".
-    num_threads: None lets the backend count the cores it may use.
+    num_threads: None lets the backend count the cores it may use. rank: of the processes that compute one model
+    (`mooli.backends.parallel`), each on its own device.
 
     Raises BackendUnavailableError if the backend is not part of this installation or its native part does not load,
     ConfigError for an unknown name or for settings the backend cannot honour.
@@ -53,5 +63,10 @@ def create_backend(
             f"backend {name!r} does not load: {exc}. Reinstall mooli (pip install --force-reinstall mooli), "
             "or choose backend 'reference', which is slow but needs no native module."
         ) from exc
-    backend: Backend = make(dtype=dtype, quantization=quantization, num_threads=num_threads)
+    settings: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "num_threads": num_threads}
+    if rank:
+        if name not in PARALLEL_BACKENDS:
+            raise ConfigError(f"backend {name!r} computes in one process: use tp_size=1, or one of {PARALLEL_BACKENDS}")
+        settings["rank"] = rank
+    backend: Backend = make(**settings)
     return backend

@@ -52,7 +52,11 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
-    """Shape of the KV pool. `dtype` is one of float32, float16, bfloat16."""
+    """Shape of the KV pool. `dtype` is one of float32, float16, bfloat16; int8 where the backend has it.
+
+    int8: a scale for each token and kv head of keys and of values, symmetric, ties to even. Keys are turned first by a
+    Hadamard matrix, in blocks of the largest power of two that divides head_dim. Not finite in, NaN out.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -128,6 +132,12 @@ class Backend(Protocol):
     name: str
     ops: Ops
     default_page_size: int
+    default_chunked_prefill_size: int
+    """Tokens of one step, where the user says nothing: from where on longer steps compute no more tokens a second."""
+
+    default_max_running_requests: int
+    """Requests in one step, where the user says nothing."""
+
     match_granularity_tokens: int
     """Cached prefixes are used in multiples of this: 1 unless the kernels want prompts to begin at certain places. It
     divides every page size."""

@@ -85,6 +85,36 @@ def round_to(dtype: str, values: Floats) -> Floats:
     return np.where(np.isnan(values), values, rounded.astype(np.uint32).view(np.float32))
 
 
+def kept_keys(dtype: str, keys: Floats) -> Floats:
+    """Keys (T, heads, head_dim) as a pool of `dtype` gives them back."""
+    if dtype != "int8":
+        return round_to(dtype, keys)
+    # Turned, a few large values become many that one scale fits better (QuaRot, arXiv 2404.00456).
+    size = keys.shape[-1] & -keys.shape[-1]
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    matrix /= np.sqrt(size)
+    blocks = keys.reshape(*keys.shape[:-1], -1, size) @ matrix
+    turned = to_eight_bits(blocks.reshape(keys.shape).astype(np.float32)).reshape(blocks.shape) @ matrix.T
+    kept: Floats = turned.reshape(keys.shape).astype(np.float32)
+    return kept
+
+
+def kept_values(dtype: str, values: Floats) -> Floats:
+    """Values (T, heads, head_dim) as a pool of `dtype` gives them back."""
+    return to_eight_bits(values) if dtype == "int8" else round_to(dtype, values)
+
+
+def to_eight_bits(x: Floats) -> Floats:
+    """Rows along the last axis rounded to eight bits under a scale each; NaN where one value of a row is not finite."""
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    scale = np.where(np.isfinite(largest), largest / np.float32(127), np.float32(np.nan))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rounded: Floats = np.rint(np.where(scale == 0, 0, x / scale)) * scale
+    return rounded
+
+
 class ReferenceOps:
     """`Ops` in NumPy. Arrays are float32 (T, features)."""
 
@@ -129,8 +159,8 @@ class ReferenceOps:
         q, k, v = split_heads(qkv, spec)
         keys, values = self.kv[layer]
         # Everything is stored first, so a row may read what another row of this step computes.
-        keys[batch.slots] = round_to(self.kv_dtype, k)
-        values[batch.slots] = round_to(self.kv_dtype, v)
+        keys[batch.slots] = kept_keys(self.kv_dtype, k)
+        values[batch.slots] = kept_values(self.kv_dtype, v)
         out = np.empty((len(qkv), spec.num_heads, spec.head_dim), dtype=np.float32)
         for row in batch.rows:
             for begin in range(0, row.length, QUERY_BLOCK):
@@ -194,6 +224,8 @@ class ReferenceBackend:
 
     name = "reference"
     default_page_size = 16
+    default_chunked_prefill_size = 512
+    default_max_running_requests = 48
     match_granularity_tokens = 1
 
     def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
@@ -256,8 +288,8 @@ class ReferenceBackend:
         """Raises OutOfMemoryError if the pool does not fit. `limits` bound nothing here: arrays are made as needed."""
         del limits
         self.check_page_size(spec.page_size)
-        if spec.dtype not in ("float32", "float16", "bfloat16"):
-            raise ConfigError(f"unknown KV type {spec.dtype!r}; choose float32, float16 or bfloat16")
+        if spec.dtype not in ("float32", "float16", "bfloat16", "int8"):
+            raise ConfigError(f"unknown KV type {spec.dtype!r}; choose float32, float16, bfloat16 or int8")
         shape = (spec.num_layers, 2, num_pages * spec.page_size, spec.num_kv_heads, spec.head_dim)
         try:
             self.ops.kv = np.full(shape, np.nan, dtype=np.float32)

@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import TOKEN_BYTES, Match, Node, RadixTree
 from mooli.errors import ConfigError, EngineError
@@ -105,6 +107,16 @@ class KVCache:
             return RequestPages()
         node, source = self._tree.lock_match(match)
         return RequestPages(list(match.pages), len(match.pages), node, source)
+
+    def following(self, held: RequestPages, key: bytes, num_tokens: int) -> list[int]:
+        """Up to `num_tokens` token ids that others had after the same tokens from the start on. Changes nothing.
+
+        key: the request's tokens after its shared pages, at most a page of them; for more, nothing is found.
+        """
+        if held.node is None or len(key) > self.page_size * TOKEN_BYTES:
+            return []
+        found: list[int] = np.frombuffer(self._tree.following(held.node, key, num_tokens * TOKEN_BYTES), ">i4").tolist()
+        return found
 
     def drop_copy_source(self, held: RequestPages) -> None:
         """The copy has been made, or is no longer wanted: the source may be evicted. Does nothing without a source."""

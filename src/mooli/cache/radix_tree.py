@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,10 @@ from numpy.typing import NDArray
 from mooli.errors import EngineError
 
 TOKEN_BYTES = 4
+
+
+MOST_BRANCHES = 8
+"""How many children of a node `RadixTree.following` looks at."""
 
 
 def token_key(token_ids: NDArray[np.int32]) -> bytes:
@@ -41,6 +46,10 @@ def common_bytes(a: bytes, b: bytes) -> int:
     tokens = count // TOKEN_BYTES
     differs = np.frombuffer(a, np.int32, tokens) != np.frombuffer(b, np.int32, tokens)
     return int(differs.argmax()) * TOKEN_BYTES
+
+
+def _used_last(nodes: Iterable[Node]) -> Node | None:
+    return max(nodes, key=lambda node: node.last_used, default=None)
 
 
 class Node:
@@ -156,6 +165,22 @@ class RadixTree:
             if common > most:
                 best, most = node.children[edge], common
         return best, most
+
+    def following(self, node: Node, key: bytes, num_bytes: int) -> bytes:
+        """What the tree has after `key` (at most a page of tokens) below `node`, at most `num_bytes` of it.
+
+        Where there are several ways to go on, the one used last. Changes nothing.
+        """
+        first = bisect_left(node.order, key)
+        agreeing = takewhile(lambda edge: edge.startswith(key), islice(node.order, first, first + MOST_BRANCHES))
+        child = _used_last(node.children[edge] for edge in agreeing)
+        found = b""
+        skip = len(key)
+        while child is not None and len(found) < num_bytes:
+            found += child.key[skip : skip + num_bytes - len(found)]
+            skip = 0
+            child = _used_last(islice(child.children.values(), MOST_BRANCHES))
+        return found
 
     # -- locking ------------------------------------------------------------------------------------------------------
     def lock_match(self, match: Match) -> tuple[Node, Node | None]:

@@ -73,7 +73,7 @@ FAILURES: tuple[Failure, ...] = (
         r"error code is 500001|\bEH9999\b|SetPrecisionMode",
         "kernels package missing or not of the toolkit's version, or Python packages that CANN needs are missing",
         "bash Ascend-cann-kernels-910b_<version of the toolkit>_linux-$(uname -m).run --install",
-        "pip install attrs numpy decorator sympy cffi pyyaml pathlib2 psutil protobuf scipy requests absl-py",
+        "pip install 'mooli[ascend]'   # attrs, decorator, sympy, … that CANN's own Python parts import",
         SET_ENV,
     ),
     _failure(

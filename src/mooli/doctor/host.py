@@ -189,7 +189,7 @@ def native_findings(native: StepResult, isas: Any, forced: str) -> list[Finding]
             Finding(
                 code="slow-instruction-set",
                 found="no vector kernels fit this processor",
-                cause="the processor lacks AVX2, or a virtual machine hides what it has",
+                cause="the processor lacks AVX2 (Arm: the dot product of ARMv8.2), or a virtual machine hides it",
                 cure=("give the virtual machine the processor of its host (host-passthrough)", "it works, slowly"),
                 backends=("cpu",),
                 severity=WARNING,

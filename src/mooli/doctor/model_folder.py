@@ -18,12 +18,16 @@ from mooli.frontend.tokenizer import load_tokenizer
 from mooli.hub import resolve
 from mooli.models.config import DTYPES, ModelConfig
 from mooli.models.loader import open_model
-from mooli.plan import read_model, weight_bytes
+from mooli.models.modelslim import find_description
+from mooli.plan import DEVICE_NAMES, auto_dtype, read_model, weight_bytes
 
 GIB = 2**30
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 PARTIAL = (".incomplete", ".part", ".aria2", ".tmp", ".crdownload", ".download", "____temp")
 READ_TYPES = ("F32", "F16", "BF16")
+MODELSLIM_TYPES = ("I8", "I32", "I64")
+"""Types read besides where msmodelslim's description says what they mean."""
+
 
 _POINTER = b"version https://git-lfs"
 
@@ -54,7 +58,8 @@ def probe_model(name: str, backend: str, free_bytes: int | None) -> Section:
             section.findings.append(_refused(exc))
     if config is not None:
         _describe(config, section)
-        need = weight_bytes(config, config.dtype, stored_types=section_types)
+        device = DEVICE_NAMES.get(backend, "cpu")
+        need = weight_bytes(config, auto_dtype(config, device), device=device, stored_types=section_types)
         section.facts["weights"] = f"{need / GIB:.2f} GiB"
         section.findings += memory_findings(config, need, free_bytes, backend, str(path))
         section.findings += dtype_findings(config, backend)
@@ -100,6 +105,8 @@ def config_findings(folder: Path, section: Section) -> list[Finding]:
     try:
         raw = read_json(folder / "config.json")
         section.facts["architecture"] = ", ".join(map(str, raw.get("architectures") or [raw.get("model_type")]))
+        if find_description(folder) is not None:
+            raw.pop("quantization_config", None)  # as the loader does
         ModelConfig.from_hf(raw)
     except UnsupportedModelError as exc:
         return [_refused(exc)]
@@ -222,6 +229,8 @@ def weight_findings(folder: Path, names: list[str], shards: list[str]) -> list[F
                     "weights-damaged", str(exc), cause, f"rm {folder / name}", _download(folder, name), subject=name
                 )
             )
+    if any(name.startswith("quant_model_description") for name in names):
+        types -= set(MODELSLIM_TYPES)
     other = sorted(types - set(READ_TYPES))
     if other:
         findings.append(
@@ -255,10 +264,14 @@ def memory_findings(
     """Weights against what is free; the engine's own arithmetic, which adds the KV cache, is `mooli plan`."""
     if free_bytes is None or need_bytes + GIB <= free_bytes:
         return []
-    smaller = {kind: weight_bytes(config, config.dtype, quantization=kind) for kind in ("int8", "int4")}
+    device = DEVICE_NAMES.get(backend, "cpu")
+    smaller = {
+        kind: weight_bytes(config, auto_dtype(config, device), device=device, quantization=kind)
+        for kind in (("int8", "int4") if device == "cpu" else ("int8",))
+    }
     fitting = [kind for kind, size in smaller.items() if size + GIB <= free_bytes]
     cure = [f"start with --quantization {kind}: {smaller[kind] / GIB:.1f} GiB" for kind in fitting[:1]]
-    cure.append(f"mooli plan --model {path} --memory {max(free_bytes // 2**20, 1)}Mi   # what fits")
+    cure.append(f"mooli plan --model {path} --memory {max(free_bytes // 2**20, 1)}Mi --device {device}   # what fits")
     if backend == "ascend":
         cure.append("npu-smi info   # does another program hold memory? Else: --mem-fraction-static 0.8")
         cure.append("export PYTORCH_NPU_ALLOC_CONF=expandable_segments:True")

@@ -142,7 +142,7 @@ def _install(row: Row | None) -> tuple[str, ...]:
     return (
         f"pip install torch=={torch} --index-url https://download.pytorch.org/whl/cpu",
         f"pip install torch_npu=={torch_npu}   # the pair for CANN {row.name}",
-        "pip install pyyaml setuptools" + ("" if row.cann > (8, 2) else " 'numpy<2'"),
+        "pip install 'mooli[ascend]'" + ("" if row.cann > (8, 2) else " 'numpy<2'"),
     )
 
 

@@ -16,30 +16,30 @@ from pathlib import Path
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, KVSpec, Limits
 from mooli.cache.kv_cache import KVCache
-from mooli.config import EngineConfig
+from mooli.config import NGRAM_DRAFT_TOKENS, EngineConfig
 from mooli.engine.core import EngineCore
 from mooli.engine.facts import EngineFacts, device_words
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, num_pool_pages
-from mooli.errors import ConfigError
+from mooli.engine.team import RankTeam, SoloTeam
+from mooli.errors import ConfigError, EngineDeadError
 from mooli.hub import model_digest
 from mooli.models.config import ModelConfig
 from mooli.models.loader import open_model
 from mooli.models.registry import create_model
+from mooli.models.sharding import Place, check_size, part_checkpoint, part_config
 from mooli.runner.model_runner import ModelRunner
+from mooli.scheduler.drafts import DraftSettings
 from mooli.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_RUNNING_REQUESTS = 48
-"""Decode rows share one pass over the weights; on CPUs the gain of more rows is small from here on."""
-
-DEFAULT_CHUNKED_PREFILL_SIZE = 512
-"""On CPUs matrix kernels have amortised the read of the weights by 512 rows, so a longer step computes no more tokens
-a second: it only holds up the streams that run beside the prompt for longer."""
-
 MIXED_STEP_PARTS = 4
 """A step that streams wait for takes this part of the prompt tokens of one that nobody waits for: a quarter of the gap,
 and prompts still come at 95 % of their speed (docs/log.md)."""
+
+DRAFT_STEP_TOKENS = 8
+"""A step takes draft tokens up to this many tokens: int8 kernels wait for memory up to about eight rows, int4 up to
+four, and so verify drafts in the time of one token."""
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): called as building goes on."""
@@ -47,14 +47,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """A core ready to step. `bind_thread` is to be called once on the thread that will step; `close` gives memory and
-    threads back, when nothing steps any more."""
+    """A core ready to step. `bind_thread` is to be called once on the thread that will step; `close` gives memory,
+    threads and processes back, when nothing steps any more. `watch` has a function called, on another thread, if a
+    process that computes a part of the model breaks down."""
 
     core: EngineCore
     model_config: ModelConfig
     facts: EngineFacts
     bind_thread: Callable[[], None]
     close: Callable[[], None]
+    watch: Callable[[Callable[[EngineDeadError], None]], None] = lambda callback: None
 
 
 def build_engine(
@@ -77,9 +79,11 @@ def build_engine(
         quantization=config.quantization,
         num_threads=config.num_threads,
     )
+    team: SoloTeam | RankTeam = SoloTeam() if config.tp_size == 1 else RankTeam(config, model_path)
     try:
-        return _build(config, model_path, backend, tokenizer_vocab_size, progress or _silent, started)
+        return _build(config, model_path, backend, team, tokenizer_vocab_size, progress or _silent, started)
     except BaseException:
+        team.close()
         backend.close()
         raise
 
@@ -88,26 +92,32 @@ def _build(
     config: EngineConfig,
     model_path: Path,
     backend: Backend,
+    team: SoloTeam | RankTeam,
     tokenizer_vocab_size: int | None,
     progress: Progress,
     started: float,
 ) -> BuiltEngine:
     page_size = config.page_size or backend.default_page_size
     backend.check_page_size(page_size)
-    available_bytes = backend.memory().available_bytes
     model_config, checkpoint = open_model(
         model_path, load_format=config.load_format, overrides=config.model_overrides, seed=config.random_seed or 0
     )
     try:
         _check_context(config, model_config)
+        check_size(model_config, config.tp_size)
+        available_bytes = team.meet(backend)
+        place = Place(0, config.tp_size)
         model = create_model(
-            model_config, checkpoint, backend, lambda done, total: progress("Loading weights", done, total)
+            part_config(model_config, place),
+            part_checkpoint(model_config, checkpoint, place),
+            backend,
+            lambda done, total: progress("Loading weights", done, total),
         )
     finally:
         checkpoint.close()
     kv_spec = KVSpec(
         num_layers=model_config.num_layers,
-        num_kv_heads=model_config.num_kv_heads,
+        num_kv_heads=model.config.num_kv_heads,
         head_dim=model_config.head_dim,
         page_size=page_size,
         dtype=_kv_dtype(config, backend),
@@ -119,12 +129,13 @@ def _build(
         bytes_per_page=bytes_per_page,
         page_size=page_size,
         model_context=model_config.max_position_embeddings,
-        max_running_requests=config.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS,
+        max_running_requests=config.max_running_requests or backend.default_max_running_requests,
         context_length=config.context_length,
         mem_fraction_static=config.mem_fraction_static,
         max_total_tokens=config.max_total_tokens,
     )
-    num_pages = num_pool_pages(needs)
+    each = team.needs(needs)
+    num_pages = min(map(num_pool_pages, each))
     context_length = context_for(needs, num_pages)
     if context_length < needs.model_context and config.context_length is None:
         logger.info(
@@ -133,7 +144,7 @@ def _build(
             needs.model_context,
         )
     described = backend.describe()
-    step_tokens = config.chunked_prefill_size or DEFAULT_CHUNKED_PREFILL_SIZE
+    step_tokens = config.chunked_prefill_size or backend.default_chunked_prefill_size
     vocab_size = min(model_config.vocab_size, tokenizer_vocab_size or model_config.vocab_size)
     scheduler = Scheduler(
         KVCache(
@@ -150,19 +161,19 @@ def _build(
         policy=config.schedule_policy,
         mixed_prefill_tokens=None if step_tokens == -1 else -(-step_tokens // MIXED_STEP_PARTS),
         computed_in=described.get("dtype"),
+        drafts=draft_settings(config),
     )
     progress("Allocating KV cache", 0, 1)
-    backend.allocate(
-        kv_spec,
-        num_pages,
-        Limits(
-            max_tokens=scheduler.max_batch_tokens,
-            max_rows=scheduler.max_running_requests,
-            max_pages_per_row=-(-context_length // page_size),
-        ),
+    limits = Limits(
+        max_tokens=scheduler.max_batch_tokens,
+        max_rows=scheduler.max_running_requests,
+        max_pages_per_row=-(-context_length // page_size),
     )
+    team.allocate(kv_spec, num_pages, limits, vocab_size)
+    backend.allocate(kv_spec, num_pages, limits)
     progress("Allocating KV cache", 1, 1)
-    runner = ModelRunner(model, backend, vocab_size)
+    own_runner = ModelRunner(model, backend, vocab_size)
+    runner = team.runner(own_runner)
     facts = EngineFacts(
         resolved_model_path=str(model_path),
         architecture=model_config.architecture,
@@ -178,11 +189,11 @@ def _build(
         max_total_num_tokens=num_pages * page_size,
         max_running_requests=scheduler.max_running_requests,
         chunked_prefill_size=scheduler.max_batch_tokens,
-        weight_bytes=needs.weight_bytes,
-        kv_cache_bytes=num_pages * bytes_per_page,
+        weight_bytes=sum(need.weight_bytes for need in each),
+        kv_cache_bytes=num_pages * bytes_per_page * config.tp_size,
         load_time_s=time.perf_counter() - started,
         cache_namespace=_namespace(config, model_path, backend.name, kv_spec),
-        backend=described,
+        backend={**described, **team.describe(each)},
     )
     logger.info(
         "%s on backend %s (%s): context %d tokens, KV cache %d tokens, weights %.2f GiB",
@@ -198,9 +209,11 @@ def _build(
     def close() -> None:
         # The core outlives this, for who asks a closed engine; the device must not.
         core.release_runner()
-        runner.close()
+        team.stop()
+        own_runner.close()
+        team.close()
 
-    return BuiltEngine(core, model_config, facts, backend.bind_thread, close)
+    return BuiltEngine(core, model_config, facts, backend.bind_thread, close, team.watch)
 
 
 def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:
@@ -221,6 +234,14 @@ def _kv_dtype(config: EngineConfig, backend: Backend) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "float32" if backend.describe().get("dtype") == "float32" else "bfloat16"
+
+
+def draft_settings(config: EngineConfig) -> DraftSettings | None:
+    """What `speculative_algorithm` and its arguments ask for; None where no tokens are to be guessed."""
+    if config.speculative_algorithm is None:
+        return None
+    tokens = config.speculative_num_draft_tokens or NGRAM_DRAFT_TOKENS
+    return DraftSettings(tokens, max(tokens, DRAFT_STEP_TOKENS), *config.ngram_match_window)
 
 
 def _namespace(config: EngineConfig, model_path: Path, backend_name: str, kv_spec: KVSpec) -> str:

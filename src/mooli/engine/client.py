@@ -11,7 +11,6 @@ import asyncio
 import collections
 import itertools
 import logging
-import signal
 import socket
 import subprocess
 import sys
@@ -19,8 +18,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import mooli.errors
 from mooli.engine import messages
+from mooli.engine.endings import EXIT_WAIT_S, error_named, exit_words
 from mooli.engine.facts import EngineFacts
 from mooli.errors import EngineClosedError, EngineDeadError, EngineError, MooliError, RequestError
 from mooli.types import Request, RequestOutput
@@ -29,9 +28,6 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "mooli.engine.process")
 """Becomes the engine process; the number of its socket is appended."""
-
-EXIT_WAIT_S = 2.0
-"""How long a process whose link has ended may take to leave an exit status, and a stopped one to stop."""
 
 Sink = Callable[["RequestOutput | MooliError"], None]
 """Takes what happens to one request, in the event loop. An error, or an output with `finish`, is the last it gets."""
@@ -343,23 +339,6 @@ class EngineClient(asyncio.Protocol):
             return self._process.wait()
 
 
-def error_named(name: str, message: str) -> MooliError:
-    """An error of `mooli.errors` by the name of its class; EngineDeadError for any other exception."""
-    kind = getattr(mooli.errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, MooliError):
-        return kind(message)
-    return EngineDeadError(f"the engine has died of {name}: {message}")
-
-
 def copy_error(error: MooliError) -> MooliError:
     """One error may end many requests: each raises its own copy, or tracebacks would pile up in it."""
     return type(error)(*error.args)
-
-
-def exit_words(status: int) -> str:
-    """What an exit status of `subprocess` says."""
-    if status >= 0:
-        return f"has ended with exit status {status}"
-    name = signal.Signals(-status).name if -status in {int(item) for item in signal.Signals} else "unknown"
-    hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
-    return f"was killed by signal {-status} ({name}){hint}"

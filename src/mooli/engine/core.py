@@ -8,7 +8,7 @@ the business of the clients in this package. Not safe to call from several threa
 from __future__ import annotations
 
 from mooli.batch import ScheduleBatch, StepOutput
-from mooli.errors import EngineError
+from mooli.errors import EngineDeadError, EngineError
 from mooli.runner.base import Runner, check_output
 from mooli.scheduler.scheduler import ABORTED, Scheduler
 from mooli.scheduler.stats import StepStats
@@ -30,7 +30,8 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Run one step; returns what is new for each request. Does nothing, quickly, if there is no work.
 
-        If the runner raises, the requests of that step end with finish reason `error` and all others go on.
+        If the runner raises, the requests of that step end with finish reason `error` and all others go on; but
+        EngineDeadError, which says that no step can follow, is raised here.
         """
         batch = self._scheduler.schedule()
         if batch is None:
@@ -38,6 +39,9 @@ class EngineCore:
         try:
             output = self._runner.execute(batch)
             check_output(batch, output)
+        except EngineDeadError as exc:  # nothing can be computed any more: all requests end, not these alone
+            self._scheduler.fail(batch, exc)
+            raise
         except Exception as exc:  # whatever it is, it is the finish reason of these requests
             self._scheduler.fail(batch, exc)
             return self._scheduler.take_outputs()

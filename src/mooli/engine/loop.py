@@ -28,6 +28,9 @@ blocking methods. An error, or an output with `finish`, is the last thing it get
 JOIN_TIMEOUT_S = 30.0
 """How long `close` waits for the step that is being computed. The thread is a daemon: it never keeps the process."""
 
+STUCK_S = 30.0
+"""How long a step may still take after the engine has failed."""
+
 T = TypeVar("T")
 
 
@@ -139,6 +142,15 @@ class EngineLoop:
             with self._lock:
                 self._calls.discard(future)
 
+    def fail(self, error: EngineDeadError) -> None:
+        """End every request with `error`, after the step that is being computed: what computes is broken. A step that
+        does not end is not waited for longer than STUCK_S. Called on a thread that may be kept that long."""
+        self._commands.put(functools.partial(_raise, error))
+        self._thread.join(STUCK_S)
+        if self._thread.is_alive():
+            logger.error("the step that was being computed does not end")
+            self._end(_death_of(error))
+
     def close(self) -> bool:
         """End open requests with EngineClosedError and stop the thread. Returns whether it has stopped.
 
@@ -191,8 +203,7 @@ class EngineLoop:
                     self._deliver(self._core.step())
         except BaseException as exc:
             logger.exception("the engine loop has died")
-            error = EngineDeadError(f"the engine has died of {type(exc).__name__}: {exc}. Make a new one.")
-            error.__cause__ = exc
+            error = _death_of(exc)
         self._end(error)
 
     def _take_commands(self) -> bool:
@@ -261,3 +272,17 @@ class EngineLoop:
                 sink(error)
             except Exception:
                 logger.warning("a taker failed at the end of the engine", exc_info=True)
+
+
+def _raise(error: EngineDeadError) -> None:
+    raise error
+
+
+def _death_of(cause: BaseException) -> EngineDeadError:
+    """What the open requests are told."""
+    if isinstance(cause, EngineDeadError):
+        error = EngineDeadError(f"{cause}. Make a new engine.")
+    else:
+        error = EngineDeadError(f"the engine has died of {type(cause).__name__}: {cause}. Make a new one.")
+    error.__cause__ = cause
+    return error

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import collections
 import logging
+import os
 import select
 import signal
 import socket
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,11 +26,11 @@ from mooli.config import EngineConfig
 from mooli.engine import messages
 from mooli.engine.build import BuiltEngine, Progress, build_engine
 from mooli.engine.core import EngineCore
+from mooli.engine.loop import STUCK_S
 from mooli.errors import EngineError, MooliError
+from mooli.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _READ_BYTES = 1 << 20
 
@@ -48,12 +52,24 @@ class Link:
         self._frames = messages.Frames(messages.ToEngine)
         self._received: collections.deque[messages.ToEngine] = collections.deque()
         self._unsent = bytearray()
+        self._interrupt: EngineError | None = None
+        self._woken, self._wake = os.pipe()
+        weakref.finalize(self, _close, self._woken, self._wake)
+        self._poll.register(self._woken, select.POLLIN)
+
+    def interrupt(self, error: EngineError) -> None:
+        """Have `receive` raise `error`, where it waits too. Called on another thread. A step that keeps the process
+        from ending within STUCK_S is not waited for."""
+        self._interrupt = error
+        os.write(self._wake, b"!")
+        threading.Thread(target=_end_stuck_process, daemon=True).start()
 
     def receive(self, *, wait: bool) -> Iterator[messages.ToEngine]:
         """What has come; with `wait`, once there is something. Sends what was left meanwhile. What the caller does not
         take is kept for the next call.
 
-        Raises LinkClosedError when the server is gone, EngineError for what is no message.
+        Raises LinkClosedError when the server is gone, EngineError for what is no message, or what `interrupt` was
+        given.
         """
         if not self._received:
             self._read(wait=wait)
@@ -64,6 +80,8 @@ class Link:
         events = select.POLLIN | (select.POLLOUT if self._unsent else 0)
         self._poll.modify(self._connection, events)
         if self._poll.poll(None if wait else 0):
+            if self._interrupt is not None:
+                raise self._interrupt
             self._flush()
             try:
                 data = self._connection.recv(_READ_BYTES)
@@ -98,6 +116,17 @@ class Link:
             raise LinkClosedError(f"the link to the server broke: {exc}") from exc
 
 
+def _end_stuck_process() -> None:
+    time.sleep(STUCK_S)
+    logger.error("the step that was being computed does not end")
+    os._exit(1)
+
+
+def _close(*numbers: int) -> None:
+    for number in numbers:
+        os.close(number)
+
+
 def run(connection: socket.socket, build: Build) -> int:
     """Be the engine process on `connection`: build what the first message asks for, then serve. Returns the exit
     status."""
@@ -106,12 +135,13 @@ def run(connection: socket.socket, build: Build) -> int:
         start = _first_message(link)
         if start is None:
             return 0
-        _set_up_logging(start.log_level)
+        set_up_logging(start.log_level)
         try:
             built = build(start, lambda stage, done, total: link.send(messages.Progress(stage, done, total)))
         except (MooliError, OSError, MemoryError) as exc:
             return _fail(link, exc)
         built.bind_thread()
+        built.watch(link.interrupt)
         try:
             link.send(messages.Ready(built.facts.to_dict()))
             serve(link, built.core)
@@ -200,11 +230,6 @@ def _fail(link: Link, exc: BaseException) -> int:
     except LinkClosedError:
         logger.debug("nobody is left to hear of it")
     return 1
-
-
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(format=LOG_FORMAT)
-    logging.getLogger("mooli").setLevel(level.upper())
 
 
 def _build(start: messages.Start, progress: Progress) -> BuiltEngine:

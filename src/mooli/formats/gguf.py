@@ -16,7 +16,7 @@ import numpy as np
 
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.formats.mapped_file import MappedFile
-from mooli.tensor import BLOCK, RawTensor, TensorType, row_bytes
+from mooli.tensor import BLOCK, GGUF_TYPES, RawTensor, TensorType, row_bytes
 
 _MAGIC = b"GGUF"
 _DEFAULT_ALIGNMENT = 32
@@ -38,6 +38,7 @@ _NUMBERS: dict[int, np.dtype[Any]] = {
     11: np.dtype("<i8"),
     12: np.dtype("<f8"),
 }
+_TYPES = {int(kind): kind for kind in GGUF_TYPES}
 _OTHER_TYPE_NAMES = {
     9: "Q8_1",
     10: "Q2_K",
@@ -157,6 +158,7 @@ class _Reader:
 
     def __init__(self, file: MappedFile) -> None:
         self.buffer, self.size, self.name = file.buffer, file.size, file.path.name
+        self.bytes = file.view(0, file.size)
         self.position = 0
         if self._take(4, "magic") != _MAGIC:
             raise CheckpointError(f"{self.name} is not a GGUF file: it does not begin with 'GGUF'")
@@ -219,10 +221,10 @@ class _Reader:
         if len(dims) > 2:
             raise UnsupportedModelError(f"tensor {label} has {len(dims)} dimensions; at most 2 are read")
         try:
-            kind = TensorType(number)
-        except ValueError:
+            kind = _TYPES[number]
+        except KeyError:
             known = _OTHER_TYPE_NAMES.get(number, f"number {number}")
-            names = ", ".join(t.name for t in TensorType)
+            names = ", ".join(t.name for t in _TYPES.values())
             raise UnsupportedModelError(
                 f"tensor {label} has type {known}, which is not read; read are {names}"
             ) from None
@@ -275,25 +277,16 @@ class _Reader:
         return values.astype(bool) if isinstance(values, np.ndarray) else bool(values)
 
     def _strings(self, count: int, key: str) -> list[str]:
-        """The tight loop over a vocabulary of hundreds of thousands of entries."""
-        buffer, size, position = self.buffer, self.size, self.position
-        unpack = _U64.unpack_from
-        result: list[str] = []
-        try:
-            for _ in range(count):
-                (length,) = unpack(buffer, position)
-                position += 8
-                end = position + length
-                if end > size:
-                    raise self._wrong(f"a string of {key[:80]!r} has {length} bytes: the file is truncated")
-                result.append(buffer[position:end].decode("utf-8"))
-                position = end
-        except UnicodeDecodeError:
-            raise self._wrong(f"string {len(result)} of {key[:80]!r} is not valid UTF-8") from None
-        except struct.error:
-            raise self._wrong(f"the file ends inside {key[:80]!r}") from None
-        self.position = position
-        return result
+        strings: list[str]
+        # Imported here: all else works where the native module does not load, and the doctor looks at such machines.
+        from mooli._native import read_strings
+
+        strings, self.position = read_strings(self.bytes, self.position, count)
+        if len(strings) < count:
+            # Reading it again says what is wrong with it.
+            self._string(f"string {len(strings)} of {key[:60]!r}", 1 << 64)
+            raise self._wrong(f"string {len(strings)} of {key[:60]!r} cannot be read")
+        return strings
 
     def _string(self, what: str, max_bytes: int) -> str:
         length = self._u64(what)

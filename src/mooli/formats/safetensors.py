@@ -14,6 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mooli.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from mooli.formats.json_file import parse_json, read_json
 from mooli.formats.mapped_file import MappedFile
@@ -31,6 +34,7 @@ _OTHER_BYTES = {
     4: ("U32", "I32"),
     8: ("U64", "I64", "F64"),
 }
+_NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "I32": "<i4", "I64": "<i8"}
 _OTHER_SIZES = {name: num_bytes for num_bytes, names in _OTHER_BYTES.items() for name in names}
 
 
@@ -75,6 +79,18 @@ class SafetensorsFile:
         rows = 1 if len(info.shape) == 1 else info.shape[0]
         data = self._file.view(info.offset, info.num_bytes).reshape(rows, row_bytes(kind, info.shape[-1]))
         return RawTensor(name, kind, info.shape, data)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The numbers of a tensor as NumPy has them, bfloat16 as float32. UnsupportedModelError for other dtypes."""
+        info = self._info(name)
+        data = self._file.view(info.offset, info.num_bytes)
+        if info.dtype == "BF16":
+            return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(info.shape)
+        if info.dtype not in _NUMPY_TYPES:
+            raise UnsupportedModelError(
+                f"tensor {name} has dtype {info.dtype[:40]}; here BF16, {', '.join(_NUMPY_TYPES)} are read"
+            )
+        return data.view(_NUMPY_TYPES[info.dtype]).reshape(info.shape)
 
     def release(self, name: str) -> None:
         """The pages of this tensor are not needed for now."""
@@ -123,6 +139,9 @@ class SafetensorsFolder:
 
     def tensor(self, name: str) -> RawTensor:
         return self._owner(name).tensor(name)
+
+    def array(self, name: str) -> NDArray[Any]:
+        return self._owner(name).array(name)
 
     def release(self, name: str) -> None:
         self._owner(name).release(name)

@@ -26,6 +26,7 @@ from mooli.frontend.model_info import model_info
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, with_seed
 from mooli.frontend.unsupported import ENGINE_ARGUMENTS, refuse_unsupported
 from mooli.hub.locate import locate
+from mooli.logs import add_log_level
 from mooli.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Engine:
         given = _config(server_args, kwargs)
         config = with_seed(given)
         check_preferred(config)
-        _set_log_level(config.log_level)
+        add_log_level(config.log_level)
         if config.trust_remote_code:
             logger.info("trust_remote_code has no effect: code from a model folder is never run")
         model_path = locate(config.model_path, needs_weights=config.load_format != "dummy")
@@ -89,6 +90,7 @@ class Engine:
         self._core = built.core
         self._rules = input_rules(config, built.facts, tokenizer)
         self._loop = EngineLoop(built.core, on_thread_start=built.bind_thread)
+        built.watch(self._loop.fail)
         self._finalizer = weakref.finalize(self, _shut_down, self._loop, built.close)
         self._startup_time_s = time.perf_counter() - started
 
@@ -234,16 +236,6 @@ def _config(server_args: EngineConfig | Mapping[str, Any] | None, kwargs: dict[s
     if not isinstance(server_args, Mapping):
         raise ConfigError(f"server_args must be an EngineConfig or a dict, not {type(server_args).__name__}")
     return EngineConfig.from_kwargs(**server_args)
-
-
-def _set_log_level(level: str) -> None:
-    package = logging.getLogger("mooli")
-    package.setLevel(level.upper())
-    # Below warnings, Python prints nothing for a program that has not set up logging, which is most scripts.
-    if package.isEnabledFor(logging.INFO) and not package.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        package.addHandler(handler)
 
 
 def _shut_down(loop: EngineLoop, close: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ from mooli.errors import RequestError, RequestFailedError
 from mooli.frontend.detokenizer import IncrementalDetokenizer
 from mooli.frontend.stop import StopMatcher
 from mooli.frontend.tokenizer import Tokenizer
-from mooli.types import FinishReason, Request, RequestOutput, TokenLogprobs
+from mooli.types import DraftCounts, FinishReason, Request, RequestOutput, TokenLogprobs
 
 WEIGHT_VERSION = "default"
 
@@ -198,6 +198,8 @@ class Generation:
         }
         if self.finish is not None:
             meta["e2e_latency"] = self._latency_s
+            if last.drafts is not None:
+                meta.update(_draft_info(last.drafts, last.completion_tokens))
         if self.request.return_logprob:
             meta.update(self._logprob_info(first_token))
         return meta
@@ -226,3 +228,15 @@ class Generation:
         if self._tokenizer is None or not self.shows_logprob_texts:
             return (logprob, token_id, None)
         return (logprob, token_id, self._tokenizer.token_text(token_id))
+
+
+def _draft_info(drafts: DraftCounts, completion_tokens: int) -> dict[str, Any]:
+    """SGLang's account of speculation in one request. The rate is of drafts, the length is of tokens a step."""
+    return {
+        "spec_accept_rate": drafts.num_right / max(drafts.num_proposed, 1),
+        "spec_accept_length": completion_tokens / max(drafts.num_steps, 1),
+        "spec_num_correct_drafts": drafts.num_right,
+        "spec_num_proposed_drafts": drafts.num_proposed,
+        "spec_verify_ct": drafts.num_steps,
+        "spec_correct_drafts_histogram": list(drafts.histogram),
+    }

@@ -10,6 +10,7 @@ tokenizer.json files that llama.cpp's converter fingerprints under these names.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -112,9 +113,9 @@ class _Vocabulary:
         tokens = self.array("tokens")
         if not tokens:
             raise TokenizerError(f"{source} has no tokenizer.ggml.tokens, so it holds no tokenizer")
-        for index, token in enumerate(tokens):
-            if not isinstance(token, str):
-                raise TokenizerError(f"tokenizer.ggml.tokens[{index}] in {source} is {token!r}, not a string")
+        if set(map(type, tokens)) != {str}:
+            index = next(i for i, token in enumerate(tokens) if type(token) is not str)
+            raise TokenizerError(f"tokenizer.ggml.tokens[{index}] in {source} is {tokens[index]!r}, not a string")
         # An empty text cannot be a token of its own; such entries pad the vocabulary.
         self.tokens: list[str] = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
         self.ids = {token: index for index, token in enumerate(self.tokens)}
@@ -190,9 +191,10 @@ class _Vocabulary:
             raise TokenizerError(
                 f"{self.source} has {len(self.tokens)} tokens but tokenizer.ggml.{name} has {len(entries)} entries"
             )
-        for index, entry in enumerate(entries):
-            if not isinstance(entry, kind) or isinstance(entry, bool):
-                raise TokenizerError(f"tokenizer.ggml.{name}[{index}] in {self.source} is {entry!r}, not a number")
+        kinds = {found for found in set(map(type, entries)) if not issubclass(found, kind) or found is bool}
+        if kinds:
+            index, entry = next((i, entry) for i, entry in enumerate(entries) if type(entry) in kinds)
+            raise TokenizerError(f"tokenizer.ggml.{name}[{index}] in {self.source} is {entry!r}, not a number")
 
 
 def _byte_level_bpe(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
@@ -213,14 +215,13 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool
         )
     rule = _PRE_TOKENIZERS[name]
     size = _model_size(vocabulary.types)
-    with tokenizer_errors(f"building the vocabulary of {vocabulary.source}"):
-        backend = Backend(
-            models.BPE(
-                vocab=dict(zip(vocabulary.tokens[:size], range(size), strict=True)),
-                merges=_merges(vocabulary),
-                ignore_merges=rule.ignore_merges,
-            )
-        )
+    tokens = dict(zip(vocabulary.tokens[:size], range(size), strict=True))
+    merges = _merges(vocabulary)
+    try:
+        backend = Backend(models.BPE(vocab=tokens, merges=merges, ignore_merges=rule.ignore_merges))
+    except Exception as exc:
+        _check_merges(vocabulary, merges)
+        raise TokenizerError(f"building the vocabulary of {vocabulary.source} failed: {exc}") from exc
     if rule.nfc:
         backend.normalizer = normalizers.NFC()
     own_rule = rule.split is None
@@ -250,23 +251,37 @@ def _model_size(types: list[int]) -> int:
 
 
 def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    """The pairs of the file's lines, cut but not looked up: the library that takes them does that."""
     lines = vocabulary.array("merges")
     if lines is None:
         raise TokenizerError(f"{vocabulary.source} has no tokenizer.ggml.merges, which its tokenizer model needs")
-    merges = []
-    for index, line in enumerate(lines):
-        # The left part may begin with the space, the separator is never first.
-        at = line.find(" ", 1) if isinstance(line, str) else -1
-        if at < 0:
-            raise TokenizerError(f"tokenizer.ggml.merges[{index}] in {vocabulary.source} is {line!r}, not two tokens")
-        left, right = line[:at], line[at + 1 :]
+    try:
+        # The one that lines are written with: texts of bytes have no space in them.
+        return [(left, right) for left, right in map(_split_at_space, lines)]
+    except (AttributeError, TypeError, ValueError):
+        return [_merge(vocabulary, index, line) for index, line in enumerate(lines)]
+
+
+_split_at_space = operator.methodcaller("split", " ")
+
+
+def _merge(vocabulary: _Vocabulary, index: int, line: Any) -> tuple[str, str]:
+    # The left part may begin with the space, the separator is never first.
+    at = line.find(" ", 1) if isinstance(line, str) else -1
+    if at < 0:
+        raise TokenizerError(f"tokenizer.ggml.merges[{index}] in {vocabulary.source} is {line!r}, not two tokens")
+    return line[:at], line[at + 1 :]
+
+
+def _check_merges(vocabulary: _Vocabulary, merges: list[tuple[str, str]]) -> None:
+    """Raise TokenizerError for the first merge of what is no token, or to what is none."""
+    for index, (left, right) in enumerate(merges):
         for part in (left, right, left + right):
             if part not in vocabulary.ids:
                 raise TokenizerError(
-                    f"tokenizer.ggml.merges[{index}] in {vocabulary.source} is {line!r}, but {part!r} is no token"
+                    f"tokenizer.ggml.merges[{index}] in {vocabulary.source} is {left + ' ' + right!r}, but {part!r} is "
+                    "no token"
                 )
-        merges.append((left, right))
-    return merges
 
 
 def _sentencepiece_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:

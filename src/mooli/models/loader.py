@@ -20,8 +20,10 @@ from mooli.models.checkpoint import (
     GGUFCheckpoint,
     SafetensorsCheckpoint,
     check_tensors,
+    expected_shapes,
 )
 from mooli.models.config import ModelConfig, merge_hf_overrides
+from mooli.models.modelslim import ModelslimCheckpoint, find_description
 from mooli.tensor import TensorType
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
@@ -113,6 +115,10 @@ def _open_folder(
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(f"{path} has neither config.json nor a .gguf file: it is not a model folder")
     raw = merge_hf_overrides(read_json(path / "config.json"), overrides)
+    description = find_description(path)
+    if description is not None:
+        # The description says it tensor by tensor; some versions of the tool repeat it here.
+        raw.pop("quantization_config", None)
     generation_path = path / "generation_config.json"
     # An override of the ending ids must win over the generation config, not be joined with it.
     overridden = "eos_token_id" in (overrides or {})
@@ -120,17 +126,16 @@ def _open_folder(
     config = ModelConfig.from_hf(raw, generation)
     if load_format == "dummy":
         return config, DummyCheckpoint(config, seed)
-    if any(path.glob("quant_model_description*.json")):
-        raise UnsupportedModelError(
-            f"{path.name} was quantised by msmodelslim, which is not read; use the unquantised model with"
-            " quantization='int8', which makes W8A8 of it on an NPU"
-        )
     if not any(path.glob("*.safetensors")):
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
         if pickles:
             raise _pickle_error(pickles[0])
         raise ModelNotFoundError(f"{path} has config.json but no .safetensors file; download the weights too")
-    checkpoint = SafetensorsCheckpoint(path)
+    checkpoint = (
+        SafetensorsCheckpoint(path)
+        if description is None
+        else ModelslimCheckpoint(path, description, biases=expected_shapes(config))
+    )
     try:
         if not (raw.get("dtype") or raw.get("torch_dtype")) and "model.embed_tokens.weight" in checkpoint:
             stored = checkpoint.tensor("model.embed_tokens.weight").type

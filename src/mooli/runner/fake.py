@@ -24,6 +24,7 @@ class FakeRunner:
     """A pool of `num_pages` pages and a made-up language model over `vocab_size` ids.
 
     next_token: overrides what the model says: given the context's ids, the id that is to be most likely, or None.
+    favoured_logit: its logit; those of others are in [0, 8).
     gives_nan: given the context's ids, True where the logits are to hold NaN.
     raises: given the batch, an exception to raise before anything is computed, or None.
     """
@@ -35,12 +36,14 @@ class FakeRunner:
         vocab_size: int = 64,
         *,
         next_token: Callable[[list[int]], int | None] | None = None,
+        favoured_logit: float = 100.0,
         gives_nan: Callable[[list[int]], bool] | None = None,
         raises: Callable[[ScheduleBatch], BaseException | None] | None = None,
     ) -> None:
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.next_token = next_token
+        self.favoured_logit = favoured_logit
         self.gives_nan = gives_nan
         self.raises = raises
         self._kv: NDArray[np.uint64] = np.full(num_pages * page_size, UNSET, np.uint64)
@@ -57,8 +60,9 @@ class FakeRunner:
         self._kv[batch.slots] = stored_values(batch.token_ids, batch.positions)
         token_ids: list[int] = []
         logprobs: list[LogprobRow | None] = []
-        for row in np.flatnonzero(batch.samples).tolist():
-            logits = self._logits(batch, row, int(batch.starts[row] + batch.lengths[row]))
+        row_of_token = np.repeat(np.arange(batch.num_rows), batch.lengths)
+        for token in batch.sampling_tokens.tolist():
+            logits = self._logits(batch, int(row_of_token[token]), int(batch.positions[token]) + 1)
             index = len(token_ids)
             token_ids.append(-1 if np.isnan(logits).any() else sample(logits, batch.sampling, index))
             num_top = int(batch.sampling.num_top[index])
@@ -104,7 +108,7 @@ class FakeRunner:
             context = [int(value) % _TOKEN_STRIDE - 1 for value in values]
             favoured = self.next_token(context) if self.next_token is not None else None
             if favoured is not None:
-                logits[favoured] = 100.0
+                logits[favoured] = self.favoured_logit
             if self.gives_nan is not None and self.gives_nan(context):
                 logits[0] = np.nan
         return logits

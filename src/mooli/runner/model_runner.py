@@ -57,12 +57,12 @@ class ModelRunner:
         self._backend.close()
 
     def _sample(self, hidden: Array, batch: ScheduleBatch) -> tuple[NDArray[np.int32], list[LogprobRow | None]]:
-        last_tokens = (np.cumsum(batch.lengths, dtype=np.int32) - 1)[batch.samples].astype(np.int32)
-        token_ids = np.empty(len(last_tokens), dtype=np.int32)
+        tokens = batch.sampling_tokens
+        token_ids = np.empty(len(tokens), dtype=np.int32)
         logprobs: list[LogprobRow | None] = []
-        for begin in range(0, len(last_tokens), self._max_logit_rows):
-            rows = slice(begin, min(begin + self._max_logit_rows, len(last_tokens)))
-            logits = self._logits(self._backend.take_rows(hidden, last_tokens[rows]))
+        for begin in range(0, len(tokens), self._max_logit_rows):
+            rows = slice(begin, min(begin + self._max_logit_rows, len(tokens)))
+            logits = self._logits(self._backend.take_rows(hidden, tokens[rows]))
             result = self._backend.sample(logits, _take_sampling_rows(batch.sampling, rows), self._vocab_size)
             token_ids[rows] = result.token_ids
             logprobs += [None if entry is None else LogprobRow(*entry) for entry in result.logprobs]

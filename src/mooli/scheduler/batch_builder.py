@@ -6,6 +6,7 @@ NumPy gathers. Never decides which rows run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,12 +20,32 @@ UINT64_MASK = (1 << 64) - 1
 
 @dataclass(slots=True)
 class Row:
-    """Compute tokens [start, start + length) of one request, and sample the next if `samples`."""
+    """Compute tokens [start, start + length) of one request, and sample the next if `samples`.
+
+    drafts: a guess at the tokens that will be sampled next. They are the last of the row, and after each of them a
+    token is sampled too.
+    """
 
     state: RequestState
     start: int
     length: int
     samples: bool
+    drafts: Sequence[int] = ()
+
+    @property
+    def num_samples(self) -> int:
+        return 1 + len(self.drafts) if self.samples else 0
+
+    @property
+    def continues_output(self) -> bool:
+        """Computes one sampled token and what is guessed to follow it."""
+        return self.length - len(self.drafts) == 1 and self.start >= self.state.num_prompt_tokens
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """The row's tokens, int32 (length,)."""
+        known = self.state.tokens[self.start : self.start + self.length - len(self.drafts)]
+        return np.concatenate([known, np.array(self.drafts, np.int32)]) if self.drafts else known
 
 
 @dataclass(slots=True)
@@ -42,6 +63,12 @@ class Plan:
         samples = length == state.num_missing and state.wants_tokens
         self.rows.append(Row(state, state.num_computed, length, samples))
         self.tokens_left -= length
+
+    def add_drafts(self, row: Row, drafts: Sequence[int]) -> None:
+        """Let a row that samples verify `drafts` too. Their pages are there."""
+        row.drafts = drafts
+        row.length += len(drafts)
+        self.tokens_left -= len(drafts)
 
     def drop(self, state: RequestState) -> None:
         """Take a request's row out again, if it has one."""
@@ -120,9 +147,8 @@ class BatchBuilder:
         """The batch of `plan`, in the order of its rows, which must not be empty."""
         rows = plan.rows
         num_rows = len(rows)
-        numbers = np.array([(row.state.req_index, row.start, row.length, row.samples) for row in rows], np.int32)
-        req_indices, starts, lengths = (np.ascontiguousarray(numbers[:, column]) for column in range(3))
-        samples = numbers[:, 3].astype(np.bool_)
+        numbers = np.array([(row.state.req_index, row.start, row.length, row.num_samples) for row in rows], np.int32)
+        req_indices, starts, lengths, num_samples = np.ascontiguousarray(numbers.T)
         page_table = self._page_table[:, : max(1, self._num_pages[req_indices].max())][req_indices]
         if num_rows == lengths.sum():
             row_of_token, positions = np.arange(num_rows), starts.copy()
@@ -131,7 +157,7 @@ class BatchBuilder:
             first_tokens = np.cumsum(lengths) - lengths
             row_of_token = np.repeat(np.arange(num_rows), lengths)
             positions = np.arange(len(row_of_token), dtype=np.int32) + (starts - first_tokens)[row_of_token]
-            token_ids = np.concatenate([row.state.tokens[row.start : row.start + row.length] for row in rows])
+            token_ids = np.concatenate([row.token_ids for row in rows])
         slots = page_table[row_of_token, positions // self._page_size] * self._page_size + positions % self._page_size
         return ScheduleBatch(
             step=step,
@@ -141,15 +167,18 @@ class BatchBuilder:
             req_indices=req_indices,
             starts=starts,
             lengths=lengths,
-            samples=samples,
+            num_samples=num_samples,
             page_table=page_table,
-            sampling=self._sampling([row for row in rows if row.samples], req_indices[samples]),
+            sampling=self._sampling(
+                [(row, ahead) for row in rows for ahead in range(row.num_samples)], req_indices.repeat(num_samples)
+            ),
             copies=plan.copies,
             prompt_logprobs=_prompt_logprob_rows(rows),
         )
 
-    def _sampling(self, rows: list[Row], indices: NDArray[np.int32]) -> SamplingBatch:
-        num_rows = len(rows)
+    def _sampling(self, samples: list[tuple[Row, int]], indices: NDArray[np.int32]) -> SamplingBatch:
+        """samples: a row, and after how many of its drafts the token is sampled. indices: req_index of each."""
+        num_rows = len(samples)
         history_indptr = np.zeros(num_rows + 1, np.int32)
         bias_indptr = np.zeros(num_rows + 1, np.int32)
         output_starts = np.zeros(num_rows, np.int32)
@@ -157,23 +186,23 @@ class BatchBuilder:
         bias_ids = [np.empty(0, np.int32)]
         bias_values = [np.empty(0, np.float32)]
         if self._penalised[indices].any():
-            for i, row in enumerate(rows):
+            for i, (row, ahead) in enumerate(samples):
                 if self._penalised[row.state.req_index]:
-                    histories.append(row.state.tokens)
+                    histories += [row.state.tokens, np.array(row.drafts[:ahead], np.int32)]
                     output_starts[i] = row.state.num_prompt_tokens
-                    history_indptr[i + 1] = row.state.num_tokens
+                    history_indptr[i + 1] = row.state.num_tokens + ahead
             np.cumsum(history_indptr, out=history_indptr)
         if self._biases:
-            for i, row in enumerate(rows):
+            for i, (row, ahead) in enumerate(samples):
                 bias = self._biases.get(row.state.req_index)
                 if bias is not None:
-                    is_early = row.state.num_output_tokens < row.state.request.sampling.min_new_tokens
+                    is_early = row.state.num_output_tokens + ahead < row.state.request.sampling.min_new_tokens
                     ids, values = bias.early if is_early else bias.always
                     bias_ids.append(ids)
                     bias_values.append(values)
                     bias_indptr[i + 1] = len(ids)
             np.cumsum(bias_indptr, out=bias_indptr)
-        requests = [row.state.request for row in rows]
+        requests = [row.state.request for row, _ in samples]
         return SamplingBatch(
             temperature=self._temperature[indices],
             top_k=self._top_k[indices],
@@ -183,7 +212,7 @@ class BatchBuilder:
             presence_penalty=self._presence_penalty[indices],
             repetition_penalty=self._repetition_penalty[indices],
             seeds=self._seeds[indices],
-            positions=np.array([row.state.num_tokens for row in rows], np.int64),
+            positions=np.array([row.state.num_tokens + ahead for row, ahead in samples], np.int64),
             history_ids=np.concatenate(histories),
             history_indptr=history_indptr,
             output_starts=output_starts,

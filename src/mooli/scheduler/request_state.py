@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from mooli.batch import LogprobRow
 from mooli.cache.kv_cache import RequestPages
 from mooli.cache.radix_tree import token_key
+from mooli.scheduler.drafts import DraftRecord
 from mooli.types import FinishReason, Request, TokenLogprobs
 
 
@@ -20,6 +21,7 @@ class RequestState:
     num_tokens: prompt and what was sampled. num_computed: how many of them have their KV stored; it chases num_tokens.
     max_tokens: num_tokens at which the request ends with `length`.
     arrival: position in the order of arrival. rank: smaller goes first, and is preempted last.
+    drafts: how the guesses at its next tokens have fared.
     leader: the running request that now computes a prefix this one waits for, until it has `leader_pages` in the tree.
     """
 
@@ -28,6 +30,7 @@ class RequestState:
         "_key",
         "arrival",
         "cached_tokens",
+        "drafts",
         "enqueued_at",
         "leader",
         "leader_pages",
@@ -58,6 +61,7 @@ class RequestState:
         self.num_prompt_tokens = self.num_tokens = len(prompt)
         self.num_computed = 0
         self.cached_tokens = -1
+        self.drafts = DraftRecord()
         self.num_preemptions = 0
         self.pages: RequestPages | None = None
         self.req_index = -1

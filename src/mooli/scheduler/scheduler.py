@@ -9,7 +9,8 @@ A step is filled in this order:
    no more than `mixed_prefill_tokens`;
 2. running requests that miss more (a prompt in chunks), oldest first;
 3. waiting requests, in the order of the policy, as long as tokens, places and pages are left. The first that does not
-   fit ends the round, so that large requests are not overtaken for ever.
+   fit ends the round, so that large requests are not overtaken for ever;
+4. where that left only a few tokens, drafts: guesses at what the rows will sample, verified in the same step.
 
 Why nothing hangs: a request that could not run alone is refused by `add`. Under lack of pages a running request takes
 those of requests of lower rank (preemption), never of higher, so the first in rank always moves on.
@@ -20,24 +21,24 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from math import isnan
 
-from mooli.batch import LogprobRow, PageCopy, ScheduleBatch, StepOutput
+from mooli.batch import PageCopy, ScheduleBatch, StepOutput
 from mooli.cache.kv_cache import KVCache, RequestPages
 from mooli.cache.radix_tree import token_key
 from mooli.errors import ConfigError, EngineError, RequestError
+from mooli.scheduler.acceptance import Acceptance, Sample, error
 from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
+from mooli.scheduler.drafts import Drafts, DraftSettings
 from mooli.scheduler.intake import check_request
 from mooli.scheduler.policy import check_policy, fcfs_key, order_lpm
 from mooli.scheduler.prefix_waits import PrefixWaits
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.stats import Counters, StepStats
-from mooli.types import FinishReason, Request, RequestOutput, TokenLogprobs
+from mooli.types import FinishReason, Request, RequestOutput
 
 ABORTED = "The request was aborted."
-
-NAN_TOKEN = -1
-"""Instead of a token id: the logits held NaN (see `StepOutput`)."""
 
 
 class Scheduler:
@@ -47,6 +48,7 @@ class Scheduler:
     run at a time, so that each running request gets at least one token of every step.
     mixed_prefill_tokens: of them, what prompts get of a step that also continues outputs; None for all that are left.
     computed_in: the type of the computation, for the error of a request whose logits it could not hold.
+    drafts: how to guess tokens ahead; None for never.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Scheduler:
         policy: str = "fcfs",
         mixed_prefill_tokens: int | None = None,
         computed_in: str | None = None,
+        drafts: DraftSettings | None = None,
     ) -> None:
         for name, value in (
             ("max_running_requests", max_running_requests),
@@ -77,7 +80,7 @@ class Scheduler:
         if mixed_prefill_tokens is not None and mixed_prefill_tokens < 1:
             raise ConfigError(f"mixed_prefill_tokens={mixed_prefill_tokens} must be at least 1")
         self._mixed_prefill_tokens = mixed_prefill_tokens or max_batch_tokens
-        self._computed_in = f", computed in {computed_in}" if computed_in else ""
+        self._acceptance = Acceptance(vocab_size, computed_in)
         self.context_length = context_length
         self.counters = Counters()
         self.last_step = StepStats()
@@ -92,6 +95,7 @@ class Scheduler:
         max_pages = min(cache.pages_for(context_length), cache.num_pages)
         self._builder = BatchBuilder(cache.page_size, self.max_running_requests, max_pages)
         self._prefix_waits = PrefixWaits(cache)
+        self._drafts = None if drafts is None else Drafts(drafts, cache)
         self._num_added = 0
         self._in_flight: tuple[int, list[Row]] | None = None
         self._outputs: list[RequestOutput] = []
@@ -176,6 +180,8 @@ class Scheduler:
             self._admit_waiting(plan)
         if not plan.rows:
             raise EngineError("requests are left and none can run")
+        if self._drafts is not None:
+            self._add_drafts(self._drafts, plan)
         self.counters.steps += 1
         self._in_flight = (self.counters.steps, plan.rows)
         self._record(plan)
@@ -303,15 +309,42 @@ class Scheduler:
             self.counters.cached_tokens += num_cached
         return True
 
+    def _add_drafts(self, drafts: Drafts, plan: Plan) -> None:
+        """Have the rows verify guesses, where all continue outputs and together are few.
+
+        Only pages that nobody else could need in the next step are taken for guesses.
+        """
+        rows = plan.rows
+        tokens_left = min(plan.tokens_left, drafts.settings.tokens_per_step - len(rows))
+        if tokens_left < 1 or not all(row.continues_output for row in rows):
+            return
+        for index, row in enumerate(rows):
+            state, held = row.state, row.state.pages
+            if held is None:
+                continue
+            spare_pages = max(0, self._cache.num_available - len(self._running))
+            most = min(
+                -(-tokens_left // (len(rows) - index)),
+                state.max_tokens - state.num_tokens - 1,  # the token after the last draft is the request's last
+                (len(held.pages) + spare_pages) * self._cache.page_size - state.num_tokens,
+            )
+            guesses = drafts.propose(state.tokens, held, state.drafts, most)
+            if guesses:
+                self._grow(state, held, state.num_tokens + len(guesses))
+                plan.add_drafts(row, guesses)
+                tokens_left -= len(guesses)
+
     def _record(self, plan: Plan) -> None:
         num_tokens = sum(row.length for row in plan.rows)
-        decode_rows = sum(row.length == 1 and row.start >= row.state.num_prompt_tokens for row in plan.rows)
+        num_drafts = sum(len(row.drafts) for row in plan.rows)
+        decode_rows = sum(row.continues_output for row in plan.rows)
         self.counters.computed_tokens += num_tokens
         self.last_step = StepStats(
             step=self.counters.steps,
             decode_rows=decode_rows,
             prefill_rows=len(plan.rows) - decode_rows,
-            prefill_tokens=num_tokens - decode_rows,
+            prefill_tokens=num_tokens - decode_rows - num_drafts,
+            draft_tokens=num_drafts,
             cached_tokens=plan.num_cached_tokens,
             preempted=plan.num_preempted,
             running=len(self._running),
@@ -335,17 +368,17 @@ class Scheduler:
         sampled = zip(output.token_ids.tolist(), output.logprobs, strict=True)
         for index, row in enumerate(rows):
             state = row.state
-            state.num_computed = row.start + row.length
-            token_id, logprob = next(sampled) if row.samples else (None, None)
+            state.num_computed = row.start + row.length - len(row.drafts)
+            samples = list(islice(sampled, row.num_samples))
             if state.pages is not None:
                 self._cache.drop_copy_source(state.pages)
-            if token_id == NAN_TOKEN or index in nan_rows:
-                message = f"the model's output holds NaN (not a number) or infinity{self._computed_in}"
-                self._end_untrusted(state, _error(message, "NaNError"))
+            if index in nan_rows:
+                self._end_untrusted(state, self._acceptance.nan_error())
             elif state.pending_finish is not None:
-                self._end(state, state.pending_finish)
-            elif token_id is not None:
-                self._take_token(state, token_id, logprob)
+                end = self._end_untrusted if self._acceptance.has_error(samples) else self._end
+                end(state, state.pending_finish)
+            elif samples:
+                self._take_samples(row, samples)
             elif not state.wants_tokens and state.num_missing == 0:
                 self._end(state, FinishReason("length", length=0))
             else:
@@ -357,7 +390,7 @@ class Scheduler:
         kept, as nobody knows what is in its pages."""
         for row in self._land(batch):
             state = row.state
-            finish = state.pending_finish or _error(f"the step failed: {type(exc).__name__}: {exc}", type(exc).__name__)
+            finish = state.pending_finish or error(f"the step failed: {type(exc).__name__}: {exc}", type(exc).__name__)
             self._end(state, finish, keep=False)
 
     def _land(self, batch: ScheduleBatch) -> list[Row]:
@@ -366,31 +399,30 @@ class Scheduler:
         rows, self._in_flight = self._in_flight[1], None
         return rows
 
-    def _take_token(self, state: RequestState, token_id: int, logprob: LogprobRow | None) -> None:
-        """The request's next token was sampled; it may be its last."""
-        if not 0 <= token_id < self._vocab_size:
-            message = f"the model's output is token id {token_id}, outside the vocabulary of {self._vocab_size} ids"
-            self._end_untrusted(state, _error(message, "InvalidTokenError"))
-            return
-        state.append(token_id)
-        self.counters.generated_tokens += 1
-        finish = self._finish_of(state, token_id)
-        out = self._output(state, finish)
-        out.new_token_ids.append(token_id)
-        if logprob is not None:
-            out.logprobs.append(TokenLogprobs(token_id, logprob.logprob, logprob.top, logprob.chosen))
-        if finish is None:
+    def _take_samples(self, row: Row, samples: list[Sample]) -> None:
+        """The row has sampled: its request has more tokens now, and may end."""
+        state = row.state
+        accepted = self._acceptance.take(row, samples)
+        self.counters.generated_tokens += len(accepted.token_ids)
+        if self._drafts is not None and row.continues_output:
+            self._count_drafts(row, accepted.num_right_drafts)
+        out = self._output(state, accepted.finish or accepted.error)
+        out.new_token_ids, out.logprobs = accepted.token_ids, accepted.logprobs
+        if accepted.error is not None:
+            self._end_untrusted(state, accepted.error, out)
+        elif accepted.finish is not None:
+            self._end(state, accepted.finish, out)
+        else:
             self._share_computed(state)
             self._outputs.append(out)
-        else:
-            self._end(state, finish, out)
+            if accepted.leaves_nan:
+                self._preempt(state)  # it would spread: even what has no weight is multiplied
 
-    def _finish_of(self, state: RequestState, token_id: int) -> FinishReason | None:
-        if token_id in state.stop_ids and state.num_output_tokens > state.request.sampling.min_new_tokens:
-            return FinishReason("stop", matched=token_id)
-        if state.num_tokens >= state.max_tokens:
-            return FinishReason("length", length=state.num_output_tokens)
-        return None
+    def _count_drafts(self, row: Row, num_right: int) -> None:
+        row.state.drafts.learn(len(row.drafts), num_right)
+        self.counters.proposed_drafts += len(row.drafts)
+        self.counters.correct_drafts += num_right
+        self.counters.verify_steps += 1
 
     def _share_computed(self, state: RequestState) -> None:
         """Put full computed pages into the tree while the request goes on, so that others can use them at once."""
@@ -415,12 +447,12 @@ class Scheduler:
         self.counters.finished += 1
         self._outputs.append(out or self._output(state, finish))
 
-    def _end_untrusted(self, state: RequestState, finish: FinishReason) -> None:
+    def _end_untrusted(self, state: RequestState, finish: FinishReason, out: RequestOutput | None = None) -> None:
         """End a request whose KV may hold NaN: others must not find it in the cache."""
         held = state.pages
         if held is not None:
             self._cache.forget(held)
-        self._end(state, state.pending_finish or finish, keep=False)
+        self._end(state, state.pending_finish or finish, out, keep=False)
 
     def _leave(self, state: RequestState, *, keep: bool) -> None:
         """Stop running: give back pages and req_index. `keep` what was computed, in the tree."""
@@ -446,6 +478,7 @@ class Scheduler:
             cached_tokens=max(0, state.cached_tokens),
             num_preemptions=state.num_preemptions,
             prompt_logprobs=state.take_prompt_logprobs(),
+            drafts=None if self._drafts is None else state.drafts.counts,
         )
 
     def stats(self) -> dict[str, int]:
@@ -478,7 +511,3 @@ class Scheduler:
 
 def _rank(state: RequestState) -> tuple[int, int]:
     return state.rank
-
-
-def _error(message: str, err_type: str) -> FinishReason:
-    return FinishReason("error", message=message, status_code=500, err_type=err_type)

@@ -13,7 +13,9 @@ class Counters:
     """Since the start; none ever goes down.
 
     prompt_tokens: of requests at their first admission, cached_tokens: those of them found in the cache.
-    computed_tokens: all tokens of all steps, what preemption made necessary again included.
+    computed_tokens: all tokens of all steps, what preemption made necessary again and wrong drafts included.
+    proposed_drafts: draft tokens verified, correct_drafts: those of them that were sampled and so saved a step.
+    verify_steps: how often a row continued an output while drafts were on, with drafts or without.
     """
 
     requests: int = 0
@@ -24,12 +26,15 @@ class Counters:
     generated_tokens: int = 0
     computed_tokens: int = 0
     preemptions: int = 0
+    proposed_drafts: int = 0
+    correct_drafts: int = 0
+    verify_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One step. decode_rows: rows that continue an output by one token; prefill_rows, prefill_tokens: all others, and
-    their tokens.
+    """One step. decode_rows: rows that continue an output; prefill_rows, prefill_tokens: all others, and their tokens.
+    draft_tokens: verified by decode rows, besides the one token of each.
 
     cached_tokens: taken from the cache by requests admitted in this step. used_pages: in use by running requests.
     """
@@ -38,6 +43,7 @@ class StepStats:
     decode_rows: int = 0
     prefill_rows: int = 0
     prefill_tokens: int = 0
+    draft_tokens: int = 0
     cached_tokens: int = 0
     preempted: int = 0
     running: int = 0

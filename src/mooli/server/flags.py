@@ -23,6 +23,7 @@ from mooli.sglang_arguments import (
     HINT_VALUES,
     HINTS,
     LISTS,
+    REASONS,
     REFUSED,
     SWITCHES,
     asks_for_nothing,
@@ -177,7 +178,8 @@ def _decide(where: str, name: str, value: Any) -> str | None:
         return None if value in (None, False) else f"{where} has no effect in Mooli: {HINTS[name]}"
     if asks_for_nothing(name, value):
         return None
-    raise UnknownArgumentError(f"{where} is known to SGLang but not supported by Mooli yet: remove it")
+    why = f" ({REASONS[name]})" if name in REASONS else ""
+    raise UnknownArgumentError(f"{where} is known to SGLang but not supported by Mooli yet{why}: remove it")
 
 
 def _typed(value: Any) -> Any:

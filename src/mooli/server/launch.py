@@ -33,6 +33,7 @@ from mooli.errors import ConfigError, EngineError
 from mooli.frontend.text_side import check_preferred, open_tokenizer, sampling_defaults, with_seed
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.hub.locate import locate_async
+from mooli.logs import set_up_logging
 from mooli.server.app import build_app
 from mooli.server.config import ServerConfig
 from mooli.server.metrics import Metrics
@@ -43,8 +44,6 @@ from mooli.server.service import Service
 from mooli.server.step_log import StepLog
 
 logger = logging.getLogger(__name__)
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 READY_LINE = "The server is fired up and ready to roll!"
 """Scripts made for SGLang wait for it."""
@@ -381,6 +380,5 @@ def _with_environment(config: ServerConfig) -> ServerConfig:
 
 
 def _set_up_logging(config: ServerConfig, engine_config: EngineConfig) -> None:
-    logging.basicConfig(format=LOG_FORMAT)
-    logging.getLogger("mooli").setLevel(engine_config.log_level.upper())
+    set_up_logging(engine_config.log_level)
     logging.getLogger("uvicorn").setLevel((config.log_level_http or "warning").upper())

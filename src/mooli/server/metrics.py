@@ -210,6 +210,11 @@ class _EngineState:
         return self.count(name) * self.facts.page_size
 
     @property
+    def accept_length(self) -> float:
+        steps = self.count("verify_steps")
+        return 1 + self.count("correct_drafts") / steps if steps else 0.0
+
+    @property
     def token_usage(self) -> float:
         return self.count("used_pages") / max(self.facts.num_pages, 1)
 
@@ -258,6 +263,16 @@ class _Exposition(Collector):
                 " rates of cached_tokens_total and prompt_tokens_total.",
                 self._requests.cache_hit_rate,
             ),
+            (
+                "spec_accept_length",
+                "Tokens a step that continued a request's output, since the start; 0 where none are guessed.",
+                engine.accept_length,
+            ),
+            (
+                "spec_accept_rate",
+                "Share of the guessed tokens so far that were right.",
+                engine.count("correct_drafts") / max(engine.count("proposed_drafts"), 1),
+            ),
             ("context_len", "Longest prompt and answer together, in tokens.", facts.context_length),
             ("page_size", "Tokens of a KV cache page.", facts.page_size),
             ("num_pages", "Pages of the KV cache.", facts.num_pages),
@@ -273,6 +288,8 @@ class _Exposition(Collector):
         engine = self._engine
         evicted, preempted = engine.tokens("evicted_pages"), engine.count("preemptions")
         yield self._counter("evicted_tokens", "Tokens dropped from the cache to make room.", evicted, self._rank)
+        verified = engine.count("verify_steps")
+        yield self._counter("spec_verify_calls", "Steps of requests that could verify guesses.", verified, self._rank)
         yield self._counter("num_retracted_requests", "Requests put back in the queue.", preempted, self._rank)
 
     def _request_counters(self) -> Iterator[Metric]:

@@ -21,7 +21,8 @@ PATIENCE_S = 1.0
 GIGABYTE = 10**9
 
 SECTIONS = ("core", "memory", "spec", "lora", "disagg", "queues")
-"""Of /v1/loads. There is no speculation, no adapter and no disaggregation here, so that those sections are null."""
+"""Of /v1/loads. There is no adapter and no disaggregation here, so that those sections are null; so is `spec` where no
+tokens are guessed."""
 
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -56,6 +57,8 @@ async def show_server(service: Service, request: Incoming) -> Reply:
         "effective_max_running_requests_per_dp": facts.max_running_requests,
         **stats,
     }
+    if service.engine_config.speculative_algorithm is not None:
+        state["avg_spec_accept_length"] = _speculation(stats)["accept_length"]
     return Reply(
         {
             **service.config.to_dict(),
@@ -78,7 +81,8 @@ async def show_loads(service: Service, request: Incoming) -> Reply:
     if form not in ("json", "prometheus"):
         raise HttpError(400, f"format={form[:40]!r} is not possible: json or prometheus", param="format")
     sections = _sections(query.get("include", "all"))
-    load = _load(service, await engine_stats(service))
+    stats = await engine_stats(service)
+    load = _load(service, stats)
     if form == "prometheus":
         return Reply("".join(_exposition(load)).encode(), media_type=PROMETHEUS_TYPE)
     core = load if "core" in sections else {"dp_rank": load["dp_rank"]}
@@ -88,7 +92,7 @@ async def show_loads(service: Service, request: Incoming) -> Reply:
             "version": __version__,
             "accelerator": service.engine_config.backend_name,
             "num_accelerators": 1,
-            "loads": [{**core, **{name: _section(service, name, load) for name in sections if name != "core"}}],
+            "loads": [{**core, **{name: _section(service, name, load, stats) for name in sections if name != "core"}}],
         }
     )
 
@@ -136,13 +140,24 @@ def _sections(given: str) -> list[str]:
     return [name for name in SECTIONS if "all" in names or name in names]
 
 
-def _section(service: Service, name: str, load: Mapping[str, Any]) -> dict[str, Any] | None:
+def _section(service: Service, name: str, load: Mapping[str, Any], stats: Mapping[str, int]) -> dict[str, Any] | None:
     if name == "memory":
         return {**_memory(service), "graph_gb": 0.0}
     if name == "queues":
         waiting = load["num_waiting_reqs"]
         return {"waiting": waiting, "grammar": 0, "paused": 0, "retracted": 0, "prealloc_ready": 0}
+    if name == "spec" and service.engine_config.speculative_algorithm is not None:
+        return _speculation(stats)
     return None
+
+
+def _speculation(stats: Mapping[str, int]) -> dict[str, Any]:
+    """Tokens a step of a request, and the share of right guesses, since the start."""
+    right = stats["correct_drafts"]
+    return {
+        "accept_length": 1 + right / max(stats["verify_steps"], 1),
+        "accept_rate": right / max(stats["proposed_drafts"], 1),
+    }
 
 
 def _memory(service: Service) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from mooli.engine.facts import EngineFacts
 from mooli.engine.messages import Outputs
@@ -63,6 +63,7 @@ class StepLog:
         self._facts = facts
         self._throughput = GenThroughput(decode_log_interval, clock)
         self._last_step = 0
+        self._drafts_before = (0, 0, 0)
 
     @property
     def last_gen_throughput(self) -> float:
@@ -90,15 +91,25 @@ class StepLog:
                 step.waiting,
             )
         if ends_interval:
-            self._log_decode(step, usage)
+            self._log_decode(step, usage, self._draft_words(report.stats))
 
-    def _log_decode(self, step: StepStats, usage: float) -> None:
+    def _log_decode(self, step: StepStats, usage: float, draft_words: str) -> None:
         logger.info(
-            "Decode batch, #running-req: %d, #token: %d, token usage: %.2f, gen throughput (token/s): %.2f, "
+            "Decode batch, #running-req: %d, #token: %d, token usage: %.2f, %sgen throughput (token/s): %.2f, "
             "#queue-req: %d",
             step.running,
             step.used_pages * self._facts.page_size,
             usage,
+            draft_words,
             self._throughput.tokens_per_s,
             step.waiting,
         )
+
+    def _draft_words(self, stats: Mapping[str, int]) -> str:
+        """How guessed tokens fared since the last line: tokens a step of a request, and the share of right guesses."""
+        now = (stats.get("verify_steps", 0), stats.get("proposed_drafts", 0), stats.get("correct_drafts", 0))
+        steps, proposed, right = (new - old for new, old in zip(now, self._drafts_before, strict=True))
+        self._drafts_before = now
+        if not steps:
+            return ""
+        return f"accept len: {1 + right / steps:.2f}, accept rate: {right / max(proposed, 1):.2f}, "

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from mooli.backends.ascend.backend import AscendBackend
 
 
-def open_backend(dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> AscendBackend:
-    """The backend on the current NPU, with whatever the self-test found unfit switched off.
+def open_backend(
+    dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None, rank: int = 0
+) -> AscendBackend:
+    """The backend on the current NPU, or that of a rank beyond the first, with whatever the self-test found unfit
+    switched off.
 
     Raises BackendUnavailableError for what is not installed or not there, with cause and cure; ConfigError for settings
     that an NPU cannot honour.
@@ -29,5 +32,5 @@ def open_backend(dtype: str = "auto", quantization: str | None = None, num_threa
     from mooli.backends.ascend.bring_up import open_npu
     from mooli.backends.ascend.selftest_record import settle
 
-    npu = open_npu()
-    return AscendBackend(npu, settle(npu), dtype=dtype, quantization=quantization, num_threads=num_threads)
+    npu = open_npu(rank)
+    return AscendBackend(npu, settle(npu), dtype=dtype, quantization=quantization, num_threads=num_threads, rank=rank)

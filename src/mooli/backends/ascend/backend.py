@@ -6,6 +6,7 @@ W8A8, graphs of decode steps with the head in them, and the watch for overflow. 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,22 +18,26 @@ from torch import Tensor
 
 from mooli.backends.ascend.attention import AscendAttention
 from mooli.backends.ascend.bring_up import Npu
+from mooli.backends.ascend.defaults import MAX_RUNNING_REQUESTS, chunked_prefill_size
 from mooli.backends.ascend.graphs import DecodeGraphs, StaticSteps
 from mooli.backends.ascend.kv_pool import AscendKVPool
 from mooli.backends.ascend.ops import AscendOps
 from mooli.backends.ascend.paths import DECODE_ORDER, GRAPHS, PAGE_SIZE, W8A8, Paths, Switches, extend_order
-from mooli.backends.ascend.quant import load_w8a8, takes
+from mooli.backends.ascend.quant import is_int8, load_w8a8, takes
 from mooli.backends.ascend.sampler import AscendSampler
 from mooli.backends.ascend.step import AscendStep, cut, plan_rows
 from mooli.backends.base import KVSpec, Limits, MemoryInfo
-from mooli.backends.host_memory import host_memory
+from mooli.backends.parallel import RankGroup
 from mooli.backends.torch.backend import TorchBackend
+from mooli.backends.torch.communicator import Communicator, DeviceCommunicator, GlooCommunicator
 from mooli.backends.torch.graphed_backend import GRAPHS_SWITCH
 from mooli.backends.torch.step_plan import ForwardBatch
-from mooli.backends.torch.weights import LinearWeight, load_vector
+from mooli.backends.torch.weights import LinearWeight, check_type, load_vector
 from mooli.batch import ScheduleBatch
 from mooli.errors import ConfigError
 from mooli.tensor import RawTensor
+
+logger = logging.getLogger(__name__)
 
 
 class AscendBackend(TorchBackend):
@@ -40,6 +45,7 @@ class AscendBackend(TorchBackend):
 
     name = "ascend"
     default_page_size = PAGE_SIZE
+    default_max_running_requests = MAX_RUNNING_REQUESTS
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class AscendBackend(TorchBackend):
         dtype: str = "auto",
         quantization: str | None = None,
         num_threads: int | None = None,
+        rank: int = 0,
     ) -> None:
         """switches: what the self-test found unfit for this device. dtype: "auto" is bfloat16. quantization: None or
         "int8", which is W8A8 here.
@@ -57,12 +64,13 @@ class AscendBackend(TorchBackend):
         """
         self._npu = npu
         self._switches = switches
-        super().__init__(dtype, quantization, num_threads)
+        super().__init__(dtype, quantization, num_threads, rank)
         if quantization == "int8" and self.dtype_name == "float32":
             raise ConfigError(
                 "quantization='int8' computes in float16 or bfloat16 on an NPU: leave dtype='float32' out"
             )
         self._paths = Paths(npu.versions.release, switches, self.dtype_name)
+        self.default_chunked_prefill_size = chunked_prefill_size(self.memory().total_bytes)
         self.match_granularity_tokens = self._paths.match_granularity_tokens()
         self.sampler = AscendSampler(self.upload, self.dtype_name)
         self.graphs: DecodeGraphs | None = None
@@ -93,11 +101,24 @@ class AscendBackend(TorchBackend):
             raise ConfigError(f"num_threads={num_threads} has no effect on an NPU: leave it out")
 
     def bind_thread(self) -> None:
-        self._npu.api.set_device(0 if self._npu.is_simulated else self._npu.api.current_device())
+        self._npu.api.set_device(self._npu.index)
+
+    def connect(self, group: RankGroup) -> Communicator:
+        if self._npu.is_simulated:
+            return GlooCommunicator(group)
+        return DeviceCommunicator(group, "hccl", torch.device("npu", self._npu.index))
+
+    def join(self, group: RankGroup) -> None:
+        """Without graphs: they would have the sums over cards in them, which CANN 8.2 has too few streams for, and
+        nobody has tried."""
+        if self.graphs is not None and group.rank == 0:
+            logger.info("steps run without graphs: %d cards compute them together", group.size)
+        self.graphs = None
+        super().join(group)
 
     def memory(self) -> MemoryInfo:
         if self._npu.is_simulated:
-            return host_memory()
+            return self.share_of_host()
         free, total = self._npu.api.mem_get_info()
         return MemoryInfo(total_bytes=total, available_bytes=free)
 
@@ -127,22 +148,25 @@ class AscendBackend(TorchBackend):
 
     # ------------------------------------------------------------------ weights
 
-    def load_linear(
+    def pack_linear(
         self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
     ) -> LinearWeight:
-        if self._quantization != "int8" or not self._switches.is_on(W8A8):
-            return super().load_linear(tensors, biases, head=head)
-        if head or not takes(tensors):
+        is_stored = is_int8(tensors) and self.dtype_name != "float32"
+        if not (is_stored or self._quantization == "int8") or not self._switches.is_on(W8A8):
+            return super().pack_linear(tensors, biases, head=head)
+        if (head and not is_stored) or not takes(tensors):
             # The head is wider than the quantised product takes, and the part of a model that suffers most from it.
             return self._as_floats(tensors, biases, head=head)
-        self._note(tensors, is_linear=True)
+        for tensor in tensors:
+            check_type(tensor)
+            self._loaded[f"{tensor.type.name} as W8A8"] += 1
         bias = load_vector(biases, self._dtype, self.device) if biases else None
         return self._count_linear(load_w8a8(tensors, bias, self.device))
 
     def _as_floats(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor], *, head: bool) -> LinearWeight:
         self._quantization, wanted = None, self._quantization
         try:
-            return super().load_linear(tensors, biases, head=head)
+            return super().pack_linear(tensors, biases, head=head)
         finally:
             self._quantization = wanted
 

@@ -58,11 +58,12 @@ CAUSES: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Npu:
-    """An open device. api: `torch.npu`."""
+    """An open device. api: `torch.npu`. index: its number among those that this process sees."""
 
     device: torch.device
     versions: Versions
     api: Any
+    index: int = 0
 
     @property
     def is_simulated(self) -> bool:
@@ -99,8 +100,9 @@ def load_torch() -> None:
             os.environ[AUTOLOAD] = before
 
 
-def open_npu() -> Npu:
-    """The current device, or the simulated one if SIMULATE_SWITCH asks for it. `load_torch` comes first.
+def open_npu(rank: int = 0) -> Npu:
+    """The current device, that of a rank beyond the first, or the simulated one if SIMULATE_SWITCH asks for it: every
+    rank has a simulated one of its own. `load_torch` comes first.
 
     Raises BackendUnavailableError, and ConfigError for a switch with another value.
     """
@@ -122,7 +124,7 @@ def open_npu() -> Npu:
             f"backend 'ascend': the torch_npu of this process is the simulated one, and {SIMULATE_SWITCH} is no longer"
             f" set. Start a new process, or set {SIMULATE_SWITCH}=1."
         )
-    return _opened(torch_npu)
+    return _opened(torch_npu, rank)
 
 
 def simulated_profile() -> str | None:
@@ -135,7 +137,7 @@ def simulated_profile() -> str | None:
     return PROFILES[given]
 
 
-def _opened(torch_npu: Any) -> Npu:
+def _opened(torch_npu: Any, rank: int) -> Npu:
     import torch
 
     api = torch_npu.npu
@@ -146,16 +148,22 @@ def _opened(torch_npu: Any) -> Npu:
                 " /dev/davinci*, /dev/davinci_manager, /dev/devmm_svm and /dev/hisi_hdc. MOOLI_SIMULATE_ASCEND=1 tries"
                 " the backend without one."
             )
-        _set_up(api)
+        index = rank or int(api.current_device())
+        if rank and rank >= api.device_count():
+            raise BackendUnavailableError(
+                f"backend 'ascend': rank {rank} has no NPU, this process sees {api.device_count()}: lower tp_size, or"
+                " check ASCEND_RT_VISIBLE_DEVICES and npu-smi info"
+            )
+        _set_up(api, index)
         # The library of NNAL is loaded at the first use otherwise, which would be in the middle of a request.
         torch_npu.op_plugin.atb._atb_ops._register_atb_extensions()
-        soc = str(api.get_device_name(api.current_device()))
+        soc = str(api.get_device_name(index))
     except BackendUnavailableError:
         raise
     except Exception as exc:
         raise _unavailable(f"the NPU does not start: {_first_line(exc)}", explain(exc), exc) from exc
     versions = Versions(soc, _cann(torch_npu), str(torch_npu.__version__), torch.__version__, __version__, False)
-    return Npu(torch.device("npu"), versions, api)
+    return Npu(torch.device("npu"), versions, api, index)
 
 
 def _simulated(profile: str) -> Npu:
@@ -169,15 +177,15 @@ def _simulated(profile: str) -> Npu:
         raise BackendUnavailableError(f"{SIMULATE_SWITCH} is set, and the simulation does not start: {exc}") from exc
     torch_npu = importlib.import_module("torch_npu")
     api = torch_npu.npu
-    _set_up(api)
+    _set_up(api, 0)
     soc = str(api.get_device_name(0))
     versions = Versions(soc, _cann(torch_npu), str(torch_npu.__version__), torch.__version__, __version__, True)
     logger.warning("%s: a SIMULATED device on the CPU. Its answers are right and its speed means nothing.", versions)
     return Npu(torch.device("npu" if sim.has_device() else "cpu"), versions, api)
 
 
-def _set_up(api: Any) -> None:
-    api.set_device(api.current_device())
+def _set_up(api: Any, index: int) -> None:
+    api.set_device(index)
     # Kernels that are compiled at first use cost minutes; formats of the device's own are needed for int8 weights.
     api.set_compile_mode(jit_compile=False)
     api.config.allow_internal_format = True

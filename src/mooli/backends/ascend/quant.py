@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,13 +51,24 @@ def takes(tensors: Sequence[RawTensor]) -> bool:
     return sum(tensor.num_rows for tensor in tensors) <= WIDEST and tensors[0].num_columns <= WIDEST
 
 
+def is_int8(tensors: Sequence[RawTensor]) -> bool:
+    """Whether a checkpoint has them all in int8 with a scale for each row, ready for this product."""
+    return all(tensor.scales is not None for tensor in tensors)
+
+
 def load_w8a8(tensors: Sequence[RawTensor], bias: Tensor | None, device: torch.device) -> W8A8Linear:
-    """Tensors stacked along rows, each row rounded to steps of its largest value / 127."""
+    """Tensors stacked along rows. Rows of floats are rounded to steps of their largest value / 127, int8 is kept."""
     num_rows, num_columns = sum(tensor.num_rows for tensor in tensors), tensors[0].num_columns
     codes = torch.empty((num_rows, num_columns), dtype=torch.int8)
     scales = torch.empty(num_rows, dtype=torch.float32)
     first_row = 0
     for tensor in tensors:
+        if tensor.scales is not None:
+            where = slice(first_row, first_row + tensor.num_rows)
+            codes[where] = torch.from_numpy(np.array(tensor.data).view(np.int8))
+            scales[where] = torch.from_numpy(np.array(tensor.scales))
+            first_row += tensor.num_rows
+            continue
         for begin, rows in row_chunks(tensor):
             values = rows.float()
             scale = values.abs().amax(dim=1) / 127

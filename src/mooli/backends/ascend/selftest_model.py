@@ -113,7 +113,7 @@ def step_of(parts: Sequence[Part]) -> ScheduleBatch:
         req_indices=np.arange(len(parts), dtype=np.int32),
         starts=starts,
         lengths=lengths,
-        samples=np.zeros(len(parts), dtype=np.bool_),
+        num_samples=np.zeros(len(parts), dtype=np.int32),
         page_table=table,
         sampling=_greedy_sampling(0),
     )

@@ -19,7 +19,7 @@ from mooli import _native
 from mooli.backends.base import Array, KVSpec, Limits, MemoryInfo, SampleResult
 from mooli.backends.cpu.processors import cpu_quota, default_num_threads, usable_cpus
 from mooli.backends.cpu.tape import CapturedTape, Planned, Result, Rows, TapeOps
-from mooli.backends.dequant import dequantize
+from mooli.backends.dequant import dequantize, with_scales_in_groups
 from mooli.backends.host_memory import host_memory
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
 from mooli.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 TILE = 32
 """Tokens of a KV tile; a page is a whole number of tiles."""
+
+MAX_INT8_HEAD_DIM = 512
+"""The largest head whose keys and values are kept in eight bits."""
 
 MAX_THREADS = 1024
 """More than the processors of any machine these kernels know."""
@@ -45,7 +48,7 @@ class Kind(IntEnum):
     F32 = 5
 
 
-_KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+_KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 4}
 _FLOAT_KINDS = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16}
 _BLOCK_KINDS = {TensorType.Q4_0: Kind.Q4, TensorType.Q4_1: Kind.Q4M, TensorType.Q4_K: Kind.Q4M}
 _FLOAT_TYPES = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16: "bfloat16"}
@@ -72,6 +75,13 @@ class CpuBackend:
 
     name = "cpu"
     default_page_size = TILE
+    default_chunked_prefill_size = 512
+    """Matrix kernels have amortised the read of the weights by then, so a longer step computes no more tokens a second:
+    it only holds up the streams that run beside the prompt for longer."""
+
+    default_max_running_requests = 48
+    """Decode rows share one pass over the weights; the gain of more rows is small from here on."""
+
     match_granularity_tokens = 1
 
     def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
@@ -215,6 +225,8 @@ class CpuBackend:
             raise OutOfMemoryError(f"no memory for a weight of {rows} x {columns} values as {kind.name}") from exc
 
     def _pack(self, weight: Any, part: int, first_row: int, tensor: RawTensor) -> None:
+        if tensor.scales is not None:
+            tensor = with_scales_in_groups(tensor)
         self._device.pack(weight, part, first_row, int(tensor.type), tensor.data)
 
     def _count(self, weight: Any, kind: Kind) -> PackedLinear:
@@ -223,7 +235,8 @@ class CpuBackend:
         return PackedLinear(weight)
 
     def _check_type(self, tensor: RawTensor) -> None:
-        if tensor.type not in BLOCK or tensor.num_columns % BLOCK[tensor.type][0]:
+        kind = TensorType.Q8_0 if tensor.type == TensorType.I8 else tensor.type
+        if kind not in BLOCK or tensor.num_columns % BLOCK[kind][0]:
             raise UnsupportedModelError(
                 f"tensor {tensor.name}: {tensor.type.name} rows of {tensor.num_columns} values are not supported"
             )
@@ -231,13 +244,21 @@ class CpuBackend:
     # ------------------------------------------------------------------ KV pool
 
     def kv_bytes_per_page(self, spec: KVSpec) -> int:
+        heads = spec.num_layers * spec.num_kv_heads
+        if spec.dtype == "int8":  # values, a scale for each token, and a base of the keys in whole cache lines
+            tile = 2 * TILE * (spec.head_dim + 4) + -(-(spec.head_dim + 4) // 64) * 64
+            return heads * spec.page_size // TILE * tile
         element = 4 if spec.dtype == "float32" else 2
-        return spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * spec.page_size * element
+        return heads * 2 * spec.head_dim * spec.page_size * element
 
     def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
         self.check_page_size(spec.page_size)
         if spec.head_dim % 16:
             raise UnsupportedModelError(f"head_dim {spec.head_dim} is not a multiple of 16, which the cpu kernels need")
+        if spec.dtype == "int8" and spec.head_dim > MAX_INT8_HEAD_DIM:
+            raise UnsupportedModelError(
+                f"kv_cache_dtype='int8' takes a head_dim of at most {MAX_INT8_HEAD_DIM} on the cpu, not {spec.head_dim}"
+            )
         try:
             self._device.allocate_kv(
                 _KV_TYPES[spec.dtype], spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.page_size, num_pages

@@ -18,26 +18,38 @@ from mooli.backends.base import AttentionSpec, RopeSpec
 from mooli.errors import ConfigError, EngineClosedError
 
 
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm that a linear does itself, row by row, as it quantises its input."""
+
+    source: Register
+    weight: Any
+    eps: float
+
+
 @dataclass(eq=False, slots=True)
 class Register:
-    """An activation of `width` float32 a row. `address` is set when the arena is laid out."""
+    """An activation of `width` float32 a row. `address` is set when the arena is laid out, `norm` by rms_norm."""
 
     width: int
     address: int = 0
     last_use: int = -1
+    norm: Norm | None = None
 
 
 @dataclass(slots=True)
 class Entry:
     """One recorded operation. `emit(tape)` adds it to the native tape once registers have addresses.
 
-    `reusable` is an input the result may overwrite, if nothing reads it later.
+    `reusable` is an input the result may overwrite, if nothing reads it later. `droppable` ones are left out if
+    nothing reads their output: they do nothing else.
     """
 
     inputs: tuple[Register, ...]
     output: Register
     emit: Callable[[Any], None]
     reusable: Register | None = None
+    droppable: bool = False
 
 
 @dataclass(slots=True)
@@ -75,9 +87,10 @@ class Recording:
         width: int,
         emit: Callable[[Any, Register], None],
         reusable: Register | None = None,
+        droppable: bool = False,
     ) -> Register:
         output = Register(width)
-        self.entries.append(Entry(inputs, output, lambda tape: emit(tape, output), reusable))
+        self.entries.append(Entry(inputs, output, lambda tape: emit(tape, output), reusable, droppable))
         return output
 
 
@@ -106,27 +119,38 @@ class TapeOps:
         return self._now().add((), table.width, lambda t, out: t.embed(table.native, out.address))
 
     def rms_norm(self, x: Register, weight: Any, eps: float) -> Register:
-        return self._now().add(
-            (x,), x.width, lambda t, out: t.rms_norm(x.address, weight.native, eps, x.width, out.address)
+        normed = self._now().add(
+            (x,),
+            x.width,
+            lambda t, out: t.rms_norm(x.address, weight.native, eps, x.width, out.address),
+            droppable=True,
         )
+        normed.norm = Norm(x, weight, eps)
+        return normed
 
     def linear(self, x: Register, weight: Any, residual: Register | None = None) -> Register:
         if weight.native.gated or x.width != weight.native.k:
             raise ConfigError(f"linear takes rows of {weight.native.k} values and an ungated weight, got {x.width}")
         if residual is not None and residual.width != weight.native.n:
             raise ConfigError(f"a residual of {residual.width} values on a linear weight of {weight.native.n}")
-        inputs = (x,) if residual is None else (x, residual)
-        return self._now().add(
-            inputs,
-            weight.native.n,
-            lambda t, out: t.linear(x.address, weight.native, 0 if residual is None else residual.address, out.address),
-            reusable=residual,
-        )
+        return self._linear(x, weight, residual)
 
     def linear_silu_mul(self, x: Register, weight: Any) -> Register:
         if not weight.native.gated or x.width != weight.native.k:
             raise ConfigError(f"linear_silu_mul takes rows of {weight.native.k} values and a gated weight")
-        return self._now().add((x,), weight.native.n, lambda t, out: t.linear(x.address, weight.native, 0, out.address))
+        return self._linear(x, weight, None)
+
+    def _linear(self, x: Register, weight: Any, residual: Register | None) -> Register:
+        norm = x.norm
+        source = x if norm is None else norm.source
+        norm_weight, eps = (None, 0.0) if norm is None else (norm.weight.native, norm.eps)
+
+        def emit(tape: Any, out: Register) -> None:
+            after = 0 if residual is None else residual.address
+            tape.linear(source.address, weight.native, norm_weight, eps, after, out.address)
+
+        inputs = (source,) if residual is None else (source, residual)
+        return self._now().add(inputs, weight.native.n, emit, reusable=residual)
 
     def head_norm(self, qkv: Register, spec: AttentionSpec, q_weight: Any, k_weight: Any, eps: float) -> Register:
         heads = _check_heads(qkv, spec)
@@ -203,18 +227,19 @@ class CapturedTape:
         """Record the function. With `input_width`, it takes a register of that width instead of a planned step."""
         first = Register(input_width) if input_width is not None else None
         recording, result = self._ops.record(self._function, None if first is None else first)
+        entries = _drop_unread(recording.entries, result)
         # Also for a function of rows: its weights may be wider than all that was loaded before.
         max_tokens = self._prepare()
         capacity = max_tokens if first is None else max(rows, 1)
-        floats = _lay_out(recording.entries, first, result, capacity)
+        floats = _lay_out(entries, first, result, capacity)
         arena = _native.FloatBuffer(max(floats, 1))
         base = arena.address
-        registers = {id(r): r for e in recording.entries for r in (*e.inputs, e.output)}
+        registers = {id(r): r for e in entries for r in (*e.inputs, e.output)}
         registers |= {id(r): r for r in (first, result) if r is not None}
         for register in registers.values():
             register.address = base + register.address * 4
         tape = _native.Tape(self._device)
-        for entry in recording.entries:
+        for entry in entries:
             entry.emit(tape)
         memory = arena.array()
 
@@ -231,6 +256,12 @@ class CapturedTape:
 
 def _closed(argument: Any) -> Any:
     raise EngineClosedError("the backend was closed")
+
+
+def _drop_unread(entries: list[Entry], result: Register) -> list[Entry]:
+    """The entries without those that only compute what nobody reads, such as norms that linears do themselves."""
+    read = {id(result)} | {id(register) for entry in entries for register in entry.inputs}
+    return [entry for entry in entries if not entry.droppable or id(entry.output) in read]
 
 
 def _lay_out(entries: list[Entry], first: Register | None, result: Register, rows: int) -> int:

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from mooli.backends.base import KVSpec, Limits, MemoryInfo, SampleResult
 from mooli.backends.host_memory import host_memory
+from mooli.backends.parallel import RankGroup
 from mooli.backends.reference_sampling import LogprobTuple
 from mooli.backends.torch.attention import PagedAttention
+from mooli.backends.torch.communicator import Communicator, GlooCommunicator
 from mooli.backends.torch.dtypes import DTYPES, torch_dtype
 from mooli.backends.torch.kv_pool import KVPool, bytes_per_page
 from mooli.backends.torch.ops import TorchOps
+from mooli.backends.torch.parallel import PartTable, over_ranks, table_over_ranks
 from mooli.backends.torch.sampling import TorchSampler
 from mooli.backends.torch.step_plan import ForwardBatch, plan_step
 from mooli.backends.torch.weights import (
@@ -46,12 +49,21 @@ class TorchBackend:
 
     name = "torch"
     default_page_size = 16
+    default_chunked_prefill_size = 512
+    default_max_running_requests = 48
     match_granularity_tokens = 1
 
-    def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        num_threads: int | None = None,
+        rank: int = 0,
+    ) -> None:
         """dtype: of weights and activations; "auto" is the device's best. quantization: None or "int8" (weights only).
 
-        num_threads: None leaves PyTorch's own choice; a number is set for the whole process.
+        num_threads: None leaves PyTorch's own choice; a number is set for the whole process. rank: of the processes
+        that compute one model, which have a device each.
 
         Raises ConfigError for what this backend cannot honour, BackendUnavailableError if the device is not there.
         """
@@ -61,6 +73,9 @@ class TorchBackend:
             raise ConfigError(
                 f"the {self.name} backend cannot quantise to {quantization}: use quantization='int8', or backend 'cpu'"
             )
+        self.rank = rank
+        self.communicator: Communicator | None = None
+        """The other ranks; None while this process computes alone."""
         self.device = self.open_device()
         self._num_threads = num_threads
         self.use_threads(num_threads)
@@ -103,7 +118,7 @@ class TorchBackend:
         return torch.from_numpy(values).to(self.device)
 
     def memory(self) -> MemoryInfo:
-        return host_memory()
+        return self.share_of_host()
 
     def bind_thread(self) -> None:
         # The number of threads is kept by each thread that starts some.
@@ -113,11 +128,40 @@ class TorchBackend:
         """Pages beyond those of requests, for padding rows."""
         return 0
 
+    def connect(self, group: RankGroup) -> Communicator:
+        """Meet the other ranks, by whatever this device talks to others through."""
+        return GlooCommunicator(group)
+
+    # ------------------------------------------------------------------ several ranks: see `ParallelBackend`
+
+    def join(self, group: RankGroup) -> None:
+        if self._num_threads is None and self.device.type == "cpu":
+            # The ranks have the processors in common.
+            self._num_threads = max(1, torch.get_num_threads() // group.size)
+            torch.set_num_threads(self._num_threads)
+        self.communicator = self.connect(group)
+        self.communicator.barrier()
+
+    def barrier(self) -> None:
+        if self.communicator is not None:
+            self.communicator.barrier()
+
+    def abort(self) -> None:
+        if self.communicator is not None:
+            self.communicator.abort()
+
+    def share_of_host(self) -> MemoryInfo:
+        """The host's memory, in equal parts where several ranks live in it."""
+        whole, size = host_memory(), 1 if self.communicator is None else self.communicator.size
+        return MemoryInfo(whole.total_bytes // size, whole.available_bytes // size)
+
     # ------------------------------------------------------------------ facts
 
     def describe(self) -> dict[str, Any]:
+        ranks = {} if self.communicator is None else {"transport": self.communicator.transport}
         return {
             "backend": self.name,
+            **ranks,
             "device": str(self.device),
             "dtype": self.dtype_name,
             "library": f"torch {torch.__version__}",
@@ -138,6 +182,13 @@ class TorchBackend:
     def load_linear(
         self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
     ) -> LinearWeight:
+        weight = self.pack_linear(tensors, biases, head=head)
+        return over_ranks(weight, tensors, self.communicator, is_head=head)
+
+    def pack_linear(
+        self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
+    ) -> LinearWeight:
+        """The weight of these tensors alone. A device that packs differently overrides this."""
         self._note(tensors, is_linear=True)
         bias = load_vector(biases, self._dtype, self.device) if biases else None
         if self._quantization == "int8":
@@ -150,10 +201,10 @@ class TorchBackend:
         """Gate and up projection stacked, so that one product makes both."""
         return self.load_linear([gate, up], biases)
 
-    def load_embedding(self, table: RawTensor) -> Tensor:
+    def load_embedding(self, table: RawTensor) -> Tensor | PartTable:
         self._note([table], is_linear=False)
         self._embedding = self._count(load_matrix([table], self._dtype, self.device))
-        return self._embedding
+        return table_over_ranks(self._embedding, table, self.communicator)
 
     def load_vector(self, vector: RawTensor) -> Tensor:
         """Gains of norms stay in float32, in which norms compute."""
@@ -165,7 +216,8 @@ class TorchBackend:
         for tensor in tensors:
             check_type(tensor)
             to = "int8 in groups of 32" if is_linear and self._quantization else self.dtype_name
-            verb = "as" if tensor.type in FLOATS else "dequantised to"
+            is_kept = tensor.type == TensorType.I8 and to != self.dtype_name
+            verb = "as" if tensor.type in FLOATS or is_kept else "dequantised to"
             self._loaded[f"{tensor.type.name} {verb} {to}"] += 1
 
     def _count_linear(self, weight: LinearWeight) -> LinearWeight:
@@ -236,3 +288,5 @@ class TorchBackend:
         self.ops.close()
         self.pool = None
         self._embedding = None
+        if self.communicator is not None:
+            self.communicator.close()

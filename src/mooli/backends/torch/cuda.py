@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mooli.backends.base import MemoryInfo
+from mooli.backends.parallel import RankGroup
 from mooli.backends.torch.attention import PagedAttention
+from mooli.backends.torch.communicator import Communicator, DeviceCommunicator
 from mooli.backends.torch.graphed_backend import GraphedBackend
 from mooli.backends.torch.graphs import GraphRecorder
 from mooli.backends.torch.kv_pool import KVPool
@@ -39,7 +41,7 @@ class CudaAttention(PagedAttention):
 
 
 class CudaBackend(GraphedBackend):
-    """PyTorch on the current CUDA device (choose another with CUDA_VISIBLE_DEVICES)."""
+    """PyTorch on the current CUDA device, and rank N on device N (choose others with CUDA_VISIBLE_DEVICES)."""
 
     name = "cuda"
 
@@ -50,6 +52,13 @@ class CudaBackend(GraphedBackend):
             else:
                 cause = "torch finds no CUDA device: check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
             raise BackendUnavailableError(f"{cause}; or use device='cpu'")
+        if self.rank >= torch.cuda.device_count():
+            raise BackendUnavailableError(
+                f"rank {self.rank} has no CUDA device, torch finds {torch.cuda.device_count()}: lower tp_size, or check"
+                " CUDA_VISIBLE_DEVICES"
+            )
+        if self.rank:
+            torch.cuda.set_device(self.rank)
         return torch.device("cuda", torch.cuda.current_device())
 
     def auto_dtype(self) -> str:
@@ -62,6 +71,9 @@ class CudaBackend(GraphedBackend):
 
     def make_attention(self, pool: KVPool) -> PagedAttention:
         return CudaAttention(pool)
+
+    def connect(self, group: RankGroup) -> Communicator:
+        return DeviceCommunicator(group, "nccl", self.device)
 
     def make_recorder(self) -> GraphRecorder | None:
         return CudaRecorder()

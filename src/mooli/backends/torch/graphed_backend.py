@@ -5,6 +5,7 @@ Owns when graphs are used and the switch that turns them off. Never captures: a 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from mooli.backends.base import KVSpec, Limits
+from mooli.backends.parallel import RankGroup
 from mooli.backends.torch.backend import TorchBackend
 from mooli.backends.torch.graphs import GraphedFunction, GraphRecorder, StaticSteps
 from mooli.backends.torch.step_plan import ForwardBatch
 from mooli.batch import ScheduleBatch
 from mooli.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 GRAPHS_SWITCH = "MOOLI_GRAPHS"
 """Environment variable: 0 runs every step without graphs."""
@@ -25,8 +29,14 @@ GRAPHS_SWITCH = "MOOLI_GRAPHS"
 class GraphedBackend(TorchBackend):
     """A torch backend whose decode steps are captured. A device says how with `make_recorder`."""
 
-    def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
-        super().__init__(dtype, quantization, num_threads)
+    def __init__(
+        self,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        num_threads: int | None = None,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(dtype, quantization, num_threads, rank)
         switch = os.environ.get(GRAPHS_SWITCH, "1")
         if switch not in ("0", "1"):
             raise ConfigError(f"{GRAPHS_SWITCH}={switch} is neither 0 nor 1")
@@ -37,6 +47,13 @@ class GraphedBackend(TorchBackend):
     def make_recorder(self) -> GraphRecorder | None:
         """How this device captures; None if it cannot."""
         return None
+
+    def join(self, group: RankGroup) -> None:
+        """Without graphs: nobody has tried yet what captured sums over ranks do when a rank fails."""
+        if self._recorder is not None and group.rank == 0:
+            logger.info("steps run without graphs: %d ranks compute them together", group.size)
+        self._recorder = None
+        super().join(group)
 
     def num_spare_pages(self) -> int:
         return 0 if self._recorder is None else 1

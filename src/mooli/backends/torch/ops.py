@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mooli.backends.base import AttentionSpec, RopeSpec
 from mooli.backends.torch.attention import PagedAttention
+from mooli.backends.torch.parallel import PartTable
 from mooli.backends.torch.step_plan import ForwardBatch
 from mooli.backends.torch.weights import LinearWeight
 from mooli.errors import ConfigError
@@ -31,7 +32,9 @@ class TorchOps:
         """Positions that rotary tables are made for; a step beyond makes them longer."""
         self._rotary: dict[bytes, tuple[Tensor, Tensor]] = {}
 
-    def embed(self, batch: ForwardBatch, table: Tensor) -> Tensor:
+    def embed(self, batch: ForwardBatch, table: Tensor | PartTable) -> Tensor:
+        if isinstance(table, PartTable):
+            return table.look_up(batch.token_ids)
         return F.embedding(batch.token_ids, table)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

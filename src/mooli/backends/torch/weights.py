@@ -110,7 +110,8 @@ def _host_rows(tensor: RawTensor, begin: int, end: int) -> Tensor:
         return torch.from_numpy(data.view(np.float16))
     if tensor.type == TensorType.BF16:
         return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
-    rows = RawTensor(tensor.name, tensor.type, (end - begin, tensor.num_columns), data)
+    scales = None if tensor.scales is None else tensor.scales[begin:end]
+    rows = RawTensor(tensor.name, tensor.type, (end - begin, tensor.num_columns), data, scales)
     return torch.from_numpy(dequantize(rows))
 
 
@@ -140,6 +141,11 @@ def load_int8(tensors: Sequence[RawTensor], bias: Tensor | None, device: torch.d
     scales = _new((num_rows, num_groups, 1), torch.float32, device)
     first_row = 0
     for tensor in tensors:
+        if tensor.scales is not None:
+            where = slice(first_row, first_row + tensor.num_rows)
+            _keep_int8(tensor, codes[where], scales[where])
+            first_row += tensor.num_rows
+            continue
         for begin, rows in row_chunks(tensor):
             padded = F.pad(rows.to(device).float(), (0, num_groups * INT8_GROUP - num_columns))
             groups = padded.view(len(rows), num_groups, INT8_GROUP)
@@ -150,6 +156,14 @@ def load_int8(tensors: Sequence[RawTensor], bias: Tensor | None, device: torch.d
             scales[where].copy_(scale)
         first_row += tensor.num_rows
     return Int8Linear(codes, scales, bias, num_columns)
+
+
+def _keep_int8(tensor: RawTensor, codes: Tensor, scales: Tensor) -> None:
+    """Fill codes (rows, groups, INT8_GROUP) and scales (rows, groups, 1) with those of an I8 tensor: nothing is rounded
+    a second time."""
+    stored = torch.from_numpy(np.array(tensor.data).view(np.int8))
+    codes.zero_().flatten(1)[:, : tensor.num_columns] = stored.to(codes.device)
+    scales.copy_(torch.from_numpy(np.array(tensor.scales))[:, None, None].expand_as(scales))
 
 
 def holds_same(values: Tensor, tensor: RawTensor) -> bool:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mooli.backends.ascend.sim.errors import check
 from mooli.backends.ascend.sim.fused_call import (
+    FIRST,
+    SECOND,
     Call,
+    call_of,
     check_call,
-    first_version,
     row_lengths_kv,
     row_lengths_q,
-    second_version,
 )
 from mooli.backends.ascend.sim.paging import (
     attend,
@@ -33,32 +34,32 @@ from mooli.backends.ascend.sim.tasks import Task, operation
 
 @operation(FUSED)
 def fused_attention(profile: Profile, **arguments: Any) -> Task:
-    return new_outputs(profile, first_version(arguments))
+    return new_outputs(profile, call_of(FIRST, arguments))
 
 
 @operation(f"{FUSED}.out")
 def fused_attention_out(profile: Profile, workspace: Tensor | None, out: list[Tensor], **arguments: Any) -> Task:
-    return given_outputs(profile, first_version(arguments), workspace, out)
+    return given_outputs(profile, call_of(FIRST, arguments), workspace, out)
 
 
 @operation(f"_{FUSED}_get_max_workspace")
 def fused_attention_workspace(profile: Profile, **arguments: Any) -> Task:
-    return workspace_of(profile, first_version(arguments))
+    return workspace_of(profile, call_of(FIRST, arguments))
 
 
 @operation(f"{FUSED}_v2")
 def fused_attention_v2(profile: Profile, **arguments: Any) -> Task:
-    return new_outputs(profile, second_version(arguments))
+    return new_outputs(profile, call_of(SECOND, arguments))
 
 
 @operation(f"{FUSED}_v2.out")
 def fused_attention_v2_out(profile: Profile, workspace: Tensor | None, out: list[Tensor], **arguments: Any) -> Task:
-    return given_outputs(profile, second_version(arguments), workspace, out)
+    return given_outputs(profile, call_of(SECOND, arguments), workspace, out)
 
 
 @operation(f"_{FUSED}_v2_get_max_workspace")
 def fused_attention_v2_workspace(profile: Profile, **arguments: Any) -> Task:
-    return workspace_of(profile, second_version(arguments))
+    return workspace_of(profile, call_of(SECOND, arguments))
 
 
 def lse_shape(call: Call) -> tuple[int, ...]:

@@ -92,71 +92,76 @@ def spans(cumulative: Sequence[int]) -> list[int]:
     return [end - start for start, end in zip([0, *cumulative], cumulative, strict=False)]
 
 
-_ABSENT = (
-    "pse_shift", "dequant_scale1", "quant_scale1", "dequant_scale2", "quant_scale2", "quant_offset2", "antiquant_scale",
-    "antiquant_offset", "key_antiquant_scale", "key_antiquant_offset", "value_antiquant_scale",
-    "value_antiquant_offset",
-    "query_padding_size", "kv_padding_size", "key_shared_prefix", "value_shared_prefix", "actual_shared_prefix_len",
-    "query_rope", "key_rope", "key_rope_antiquant_scale", "antiquant_mode", "key_antiquant_mode",
-    "value_antiquant_mode",
-)  # fmt: skip
-_ABSENT_V2 = (
-    "query_rope", "key_rope", "pse_shift", "dequant_scale_query", "dequant_scale_key", "dequant_offset_key",
-    "dequant_scale_value", "dequant_offset_value", "dequant_scale_key_rope", "quant_scale_out", "quant_offset_out",
-    "learnable_sink", "query_quant_mode", "key_quant_mode", "value_quant_mode", "query_dtype", "key_dtype",
-    "value_dtype",
-    "query_rope_dtype", "key_rope_dtype", "key_shared_prefix_dtype", "value_shared_prefix_dtype",
-    "dequant_scale_query_dtype", "dequant_scale_key_dtype", "dequant_scale_value_dtype", "dequant_scale_key_rope_dtype",
-)  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Version:
+    """Where a version of the operation differs: its name, those of some arguments, and what is not simulated of it."""
+
+    name: str
+    query_lengths: str
+    kv_lengths: str
+    num_heads: str
+    scale: str
+    with_lse: str
+    not_simulated: tuple[str, ...]
 
 
-def first_version(given: dict[str, Any]) -> Call:
-    for argument in _ABSENT:
-        check_simulated(is_absent(given[argument]), FUSED, argument)
+FIRST = Version(
+    name=FUSED,
+    query_lengths="actual_seq_lengths",
+    kv_lengths="actual_seq_lengths_kv",
+    num_heads="num_heads",
+    scale="scale",
+    with_lse="softmax_lse_flag",
+    not_simulated=(
+        *("pse_shift", "dequant_scale1", "quant_scale1", "dequant_scale2", "quant_scale2", "quant_offset2"),
+        *("antiquant_scale", "antiquant_offset", "key_antiquant_scale", "key_antiquant_offset"),
+        *("value_antiquant_scale", "value_antiquant_offset", "query_padding_size", "kv_padding_size"),
+        *("key_shared_prefix", "value_shared_prefix", "actual_shared_prefix_len", "query_rope", "key_rope"),
+        *("key_rope_antiquant_scale", "antiquant_mode", "key_antiquant_mode", "value_antiquant_mode"),
+    ),
+)
+SECOND = Version(
+    name=f"{FUSED}_v2",
+    query_lengths="actual_seq_qlen",
+    kv_lengths="actual_seq_kvlen",
+    num_heads="num_query_heads",
+    scale="softmax_scale",
+    with_lse="return_softmax_lse",
+    not_simulated=(
+        *("query_rope", "key_rope", "pse_shift", "dequant_scale_query", "dequant_scale_key", "dequant_offset_key"),
+        *("dequant_scale_value", "dequant_offset_value", "dequant_scale_key_rope", "quant_scale_out"),
+        *("quant_offset_out", "learnable_sink", "query_quant_mode", "key_quant_mode", "value_quant_mode"),
+        *("query_dtype", "key_dtype", "value_dtype", "query_rope_dtype", "key_rope_dtype"),
+        *("key_shared_prefix_dtype", "value_shared_prefix_dtype", "dequant_scale_query_dtype"),
+        *("dequant_scale_key_dtype", "dequant_scale_value_dtype", "dequant_scale_key_rope_dtype"),
+    ),
+)
+
+
+def call_of(version: Version, given: dict[str, Any]) -> Call:
+    """The call that these arguments make. Raises SimulationError for those that are not simulated."""
+    for argument in version.not_simulated:
+        check_simulated(is_absent(given[argument]), version.name, argument)
+    num_heads = given[version.num_heads]
     return Call(
-        name=FUSED,
+        name=version.name,
         query=given["query"],
         key=given["key"],
         value=given["value"],
         mask=given["atten_mask"],
-        query_lengths=as_lengths(given["actual_seq_lengths"]),
-        kv_lengths=as_lengths(given["actual_seq_lengths_kv"]),
+        query_lengths=as_lengths(given[version.query_lengths]),
+        kv_lengths=as_lengths(given[version.kv_lengths]),
         block_table=given["block_table"],
-        num_heads=given["num_heads"],
-        num_kv_heads=given["num_key_value_heads"] or given["num_heads"],
-        scale=given["scale"],
+        num_heads=num_heads,
+        num_kv_heads=given["num_key_value_heads"] or num_heads,
+        scale=given[version.scale],
         layout=given["input_layout"],
         sparse_mode=given["sparse_mode"],
         pre_tokens=given["pre_tokens"],
         next_tokens=given["next_tokens"],
         block_size=given["block_size"],
         inner_precise=given["inner_precise"],
-        with_lse=given["softmax_lse_flag"],
-    )
-
-
-def second_version(given: dict[str, Any]) -> Call:
-    for argument in _ABSENT_V2:
-        check_simulated(is_absent(given[argument]), f"{FUSED}_v2", argument)
-    return Call(
-        name=f"{FUSED}_v2",
-        query=given["query"],
-        key=given["key"],
-        value=given["value"],
-        mask=given["atten_mask"],
-        query_lengths=as_lengths(given["actual_seq_qlen"]),
-        kv_lengths=as_lengths(given["actual_seq_kvlen"]),
-        block_table=given["block_table"],
-        num_heads=given["num_query_heads"],
-        num_kv_heads=given["num_key_value_heads"] or given["num_query_heads"],
-        scale=given["softmax_scale"],
-        layout=given["input_layout"],
-        sparse_mode=given["sparse_mode"],
-        pre_tokens=given["pre_tokens"],
-        next_tokens=given["next_tokens"],
-        block_size=given["block_size"],
-        inner_precise=given["inner_precise"],
-        with_lse=given["return_softmax_lse"],
+        with_lse=given[version.with_lse],
     )
 
 

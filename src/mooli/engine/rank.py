@@ -1,0 +1,171 @@
+"""A process that computes one rank of an engine: rank 1 or a later one. Rank 0 is the engine itself.
+
+Owns the process's life: open the device, load its part of the model, compute every step it is told of, in that order.
+What it samples is discarded: rank 0 samples the same from the same logits. Never schedules, never handles text.
+
+When the engine is gone, for whatever reason, the link ends and so does this process, even in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import TypeVar, cast
+
+from mooli.backends import create_backend
+from mooli.backends.base import KVSpec, Limits
+from mooli.backends.parallel import CommunicationError, ParallelBackend, RankGroup
+from mooli.config import EngineConfig
+from mooli.engine import rank_messages
+from mooli.errors import EngineError, MooliError
+from mooli.logs import set_up_logging
+from mooli.models.loader import open_model
+from mooli.models.registry import Model, create_model
+from mooli.models.sharding import Place, part_checkpoint, part_config
+from mooli.runner.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+PARENT_CHECK_MS = 1000
+"""A link can outlive the engine's process, in a process forked from it: so its id is looked at too."""
+
+T = TypeVar("T", bound=rank_messages.RankMessage)
+
+
+class LinkClosedError(EngineError):
+    """The engine is gone, or has said stop."""
+
+
+def run(connection: socket.socket) -> int:
+    """Be the rank that the first message on `connection` asks for. Returns the exit status."""
+    try:
+        _compute(connection)
+    except LinkClosedError as exc:
+        logger.debug("the rank ends: %s", exc)
+    except BaseException as exc:
+        if not isinstance(exc, MooliError):
+            logger.exception("a rank has died")
+        failed = rank_messages.Failed(
+            type(exc).__name__,
+            str(exc) or type(exc).__name__,
+            is_consequence=isinstance(exc, CommunicationError),
+        )
+        try:
+            connection.sendall(rank_messages.encode(failed))
+        except OSError:
+            logger.debug("nobody is left to hear of it")
+        return 1
+    return 0
+
+
+def _compute(connection: socket.socket) -> None:
+    start = _expect(connection, rank_messages.Open)
+    config = EngineConfig.from_kwargs(**start.config)
+    set_up_logging(config.log_level)
+    backend = cast(
+        ParallelBackend,
+        create_backend(
+            config.backend_name,
+            dtype=config.dtype,
+            quantization=config.quantization,
+            num_threads=config.num_threads,
+            rank=start.rank,
+        ),
+    )
+    backend.bind_thread()
+    _send(connection, rank_messages.Opened())
+
+    _expect(connection, rank_messages.Load)
+    backend.join(RankGroup(start.rank, start.size, Path(start.store)))
+    available_bytes = backend.memory().available_bytes
+    # Nobody takes memory before everybody has looked.
+    backend.barrier()
+    model = _load(config, Path(start.model_path), backend, Place(start.rank, start.size))
+    _send(connection, rank_messages.Loaded(available_bytes, backend.weight_bytes()))
+
+    order = _expect(connection, rank_messages.Allocate)
+    spec = KVSpec(
+        num_layers=model.config.num_layers,
+        num_kv_heads=model.config.num_kv_heads,
+        head_dim=model.config.head_dim,
+        page_size=order.page_size,
+        dtype=order.kv_dtype,
+    )
+    backend.allocate(spec, order.num_pages, Limits(order.max_tokens, order.max_rows, order.max_pages_per_row))
+    runner = ModelRunner(model, backend, order.vocab_size)
+    _send(connection, rank_messages.Allocated())
+    try:
+        while True:
+            runner.execute(_expect(connection, rank_messages.Step).batch)
+    except LinkClosedError:
+        runner.close()
+        raise
+
+
+def _load(config: EngineConfig, path: Path, backend: ParallelBackend, place: Place) -> Model:
+    whole, checkpoint = open_model(
+        path, load_format=config.load_format, overrides=config.model_overrides, seed=config.random_seed or 0
+    )
+    try:
+        return create_model(part_config(whole, place), part_checkpoint(whole, checkpoint, place), backend)
+    finally:
+        checkpoint.close()
+
+
+def _expect(connection: socket.socket, kind: type[T]) -> T:
+    """The next message. Raises LinkClosedError if the engine is gone or says stop, EngineError for another message."""
+    try:
+        message = rank_messages.receive(connection, rank_messages.ToRank)
+    except OSError as exc:
+        raise LinkClosedError(f"the link to the engine broke: {exc}") from exc
+    if message is None or isinstance(message, rank_messages.Stop):
+        raise LinkClosedError("the engine has ended")
+    if not isinstance(message, kind):
+        raise EngineError(f"a rank was told to {type(message).__name__} where {kind.__name__} was expected")
+    return message
+
+
+def _send(connection: socket.socket, message: rank_messages.RankMessage) -> None:
+    try:
+        connection.sendall(rank_messages.encode(message))
+    except OSError as exc:
+        raise LinkClosedError(f"the link to the engine broke: {exc}") from exc
+
+
+def _end_with_engine(connection: socket.socket, engine_pid: int, folder: Path) -> None:
+    """End this process when the engine's ends, whatever this one waits for, and leave no folder behind."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    while not poll.poll(PARENT_CHECK_MS) and os.getppid() == engine_pid:
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def main() -> None:
+    """Entry of the process: its arguments are the number of the inherited socket, the id of the engine's process, and
+    the folder in which the ranks meet."""
+    # A terminal's Ctrl-C goes to all processes of a service. When this one ends is the engine's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    folder = Path(sys.argv[3])
+    watched = (connection, int(sys.argv[2]), folder)
+    threading.Thread(target=_end_with_engine, args=watched, daemon=True).start()
+    status = run(connection)
+    # The ranks end together, and the engine may have ended without tidying up.
+    shutil.rmtree(folder, ignore_errors=True)
+    logging.shutdown()
+    # Libraries of devices may wait for other ranks when they are unloaded.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""The other ranks of an engine as rank 0 sees them: start them, tell them every step, notice when one ends.
+
+Owns the processes, the links to them, the folder in which the ranks meet, and the cause when one breaks down. A thread
+listens to all links, so that a rank that ends is noticed at once, also where this process waits for it in a sum. The
+first failure ends all ranks: what they have in common cannot go on without one. Never computes anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mooli.backends.parallel import COLLECTIVE_TIMEOUT_S
+from mooli.batch import ScheduleBatch, StepOutput
+from mooli.config import EngineConfig
+from mooli.engine import rank_messages
+from mooli.engine.endings import EXIT_WAIT_S, error_named, exit_words
+from mooli.errors import EngineDeadError, EngineError, MooliError
+from mooli.runner.base import Runner
+
+logger = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-m", "mooli.engine.rank")
+"""Becomes a rank; the number of its socket, the id of this process and the folder to meet in are appended."""
+
+GATHER_S = 0.5
+"""After a failure others follow from it: how long they are waited for, to tell the cause from the consequences."""
+
+BLAME_WAIT_S = 2.0
+"""How long after a failure in this process the failure of another rank is waited for, which may be its cause."""
+
+STOP_WAIT_S = 10.0
+"""How long ranks that are told to stop may take before they are killed."""
+
+Callback = Callable[[EngineDeadError], None]
+
+T = TypeVar("T", bound=rank_messages.RankMessage)
+
+
+class Ranks:
+    """Ranks 1 and on of an engine, each a child process with a socket pair. Make it with `start`."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._folder = Path(tempfile.mkdtemp(prefix="mooli-ranks-"))  # for this user alone
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._links: dict[int, socket.socket] = {}
+        self._changed = threading.Condition()
+        self._answers: dict[int, list[Any]] = {}
+        self._failures: dict[int, rank_messages.Failed | str] = {}
+        self._error: MooliError | None = None
+        self._is_closing = False
+        self._kill_at_s = 0.0
+        self._callbacks: list[Callback] = []
+        self._listener = threading.Thread(target=self._listen, name="mooli-ranks", daemon=True)
+
+    @classmethod
+    def start(cls, config: EngineConfig, model_path: Path) -> Ranks:
+        """Start `config.tp_size - 1` processes and have them open their devices; returns when all have.
+
+        Raises what opening raised (BackendUnavailableError, ConfigError, …), or EngineDeadError, naming the rank.
+        """
+        ranks = cls(config.tp_size)
+        try:
+            for rank in range(1, ranks.size):
+                ranks._spawn(rank)
+            ranks._listener.start()
+            for rank in range(1, ranks.size):
+                message = rank_messages.Open(rank, ranks.size, str(ranks.store), config.to_dict(), str(model_path))
+                ranks._send(rank, rank_messages.encode(message))
+            ranks.expect(rank_messages.Opened)
+        except BaseException:
+            ranks.close()
+            raise
+        return ranks
+
+    @property
+    def store(self) -> Path:
+        """The file through which the ranks meet."""
+        return self._folder / "store"
+
+    def tell(self, message: rank_messages.RankMessage) -> None:
+        """Send to every rank. Raises what has broken one down."""
+        self._check()
+        frame = rank_messages.encode(message)
+        for rank in self._links:
+            self._send(rank, frame)
+
+    def expect(self, kind: type[T]) -> list[T]:
+        """Every rank's next message, which is of this kind, in their order. Raises what has broken one down."""
+        with self._changed:
+            while self._error is None and not all(self._answers.values()):
+                self._changed.wait()
+            self._check()
+            messages = [answers.pop(0) for answers in self._answers.values()]
+        for rank, message in enumerate(messages, 1):
+            if not isinstance(message, kind):
+                raise EngineDeadError(f"rank {rank} said {type(message).__name__} where {kind.__name__} was expected")
+        return messages
+
+    @contextlib.contextmanager
+    def blaming(self) -> Iterator[None]:
+        """What fails in here cannot be repaired, as the ranks are no longer at the same place: EngineDeadError with the
+        rank whose failure it was, this one's if no other has one."""
+        try:
+            yield
+        except Exception as exc:
+            with self._changed:
+                self._changed.wait_for(lambda: self._error is not None, BLAME_WAIT_S)
+                if self._error is None:
+                    words = f"rank 0 of {self.size} failed: {type(exc).__name__}: {exc}"
+                    self._error = EngineDeadError(words)
+                    self._kill()
+                raise EngineDeadError(str(self._error)) from exc
+        except BaseException:
+            self._kill()
+            raise
+
+    def watch(self, callback: Callback) -> None:
+        """Have `callback` called with the cause, on another thread, when a rank breaks down; now if one has."""
+        with self._changed:
+            self._callbacks.append(callback)
+            error = self._error
+        if error is not None:
+            callback(EngineDeadError(str(error)))
+
+    def stop(self) -> None:
+        """Tell the ranks to end, without waiting. Before `close`, for an engine that works."""
+        with self._changed:
+            self._is_closing = True
+            self._kill_at_s = time.monotonic() + STOP_WAIT_S
+        with contextlib.suppress(MooliError):
+            self.tell(rank_messages.Stop())
+
+    def close(self) -> None:
+        """End the ranks, at once unless they were told to stop, and forget them. May be called again."""
+        with self._changed:
+            self._is_closing = True
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, self._kill_at_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        # The listener ends with the last link.
+        if self._listener.is_alive() and threading.current_thread() is not self._listener:
+            self._listener.join(STOP_WAIT_S)
+        for link in self._links.values():
+            link.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # -- parts --
+    def _spawn(self, rank: int) -> None:
+        ours, theirs = socket.socketpair()
+        self._links[rank], self._answers[rank] = ours, []
+        with theirs:
+            self._processes[rank] = subprocess.Popen(
+                [*COMMAND, str(theirs.fileno()), str(os.getpid()), str(self._folder)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        # A rank that takes nothing for so long hangs.
+        ours.settimeout(COLLECTIVE_TIMEOUT_S)
+
+    def _send(self, rank: int, frame: bytes) -> None:
+        try:
+            self._links[rank].sendall(frame)
+        except OSError as exc:
+            with self._changed:
+                self._changed.wait_for(lambda: self._error is not None, BLAME_WAIT_S)
+                self._check()
+            raise EngineDeadError(f"rank {rank} of {self.size} cannot be told of a step: {exc}") from exc
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise type(self._error)(*self._error.args)
+
+    def _kill(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+
+    # -- on the listening thread --
+    def _listen(self) -> None:
+        poll = select.poll()
+        ranks = {link.fileno(): rank for rank, link in self._links.items()}
+        for number in ranks:
+            poll.register(number, select.POLLIN)
+        decide_at_s: float | None = None
+        while ranks:
+            wait_s = None if decide_at_s is None else max(0.0, decide_at_s - time.monotonic())
+            for number, _ in poll.poll(None if wait_s is None else 1000 * wait_s):
+                if not self._take(ranks[number]):
+                    poll.unregister(number)
+                    del ranks[number]
+            if self._failures and not self._is_closing and self._error is None:
+                if decide_at_s is None:
+                    decide_at_s = time.monotonic() + GATHER_S
+                elif time.monotonic() >= decide_at_s:
+                    self._fail()
+                    decide_at_s = None
+            elif self._error is not None:
+                decide_at_s = None
+        if self._failures and not self._is_closing and self._error is None:
+            self._fail()
+
+    def _take(self, rank: int) -> bool:
+        """Take what a rank says; False if that was the last."""
+        try:
+            message = rank_messages.receive(self._links[rank], rank_messages.FromRank)
+        except OSError:  # it has ended before it took what it was sent
+            message = None
+        except EngineError as exc:
+            message = rank_messages.Failed(type(exc).__name__, str(exc), is_consequence=True)
+        if message is None:
+            self._failures.setdefault(rank, self._exit_of(rank))
+            return False
+        with self._changed:
+            if isinstance(message, rank_messages.Failed):
+                self._failures[rank] = message
+            else:
+                self._answers[rank].append(message)
+                self._changed.notify_all()
+        return True
+
+    def _exit_of(self, rank: int) -> str:
+        try:
+            return exit_words(self._processes[rank].wait(EXIT_WAIT_S))
+        except subprocess.TimeoutExpired:
+            return "has closed its link"
+
+    def _fail(self) -> None:
+        """Settle the cause, end all ranks, and tell who watches."""
+        error = self._cause()
+        self._kill()
+        with self._changed:
+            if self._error is None:
+                self._error = error
+            self._changed.notify_all()
+            callbacks = list(self._callbacks)
+        logger.error("%s", error)
+        for callback in callbacks:
+            try:
+                callback(EngineDeadError(str(error)))
+            except Exception:
+                logger.warning("the end of a rank was not taken note of", exc_info=True)
+
+    def _cause(self) -> MooliError:
+        """The failure that the others follow from: a process that was killed, else an error of a rank's own."""
+
+        def weight(rank: int) -> int:
+            failure = self._failures[rank]
+            return 0 if isinstance(failure, str) else 2 if failure.is_consequence else 1
+
+        rank = min(self._failures, key=lambda rank: (weight(rank), rank))
+        failure = self._failures[rank]
+        if isinstance(failure, str):
+            return EngineDeadError(f"rank {rank} of {self.size} {failure}")
+        error = error_named(failure.error, failure.message)
+        words = failure.message if type(error).__name__ == failure.error else f"{failure.error}: {failure.message}"
+        return type(error)(f"rank {rank} of {self.size} failed: {words}")
+
+
+class RankedRunner:
+    """Computes every step on all ranks at once; what this rank sampled counts, the others sample the same."""
+
+    def __init__(self, runner: Runner, ranks: Ranks) -> None:
+        self._runner = runner
+        self._ranks = ranks
+
+    def execute(self, batch: ScheduleBatch) -> StepOutput:
+        """See `Runner.execute`. Raises EngineDeadError: a step that fails on one rank is the last of all."""
+        with self._ranks.blaming():
+            self._ranks.tell(rank_messages.Step(batch))
+            return self._runner.execute(batch)

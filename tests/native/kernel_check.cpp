@@ -1,0 +1,336 @@
+// Every kernel of every instruction set level of this processor against the scalar level, without Python.
+//
+// Checks what holds inside one machine, and ends with 1 if something does not. Prints "<level> <name> <digest>" for what can
+// be compared between machines: names in "exact/" are the same bits at every level, those in "fused/" at every level but
+// scalar, which has no fused multiply-add; the scalar level has the same bits everywhere.
+#include <algorithm>
+
+#include "formats.h"
+#include "inputs.h"
+#include "kernels.h"
+#include "sampler.h"
+#include "tape_check.h"
+
+using namespace mooli;
+using namespace check;
+
+namespace {
+
+const char* const kKindNames[] = {"q8", "q4", "q4m", "bf16", "f16", "f32"};
+bool is_integer(int kind) { return kind <= Q4M; }
+
+Bytes prepare(const Kernels& k, int kind, const Floats& x, int first, int rows, int columns) {
+  const int padded = (columns + kGroup - 1) / kGroup * kGroup;
+  Bytes block(activation_row_bytes(Kind(kind), padded) * size_t(rows));
+  for (int r = 0; r < rows; r++)
+    k.prepare[kind](x.data() + size_t(first + r) * size_t(columns), columns, padded, block.data(), r, rows);
+  return block;
+}
+
+// ---------------------------------------------------------------- rows as the integer kernels see them
+
+struct Quantised { float scale; int32_t start; int8_t q[kGroup]; };
+
+Quantised group_of(const Bytes& block, int group, int row, int rows) {
+  Quantised out;
+  const char* b = block.data() + size_t(group) * (8 + kGroup) * size_t(rows);
+  memcpy(&out.scale, b + 4 * row, 4);
+  memcpy(&out.start, b + 4 * rows + 4 * row, 4);
+  for (int i = 0; i < kGroup / 4; i++) memcpy(out.q + 4 * i, b + 8 * rows + 4 * row + 4 * rows * i, 4);
+  return out;
+}
+
+void check_rows(const Kernels& k) {
+  const Kernels& scalar = kernels_scalar();
+  constexpr int kColumns = 300, kRows = 5, kGroups = 10;
+  Floats x = Random(1).numbers(size_t(kRows) * kColumns, 3.f);
+  for (int i = 0; i < 32; i++) x[kColumns + i] = 0.f;
+  for (int i = 0; i < 32; i++) x[kColumns + 32 + i] *= 1e-42f;
+  for (int i = 0; i < 32; i++) x[kColumns + 64 + i] = float(i) - 15.5f;  // every second one a tie
+  x[kColumns + 64] = -127.f;
+  x[2 * kColumns + 7] = std::nanf("");
+  x[3 * kColumns + 40] = INFINITY;
+  for (int kind : {Q8, Q4, Q4M}) {
+    const std::string name = std::string("exact/quantised/") + kKindNames[kind];
+    Bytes actual = prepare(k, kind, x, 0, kRows, kColumns), expected = prepare(scalar, kind, x, 0, kRows, kColumns), digested;
+    for (int r = 0; r < kRows; r++)
+      for (int g = 0; g < kGroups; g++) {
+        Quantised a = group_of(actual, g, r, kRows), e = group_of(expected, g, r, kRows);
+        const bool bad = (r == 2 && g == 0) || (r == 3 && g == 1);
+        expect(std::isnan(a.scale) == bad, k.name, name + ": a fault of the input does not show, or one shows that is none");
+        expect(bad || a.scale == e.scale, k.name, name + ": scale");
+        expect(memcmp(a.q, e.q, kGroup) == 0, k.name, name + ": codes");
+        // Q8 may be prepared for signed or for unsigned weights
+        expect(a.start == e.start || (kind == Q8 && a.start == 0), k.name, name + ": start of the sum");
+        digested.insert(digested.end(), a.q, a.q + kGroup);
+      }
+    print_digest(k.name, name, digested.data(), digested.size());
+  }
+  const Floats plain = Random(2).numbers(size_t(kRows) * kColumns);
+  for (int kind : {BF16, F16, F32})
+    expect(prepare(k, kind, plain, 0, kRows, kColumns) == prepare(scalar, kind, plain, 0, kRows, kColumns), k.name,
+           std::string("rows for ") + kKindNames[kind]);
+  std::vector<uint16_t> actual(77), expected(77);
+  k.to_bf16(plain.data(), 77, actual.data());
+  scalar.to_bf16(plain.data(), 77, expected.data());
+  expect(actual == expected, k.name, "to_bf16");
+}
+
+// ---------------------------------------------------------------- linear weights
+
+Floats multiply(const Kernels& k, int kind, const Bytes& panel, const Floats& x, int first, int rows, int columns) {
+  const int padded = (columns + kGroup - 1) / kGroup * kGroup;
+  Bytes block = prepare(k, kind, x, first, rows, columns);
+  alignas(64) float tile[kMaxRows * kPanel];
+  k.gemm[kind][rows](block.data(), panel.data(), padded, tile, panel.data(), 1);
+  return Floats(tile, tile + rows * kPanel);
+}
+
+Floats one_by_one(const Kernels& k, int kind, const Bytes& panel, const Floats& x, int rows, int columns) {
+  Floats out;
+  for (int r = 0; r < rows; r++) {
+    Floats row = multiply(k, kind, panel, x, r, 1, columns);
+    out.insert(out.end(), row.begin(), row.end());
+  }
+  return out;
+}
+
+void check_linear(const Kernels& k, int kind) {
+  constexpr int kColumns = 300, kPadded = 320, kRows = kMaxRows;
+  Bytes panel(panel_bytes(Kind(kind), kPadded) + 64);
+  Random random(3);
+  Floats scratch(kPadded);
+  for (int column = 0; column < kPanel; column++) {
+    const Floats w = random.numbers(kColumns);
+    pack_column(Kind(kind), kF32, (const uint8_t*)w.data(), kColumns, kPadded, panel.data(), column, scratch.data());
+  }
+  const Floats x = random.numbers(size_t(kRows) * kColumns, 2.f);
+  const Floats alone = one_by_one(k, kind, panel, x, kRows, kColumns);
+  const std::string name = std::string("fused/linear/") + kKindNames[kind];
+  for (int rows = 1; rows <= k.max_rows[kind]; rows++)
+    for (int first = 0; first + rows <= kRows; first++) {
+      const Floats batched = multiply(k, kind, panel, x, first, rows, kColumns);
+      expect(memcmp(batched.data(), alone.data() + first * kPanel, batched.size() * 4) == 0, k.name,
+             name + ": a row depends on the " + std::to_string(rows) + " rows of its block");
+    }
+  const bool own_rounding = kind == BF16 && k.has_bf16_dot;
+  expect(close(alone, one_by_one(kernels_scalar(), kind, panel, x, kRows, kColumns), own_rounding ? 1e-5f : 2e-6f), k.name, name);
+  if (!own_rounding) print_digest(k.name, name, alone);
+}
+
+// Codes over their whole range under scales of one: sums are whole numbers below 2^24, and every level must have them.
+void check_integer_sums(const Kernels& k, int kind) {
+  constexpr int kColumns = 320;
+  Random random(4);
+  Bytes panel(panel_bytes(Kind(kind), kColumns) + 64);
+  Floats scratch(kColumns), weights(size_t(kPanel) * kColumns), x(size_t(kMaxRows) * kColumns);
+  const Format format = kind == Q8 ? kQ8_0 : kind == Q4 ? kQ4_0 : kQ4_1;
+  const size_t block = row_bytes(format, kGroup), header = kind == Q4M ? 4 : 2;
+  for (int column = 0; column < kPanel; column++) {
+    std::vector<uint8_t> row(row_bytes(format, kColumns));
+    for (size_t i = 0; i < row.size(); i++) row[i] = column == 0 ? 0x80 : column == 1 ? 0x7f : column == 2 ? 0xff : uint8_t(random.bits());
+    for (size_t i = 0; i < row.size(); i += block) {
+      const uint16_t one = float_to_half(1.f), minimum = float_to_half(-5.f);
+      memcpy(&row[i], &one, 2);
+      if (header == 4) memcpy(&row[i + 2], &minimum, 2);
+    }
+    decode_row(format, row.data(), kColumns, &weights[size_t(column) * kColumns]);
+    pack_column(Kind(kind), format, row.data(), kColumns, kColumns, panel.data(), column, scratch.data());
+  }
+  for (size_t i = 0; i < x.size(); i++) x[i] = i % kGroup == 0 ? 127.f : float(random.below(255) - 127);
+  std::fill(x.begin(), x.begin() + kColumns, 127.f);
+  std::fill(x.begin() + kColumns, x.begin() + 2 * kColumns, -127.f);
+  const Floats actual = one_by_one(k, kind, panel, x, kMaxRows, kColumns);
+  bool exact = true;
+  for (int r = 0; r < kMaxRows; r++)
+    for (int column = 0; column < kPanel; column++) {
+      int64_t sum = 0;
+      for (int i = 0; i < kColumns; i++) sum += int64_t(weights[size_t(column) * kColumns + i]) * int64_t(x[size_t(r) * kColumns + i]);
+      exact &= actual[size_t(r) * kPanel + column] == float(sum);
+    }
+  const std::string name = std::string("exact/linear/") + kKindNames[kind];
+  expect(exact, k.name, name);
+  print_digest(k.name, name, actual);
+}
+
+void check_store(const Kernels& k) {
+  Random random(5);
+  constexpr int kRows = 3, kStride = 50;
+  const Floats tile = random.numbers(kRows * kPanel, 20.f), bias = random.numbers(kPanel), residual = random.numbers(kRows * kStride);
+  for (int columns : {5, 32})
+    for (int which = 0; which < 4; which++) {
+      Floats actual(kRows * kStride), expected(kRows * kStride);
+      const float *b = which & 1 ? bias.data() : nullptr, *r = which & 2 ? residual.data() : nullptr;
+      k.store(tile.data(), kRows, columns, b, r, actual.data(), kStride);
+      kernels_scalar().store(tile.data(), kRows, columns, b, r, expected.data(), kStride);
+      expect(same_bits(actual, expected), k.name, "store");
+    }
+  for (int columns : {3, 16}) {
+    Floats actual(kRows * kStride), expected(kRows * kStride);
+    k.store_silu_mul(tile.data(), kRows, columns, bias.data(), actual.data(), kStride);
+    kernels_scalar().store_silu_mul(tile.data(), kRows, columns, bias.data(), expected.data(), kStride);
+    expect(close(actual, expected, 1e-6f), k.name, "store_silu_mul");
+    print_digest(k.name, "fused/silu/" + std::to_string(columns), actual);
+  }
+}
+
+// ---------------------------------------------------------------- attention
+
+const char* const kKvNames[] = {"f32", "f16", "bf16", "bf16_dot"};
+
+// 330 tokens (three blocks, the last tile not full) and queries at seven positions.
+class Attention {
+ public:
+  static constexpr int kRows = 7;
+
+  Attention(const Kernels& k, KvType type, int head_dim, int window) : k_(k), type_(type), head_dim_(head_dim), window_(window) {
+    constexpr int kTokens = 330, kTiles = (kTokens + kTile - 1) / kTile;
+    Random random(uint64_t(6 + head_dim));
+    tile_ = size_t(kTile) * size_t(head_dim) * kv_element_bytes(type);
+    keys_.resize(tile_ * kTiles);
+    values_.resize(tile_ * kTiles);
+    for (int t = 0; t < kTokens; t++) {
+      const Floats key = random.numbers(size_t(head_dim), 2.f), value = random.numbers(size_t(head_dim));
+      const size_t at = tile_ * size_t(t / kTile);
+      k.store_kv[type](key.data(), value.data(), head_dim, &keys_[at], &values_[at], t % kTile);
+    }
+    queries_ = random.numbers(size_t(kRows * head_dim), 2.f);
+  }
+
+  // Rows [first, first + rows), as one block of rows.
+  Floats attend(int first, int rows) const {
+    const int positions[kRows] = {5, 127, 128, 200, 200, 328, 329}, last = positions[first + rows - 1];
+    const size_t n = size_t(rows) * size_t(head_dim_);
+    const float* q = &queries_[size_t(first * head_dim_)];
+    std::vector<uint16_t> q16(n);
+    k_.to_bf16(q, int(n), q16.data());
+    Floats out(n), lanes(size_t(rows * 16)), maxima(size_t(rows), -1e30f), scores(size_t(kMaxRows) * kBlock), weights(scores), result(n);
+    for (int begin = 0; begin <= last; begin += kBlock) {
+      const int tiles = std::min(kBlockTiles, (last - begin) / kTile + 1);
+      const void *kt[kBlockTiles], *vt[kBlockTiles];
+      for (int t = 0; t < tiles; t++) {
+        kt[t] = &keys_[tile_ * size_t(begin / kTile + t)];
+        vt[t] = &values_[tile_ * size_t(begin / kTile + t)];
+      }
+      AttendBlock block{};
+      block.q = type_ == KV_BF16_DOT ? (const void*)q16.data() : (const void*)q;
+      block.positions = positions + first;
+      block.k = kt;
+      block.v = vt;
+      block.rows = rows;
+      block.tiles = tiles;
+      block.first = begin;
+      block.head_dim = head_dim_;
+      block.window = window_;
+      block.scale_log2e = 0.3f;
+      block.out = out.data();
+      block.lane_sums = lanes.data();
+      block.maxima = maxima.data();
+      block.scores = scores.data();
+      block.weights = weights.data();
+      k_.attend_block[type_](block);
+    }
+    for (int r = 0; r < rows; r++)
+      k_.finish_attention(&out[size_t(r * head_dim_)], &lanes[size_t(r * 16)], head_dim_, &result[size_t(r * head_dim_)]);
+    return result;
+  }
+
+  Floats& queries() { return queries_; }
+
+ private:
+  const Kernels& k_;
+  KvType type_;
+  int head_dim_, window_;
+  size_t tile_;
+  Bytes keys_, values_;
+  Floats queries_;
+};
+
+void check_attention(const Kernels& k) {
+  constexpr int kRows = Attention::kRows;
+  for (KvType type : {KV_F32, KV_F16, KV_BF16, KV_BF16_DOT})
+    for (int head_dim : {32, 80})
+      for (int window : {0, 40}) {
+        const bool dot = type == KV_BF16_DOT;
+        if (!k.attend_block[type] || (dot && head_dim % 32 != 0)) continue;
+        const std::string name = "fused/attention/" + std::string(kKvNames[type]) + "/" + std::to_string(head_dim) + "/" + std::to_string(window);
+        Attention attention(k, type, head_dim, window);
+        const Floats all = attention.attend(0, kRows);
+        const Floats expected = Attention(kernels_scalar(), dot ? KV_BF16 : type, head_dim, window).attend(0, kRows);
+        expect(close(all, expected, dot ? 0.02f : 5e-6f), k.name, name);
+        if (!dot) print_digest(k.name, name, all);
+        auto row = [&](const Floats& x, int r) { return Floats(x.begin() + r * head_dim, x.begin() + (r + 1) * head_dim); };
+        for (int r = 0; r < kRows; r++)
+          expect(same_bits(attention.attend(r, 1), row(all, r)), k.name, name + ": a row depends on the rows of its block");
+        attention.queries()[size_t(head_dim) + 1] = std::nanf("");
+        const Floats faulty = attention.attend(0, kRows);
+        for (int r = 0; r < kRows; r++)
+          expect(r == 1 ? all_nan(row(faulty, r)) : same_bits(row(faulty, r), row(all, r)), k.name,
+                 name + ": a NaN does not show, or shows in another row");
+      }
+}
+
+// ---------------------------------------------------------------- the rest of the table
+
+void check_small_operations(const Kernels& k) {
+  const Kernels& scalar = kernels_scalar();
+  for (int n : {32, 100, 896}) {
+    Random random(uint64_t(7 + n));
+    const Floats x = random.numbers(size_t(n), 5.f), gain = random.numbers(size_t(n));
+    Floats actual(static_cast<size_t>(n)), expected(static_cast<size_t>(n));
+    k.rms_norm(x.data(), gain.data(), 1e-5f, n, actual.data());
+    scalar.rms_norm(x.data(), gain.data(), 1e-5f, n, expected.data());
+    expect(close(actual, expected, 1e-6f), k.name, "rms_norm");
+    print_digest(k.name, "fused/rms_norm/" + std::to_string(n), actual);
+
+    actual = expected = x;
+    k.rope(actual.data(), gain.data(), gain.data() + n / 2, n / 2);
+    scalar.rope(expected.data(), gain.data(), gain.data() + n / 2, n / 2);
+    expect(same_bits(actual, expected), k.name, "rope");
+    print_digest(k.name, "exact/rope/" + std::to_string(n), actual);
+
+    const float top = *std::max_element(x.begin(), x.end());
+    const double sum = k.exp_sum(x.data(), n, top, 1.3f, actual.data()), right = scalar.exp_sum(x.data(), n, top, 1.3f, expected.data());
+    expect(std::fabs(sum - right) <= 1e-6 * right && close(actual, expected, 1e-6f), k.name, "exp_sum");
+    expect(k.exp_sum(x.data(), n, top, 1.3f, nullptr) == sum, k.name, "exp_sum without an output");
+    print_digest(k.name, "fused/exp_sum/" + std::to_string(n), &sum, sizeof sum);
+  }
+  Floats x = Random(8).numbers(1001);
+  float largest = 0;
+  for (int at : {0, 3, 500, 999, 1000}) {
+    Floats y = x;
+    y[size_t(at)] = y[1000] = 9.f;
+    expect(k.argmax(y.data(), 1001, &largest) == at && largest == 9.f, k.name, "argmax");
+    y[size_t(at)] = std::nanf("");
+    expect(k.argmax(y.data(), 1001, &largest) == -1, k.name, "argmax does not report a NaN");
+  }
+  std::fill(x.begin(), x.end(), -INFINITY);
+  expect(k.argmax(x.data(), 1001, &largest) == -1, k.name, "argmax of nothing but -inf");
+  const SamplingRow greedy{0.f, 1.f, 0.f, 0.f, 0.f, 1.f, -1, 1, 0, nullptr, 0, 0, nullptr, nullptr, 0};
+  x = Random(9).numbers(1001);
+  x[777] = 9.f;
+  Floats scratch;
+  expect(sample_row(k, x.data(), 1001, greedy, scratch) == 777, k.name, "sample_row, greedy");
+  expect(k.dot_gauge(80) > 0, k.name, "dot_gauge");
+  k.read_gauge((const char*)x.data(), 3840);
+}
+
+}  // namespace
+
+int main() {
+  for (const std::string& level : available_isas()) {
+    const Kernels& k = select_kernels(level);
+    expect(k.name == level, level, "the table of another level");
+    check_rows(k);
+    for (int kind = 0; kind < kNumKinds; kind++) {
+      check_linear(k, kind);
+      if (is_integer(kind)) check_integer_sums(k, kind);
+    }
+    check_store(k);
+    check_attention(k);
+    check_small_operations(k);
+    check_tape(level);
+  }
+  if (failures) std::fprintf(stderr, "%d checks failed\n", failures);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,109 @@
+// A small random layer and its head, run as a tape: any number of threads and any company of rows give the same bits.
+#pragma once
+#include <memory>
+
+#include "device.h"
+#include "inputs.h"
+#include "tape.h"
+
+namespace check {
+
+struct Sequence {
+  std::vector<int32_t> ids;
+  int first_position;
+  int first_page;  // of five
+};
+
+class Layer {
+ public:
+  static constexpr int kHidden = 32, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kWide = 40, kVocabulary = 50, kTokens = 200;
+  static constexpr int kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
+
+  Layer(const std::string& level, int threads, mooli::Kind kind, mooli::KvType kv) : device_(threads, {}, level), tape_(device_) {
+    Random random(20);
+    const Floats rows = random.numbers(size_t(kVocabulary) * kHidden);
+    table_ = mooli::Embedding{mooli::kF32, kVocabulary, kHidden, mooli::Buffer(rows.size() * 4)};
+    memcpy(table_.data.data(), rows.data(), rows.size() * 4);
+    gain_ = random.numbers(kHidden, 2.f);
+    qkv_weight_ = weight(random, kind, kQkv, kHidden, false);
+    out_weight_ = weight(random, kind, kHidden, kHeads * kHeadDim, false);
+    gated_ = weight(random, kind, kWide, kHidden, true);
+    down_ = weight(random, kind, kHidden, kWide, false);
+    head_ = weight(random, kind, kVocabulary, kHidden, false);
+    for (int i = 0; i < kHeadDim / 2; i++) rope_.inv_freq.push_back(std::pow(0.6, i));
+    device_.allocate_kv(kv, 1, kKvHeads, kHeadDim, 32, 30);
+    device_.allocate_scratch(kTokens, 128, kHeads, kHeadDim);
+    for (Floats* buffer : {&x_, &normed_, &qkv_, &attended_, &wide_, &logits_}) buffer->assign(size_t(kTokens) * kQkv, 0.f);
+    tape_.embed(&table_, x_.data());
+    tape_.rms_norm(x_.data(), gain_.data(), 1e-5f, kHidden, normed_.data());
+    tape_.linear(normed_.data(), qkv_weight_.get(), nullptr, qkv_.data());
+    tape_.rope(qkv_.data(), &rope_, kHeads, kKvHeads, kHeadDim, qkv_.data());
+    tape_.attend(0, qkv_.data(), kHeads, 0.2f, 0, attended_.data());
+    tape_.linear(attended_.data(), out_weight_.get(), x_.data(), x_.data());
+    tape_.rms_norm(x_.data(), gain_.data(), 1e-5f, kHidden, normed_.data());
+    tape_.linear(normed_.data(), gated_.get(), nullptr, wide_.data());
+    tape_.linear(wide_.data(), down_.get(), x_.data(), x_.data());
+    tape_.linear(x_.data(), head_.get(), nullptr, logits_.data());
+  }
+
+  // The logits of all tokens of a step.
+  Floats run(const std::vector<Sequence>& sequences) {
+    std::vector<int32_t> ids, positions, lengths, pages;
+    for (const Sequence& s : sequences) {
+      for (size_t i = 0; i < s.ids.size(); i++) positions.push_back(s.first_position + int(i));
+      ids.insert(ids.end(), s.ids.begin(), s.ids.end());
+      lengths.push_back(int32_t(s.ids.size()));
+      for (int i = 0; i < 5; i++) pages.push_back(s.first_page + i);
+    }
+    const int n = int(ids.size());
+    device_.plan(n, ids.data(), positions.data(), int(lengths.size()), lengths.data(), pages.data(), 5, kVocabulary);
+    tape_.run(n);
+    return Floats(logits_.begin(), logits_.begin() + n * kVocabulary);
+  }
+
+ private:
+  std::unique_ptr<mooli::Linear> weight(Random& random, mooli::Kind kind, int n, int k, bool gated) {
+    auto w = std::make_unique<mooli::Linear>(kind, n, k, gated);
+    for (int part = 0; part < (gated ? 2 : 1); part++) {
+      const Floats values = random.numbers(size_t(n) * size_t(k), 0.2f);
+      device_.pack(*w, part, 0, mooli::kF32, (const uint8_t*)values.data(), size_t(k) * 4, n);
+    }
+    return w;
+  }
+
+  mooli::Device device_;
+  mooli::Tape tape_;
+  mooli::Embedding table_;
+  mooli::RopeTable rope_;
+  std::unique_ptr<mooli::Linear> qkv_weight_, out_weight_, gated_, down_, head_;
+  Floats gain_, x_, normed_, qkv_, attended_, wide_, logits_;
+};
+
+inline void check_tape(const std::string& level) {
+  using namespace mooli;
+  const std::pair<Kind, KvType> variants[] = {{Q8, KV_F32}, {Q4, KV_F16}, {Q4M, KV_BF16}, {BF16, KV_BF16}, {F16, KV_F16}, {F32, KV_F32}, {F32, KV_INT8}};
+  std::vector<int32_t> ids;
+  Random random(21);
+  for (int i = 0; i < 150; i++) ids.push_back(random.below(Layer::kVocabulary));
+  auto cut = [&](int from, int to) { return std::vector<int32_t>(ids.begin() + from, ids.begin() + to); };
+  for (const auto& [kind, kv] : variants) {
+    const std::string name = "a tape with weights of kind " + std::to_string(kind);
+    Layer layer(level, 1, kind, kv);
+    const Floats whole = layer.run({{ids, 0, 0}});
+    expect(close(whole, whole, 0.f), level, name + ": not finite");
+    auto expected = [&](int from, int to) { return Floats(whole.begin() + from * Layer::kVocabulary, whole.begin() + to * Layer::kVocabulary); };
+    Layer other(level, 2, kind, kv);
+    expect(same_bits(other.run({{ids, 0, 0}}), whole), level, name + ": another number of threads");
+    // in chunks beside other requests, then token by token
+    other.run({{cut(9, 30), 0, 5}, {cut(0, 37), 0, 10}, {cut(3, 4), 0, 15}});
+    Floats out = other.run({{cut(3, 9), 1, 15}, {cut(37, 145), 37, 10}, {cut(40, 41), 21, 5}});
+    const Floats chunk(out.begin() + 6 * Layer::kVocabulary, out.begin() + 114 * Layer::kVocabulary);
+    expect(same_bits(chunk, expected(37, 145)), level, name + ": a chunk beside others");
+    out = other.run({{cut(145, 146), 145, 10}, {cut(2, 3), 22, 5}});
+    out.resize(Layer::kVocabulary);
+    expect(same_bits(out, expected(145, 146)), level, name + ": a token beside another");
+    expect(same_bits(other.run({{cut(146, 147), 146, 10}}), expected(146, 147)), level, name + ": a token alone");
+  }
+}
+
+}  // namespace check
