@@ -39,7 +39,11 @@ class Native:
 
 
 class LlamaCpp:
-    """llama.cpp's /completion with `return_tokens`: each event has its own ids."""
+    """llama.cpp's /completion with `return_tokens`: each event has its own ids.
+
+    A token whose text ends inside a character has no event. The last event counts it, and another id stands in its
+    place at the end, which costs a following turn what the server could have reused from there on.
+    """
 
     path, health = "/completion", "/health"
 
@@ -57,7 +61,9 @@ class LlamaCpp:
 
     def new_ids(self, event: dict[str, Any], known: int) -> list[int]:
         _refuse_error(event)
-        return list(event.get("tokens", []))
+        ids = list(event.get("tokens", []))
+        lacking = event.get("tokens_predicted", 0) - known - len(ids) if event.get("stop") else 0
+        return ids + [0] * lacking
 
 
 class Vllm:

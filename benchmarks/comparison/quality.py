@@ -3,7 +3,7 @@
 Owns the positions compared and the arithmetic. The logits come from a worker of each engine; llama.cpp computes its own
 divergence, from a file of the reference's probabilities in the form of its `llama-perplexity`.
 
-All are measured over the second half of the first 204 tokens of benchmarks/text.txt, each position with all before it
+All are measured over the second half of the first 1,000 tokens of benchmarks/text.txt, each position with all before it
 as context: `llama-perplexity` leaves out the first half, and says nothing about fewer than 100 positions.
 """
 
@@ -25,7 +25,7 @@ from comparison.child import EngineError
 from comparison.weights import Weights
 from mooli.frontend.tokenizer import load_tokenizer
 
-NUM_TOKENS = 204
+NUM_TOKENS = 1000
 TEXT = Path(__file__).resolve().parents[1] / "text.txt"
 _LIMIT_S = 900
 _CLIP = 16.0

@@ -100,6 +100,7 @@ def plan_memory(
     device: str = "cpu",
     dtype: str = "auto",
     quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
     tp: int = 1,
     context_length: int | None = None,
     mem_fraction_static: float | None = None,
@@ -109,6 +110,7 @@ def plan_memory(
 
     device: cpu, torch, cuda or ascend (NPUs); what a weight takes differs.
     dtype: of weights that are not quantised; auto takes the device's own choice. quantization: None, int8 or int4.
+    kv_cache_dtype: of keys and values; auto is that of the computation, int8 is for CPUs alone.
     stored_types: types by canonical tensor name, of a GGUF file or of int8 weights, where there are such.
     mem_fraction_static: share of the memory for weights and KV cache; None is the engine's own rule, which takes half
     of what the weights leave and no more than the requests that run by default can use.
@@ -136,7 +138,7 @@ def plan_memory(
         tp=tp,
         stored_types=stored_types if keeps_file else int8,
     )
-    kv_dtype = "float32" if device == "torch" and dtype == "auto" else "bfloat16" if dtype == "auto" else dtype
+    kv_dtype = _kv_dtype(device, dtype, kv_cache_dtype)
     per_token = kv_bytes_per_token(config, kv_dtype, tp=tp)
     needs = PoolNeeds(
         available_bytes=memory_bytes,
@@ -267,8 +269,20 @@ def auto_dtype(config: ModelConfig, device: str) -> str:
 
 def kv_bytes_per_token(config: ModelConfig, dtype: str, *, tp: int = 1) -> int:
     """Bytes of keys and values that one token takes on one of `tp` devices."""
-    heads = config.num_kv_heads * _kv_copies(config, tp) // tp
-    return int(2 * config.num_layers * heads * config.head_dim * _BYTES[dtype])
+    heads = config.num_layers * config.num_kv_heads * _kv_copies(config, tp) // tp
+    if dtype == "int8":  # a scale beside each head's values, and one base of the keys for 32 tokens in whole lines
+        return heads * (2 * (config.head_dim + 4) + -(-(config.head_dim + 4) // 64) * 2)
+    return int(2 * heads * config.head_dim * _BYTES[dtype])
+
+
+def _kv_dtype(device: str, dtype: str, kv_cache_dtype: str) -> str:
+    if kv_cache_dtype == "int8" and device != "cpu":
+        raise ConfigError(f"kv_cache_dtype='int8' is not possible on {device}, only on a CPU")
+    if kv_cache_dtype != "auto":
+        return kv_cache_dtype
+    if dtype != "auto":
+        return dtype
+    return "float32" if device == "torch" else "bfloat16"
 
 
 def check_tp(config: ModelConfig, tp: int) -> None:
@@ -344,6 +358,9 @@ def add_plan_args(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=tuple(DTYPES), help="Default: the checkpoint's; bfloat16 on GPUs and NPUs."
     )
     parser.add_argument("--quantization", default="none", choices=("none", "int8", "int4"), help="Default: none.")
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", choices=("auto", *_BYTES, "int8"), help="Default: that of the computation."
+    )
     parser.add_argument("--tp", "--tp-size", type=int, default=1, help="Devices that share the model. Default: 1.")
     parser.add_argument("--context-length", help="Longest text, prompt and answer together. Default: the model's.")
     parser.add_argument("--mem-fraction-static", type=float, help="Share of the memory for weights and KV cache.")
@@ -360,6 +377,7 @@ def run_plan(args: argparse.Namespace) -> int:
         device=DEVICE_NAMES[args.device],
         dtype=DTYPES[args.dtype],
         quantization=None if args.quantization == "none" else args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         tp=args.tp,
         context_length=None if args.context_length is None else _size("--context-length", args.context_length),
         mem_fraction_static=args.mem_fraction_static,

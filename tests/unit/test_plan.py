@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from model_files import small_gguf
 from modelslim_folder import quantised, write
 from mooli import ConfigError, cli
 from mooli.backends import create_backend
+from mooli.backends.base import KVSpec
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
 from mooli.models.loader import open_model
@@ -66,6 +68,24 @@ def test_a_7b_model_takes_two_bytes_a_parameter(qwen):
 def test_a_token_takes_a_key_and_a_value_in_every_layer(qwen):
     assert kv_bytes_per_token(qwen, "bfloat16") == 2 * 28 * 4 * 128 * 2
     assert kv_bytes_per_token(qwen, "float32") == 2 * kv_bytes_per_token(qwen, "float16")
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+def test_keys_and_values_of_eight_bits_take_what_the_cpu_backend_allocates(qwen, head_dim):
+    config = dataclasses.replace(qwen, head_dim=head_dim)
+    spec = KVSpec(config.num_layers, config.num_kv_heads, head_dim, page_size=128, dtype="int8")
+    backend = create_backend("cpu", num_threads=1)
+    assert kv_bytes_per_token(config, "int8") * 128 == backend.kv_bytes_per_page(spec)
+    small, large = (
+        plan_memory(config, 16 << 30, mem_fraction_static=0.6, quantization="int8", kv_cache_dtype=dtype).num_tokens
+        for dtype in ("auto", "int8")
+    )
+    assert large > small > 0
+
+
+def test_eight_bit_keys_on_an_npu_are_refused(qwen):
+    with pytest.raises(ConfigError, match="only on a CPU"):
+        plan_memory(qwen, 64 << 30, device="ascend", kv_cache_dtype="int8")
 
 
 def test_nine_tenths_of_a_card_of_64_gib(qwen):

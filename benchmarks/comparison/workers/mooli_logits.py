@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from accuracy import all_logits
-from loaded import Loaded
+from loaded import PAGE_SIZE, Loaded
 
 
 def main() -> None:
@@ -22,7 +22,9 @@ def main() -> None:
     ids = np.array(json.loads(Path(ids_file).read_text()))
     backend = "reference" if form == "reference" else "cpu"
     quantization = form if form in ("int8", "int4") else None
-    np.save(out, all_logits(Loaded(Path(path), backend, quantization=quantization, num_pages=16), ids))
+    pages = -(-len(ids) // PAGE_SIZE)
+    loaded = Loaded(Path(path), backend, quantization=quantization, num_pages=pages, max_tokens=len(ids))
+    np.save(out, all_logits(loaded, ids))
 
 
 if __name__ == "__main__":
