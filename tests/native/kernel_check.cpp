@@ -22,8 +22,7 @@ bool is_integer(int kind) { return kind <= Q4M; }
 Bytes prepare(const Kernels& k, int kind, const Floats& x, int first, int rows, int columns) {
   const int padded = (columns + kGroup - 1) / kGroup * kGroup;
   Bytes block(activation_row_bytes(Kind(kind), padded) * size_t(rows));
-  for (int r = 0; r < rows; r++)
-    k.prepare[kind](x.data() + size_t(first + r) * size_t(columns), columns, padded, block.data(), r, rows);
+  k.prepare[kind](x.data() + size_t(first) * size_t(columns), size_t(columns), columns, padded, block.data(), rows);
   return block;
 }
 
@@ -99,10 +98,9 @@ void check_linear(const Kernels& k, int kind) {
   constexpr int kColumns = 300, kPadded = 320, kRows = kMaxRows;
   Bytes panel(panel_bytes(Kind(kind), kPadded) + 64);
   Random random(3);
-  Floats scratch(kPadded);
   for (int column = 0; column < kPanel; column++) {
     const Floats w = random.numbers(kColumns);
-    pack_column(Kind(kind), kF32, (const uint8_t*)w.data(), kColumns, kPadded, panel.data(), column, scratch.data());
+    pack_columns(Kind(kind), kF32, (const uint8_t*)w.data(), 0, 1, kColumns, kPadded, panel.data(), column);
   }
   const Floats x = random.numbers(size_t(kRows) * kColumns, 2.f);
   const Floats alone = one_by_one(k, kind, panel, x, kRows, kColumns);
@@ -123,7 +121,7 @@ void check_integer_sums(const Kernels& k, int kind) {
   constexpr int kColumns = 320;
   Random random(4);
   Bytes panel(panel_bytes(Kind(kind), kColumns) + 64);
-  Floats scratch(kColumns), weights(size_t(kPanel) * kColumns), x(size_t(kMaxRows) * kColumns);
+  Floats weights(size_t(kPanel) * kColumns), x(size_t(kMaxRows) * kColumns);
   const Format format = kind == Q8 ? kQ8_0 : kind == Q4 ? kQ4_0 : kQ4_1;
   const size_t block = row_bytes(format, kGroup), header = kind == Q4M ? 4 : 2;
   for (int column = 0; column < kPanel; column++) {
@@ -135,7 +133,7 @@ void check_integer_sums(const Kernels& k, int kind) {
       if (header == 4) memcpy(&row[i + 2], &minimum, 2);
     }
     decode_row(format, row.data(), kColumns, &weights[size_t(column) * kColumns]);
-    pack_column(Kind(kind), format, row.data(), kColumns, kColumns, panel.data(), column, scratch.data());
+    pack_columns(Kind(kind), format, row.data(), 0, 1, kColumns, kColumns, panel.data(), column);
   }
   for (size_t i = 0; i < x.size(); i++) x[i] = i % kGroup == 0 ? 127.f : float(random.below(255) - 127);
   std::fill(x.begin(), x.begin() + kColumns, 127.f);
