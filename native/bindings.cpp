@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <stdexcept>
 
 #include "device.h"
@@ -57,23 +56,6 @@ NB_MODULE(_native, m) {
     if (out.shape(0) != rows.shape(0) || int(out.shape(1)) != columns) throw std::invalid_argument("output of another shape");
     for (size_t i = 0; i < rows.shape(0); i++)
       decode_row(Format(format), rows.data() + int64_t(i) * rows.stride(0), columns, out.data() + i * columns);
-  });
-
-  // Strings of GGUF metadata from `position` on, each its length in 64 bits and its text: up to `count`, and where they end.
-  // Stops before the first that does not fit the data or is not UTF-8.
-  m.def("read_strings", [](nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> data, size_t position, size_t count) {
-    const size_t size = data.shape(0);
-    nb::list strings;
-    for (size_t i = 0; i < count && position <= size && size - position >= 8; i++) {
-      uint64_t length;
-      memcpy(&length, data.data() + position, 8);
-      if (length > size - position - 8) break;
-      PyObject* text = PyUnicode_DecodeUTF8((const char*)data.data() + position + 8, Py_ssize_t(length), nullptr);
-      if (!text) { PyErr_Clear(); break; }
-      strings.append(nb::steal(text));
-      position += 8 + length;
-    }
-    return nb::make_tuple(strings, position);
   });
 
   nb::class_<FloatBuffer>(m, "FloatBuffer")

@@ -44,7 +44,8 @@ def build(compiler: str, machine: str, options: Sequence[str], folder: Path) -> 
     levels = LEVEL_FLAGS[machine]
     sources = [ROOT / "tests" / "native" / "kernel_check.cpp"]
     for source in sorted((ROOT / "native").glob("*.cpp")):
-        if source.name != "bindings.cpp" and (source.name in levels or not source.name.startswith("kernels_")):
+        for_python = source.name in ("bindings.cpp", "gguf_strings.cpp")
+        if not for_python and (source.name in levels or not source.name.startswith("kernels_")):
             sources.append(source)
 
     def compiled(source: Path) -> Path:

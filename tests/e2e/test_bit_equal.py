@@ -149,6 +149,7 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
         preempted += stats["preemptions"]
         right += stats["correct_drafts"]
         wrong += stats["proposed_drafts"] - stats["correct_drafts"]
-    assert cached > 5 * model.num_mixes, "the mixes must reuse what others computed"
+    least = 10 if model.num_mixes >= 40 else 5  # a mix, on average: few mixes have shared less
+    assert cached > least * model.num_mixes, "the mixes must reuse what others computed"
     assert min(right, wrong) > model.num_mixes, "the mixes must have right and wrong guesses"
     assert preempted >= model.num_mixes // 20, "the mixes must preempt"

@@ -215,14 +215,15 @@ def test_each_process_imports_its_own_side_only(tmp_path):
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     with ServerProcess(env={"PYTHONPATH": path, "RECORD_IMPORTS_IN": str(tmp_path)}) as server:
         server.generate(STORY)
+        maps = Path(f"/proc/{server.pid}/maps").read_text()
         pids = {"server": server.pid, "engine": server.engine_pid}
         server.signal(signal.SIGTERM)
         assert server.exit_status() == 0
+    assert "mooli/_native" not in maps
     imported = {name: set((tmp_path / str(pid)).read_text().split()) for name, pid in pids.items()}
     http = {"starlette", "uvicorn", "aiohttp", "httptools", "fastapi", "prometheus_client"}
     assert not imported["engine"] & (http | {"mooli.server", "mooli.frontend.engine", "jinja2"})
-    # Not the native module: the server reads a GGUF file's vocabulary with it, and starts no thread of it.
-    computing = {"mooli.backends", "mooli.runner.model_runner", "mooli.models.loader", "mooli.scheduler.scheduler"}
+    computing = {"mooli._native", "mooli.runner.model_runner", "mooli.models.loader", "mooli.scheduler.scheduler"}
     assert not imported["server"] & (computing | {"torch"})
     # and the record is one: what each needs is there
     assert computing <= imported["engine"]

@@ -373,6 +373,6 @@ def test_the_engine_process_never_imports_the_server():
 def test_the_server_never_imports_what_computes():
     names = imported_by("import mooli.server.launch")
     assert "mooli.server.native_generate" in names
-    for part in ("mooli.engine.build", "mooli.backends", "mooli.models", "mooli.runner", "torch"):
+    for part in ("mooli.engine.build", "mooli.backends", "mooli.models", "mooli.runner", "mooli._native", "torch"):
         assert part not in names
         assert not [name for name in names if name.startswith(f"{part}.")]

@@ -278,8 +278,8 @@ class _Reader:
 
     def _strings(self, count: int, key: str) -> list[str]:
         strings: list[str]
-        # Imported here: all else works where the native module does not load, and the doctor looks at such machines.
-        from mooli._native import read_strings
+        # Imported here: all else works where native modules do not load, and the doctor looks at such machines.
+        from mooli._gguf import read_strings
 
         strings, self.position = read_strings(self.bytes, self.position, count)
         if len(strings) < count:
