@@ -116,11 +116,13 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
   max_tokens = max_tokens_;
   activations = Buffer(size_t(max_tokens) * ((max_k + 31) / 32 * 32) * 4 + 256);
   queries = Buffer(size_t(max_tokens) * num_heads * head * 4 + 256);
-  const size_t rows = std::max<size_t>(size_t(16) * num_heads, kMaxRows);
+  const size_t rows = std::max<size_t>(size_t(kQueryTokens) * num_heads, kJobRows);
   work.resize(pool.size());
   for (auto& w : work) {
     w.rows = Buffer(size_t(kMaxRows) * max_k * 4);
     w.out = Buffer(rows * head * 4);
+    w.queries = Buffer(rows * head * 4);
+    w.positions.resize(rows);
     w.lanes = Buffer(rows * 64);
     w.maxima = Buffer(rows * 4);
     w.scores = Buffer(size_t(kMaxRows) * kBlock * 4);
@@ -225,28 +227,78 @@ void Device::prepare_rope(RopeTable& rope) const {
     }
 }
 
+// How many whole blocks from `from` on two members read from the same tiles.
+int Device::shared_blocks(const AttendMember& a, const AttendMember& b, int from) const {
+  const int most = std::min(full_blocks(a), full_blocks(b));
+  const int32_t *x = row_tiles[a.row].data(), *y = row_tiles[b.row].data();
+  int block = from;
+  while (block < most && memcmp(x + block * kBlockTiles, y + block * kBlockTiles, kBlockTiles * sizeof(int32_t)) == 0) block++;
+  return block - from;
+}
+
+// The blocks from `block` on of members that are sorted by their tiles: what all share, then what parts of them do.
+void Device::add_segments(int first, int count, int block, int window) {
+  int end = block;
+  if (count == 1) {
+    end = last_position(members[first]) / kBlock + 1;
+    if (window > 0) block = std::max(0, positions[members[first].first_token] - window + 1) / kBlock;
+  } else {
+    end += shared_blocks(members[first], members[first + count - 1], block);
+  }
+  if (end > block) segments.push_back({first, count, block, end});
+  if (count == 1) return;
+  for (int i = 0; i < count;) {
+    int n = 1;
+    while (i + n < count && shared_blocks(members[first + i], members[first + i + n], end) > 0) n++;
+    add_segments(first + i, n, end, window);
+    i += n;
+  }
+}
+
+void Device::add_job(int kv_head, int first_member, int num_members, int first_q, int num_q, int window) {
+  const int first_segment = int(segments.size());
+  add_segments(first_member, num_members, 0, window);
+  int64_t cost = 0;
+  for (size_t i = size_t(first_segment); i < segments.size(); i++) {
+    const AttendSegment& s = segments[i];
+    for (int m = s.first_member; m < s.first_member + s.num_members; m++)
+      cost += int64_t(s.end_block - s.first_block) * members[m].tokens * num_q;
+  }
+  jobs.push_back({kv_head, first_member, num_members, first_q, num_q, first_segment, int(segments.size()) - first_segment, cost});
+}
+
 void Device::prepare_attention(int num_heads, int window) {
   if (jobs_heads == num_heads && jobs_window == window) return;
   jobs_heads = num_heads;
   jobs_window = window;
+  members.clear();
+  segments.clear();
   jobs.clear();
-  constexpr int kQueryTokens = 16;
-  const int group = num_heads / kv_heads;
-  int count = 0;
-  for (int r = 0; r < num_rows; r++) count += (row_length[r] + kQueryTokens - 1) / kQueryTokens * kv_heads;
-  // few and uneven jobs: share the query heads of a group too, so that no thread waits for another
-  const int parts = count < 4 * pool.size() && count % pool.size() != 0 ? group : 1;
+  const int group = num_heads / kv_heads, threads = pool.size();
   for (int r = 0; r < num_rows; r++)
-    for (int t = 0; t < row_length[r]; t += kQueryTokens) {
-      int tokens = std::min(kQueryTokens, row_length[r] - t);
-      int split = row_length[r] == 1 ? parts : 1;
-      int64_t last = positions[row_first[r] + t + tokens - 1] + 1, span = window > 0 ? std::min<int64_t>(last, window + tokens) : last;
-      for (int h = 0; h < kv_heads; h++)
-        for (int s = 0; s < split; s++) {
-          int q0 = group * s / split, q1 = group * (s + 1) / split;
-          jobs.push_back({r, h, row_first[r] + t, tokens, q0, q1 - q0, span * tokens * (q1 - q0)});
-        }
+    for (int t = 0; t < row_length[r]; t += kQueryTokens)
+      members.push_back({r, row_first[r] + t, std::min(kQueryTokens, row_length[r] - t)});
+  // Rows that share their first tiles lie together from here on.
+  if (window == 0)
+    std::stable_sort(members.begin(), members.end(), [&](const AttendMember& a, const AttendMember& b) {
+      return a.row != b.row && row_tiles[a.row] < row_tiles[b.row];
+    });
+  const int count = int(members.size()) * kv_heads;
+  // Rows together until they fill the kernels, but not so many that threads are left without any.
+  const int most = std::max(1, count / (2 * threads));
+  // few and uneven jobs: share the query heads of a group too, so that no thread waits for another
+  const int parts = count < 4 * threads && count % threads != 0 ? group : 1;
+  for (int first = 0, end = 0; first < int(members.size()); first = end) {
+    int queries = members[first].tokens * group;
+    for (end = first + 1; end < int(members.size()) && window == 0 && end - first < most; end++) {
+      queries += members[end].tokens * group;
+      if (queries > kJobRows || shared_blocks(members[first], members[end], 0) == 0) break;
     }
+    const int split = end - first == 1 && members[first].tokens == 1 ? parts : 1;
+    for (int h = 0; h < kv_heads; h++)
+      for (int s = 0; s < split; s++)
+        add_job(h, first, end - first, group * s / split, group * (s + 1) / split - group * s / split, window);
+  }
   std::stable_sort(jobs.begin(), jobs.end(), [](const AttendJob& a, const AttendJob& b) { return a.cost > b.cost; });
 }
 

@@ -51,7 +51,16 @@ struct RopeTable {
 // Consecutive tokens of a step that lie in one KV tile.
 struct TileRun { int first_token, tokens; };
 
-struct AttendJob { int row, kv_head, first_token, tokens, first_q, num_q; int64_t cost; };
+constexpr int kQueryTokens = 16;  // of a row, most that are attended together
+constexpr int kJobRows = 60;      // query rows that a job of several members has at most
+
+// Consecutive tokens of one row, whose queries of one kv head are attended together.
+struct AttendMember { int row, first_token, tokens; };
+// Blocks that consecutive members of a job have in common, down to the blocks of one member alone.
+struct AttendSegment { int first_member, num_members, first_block, end_block; };
+// What one thread attends at a time: members that share a prefix walk it together. first_q, num_q: of the kv head's query
+// heads; first_segment, num_segments: in the order in which blocks must be merged.
+struct AttendJob { int kv_head, first_member, num_members, first_q, num_q, first_segment, num_segments; int64_t cost; };
 
 class Device {
  public:
@@ -91,6 +100,8 @@ class Device {
   std::vector<int32_t> token_ids, positions, token_tile, row_first, row_length;
   std::vector<std::vector<int32_t>> row_tiles;
   std::vector<TileRun> tile_runs;
+  std::vector<AttendMember> members;
+  std::vector<AttendSegment> segments;
   std::vector<AttendJob> jobs;
   int jobs_heads = 0, jobs_window = -1;
   std::vector<std::unique_ptr<RopeTable>> ropes;
@@ -99,8 +110,18 @@ class Device {
   int max_tokens = 0;
   Buffer activations;  // prepared rows of the linear being computed
   Buffer queries;      // (kv_heads, tokens, group, head_dim)
-  struct Work { Buffer rows, out, lanes, maxima, scores, weights; };
+  struct Work {
+    Buffer rows, out, lanes, maxima, scores, weights, queries;
+    std::vector<int> positions;
+  };
   std::vector<Work> work;
+
+ private:
+  int last_position(const AttendMember& m) const { return positions[m.first_token + m.tokens - 1]; }
+  int full_blocks(const AttendMember& m) const { return (last_position(m) + 1) / kBlock; }
+  int shared_blocks(const AttendMember& a, const AttendMember& b, int from) const;
+  void add_segments(int first, int count, int block, int window);
+  void add_job(int kv_head, int first_member, int num_members, int first_q, int num_q, int window);
 };
 
 }  // namespace mooli

@@ -62,12 +62,14 @@ inline size_t query_bytes(KvType type, int head_dim) {
   }
 }
 
-// One block of up to 128 tokens at absolute position `first`, attended by `rows` query rows.
+// One block of up to 128 tokens at absolute position `first`, attended by `rows` query rows of one or more sequences.
 struct AttendBlock {
   const void* q;             // rows, as prepare_queries made them
   const int* positions;      // rows: last position each row attends to
   const void* const* k;      // tiles
   const void* const* v;
+  const char* const* next;   // next_tiles tiles (keys, then values) of the block that follows, fetched meanwhile
+  int next_tiles, tile_lines;
   int rows, tiles, first, head_dim, window;
   float scale_log2e;         // softmax scale times log2(e)
   float* out;                // rows x head_dim, running weighted sum

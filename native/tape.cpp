@@ -209,37 +209,82 @@ void Tape::run_attend(const Op& op, int rows, int thread, Part* parts) {
     }
   });
   d.pool.barrier();
-  auto& w = d.work[thread];
   share(parts + d.pool.size(), thread, [&](int index) {
-    const AttendJob& job = d.jobs[index];
-    const int n = job.tokens * job.num_q;
-    float* out = w.out.as<float>();
-    float* lanes = w.lanes.as<float>();
-    float* maxima = w.maxima.as<float>();
-    std::fill(out, out + size_t(n) * D, 0.f);
-    std::fill(lanes, lanes + n * 16, 0.f);
-    std::fill(maxima, maxima + n, -1e30f);
-    std::vector<int> positions(n);
-    for (int i = 0; i < n; i++) positions[i] = d.positions[job.first_token + i / job.num_q];
-    const int last = positions[n - 1];
-    const auto& tiles = d.row_tiles[job.row];
-    int first_block = op.window > 0 ? std::max(0, positions[0] - op.window + 1) / kBlock : 0;
-    const void *kt[kBlockTiles], *vt[kBlockTiles];
-    for (int b = first_block; b * kBlock <= last; b++) {
-      int count = std::min(kBlockTiles, (last - b * kBlock) / kTile + 1);
-      for (int t = 0; t < count; t++) {
-        kt[t] = d.k_tile(op.layer, tiles[b * kBlockTiles + t], job.kv_head);
-        vt[t] = d.v_tile(op.layer, tiles[b * kBlockTiles + t], job.kv_head);
-      }
-      AttendBlock block{query(job.kv_head, job.first_token) + size_t(job.first_q) * q_bytes, positions.data(), kt, vt, n, count,
-                        b * kBlock, D, op.window, op.number * 1.44269504f, out, lanes, maxima, w.scores.as<float>(), w.weights.data()};
-      k.attend_block[d.kv_type](block);
-    }
-    for (int i = 0; i < n; i++) {
-      int token = job.first_token + i / job.num_q, head = job.kv_head * group + job.first_q + i % job.num_q;
-      k.finish_attention(out + size_t(i) * D, lanes + i * 16, D, op.out + (size_t(token) * op.heads + head) * D);
-    }
+    const AttendJob* job = &d.jobs[size_t(index)];
+    attend_job(op, *job, size_t(index) + 1 < d.jobs.size() ? job + 1 : nullptr, rows, d.work[size_t(thread)]);
   });
+}
+
+// `following` is the job that this thread most likely does next; null if there is none.
+void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* following, int rows, Device::Work& w) {
+  const Device& d = device_;
+  const Kernels& k = d.kernels;
+  const int D = d.head_dim, group = op.heads / d.kv_heads;
+  const size_t q_bytes = query_bytes(d.kv_type, D);
+  const AttendMember* members = d.members.data() + job.first_member;
+  auto query = [&](int token) {
+    return d.queries.data() + ((size_t(job.kv_head) * rows + token) * group + job.first_q) * q_bytes;
+  };
+  // A query row is a token's query head. Those of one member lie together; of several, they are brought together.
+  const char* queries = query(members[0].first_token);
+  int n = 0;
+  for (int m = 0; m < job.num_members; m++) {
+    const AttendMember& member = members[m];
+    const int count = member.tokens * job.num_q;
+    if (job.num_members > 1) memcpy(w.queries.data() + n * q_bytes, query(member.first_token), count * q_bytes);
+    for (int i = 0; i < count; i++) w.positions[size_t(n + i)] = d.positions[member.first_token + i / job.num_q];
+    n += count;
+  }
+  if (job.num_members > 1) queries = w.queries.data();
+  float* out = w.out.as<float>();
+  float* lanes = w.lanes.as<float>();
+  float* maxima = w.maxima.as<float>();
+  std::fill(out, out + size_t(n) * D, 0.f);
+  std::fill(lanes, lanes + n * 16, 0.f);
+  std::fill(maxima, maxima + n, -1e30f);
+
+  const AttendSegment* segment = d.segments.data() + job.first_segment;
+  const AttendSegment* const end = segment + job.num_segments;
+  struct Tiles {
+    const void *k[kBlockTiles], *v[kBlockTiles];
+    const char* start[kBlockTiles];
+    int count;
+  } now, next;
+  auto find = [&](const AttendSegment& s, int block, int kv_head, Tiles& tiles) {
+    const AttendMember& member = d.members[size_t(s.first_member)];
+    const int last = d.positions[member.first_token + member.tokens - 1];
+    tiles.count = std::min(kBlockTiles, (last - block * kBlock) / kTile + 1);
+    for (int t = 0; t < tiles.count; t++) {
+      const int tile = d.row_tiles[size_t(member.row)][size_t(block) * kBlockTiles + t];
+      tiles.start[t] = d.k_tile(op.layer, tile, kv_head);
+      tiles.k[t] = tiles.start[t];
+      tiles.v[t] = d.v_tile(op.layer, tile, kv_head);
+    }
+  };
+  const int tile_lines = int(d.tile_bytes() / 64);
+  if (segment != end) find(*segment, segment->first_block, job.kv_head, now);
+  for (; segment != end; segment++) {
+    int first = 0, count = 0;
+    for (int m = job.first_member; m < segment->first_member; m++) first += d.members[size_t(m)].tokens * job.num_q;
+    for (int m = 0; m < segment->num_members; m++) count += d.members[size_t(segment->first_member + m)].tokens * job.num_q;
+    for (int b = segment->first_block; b < segment->end_block; b++) {
+      next.count = 0;
+      if (b + 1 < segment->end_block) find(*segment, b + 1, job.kv_head, next);
+      else if (segment + 1 != end) find(segment[1], segment[1].first_block, job.kv_head, next);
+      else if (following) find(d.segments[size_t(following->first_segment)], d.segments[size_t(following->first_segment)].first_block, following->kv_head, next);
+      AttendBlock block{queries + size_t(first) * q_bytes, w.positions.data() + first, now.k, now.v, next.start, next.count,
+                        tile_lines, count, now.count, b * kBlock, D, op.window, op.number * 1.44269504f,
+                        out + size_t(first) * D, lanes + first * 16, maxima + first, w.scores.as<float>(), w.weights.data()};
+      k.attend_block[d.kv_type](block);
+      now = next;
+    }
+  }
+  n = 0;
+  for (int m = 0; m < job.num_members; m++)
+    for (int i = 0; i < members[m].tokens * job.num_q; i++, n++) {
+      const int token = members[m].first_token + i / job.num_q, head = job.kv_head * group + job.first_q + i % job.num_q;
+      k.finish_attention(out + size_t(n) * D, lanes + n * 16, D, op.out + (size_t(token) * op.heads + head) * D);
+    }
 }
 
 }  // namespace mooli

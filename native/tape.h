@@ -55,6 +55,7 @@ class Tape {
   void execute(const Op& op, int rows, int thread, Part* parts);
   void run_linear(const Op& op, int rows, int thread, Part* parts);
   void run_attend(const Op& op, int rows, int thread, Part* parts);
+  void attend_job(const Op& op, const AttendJob& job, const AttendJob* following, int rows, Device::Work& work);
   template <class F> void share(Part* parts, int thread, F f);
 
   Device& device_;

@@ -25,6 +25,10 @@ ROOM_BYTES = 4 << 30
 SETTLE_S = 0.2
 """Between the end of one engine's turn and the gauge."""
 
+FAR_BEHIND = 4.0
+"""An engine that needed this many times the fastest one's time for a workload does it once, not in every round: it is
+nobody's best peer, and its turns would take most of the run."""
+
 
 class Gauges(Protocol):
     def read(self) -> Reading: ...
@@ -51,7 +55,7 @@ def order(variants: Sequence[str], workloads: Sequence[str], rounds: int) -> Ite
 
 class ModelRun:
     """One model's variants. A variant that failed at a workload is not asked for that again; it is started anew for the
-    next one, and left out when that fails."""
+    next one, and left out when that fails. One that is far behind at a workload does it in one round only."""
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class ModelRun:
         self._logs, self._limits, self._scale, self._say = logs, limits, scale, say
         self._running: dict[str, RunningEngine] = {}
         self._given_up: set[tuple[str, str]] = set()
+        self._wall_s: dict[str, dict[str, float]] = {}  # by workload, then variant: the first round's
         self._facts = results.variants.setdefault(model, {})
 
     def run(self, workloads: Sequence[str], rounds: int, saved: Callable[[], None]) -> None:
@@ -115,7 +120,7 @@ class ModelRun:
         self._facts[key] = before if before is not None and facts.error is None else facts
 
     def _measure(self, number: int, workload: str, key: str) -> None:
-        if (key, workload) in self._given_up or self._facts[key].error:
+        if (key, workload) in self._given_up or self._facts[key].error or self._is_far_behind(workload, key):
             return
         if key not in self._running:
             self._start(key)
@@ -135,12 +140,19 @@ class ModelRun:
             error = str(exc)
             self._given_up.add((key, workload))
             self._end(key)
+        else:
+            self._wall_s.setdefault(workload, {}).setdefault(key, got["wall_s"])
         time.sleep(SETTLE_S)
         after = self._gauge.read()
         sample = Sample(self._model, key, workload, number, before.fields(), after.fields(), got, error)
         self._results.samples.append(sample)
         said = error or ", ".join(f"{name} {value:.4g}" for name, value in (got or {}).items())
         self._say(f"{self._model}: round {number + 1}, {workload}, {key}: {said}")
+
+    def _is_far_behind(self, workload: str, key: str) -> bool:
+        """Whether it has done this workload and no further sample of it could matter."""
+        took = self._wall_s.get(workload, {})
+        return key in took and took[key] > FAR_BEHIND * min(took.values())
 
     def _make_room(self, key: str) -> None:
         """End others, the fastest to start again first, while memory for this one's turn is short."""

@@ -122,6 +122,13 @@ def test_all_workloads_are_run_in_turns(tmp_path: Path, engine: Callable[..., Va
     assert facts.start_s
 
 
+def test_an_engine_far_behind_does_a_workload_once(tmp_path: Path, engine: Callable[..., Variant]) -> None:
+    slow = engine("slow", at_run="time.sleep(0.1 if large else 0)")
+    found = outcome(run(tmp_path, [slow, engine("A")], workloads=["single", "random"], rounds=3))
+    assert {key for key in found if key[1:] == ("random", "slow")} == {(0, "random", "slow")}
+    assert len(found) == 3 * 4 - 2 - 2  # `single` is large too
+
+
 def test_an_engine_that_does_not_start_is_left_out_with_its_last_words(
     tmp_path: Path, engine: Callable[..., Variant]
 ) -> None:
