@@ -64,6 +64,17 @@ MOOLI_INLINE WeightLine high_nibbles(const char* p) {
   return {_mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15))};
 }
 MOOLI_INLINE vi dot4(vi acc, WeightLine w, const int* a) { return dot4(acc, w.w, a); }
+// One four-byte activation in all lanes, for several weight lines: a load each would keep the dot units waiting.
+struct Activation { vi x; };
+MOOLI_INLINE Activation ld_activation(const int* a) {
+  Activation x;
+  __asm__("vpbroadcastd %1,%0" : "=v"(x.x) : "m"(*a));
+  return x;
+}
+MOOLI_INLINE vi dot4(vi acc, WeightLine w, Activation a) {
+  __asm__("vpdpbusd %2,%1,%0" : "+v"(acc) : "v"(w.w), "v"(a.x));
+  return acc;
+}
 // eight bits per value, ties to even; returns the sum of the 16 values
 MOOLI_INLINE int quantize16(const float* x, vf inverse, int8_t* q) {
   __m512i v = _mm512_cvtps_epi32(mul(ld(x), inverse));
@@ -235,6 +246,13 @@ MOOLI_INLINE void prefetch(const char*) {}
 #endif
 
 constexpr int H = 16 / W;  // vectors in half a panel
+#if defined(__AVX512F__)
+constexpr int kHalvesAtOnce = 2;  // registers for both halves of a panel's columns
+#else
+constexpr int kHalvesAtOnce = 1;
+using Activation = const int*;
+MOOLI_INLINE Activation ld_activation(const int* a) { return a; }
+#endif
 #if !defined(MOOLI_NEON)
 constexpr int kQ8Zero = 128;  // what the dot product sees of a Q8 weight is value + 128
 #endif
