@@ -200,6 +200,14 @@ NB_MODULE(_native, m) {
         t.linear((const float*)x, &w, norm ? norm->buffer.as<float>() : nullptr, eps, (const float*)residual, (float*)out);
       }, nb::arg("x"), nb::arg("weight"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("residual"), nb::arg("out"),
          nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
+      .def("gated_linear_down", [](Tape& t, uintptr_t x, const Linear& gated, FloatBuffer* norm, float eps, const Linear& down,
+                                   uintptr_t residual, uintptr_t out) {
+        if (norm && norm->count != size_t(gated.k)) throw std::invalid_argument("norm weight of another width");
+        if (!gated.gated || down.gated || gated.n != down.k || down.kind > Q4M)
+          throw std::invalid_argument("not a gated weight and one of an integer kind that takes its outputs");
+        t.gated_linear_down((const float*)x, &gated, norm ? norm->buffer.as<float>() : nullptr, eps, &down, (const float*)residual, (float*)out);
+      }, nb::arg("x"), nb::arg("gated"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("down"), nb::arg("residual"), nb::arg("out"),
+         nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 6>())
       .def("head_norm", [](Tape& t, uintptr_t x, FloatBuffer& q, FloatBuffer& k, float eps, int heads, int kv_heads, int head_dim, uintptr_t out) {
         if (q.count != size_t(head_dim) || k.count != size_t(head_dim)) throw std::invalid_argument("head norm weight of another width");
         t.head_norm((const float*)x, q.buffer.as<float>(), k.buffer.as<float>(), eps, heads, kv_heads, head_dim, (float*)out);

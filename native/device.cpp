@@ -115,11 +115,13 @@ void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, in
 void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int head) {
   max_tokens = max_tokens_;
   activations = Buffer(size_t(max_tokens) * ((max_k + 31) / 32 * 32) * 4 + 256);
+  gated = Buffer(size_t(max_tokens) * activation_row_bytes(Q8, (max_k + 31) / 32 * 32) + 256);
   queries = Buffer(size_t(max_tokens) * num_heads * head * 4 + 256);
   const size_t rows = std::max<size_t>(size_t(kQueryTokens) * num_heads, kJobRows);
   work.resize(pool.size());
   for (auto& w : work) {
     w.rows = Buffer(size_t(kMaxRows) * max_k * 4);
+    w.half = Buffer(size_t(max_tokens) * 16 * 4);
     w.out = Buffer(rows * head * 4);
     w.queries = Buffer(rows * head * 4);
     w.positions.resize(rows);
@@ -133,6 +135,7 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
 void Device::release() {
   kv = Buffer();
   activations = Buffer();
+  gated = Buffer();
   queries = Buffer();
   work.clear();
   num_pages = num_tiles = max_tokens = num_tokens = 0;

@@ -109,9 +109,10 @@ class Device {
   // scratch
   int max_tokens = 0;
   Buffer activations;  // prepared rows of the linear being computed
+  Buffer gated;        // prepared rows that a gated linear leaves for the one after it
   Buffer queries;      // (kv_heads, tokens, group, head_dim)
   struct Work {
-    Buffer rows, out, lanes, maxima, scores, weights, queries;
+    Buffer rows, half, out, lanes, maxima, scores, weights, queries;
     std::vector<int> positions;
   };
   std::vector<Work> work;

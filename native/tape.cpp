@@ -14,6 +14,13 @@ void Tape::rms_norm(const float* x, const float* weight, float eps, int width, f
 void Tape::linear(const float* x, const Linear* weight, const float* norm, float eps, const float* residual, float* out) {
   Op o{LINEAR}; o.x = x; o.weight = weight; o.b = norm; o.number = eps; o.a = residual; o.out = out; ops_.push_back(o);
 }
+void Tape::gated_linear_down(const float* x, const Linear* gated, const float* norm, float eps, const Linear* down, const float* residual,
+                             float* out) {
+  linear(x, gated, norm, eps, nullptr, nullptr);
+  ops_.back().next = down;
+  linear(nullptr, down, nullptr, 0, residual, out);
+  ops_.back().is_prepared = true;
+}
 void Tape::head_norm(const float* x, const float* q, const float* k, float eps, int heads, int kv_heads, int head_dim, float* out) {
   Op o{HEAD_NORM}; o.x = x; o.a = q; o.b = k; o.number = eps; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.out = out;
   ops_.push_back(o);
@@ -36,7 +43,8 @@ Tape::Blocks Tape::blocks_of(const Op& op, int rows) const {
 }
 
 int Tape::phase_items(const Op& op, int rows, int phase) const {
-  if (op.code == LINEAR) return phase == 0 ? blocks_of(op, rows).count : op.weight->panels();
+  if (op.code == LINEAR && phase == 0) return op.is_prepared ? 0 : blocks_of(op, rows).count;
+  if (op.code == LINEAR) return op.next ? (op.weight->panels() + 1) / 2 : op.weight->panels();
   if (op.code == ATTEND) return int(phase == 0 ? device_.tile_runs.size() : device_.jobs.size());
   return phase == 0 ? rows : 0;
 }
@@ -47,7 +55,8 @@ void Tape::start(int rows) {
     if ((op.code == EMBED || op.code == ROPE || op.code == ATTEND) && rows != device_.num_tokens)
       throw std::invalid_argument("this tape needs the planned step's number of rows");
     // What was recorded must fit what is allocated: a weight loaded later, a table smaller than another, a layer too many.
-    if (op.code == LINEAR && size_t(rows) * activation_row_bytes(op.weight->kind, op.weight->padded_k) > device_.activations.size())
+    if (op.code == LINEAR && size_t(rows) * activation_row_bytes(op.weight->kind, op.weight->padded_k) >
+                                 (op.is_prepared ? device_.gated : device_.activations).size())
       throw std::invalid_argument("a linear weight wider than the buffers: capture again after loading it");
     if (op.code == EMBED && device_.max_token_id >= op.table->rows)
       throw std::invalid_argument("token id " + std::to_string(device_.max_token_id) + " outside the embedding table");
@@ -145,12 +154,20 @@ void Tape::execute(const Op& op, int rows, int thread, Part* parts) {
   }
 }
 
-void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
+// The next panel is fetched during this one's row blocks, some lines at each step. With one block the processor's own
+// prefetcher follows the stream as fast as memory gives it, and instructions of ours only get in its way.
+Tape::Ahead Tape::ahead_of(const Linear& w, int panel, const Blocks& blocks, int block) {
+  if (blocks.count == 1 || panel + 1 == w.panels()) return {nullptr, 0};
+  const size_t steps = size_t(w.padded_k / kGroup), all = steps * size_t(blocks.count), lines = (w.stride / 64 + all - 1) / all;
+  const size_t first = size_t(block) * steps * lines * 64;
+  if (first >= w.stride) return {nullptr, 0};
+  return {w.panel(panel + 1) + first, int(lines)};
+}
+
+void Tape::prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* parts) {
   const Kernels& k = device_.kernels;
   const Linear& w = *op.weight;
-  const Blocks blocks = blocks_of(op, rows);
   const size_t row_size = activation_row_bytes(w.kind, w.padded_k);
-  char* prepared = device_.activations.data();
   share(parts, thread, [&](int b) {
     const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
     const float* x = op.x + size_t(r0) * w.k;
@@ -159,22 +176,58 @@ void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
       for (int i = 0; i < r; i++) k.rms_norm(x + size_t(i) * w.k, op.b, op.number, w.k, normed + size_t(i) * w.k);
       x = normed;
     }
-    k.prepare[w.kind](x, size_t(w.k), w.k, w.padded_k, prepared + r0 * row_size, r);
+    k.prepare[w.kind](x, size_t(w.k), w.k, w.padded_k, device_.activations.data() + r0 * row_size, r);
   });
   device_.pool.barrier();
-  const int panels = w.panels(), steps = w.padded_k / kGroup;
+}
+
+// Two panels of a gated weight give 32 columns: a group of the next linear's input, which is quantised here.
+void Tape::gate_panels(const Op& op, const Blocks& blocks, int pair, int thread) {
+  const Kernels& k = device_.kernels;
+  const Linear &w = *op.weight, &next = *op.next;
+  const size_t row_size = activation_row_bytes(w.kind, w.padded_k), next_size = activation_row_bytes(next.kind, next.padded_k);
+  const size_t group_bytes = activation_row_bytes(next.kind, kGroup);
+  const int columns = std::min(kGroup, w.n - pair * kGroup);
+  float* first_half = device_.work[size_t(thread)].half.as<float>();  // of all rows, while the second panel is read
+  alignas(64) float tile[kMaxRows * kPanel], group[kMaxRows * kGroup];
+  for (int half = 0; half < 2 && half * 16 < columns; half++) {
+    const int p = 2 * pair + half;
+    const bool is_last = (half + 1) * 16 >= columns;
+    const float* bias = w.bias.empty() ? nullptr : w.bias.data() + size_t(p) * kPanel;
+    for (int b = 0; b < blocks.count; b++) {
+      const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
+      const Ahead ahead = ahead_of(w, p, blocks, b);
+      k.gemm[w.kind][r](device_.activations.data() + size_t(r0) * row_size, w.panel(p), w.padded_k, tile, ahead.start, ahead.lines);
+      if (!is_last) {
+        k.store_silu_mul(tile, r, 16, bias, first_half + size_t(r0) * 16, 16);
+        continue;
+      }
+      k.store_silu_mul(tile, r, columns - half * 16, bias, group + half * 16, kGroup);
+      if (half) for (int i = 0; i < r; i++) memcpy(group + i * kGroup, first_half + size_t(r0 + i) * 16, 64);
+      k.prepare[next.kind](group, kGroup, columns, kGroup, device_.gated.data() + size_t(r0) * next_size + size_t(pair) * group_bytes * size_t(r), r);
+    }
+  }
+}
+
+void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
+  const Kernels& k = device_.kernels;
+  const Linear& w = *op.weight;
+  const Blocks blocks = blocks_of(op, rows);
+  const size_t row_size = activation_row_bytes(w.kind, w.padded_k);
+  if (!op.is_prepared) prepare_rows(op, blocks, thread, parts);
+  if (op.next) {
+    share(parts + device_.pool.size(), thread, [&](int pair) { gate_panels(op, blocks, pair, thread); });
+    return;
+  }
+  const char* prepared = (op.is_prepared ? device_.gated : device_.activations).data();
   const size_t width = size_t(w.n);
-  const int lines = int((w.stride / 64 + size_t(steps) * blocks.count - 1) / (size_t(steps) * blocks.count));
   share(parts + device_.pool.size(), thread, [&](int p) {
     alignas(64) float tile[kMaxRows * kPanel];
     const char* panel = w.panel(p);
     for (int b = 0; b < blocks.count; b++) {
       const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
-      size_t ahead = size_t(b) * steps * lines * 64;
-      // The next panel is fetched during this one's row blocks. With one block the processor's own prefetcher follows the
-      // stream as fast as memory gives it, and instructions of ours only get in its way.
-      bool fetch = blocks.count > 1 && p + 1 < panels && ahead < w.stride;
-      k.gemm[w.kind][r](prepared + r0 * row_size, panel, w.padded_k, tile, panel + w.stride + ahead, fetch ? lines : 0);
+      const Ahead ahead = ahead_of(w, p, blocks, b);
+      k.gemm[w.kind][r](prepared + r0 * row_size, panel, w.padded_k, tile, ahead.start, ahead.lines);
       if (w.gated) {
         int column = p * 16, columns = std::min(16, w.n - column);
         k.store_silu_mul(tile, r, columns, w.bias.empty() ? nullptr : w.bias.data() + p * kPanel, op.out + r0 * width + column, width);

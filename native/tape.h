@@ -17,6 +17,9 @@ class Tape {
   void rms_norm(const float* x, const float* weight, float eps, int width, float* out);
   // `norm` may be null, or the weight of an RMS norm that each row of x goes through first.
   void linear(const float* x, const Linear* weight, const float* norm, float eps, const float* residual, float* out);
+  // A gated linear whose result is nothing but the input of `down`, which must be of an integer kind: it leaves rows as that
+  // kind multiplies them, and no float32 of them is ever stored.
+  void gated_linear_down(const float* x, const Linear* gated, const float* norm, float eps, const Linear* down, const float* residual, float* out);
   void head_norm(const float* x, const float* q_weight, const float* k_weight, float eps, int heads, int kv_heads, int head_dim, float* out);
   void rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out);
   void attend(int layer, const float* qkv, int heads, float scale, int window, float* out);
@@ -35,11 +38,14 @@ class Tape {
     int rows, count;
     int first_row(int block) const { return int(int64_t(rows) * block / count); }
   };
+  struct Ahead { const char* start; int lines; };  // lines at each step of K
   struct Op {
     Code code;
     const float *x = nullptr, *a = nullptr, *b = nullptr;
     float* out = nullptr;
     const Linear* weight = nullptr;
+    const Linear* next = nullptr;  // of a gated linear: for which it prepares its result
+    bool is_prepared = false;      // of the linear after it
     const Embedding* table = nullptr;
     RopeTable* rope = nullptr;
     int width = 0, heads = 0, kv_heads = 0, head_dim = 0, layer = 0, window = 0;
@@ -49,11 +55,14 @@ class Tape {
   // consecutive memory; a thread that has finished its own part takes from the back of others.
   struct alignas(64) Part { std::atomic<uint64_t> range{0}; };
 
+  static Ahead ahead_of(const Linear& w, int panel, const Blocks& blocks, int block);
   void start(int rows);
   Blocks blocks_of(const Op& op, int rows) const;
   int phase_items(const Op& op, int rows, int phase) const;
   void execute(const Op& op, int rows, int thread, Part* parts);
   void run_linear(const Op& op, int rows, int thread, Part* parts);
+  void prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* parts);
+  void gate_panels(const Op& op, const Blocks& blocks, int pair, int thread);
   void run_attend(const Op& op, int rows, int thread, Part* parts);
   void attend_job(const Op& op, const AttendJob& job, const AttendJob* following, int rows, Device::Work& work);
   template <class F> void share(Part* parts, int thread, F f);

@@ -18,6 +18,10 @@ from mooli.backends.base import AttentionSpec, RopeSpec
 from mooli.errors import ConfigError, EngineClosedError
 
 
+LAST_INTEGER_KIND = 2
+"""Packed kinds up to this one (native/kernels.h) multiply integers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Norm:
     """An RMS norm that a linear does itself, row by row, as it quantises its input."""
@@ -27,14 +31,25 @@ class Norm:
     eps: float
 
 
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """A gated linear that may leave its result as the next linear multiplies it."""
+
+    source: Register
+    weight: Any
+    norm: tuple[Any, float]
+
+
 @dataclass(eq=False, slots=True)
 class Register:
-    """An activation of `width` float32 a row. `address` is set when the arena is laid out, `norm` by rms_norm."""
+    """An activation of `width` float32 a row. `address` is set when the arena is laid out, `norm` by rms_norm, `gated` by
+    linear_silu_mul."""
 
     width: int
     address: int = 0
     last_use: int = -1
     norm: Norm | None = None
+    gated: Gated | None = None
 
 
 @dataclass(slots=True)
@@ -141,6 +156,8 @@ class TapeOps:
         return self._linear(x, weight, None)
 
     def _linear(self, x: Register, weight: Any, residual: Register | None) -> Register:
+        if x.gated is not None and weight.native.kind <= LAST_INTEGER_KIND:
+            return self._gated_down(x.gated, weight, residual)
         norm = x.norm
         source = x if norm is None else norm.source
         norm_weight, eps = (None, 0.0) if norm is None else (norm.weight.native, norm.eps)
@@ -148,6 +165,23 @@ class TapeOps:
         def emit(tape: Any, out: Register) -> None:
             after = 0 if residual is None else residual.address
             tape.linear(source.address, weight.native, norm_weight, eps, after, out.address)
+
+        inputs = (source,) if residual is None else (source, residual)
+        gated = weight.native.gated
+        result = self._now().add(inputs, weight.native.n, emit, reusable=residual, droppable=gated)
+        if gated:
+            result.gated = Gated(source, weight, (norm_weight, eps))
+        return result
+
+    def _gated_down(self, gated: Gated, weight: Any, residual: Register | None) -> Register:
+        """Both linears in one; the entry of the first, which stores what it computes, goes if nobody else reads that."""
+        source = gated.source
+
+        def emit(tape: Any, out: Register) -> None:
+            after = 0 if residual is None else residual.address
+            tape.gated_linear_down(
+                source.address, gated.weight.native, *gated.norm, weight.native, after, out.address
+            )
 
         inputs = (source,) if residual is None else (source, residual)
         return self._now().add(inputs, weight.native.n, emit, reusable=residual)
