@@ -66,8 +66,10 @@ NB_MODULE(_native, m) {
         return nb::ndarray<nb::numpy, float, nb::ndim<1>>(b.buffer.as<float>(), {b.count}, self);
       });
 
+  nb::class_<Slabs>(m, "Slabs").def(nb::init<>());
+
   nb::class_<Linear>(m, "Linear")
-      .def(nb::init<int, int, int, bool>(), nb::arg("kind"), nb::arg("n"), nb::arg("k"), nb::arg("gated") = false)
+      .def(nb::init<Slabs&, int, int, int, bool>(), nb::arg("memory"), nb::arg("kind"), nb::arg("n"), nb::arg("k"), nb::arg("gated") = false)
       .def_ro("n", &Linear::n)
       .def_ro("k", &Linear::k)
       .def_ro("gated", &Linear::gated)
@@ -127,7 +129,7 @@ NB_MODULE(_native, m) {
       .def("plan", [](Device& d, In<int32_t> ids, In<int32_t> positions, In<int32_t> lengths,
                       nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> table, int vocab) {
         if (positions.shape(0) != ids.shape(0) || table.shape(0) != lengths.shape(0)) throw std::invalid_argument("step arrays of different lengths");
-        nb::gil_scoped_release release;
+        // The interpreter is kept: what waits for it has the whole step that follows, and would take longer than this does.
         d.plan(int(ids.shape(0)), ids.data(), positions.data(), int(lengths.shape(0)), lengths.data(), table.data(), int(table.shape(1)), vocab);
       })
       .def("sample", [](Device& d, Matrix logits, int vocab, Floats temperature, In<int32_t> top_k, Floats top_p, Floats min_p,
@@ -147,8 +149,8 @@ NB_MODULE(_native, m) {
         check_ragged(bias_indptr, std::min(bias_ids.shape(0), bias_values.shape(0)));
         nb::gil_scoped_release release;
         std::atomic<int> next{0};
-        auto job = [&](int) {
-          std::vector<float> scratch;
+        auto job = [&](int thread) {
+          std::vector<float>& scratch = d.sampling[size_t(thread)];
           for (int i; (i = next.fetch_add(1)) < n;) {
             int s = first + i;
             int h0 = history_indptr.data()[s], b0 = bias_indptr.data()[s];
@@ -203,8 +205,8 @@ NB_MODULE(_native, m) {
       .def("gated_linear_down", [](Tape& t, uintptr_t x, const Linear& gated, FloatBuffer* norm, float eps, const Linear& down,
                                    uintptr_t residual, uintptr_t out) {
         if (norm && norm->count != size_t(gated.k)) throw std::invalid_argument("norm weight of another width");
-        if (!gated.gated || down.gated || gated.n != down.k || down.kind > Q4M)
-          throw std::invalid_argument("not a gated weight and one of an integer kind that takes its outputs");
+        if (!gated.gated || down.gated || gated.n != down.k || gated.kind > Q4M || down.kind > Q4M)
+          throw std::invalid_argument("not a gated weight and one that takes its outputs, both of integer kinds");
         t.gated_linear_down((const float*)x, &gated, norm ? norm->buffer.as<float>() : nullptr, eps, &down, (const float*)residual, (float*)out);
       }, nb::arg("x"), nb::arg("gated"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("down"), nb::arg("residual"), nb::arg("out"),
          nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 6>())

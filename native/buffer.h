@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <cstdint>
+#include <memory>
 #include <new>
 #include <utility>
 // The address sanitizer guards only what malloc gave.
@@ -35,6 +36,8 @@ class Buffer {
     data_ = (char*)base_;
 #endif
   }
+  // A part of what `owner` keeps.
+  Buffer(char* data, size_t bytes, std::shared_ptr<Buffer> owner) : data_(data), bytes_(bytes), owner_(std::move(owner)) {}
   ~Buffer() { release(); }
   Buffer(Buffer&& o) noexcept { swap(o); }
   Buffer& operator=(Buffer&& o) noexcept { swap(o); return *this; }
@@ -48,6 +51,7 @@ class Buffer {
  private:
   void swap(Buffer& o) {
     std::swap(base_, o.base_); std::swap(data_, o.data_); std::swap(bytes_, o.bytes_); std::swap(mapped_, o.mapped_);
+    std::swap(owner_, o.owner_);
   }
   void release() {
     if (!base_) return;
@@ -60,6 +64,28 @@ class Buffer {
   void* base_ = nullptr;
   char* data_ = nullptr;
   size_t bytes_ = 0, mapped_ = 0;
+  std::shared_ptr<Buffer> owner_;
+};
+
+// Memory for many weights of some hundred kilobytes, one behind the other on huge pages, which each alone could not have: the
+// processor fetches ahead across them and looks up fewer pages. A slab goes with the last weight in it.
+class Slabs {
+ public:
+  Buffer take(size_t bytes) {
+    if (bytes > kSlabBytes / 4) return Buffer(bytes);
+    const size_t whole = (bytes + 4095) / 4096 * 4096;
+    if (!slab_ || used_ + whole > kSlabBytes) {
+      slab_ = std::make_shared<Buffer>(kSlabBytes);
+      used_ = 0;
+    }
+    used_ += whole;
+    return Buffer(slab_->data() + used_ - whole, bytes, slab_);
+  }
+
+ private:
+  static constexpr size_t kSlabBytes = size_t(32) << 20;
+  std::shared_ptr<Buffer> slab_;
+  size_t used_ = 0;
 };
 
 }  // namespace mooli

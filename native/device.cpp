@@ -61,16 +61,16 @@ const Kernels& select_kernels(const std::string& isa) {
   return kernels_scalar();
 }
 
-Linear::Linear(int kind_, int n_, int k_, bool gated_) : kind(Kind(kind_)), n(n_), k(k_), gated(gated_) {
+Linear::Linear(Slabs& memory, int kind_, int n_, int k_, bool gated_) : kind(Kind(kind_)), n(n_), k(k_), gated(gated_) {
   if (kind_ < 0 || kind_ >= kNumKinds || n <= 0 || k <= 0) throw std::invalid_argument("bad kind or shape of a linear weight");
   padded_k = (k + kGroup - 1) / kGroup * kGroup;
   stride = panel_bytes(kind, padded_k);
   // one line beyond the end: the prefetch of the last panel
-  data = Buffer(stride * panels() + 64);
+  data = memory.take(stride * panels() + 64);
 }
 
 Device::Device(int num_threads, std::vector<int> cpus, const std::string& isa)
-    : pool(num_threads, std::move(cpus)), kernels(select_kernels(isa)) {}
+    : pool(num_threads, std::move(cpus)), kernels(select_kernels(isa)), sampling(size_t(pool.size())) {}
 
 void Device::pack(Linear& w, int part, int first_row, Format format, const uint8_t* rows, size_t row_stride, int num_rows_) {
   int limit = w.n;

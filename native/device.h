@@ -18,7 +18,7 @@ std::vector<std::string> available_isas();              // worst first
 
 // A packed weight of n outputs and k inputs. `gated` interleaves 16 gate and 16 up columns in each panel.
 struct Linear {
-  Linear(int kind, int n, int k, bool gated);
+  Linear(Slabs& memory, int kind, int n, int k, bool gated);
   Linear(const Linear&) = delete;
   int panels() const { return (gated ? (n + 15) / 16 : (n + kPanel - 1) / kPanel); }
   char* panel(int p) const { return data.data() + size_t(p) * stride; }
@@ -116,6 +116,7 @@ class Device {
     std::vector<int> positions;
   };
   std::vector<Work> work;
+  std::vector<std::vector<float>> sampling;  // one a thread
 
  private:
   int last_position(const AttendMember& m) const { return positions[m.first_token + m.tokens - 1]; }

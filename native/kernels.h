@@ -105,6 +105,7 @@ struct Kernels {
   double (*exp_sum)(const float* x, int n, float max, float inverse_temperature, float* out);
   // largest value and its lowest index; returns -1 if any value is NaN or all are -inf
   int (*argmax)(const float* x, int n, float* largest);
+  void (*prefetch)(const char*);
   double (*dot_gauge)(long iterations);  // multiply-adds done, to time the integer units
   long (*read_gauge)(const char* data, size_t bytes);
 };

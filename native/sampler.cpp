@@ -84,7 +84,9 @@ int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingR
   int best = k.argmax(logits, vocab, &largest);
   if (best < 0) return -1;
   const float* x = logits;
-  scratch.resize(2 * size_t(vocab));
+  const bool is_greedy = row.temperature == 0.f || row.top_k == 1;
+  if (is_greedy && row.history_length == 0 && row.num_bias == 0) return best;
+  if (scratch.size() < 2 * size_t(vocab)) scratch.resize(2 * size_t(vocab));
   if (row.history_length > 0 || row.num_bias > 0) {
     std::copy(logits, logits + vocab, scratch.begin());
     apply_penalties(scratch.data(), vocab, row);
@@ -92,7 +94,7 @@ int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingR
     best = k.argmax(x, vocab, &largest);
     if (best < 0) return -1;
   }
-  if (row.temperature == 0.f || row.top_k == 1) return best;
+  if (is_greedy) return best;
   float* p = scratch.data() + vocab;
   double total = 0;
   if (std::isinf(largest)) {  // infinite logits share all the mass

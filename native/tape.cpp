@@ -7,6 +7,11 @@
 #include <string>
 
 namespace mooli {
+namespace {
+constexpr size_t kIdleFetchBytes = 32 << 10;  // less than a second level cache; what comes while a row is prepared
+constexpr size_t kStreamFetchBytes = 1024;
+}
+
 void Tape::embed(const Embedding* table, float* out) { Op o{EMBED}; o.table = table; o.out = out; ops_.push_back(o); }
 void Tape::rms_norm(const float* x, const float* weight, float eps, int width, float* out) {
   Op o{RMS_NORM}; o.x = x; o.a = weight; o.number = eps; o.width = width; o.out = out; ops_.push_back(o);
@@ -154,13 +159,13 @@ void Tape::execute(const Op& op, int rows, int thread, Part* parts) {
   }
 }
 
-// The next panel is fetched during this one's row blocks, some lines at each step. With one block the processor's own
-// prefetcher follows the stream as fast as memory gives it, and instructions of ours only get in its way.
+// What is fetched during a row block's kernel, some lines at each step of K. With one block, what comes a little later in
+// the same stream: the processor's own prefetcher alone leaves memory waiting. With more, parts of the next panel.
 Tape::Ahead Tape::ahead_of(const Linear& w, int panel, const Blocks& blocks, int block) {
-  if (blocks.count == 1 || panel + 1 == w.panels()) return {nullptr, 0};
   const size_t steps = size_t(w.padded_k / kGroup), all = steps * size_t(blocks.count), lines = (w.stride / 64 + all - 1) / all;
+  if (blocks.count == 1) return {w.panel(panel) + kStreamFetchBytes, int(lines)};
   const size_t first = size_t(block) * steps * lines * 64;
-  if (first >= w.stride) return {nullptr, 0};
+  if (panel + 1 == w.panels() || first >= w.stride) return {nullptr, 0};
   return {w.panel(panel + 1) + first, int(lines)};
 }
 
@@ -178,6 +183,13 @@ void Tape::prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* pa
     }
     k.prepare[w.kind](x, size_t(w.k), w.k, w.padded_k, device_.activations.data() + r0 * row_size, r);
   });
+  // Threads without a block wait for those that have one: they begin to fetch the panels they will read.
+  if (thread >= blocks.count) {
+    const size_t threads = size_t(device_.pool.size()), items = size_t(phase_items(op, blocks.rows, 1)) * (op.next ? 2 : 1);
+    const char* begin = w.panel(int(items * size_t(thread) / threads));
+    const size_t bytes = std::min(kIdleFetchBytes, size_t(w.data.data() + w.data.size() - begin));
+    for (size_t i = 0; i < bytes; i += 64) k.prefetch(begin + i);
+  }
   device_.pool.barrier();
 }
 

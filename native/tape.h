@@ -17,8 +17,8 @@ class Tape {
   void rms_norm(const float* x, const float* weight, float eps, int width, float* out);
   // `norm` may be null, or the weight of an RMS norm that each row of x goes through first.
   void linear(const float* x, const Linear* weight, const float* norm, float eps, const float* residual, float* out);
-  // A gated linear whose result is nothing but the input of `down`, which must be of an integer kind: it leaves rows as that
-  // kind multiplies them, and no float32 of them is ever stored.
+  // A gated linear whose result is nothing but the input of `down`: it leaves rows as that multiplies them, and no float32
+  // of them is ever stored. Both must be of integer kinds, whose row blocks are the same.
   void gated_linear_down(const float* x, const Linear* gated, const float* norm, float eps, const Linear* down, const float* residual, float* out);
   void head_norm(const float* x, const float* q_weight, const float* k_weight, float eps, int heads, int kv_heads, int head_dim, float* out);
   void rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out);

@@ -108,6 +108,8 @@ class ScheduleBatch:
     @property
     def sampling_tokens(self) -> NDArray[np.int32]:
         """Indices into the step's tokens of those that sample, in order: int32 (S,)."""
+        if len(self.sampling) == self.num_tokens:  # every token samples
+            return np.arange(self.num_tokens, dtype=np.int32)
         num_before = np.cumsum(self.num_samples)
         first = np.repeat(np.cumsum(self.lengths) - num_before, self.num_samples)
         return (first + np.arange(len(first))).astype(np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,84 @@ def test_a_decode_row_has_the_same_bits_among_1_to_40(level: str, kv_dtype: str)
         for count in range(1, MOST_ROWS + 1):
             rows = [Row([lengths[i]], lengths[i], pages[i]) for i in range(count)]
             assert_same_bits(sequence.rows(*rows), expected[:count], f"{count} rows")
+
+
+SHARED_LIMITS = Limits(max_tokens=400, max_rows=48, max_pages_per_row=16)
+NUM_SHARED = 300
+
+
+def shared_rows(own_pages: Iterator[int]) -> list[tuple[list[int], Row]]:
+    """What each row computes last, after the tokens before it, which begin with those of others: all have 128 in common,
+    some 256, one goes on inside a shared page, and two have nothing in common with anybody."""
+    trunk = list(range(8))
+    rows = []
+    for index in range(14):
+        common = (256, 256, 256, 128, 128, 0)[index % 6] + (32 if index == 7 else 0)
+        length = max(common, 40) + 3 + 11 * index % 60
+        tokens = [*range(common), *((NUM_SHARED + 31 * index + i) % 399 for i in range(length - common))]
+        pages = [*trunk, 8][: common // 32]
+        pages += [next(own_pages) for _ in range(length // 32 + 1 - len(pages))]
+        count = (1, 1, 1, 4)[index % 4]  # some verify guesses
+        rows.append((tokens, Row(tokens[length - count :], length - count, pages)))
+    return rows
+
+
+@every_level
+@pytest.mark.parametrize("spec", [SPEC, WINDOWED], ids=["full", "window"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_rows_that_share_pages_have_the_bits_of_each_alone(
+    level: str, spec: AttentionSpec, kv_dtype: str, num_threads: int
+) -> None:
+    with cpu_backend(level, num_threads=num_threads) as backend:
+        table = backend.load_embedding(stored(random(20, 400, QKV_SIZE)))
+        allocate(backend, spec, kv_dtype=kv_dtype, num_pages=400, limits=SHARED_LIMITS)
+        attend = backend.capture(lambda b: backend.ops.attend(b, 0, backend.ops.embed(b, table), spec))
+
+        def run(*rows: Row) -> Floats:
+            return np.array(backend.to_host(attend(backend.plan(step(rows, 32)))))
+
+        own_pages = iter(range(10, 400))
+        cases = shared_rows(own_pages)
+        run(Row(range(288), 0, list(range(9))))
+        alone = []
+        for tokens, row in cases:
+            private = [next(own_pages) for _ in row.pages]
+            alone.append(run(Row(tokens, 0, private))[row.start :])
+            shared = min(row.start, next((i for i, page in enumerate(row.pages) if page > 9), 99) * 32)
+            run(Row(tokens[shared : row.start], shared, row.pages))
+        for count in (2, 3, 7, len(cases)):
+            for first in (0, 5):
+                chosen = [(first + i) % len(cases) for i in range(count)]
+                expected = np.concatenate([alone[i] for i in chosen])
+                assert_same_bits(run(*(cases[i][1] for i in chosen)), expected, f"{count} rows from {first}")
+
+
+@every_level
+@pytest.mark.parametrize(
+    ("down_kind", "width"),  # blocks of 32 are quantised as they are; other widths when they are loaded
+    [("Q8", 16), ("Q8", 50), ("Q8", 224), ("Q4", 16), ("Q4", 50), ("Q4", 224), ("Q4M", 224), ("BF16", 50)],
+)
+@pytest.mark.parametrize("kind", ["Q8", "Q4M", "F32"])
+def test_a_gated_linear_and_the_next_in_one_have_the_bits_of_one_after_the_other(
+    level: str, kind: str, down_kind: str, width: int
+) -> None:
+    storage, dtype = KINDS[kind]
+    is_quantised_at_load = width % 32 != 0 and down_kind != "BF16"
+    down_storage = TensorType.F32 if is_quantised_at_load else KINDS[down_kind][0]
+    quantization = {"Q8": "int8", "Q4": "int4"}[down_kind] if is_quantised_at_load else None
+    with cpu_backend(level, dtype=dtype, quantization=quantization) as backend:
+        gate_up = backend.load_gated(*(random_tensor(storage, width, 160, seed=seed) for seed in (1, 2)))
+        down = backend.load_linear([random_tensor(down_storage, 70, width, seed=3)])
+        gated = backend.capture(lambda x: backend.ops.linear_silu_mul(x, gate_up))
+        both = backend.capture(lambda x: backend.ops.linear(backend.ops.linear_silu_mul(x, gate_up), down))
+        values = random(4, MOST_ROWS, 160)
+        inputs = Inputs(backend, values)
+        for count in (1, 2, 5, 6, 7, 13, MOST_ROWS):
+            rows = list(range(count))
+            middle = inputs.through(gated, rows)
+            after = Inputs(backend, middle).through(backend.capture(lambda x: backend.ops.linear(x, down)), rows)
+            assert_same_bits(inputs.through(both, rows), after, f"{count} rows")
 
 
 def layer_bits(level: str, num_threads: int, dtype: str, quantization: str | None) -> list[Floats]:

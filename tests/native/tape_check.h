@@ -40,8 +40,12 @@ class Layer {
     tape_.attend(0, qkv_.data(), kHeads, 0.2f, 0, attended_.data());
     tape_.linear(attended_.data(), out_weight_.get(), nullptr, 0.f, x_.data(), x_.data());
     tape_.rms_norm(x_.data(), gain_.data(), 1e-5f, kHidden, normed_.data());
-    tape_.linear(normed_.data(), gated_.get(), nullptr, 0.f, nullptr, wide_.data());
-    tape_.linear(wide_.data(), down_.get(), nullptr, 0.f, x_.data(), x_.data());
+    if (kind <= mooli::Q4M) {
+      tape_.gated_linear_down(normed_.data(), gated_.get(), nullptr, 0.f, down_.get(), x_.data(), x_.data());
+    } else {
+      tape_.linear(normed_.data(), gated_.get(), nullptr, 0.f, nullptr, wide_.data());
+      tape_.linear(wide_.data(), down_.get(), nullptr, 0.f, x_.data(), x_.data());
+    }
     tape_.linear(x_.data(), head_.get(), nullptr, 0.f, nullptr, logits_.data());
   }
 
@@ -62,7 +66,7 @@ class Layer {
 
  private:
   std::unique_ptr<mooli::Linear> weight(Random& random, mooli::Kind kind, int n, int k, bool gated) {
-    auto w = std::make_unique<mooli::Linear>(kind, n, k, gated);
+    auto w = std::make_unique<mooli::Linear>(memory_, kind, n, k, gated);
     for (int part = 0; part < (gated ? 2 : 1); part++) {
       const Floats values = random.numbers(size_t(n) * size_t(k), 0.2f);
       device_.pack(*w, part, 0, mooli::kF32, (const uint8_t*)values.data(), size_t(k) * 4, n);
@@ -70,6 +74,7 @@ class Layer {
     return w;
   }
 
+  mooli::Slabs memory_;
   mooli::Device device_;
   mooli::Tape tape_;
   mooli::Embedding table_;

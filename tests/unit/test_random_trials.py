@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+import numpy as np
 import pytest
 from core_trials import Setting, Trial, run_trial
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from mooli.batch import ScheduleBatch
+from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
 
 TRIALS_PER_BLOCK = 100
 
@@ -14,6 +20,29 @@ TRIALS_PER_BLOCK = 100
 def test_every_output_equals_the_request_run_alone_and_pages_balance_after_every_step(block: int) -> None:
     for seed in range(block * TRIALS_PER_BLOCK, (block + 1) * TRIALS_PER_BLOCK):
         run_trial(seed)
+
+
+def test_a_batch_made_from_the_last_one_is_the_batch_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+    make_next = BatchBuilder._next
+
+    def both(self: BatchBuilder, step: int, rows: list[Row], last: ScheduleBatch) -> ScheduleBatch:
+        nonlocal compared
+        compared += 1
+        batch = make_next(self, step, rows, last)
+        anew = self._build(step, Plan(0, rows=rows))
+        for one, other in ((batch, anew), (batch.sampling, anew.sampling)):
+            for field in fields(one):
+                if field.name != "sampling":
+                    a, b = getattr(one, field.name), getattr(other, field.name)
+                    assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, field.name
+                    assert getattr(a, "dtype", None) == getattr(b, "dtype", None), field.name
+        return batch
+
+    monkeypatch.setattr(BatchBuilder, "_next", both)
+    for seed in range(100):
+        run_trial(seed)
+    assert compared > 100
 
 
 SETTINGS = st.builds(

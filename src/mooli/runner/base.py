@@ -25,7 +25,7 @@ class Runner(Protocol):
 def check_output(batch: ScheduleBatch, output: StepOutput) -> None:
     """Raise EngineError if `output` has not one entry for everything `batch` asked for."""
     counts = (len(output.token_ids), len(output.logprobs), [len(rows) for rows in output.prompt_logprobs])
-    num_sampled = int(batch.num_samples.sum())
+    num_sampled = len(batch.sampling)
     expected = (num_sampled, num_sampled, [len(rows.target_ids) for rows in batch.prompt_logprobs])
     if counts != expected:
         raise EngineError(f"the runner returned {counts} tokens, logprobs and prompt logprobs instead of {expected}")

@@ -7,6 +7,7 @@ NumPy gathers. Never decides which rows run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,6 +80,14 @@ class Plan:
                 return
 
 
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """The batch built last, where every row continues an output by one token and no value of its samples changes."""
+
+    states: list[RequestState]
+    batch: ScheduleBatch
+
+
 @dataclass(slots=True)
 class _Bias:
     """Biased ids of one request: always, and while `min_new_tokens` is not reached (stopping ids at -inf)."""
@@ -105,9 +114,12 @@ class BatchBuilder:
         self._num_top = np.full(max_rows, -1, np.int32)
         self._penalised = np.zeros(max_rows, np.bool_)
         self._biases: dict[int, _Bias] = {}
+        self._last: _Last | None = None
+        self._pages_changed = False  # since the last batch
 
     def enter(self, state: RequestState) -> None:
         """A request got its req_index."""
+        self._last = None
         row, params = state.req_index, state.request.sampling
         self._temperature[row] = params.temperature
         self._top_k[row] = params.top_k
@@ -128,12 +140,14 @@ class BatchBuilder:
 
     def leave(self, req_index: int) -> None:
         """A req_index is free again."""
+        self._last = None
         self._page_table[req_index, : self._num_pages[req_index]] = -1
         self._num_pages[req_index] = 0
         self._biases.pop(req_index, None)
 
     def set_pages(self, req_index: int, pages: list[int], first: int = 0) -> None:
         """The pages of a request are `pages`; those before `first` are as they were."""
+        self._pages_changed = True
         self._page_table[req_index, first : len(pages)] = pages[first:]
         self._num_pages[req_index] = len(pages)
 
@@ -145,6 +159,50 @@ class BatchBuilder:
 
     def build(self, step: int, plan: Plan) -> ScheduleBatch:
         """The batch of `plan`, in the order of its rows, which must not be empty."""
+        last = self._last
+        if last is not None and _goes_on(plan, last):
+            batch = self._next(step, plan.rows, last.batch)
+        else:
+            batch = self._build(step, plan)
+        self._pages_changed = False
+        self._last = self._to_go_on_from(plan, batch)
+        return batch
+
+    def _to_go_on_from(self, plan: Plan, batch: ScheduleBatch) -> _Last | None:
+        if self._biases or len(batch.sampling.history_ids) or len(batch.sampling) != len(plan.rows):
+            return None
+        if plan.copies or batch.prompt_logprobs or not all(row.continues_output and row.samples for row in plan.rows):
+            return None
+        return _Last([row.state for row in plan.rows], batch)
+
+    def _next(self, step: int, rows: list[Row], last: ScheduleBatch) -> ScheduleBatch:
+        """The batch one token after `last`, in as few operations as possible: between two steps this process computes
+        nothing else, and finds none of its code in the processor's caches, through which the weights have gone."""
+        page_size = self._page_size
+        positions = last.positions + 1
+        page_table = last.page_table
+        if self._pages_changed:
+            page_table = self._page_table[:, : max(1, self._num_pages[last.req_indices].max())][last.req_indices]
+        if self._pages_changed or any(row.start % page_size == 0 for row in rows):
+            slots = page_table[np.arange(len(rows)), positions // page_size] * page_size + positions % page_size
+        else:
+            slots = last.slots + 1
+        sampling = copy(last.sampling)
+        sampling.positions = last.sampling.positions + 1
+        return ScheduleBatch(
+            step=step,
+            token_ids=np.array([row.state.tokens[row.start] for row in rows], np.int32),
+            positions=positions,
+            slots=slots.astype(np.int32, copy=False),
+            req_indices=last.req_indices,
+            starts=positions,
+            lengths=last.lengths,
+            num_samples=last.num_samples,
+            page_table=page_table,
+            sampling=sampling,
+        )
+
+    def _build(self, step: int, plan: Plan) -> ScheduleBatch:
         rows = plan.rows
         num_rows = len(rows)
         numbers = np.array([(row.state.req_index, row.start, row.length, row.num_samples) for row in rows], np.int32)
@@ -222,6 +280,19 @@ class BatchBuilder:
             num_top=self._num_top[indices],
             logprob_token_ids=[r.logprob_token_ids if r.return_logprob else () for r in requests],
         )
+
+
+def _goes_on(plan: Plan, last: _Last) -> bool:
+    """Whether the rows are those of the last batch, each one token later and nothing else."""
+    rows, starts = plan.rows, last.batch.starts
+    return (
+        len(rows) == len(last.states)
+        and not plan.copies
+        and all(
+            row.state is state and row.samples and row.length == 1 and row.start == start + 1
+            for row, state, start in zip(rows, last.states, starts.tolist(), strict=True)
+        )
+    )
 
 
 def _bias_arrays(bias: dict[int, float]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import islice
 from math import isnan
 
@@ -495,7 +494,7 @@ class Scheduler:
             "used_pages": cache.num_pages - cache.num_available,
             "evicted_pages": cache.num_evicted_pages,
         }
-        return gauges | asdict(self.counters)
+        return gauges | self.counters.as_dict()
 
     def check(self) -> None:
         """Prove that pages, places and requests balance; raises EngineError otherwise. For tests."""

@@ -5,7 +5,7 @@ Owns plain counts. Never influences a decision.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(slots=True)
@@ -29,6 +29,12 @@ class Counters:
     proposed_drafts: int = 0
     correct_drafts: int = 0
     verify_steps: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in _COUNTERS}
+
+
+_COUNTERS = tuple(field.name for field in fields(Counters))
 
 
 @dataclass(frozen=True, slots=True)

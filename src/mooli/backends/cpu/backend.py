@@ -114,6 +114,7 @@ class CpuBackend:
             )
         self._dtype, self._quantization = dtype, quantization
         self.ops = TapeOps(self._device)
+        self._slabs = _native.Slabs()
         self._weight_bytes = 0
         self._max_k = 1
         self._scratch: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -220,7 +221,7 @@ class CpuBackend:
     def _new_linear(self, kind: Kind, rows: int, columns: int, *, gated: bool) -> Any:
         self._max_k = max(self._max_k, columns)
         try:
-            return _native.Linear(int(kind), rows, columns, gated)
+            return _native.Linear(self._slabs, int(kind), rows, columns, gated)
         except MemoryError as exc:
             raise OutOfMemoryError(f"no memory for a weight of {rows} x {columns} values as {kind.name}") from exc
 
@@ -315,6 +316,8 @@ class CpuBackend:
             s.repetition_penalty, s.seeds, s.positions, s.history_ids, s.history_indptr, s.output_starts, s.bias_ids,
             s.bias_values, s.bias_indptr, 0, token_ids,
         )  # fmt: skip
+        if s.num_top.max() < 0:
+            return SampleResult(token_ids, [None] * len(s))
         logprobs = [
             self._device.logprobs(
                 logits.values, row, vocab_size, int(token_ids[row]), int(num_top), list(s.logprob_token_ids[row])

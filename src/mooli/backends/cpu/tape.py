@@ -19,7 +19,7 @@ from mooli.errors import ConfigError, EngineClosedError
 
 
 LAST_INTEGER_KIND = 2
-"""Packed kinds up to this one (native/kernels.h) multiply integers."""
+"""Packed kinds up to this one (native/kernels.h) multiply integers, in row blocks of the same size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class TapeOps:
         return self._linear(x, weight, None)
 
     def _linear(self, x: Register, weight: Any, residual: Register | None) -> Register:
-        if x.gated is not None and weight.native.kind <= LAST_INTEGER_KIND:
+        if x.gated is not None and max(x.gated.weight.native.kind, weight.native.kind) <= LAST_INTEGER_KIND:
             return self._gated_down(x.gated, weight, residual)
         norm = x.norm
         source = x if norm is None else norm.source
