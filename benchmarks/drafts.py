@@ -1,10 +1,10 @@
 """What guessing tokens brings: accepted tokens a step and tokens a second, with and without, in turns.
 
-Two workloads (benchmarks/draft_texts.py), each conversation in an empty cache: code that is given back changed, and
-chats of several turns; then every last turn is asked a second time, as a user does who presses "again". All engines of
-a model live in one process and take turns conversation by conversation; greedy. The speed is that of the tokens after
-the first of each answer, so prompts have no part in it. Every answer is compared with the one of the engine that
-guesses nothing.
+Three workloads (benchmarks/draft_texts.py), each conversation in an empty cache: code that is given back changed, and
+chats of several turns, both greedy, then every last turn is asked a second time, as a user does who presses "again"; and
+the chats' first questions answered at temperature 1, where little repeats and guessing can only cost. All engines of
+a model live in one process and take turns conversation by conversation. The speed is that of the tokens after the first
+of each answer, so prompts have no part in it. Every answer is compared with the one of the engine that guesses nothing.
 
     python benchmarks/drafts.py --models demo,qwen --tokens 4,8 --rounds 3
 """
@@ -26,7 +26,12 @@ from mooli import Engine
 from mooli.frontend.chat_encoding import encode_chat
 
 MODELS = {"demo": demo_model, "qwen": compared_model}
-WORKLOADS = {"code editing": CODE_EDITING, "multi-turn": MULTI_TURN}
+SAMPLED = "temperature 1"
+WORKLOADS = {
+    "code editing": CODE_EDITING,
+    "multi-turn": MULTI_TURN,
+    SAMPLED: [[turns[0]] for turns in MULTI_TURN],
+}
 AGAIN = "asked again"
 NO_CHUNKS_BETWEEN = 10**6
 
@@ -62,9 +67,9 @@ class Answer:
     meta: dict[str, Any]
 
 
-def ask(engine: Engine, messages: list[dict[str, str]], max_new_tokens: int) -> Answer:
+def ask(engine: Engine, messages: list[dict[str, str]], max_new_tokens: int, temperature: float) -> Answer:
     ids = encode_chat(engine.tokenizer_manager.tokenizer, messages)
-    params = {"max_new_tokens": max_new_tokens, "temperature": 0}
+    params = {"max_new_tokens": max_new_tokens, "temperature": temperature, "sampling_seed": 1}
     first_s = last_s = 0.0
     last: dict[str, Any] = {}
     for chunk in engine.generate(input_ids=ids, sampling_params=params, stream=True):
@@ -73,16 +78,20 @@ def ask(engine: Engine, messages: list[dict[str, str]], max_new_tokens: int) -> 
     return Answer(last["output_ids"], last["text"], last_s - first_s, last["meta_info"])
 
 
-def converse(engine: Engine, turns: list[str], max_new_tokens: int) -> Iterator[tuple[bool, Answer]]:
-    """The answers of a conversation in an empty cache, then the last one asked again: (whether again, answer)."""
+def converse(
+    engine: Engine, turns: list[str], max_new_tokens: int, temperature: float
+) -> Iterator[tuple[bool, Answer]]:
+    """The answers of a conversation in an empty cache, then, if greedy, the last one asked again: (whether again,
+    answer)."""
     engine.flush_cache()
     messages: list[dict[str, str]] = []
     for turn in turns:
         messages.append({"role": "user", "content": turn})
-        answer = ask(engine, messages, max_new_tokens)
+        answer = ask(engine, messages, max_new_tokens, temperature)
         yield False, answer
         messages.append({"role": "assistant", "content": answer.text})
-    yield True, ask(engine, messages[:-1], max_new_tokens)
+    if temperature == 0:
+        yield True, ask(engine, messages[:-1], max_new_tokens, temperature)
 
 
 def engines_of(path: Path, given: argparse.Namespace) -> dict[str, Engine]:
@@ -109,7 +118,8 @@ def measure(path: Path, given: argparse.Namespace) -> dict[tuple[str, str], Coun
                 names = names[turn % len(names) :] + names[: turn % len(names)]
                 said: dict[str, list[list[int]]] = {}
                 for name in names:
-                    for is_again, answer in converse(engines[name], turns, given.max_new_tokens):
+                    temperature = 1.0 if kind == SAMPLED else 0.0
+                    for is_again, answer in converse(engines[name], turns, given.max_new_tokens, temperature):
                         counts[AGAIN if is_again else kind, name].add(answer)
                         said.setdefault(name, []).append(answer.output_ids)
                 if any(answers != said["off"] for answers in said.values()):
