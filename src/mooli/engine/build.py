@@ -19,6 +19,7 @@ from mooli.cache.kv_cache import KVCache
 from mooli.config import NGRAM_DRAFT_TOKENS, EngineConfig
 from mooli.engine.core import EngineCore
 from mooli.engine.facts import EngineFacts, device_words
+from mooli.engine.pace import Pace
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, num_pool_pages
 from mooli.engine.team import RankTeam, SoloTeam
 from mooli.errors import ConfigError, EngineDeadError
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 MIXED_STEP_PARTS = 4
 """A step that streams wait for takes this part of the prompt tokens of one that nobody waits for: a quarter of the gap,
-and prompts still come at 95 % of their speed (docs/log.md)."""
+and prompts still come at 95 % of their speed (docs/log.md). More on a CPU that is fast enough for it (`Pace`)."""
 
 DRAFT_STEP_TOKENS = 8
 """A step takes draft tokens up to this many tokens: int8 kernels wait for memory up to about eight rows, int4 up to
@@ -146,6 +147,7 @@ def _build(
     described = backend.describe()
     step_tokens = config.chunked_prefill_size or backend.default_chunked_prefill_size
     vocab_size = min(model_config.vocab_size, tokenizer_vocab_size or model_config.vocab_size)
+    mixed_tokens = None if step_tokens == -1 else -(-step_tokens // MIXED_STEP_PARTS)
     scheduler = Scheduler(
         KVCache(
             num_pages,
@@ -159,7 +161,7 @@ def _build(
         context_length=context_length,
         vocab_size=vocab_size,
         policy=config.schedule_policy,
-        mixed_prefill_tokens=None if step_tokens == -1 else -(-step_tokens // MIXED_STEP_PARTS),
+        mixed_prefill_tokens=mixed_tokens,
         computed_in=described.get("dtype"),
         drafts=draft_settings(config),
     )
@@ -204,7 +206,9 @@ def _build(
         facts.max_total_num_tokens,
         facts.weight_bytes / GIB,
     )
-    core = EngineCore(scheduler, runner)
+    # On a CPU no answer depends on how a prompt is cut; elsewhere the cut must not depend on a clock.
+    pace = None if mixed_tokens is None or backend.name != "cpu" else Pace(mixed_tokens, step_tokens)
+    core = EngineCore(scheduler, runner, pace)
 
     def close() -> None:
         # The core outlives this, for who asks a closed engine; the device must not.

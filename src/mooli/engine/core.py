@@ -7,7 +7,10 @@ the business of the clients in this package. Not safe to call from several threa
 
 from __future__ import annotations
 
+import time
+
 from mooli.batch import ScheduleBatch, StepOutput
+from mooli.engine.pace import Pace
 from mooli.errors import EngineDeadError, EngineError
 from mooli.runner.base import Runner, check_output
 from mooli.scheduler.scheduler import ABORTED, Scheduler
@@ -23,9 +26,11 @@ class _ReleasedRunner:
 class EngineCore:
     """Requests in by `add`, outputs out of `step`. Each request ends with exactly one output that has `finish`."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, pace: Pace | None = None) -> None:
+        """pace: how long steps with prompts may become beside streams; None leaves the scheduler's own number."""
         self._scheduler = scheduler
         self._runner: Runner = runner
+        self._pace = pace
 
     def step(self) -> list[RequestOutput]:
         """Run one step; returns what is new for each request. Does nothing, quickly, if there is no work.
@@ -36,6 +41,7 @@ class EngineCore:
         batch = self._scheduler.schedule()
         if batch is None:
             return self._scheduler.take_outputs()
+        started = time.perf_counter()
         try:
             output = self._runner.execute(batch)
             check_output(batch, output)
@@ -48,6 +54,9 @@ class EngineCore:
         except BaseException as exc:  # Ctrl-C in a notebook: the caller sees it, and the engine can still be used
             self._scheduler.fail(batch, exc)
             raise
+        if self._pace is not None:
+            self._pace.learn(self._scheduler.last_step, time.perf_counter() - started)
+            self._scheduler.mixed_prefill_tokens = self._pace.prefill_tokens
         return self._scheduler.update(batch, output)
 
     def add(self, request: Request) -> None:

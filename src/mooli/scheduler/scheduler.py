@@ -45,7 +45,8 @@ class Scheduler:
 
     max_batch_tokens: tokens computed per step; -1 for as many as a prompt can have. At most `max_batch_tokens` requests
     run at a time, so that each running request gets at least one token of every step.
-    mixed_prefill_tokens: of them, what prompts get of a step that also continues outputs; None for all that are left.
+    mixed_prefill_tokens: of them, what prompts get of a step that also continues outputs; None for all that are left. May
+    be set between steps.
     computed_in: the type of the computation, for the error of a request whose logits it could not hold.
     drafts: how to guess tokens ahead; None for never.
     """
@@ -78,7 +79,7 @@ class Scheduler:
         self.max_running_requests = min(max_running_requests, max_batch_tokens)
         if mixed_prefill_tokens is not None and mixed_prefill_tokens < 1:
             raise ConfigError(f"mixed_prefill_tokens={mixed_prefill_tokens} must be at least 1")
-        self._mixed_prefill_tokens = mixed_prefill_tokens or max_batch_tokens
+        self.mixed_prefill_tokens = mixed_prefill_tokens or max_batch_tokens
         self._acceptance = Acceptance(vocab_size, computed_in)
         self.context_length = context_length
         self.counters = Counters()
@@ -191,7 +192,7 @@ class Scheduler:
         more_missing = [state for state in self._running if state.num_missing > 1]
         self._continue(one_missing, plan)
         if plan.rows:  # streams wait for this step: what else it computes is their gap
-            plan.tokens_left = min(plan.tokens_left, self._mixed_prefill_tokens)
+            plan.tokens_left = min(plan.tokens_left, self.mixed_prefill_tokens)
         self._continue(more_missing, plan)
 
     def _continue(self, states: list[RequestState], plan: Plan) -> None:
