@@ -132,7 +132,8 @@ def measure(args: argparse.Namespace) -> Results:
 
 
 def interrupted(_: int, __: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    """As Ctrl-C, which asyncio takes as a wish to end its tasks; an exception out of nowhere would end one of them."""
+    signal.raise_signal(signal.SIGINT)
 
 
 def main(arguments: list[str]) -> int:

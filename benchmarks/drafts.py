@@ -1,10 +1,11 @@
 """What guessing tokens brings: accepted tokens a step and tokens a second, with and without, in turns.
 
 Three workloads (benchmarks/draft_texts.py), each conversation in an empty cache: code that is given back changed, and
-chats of several turns, both greedy, then every last turn is asked a second time, as a user does who presses "again"; and
-the chats' first questions answered at temperature 1, where little repeats and guessing can only cost. All engines of
-a model live in one process and take turns conversation by conversation. The speed is that of the tokens after the first
-of each answer, so prompts have no part in it. Every answer is compared with the one of the engine that guesses nothing.
+chats of several turns, both greedy, then every last turn is asked a second time, as a user does who presses "again";
+and the chats' first questions answered at temperature 1, where little repeats and guessing can only cost. All engines
+of a model live in one process and take turns conversation by conversation. The speed is that of the tokens after the
+first of each answer, so prompts have no part in it. Every answer is compared with the one of the engine that guesses
+nothing.
 
     python benchmarks/drafts.py --models demo,qwen --tokens 4,8 --rounds 3
 """
@@ -97,7 +98,7 @@ def converse(
 def engines_of(path: Path, given: argparse.Namespace) -> dict[str, Engine]:
     common = {"model_path": str(path), "max_total_tokens": 8192, "stream_interval": NO_CHUNKS_BETWEEN}
     common |= {"num_threads": given.threads, "quantization": given.quantization}
-    engines = {"off": Engine(**common)}
+    engines = {"off": Engine(**common, speculative_algorithm="none")}
     for tokens in given.tokens.split(","):
         arguments = {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": int(tokens)}
         engines[f"{tokens} tokens"] = Engine(**common, **arguments)

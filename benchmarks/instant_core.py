@@ -64,6 +64,7 @@ def build(start: messages.Start, progress: Progress) -> BuiltEngine:
         kv_cache_bytes=0,
         load_time_s=0.0,
         cache_namespace="instant",
+        speculative_algorithm=None,
         backend={},
     )
     return BuiltEngine(EngineCore(scheduler, InstantRunner()), None, facts, lambda: None, lambda: None)  # type: ignore[arg-type]

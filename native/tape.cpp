@@ -8,7 +8,9 @@
 
 namespace mooli {
 namespace {
-constexpr size_t kIdleFetchBytes = 32 << 10;  // less than a second level cache; what comes while a row is prepared
+// What a thread fetches of the next linear's panels before it waits for others, and while one row is prepared by another.
+// Together less than a second level cache.
+constexpr size_t kNextFetchBytes = 16 << 10, kIdleFetchBytes = 32 << 10;
 constexpr size_t kStreamFetchBytes = 1024;
 }
 
@@ -89,6 +91,7 @@ void Tape::run(int rows) {
   device_.pool.run([&](int thread) {
     for (size_t i = 0; i < ops_.size(); i++) {
       execute(ops_[i], rows, thread, &parts_[i * stride]);
+      if (i + 1 < ops_.size()) fetch_panels(ops_[i + 1], rows, thread, 0, kNextFetchBytes);
       device_.pool.barrier();
     }
   });
@@ -102,6 +105,7 @@ std::vector<double> Tape::run_timed(int rows) {
     auto last = std::chrono::steady_clock::now();
     for (size_t i = 0; i < ops_.size(); i++) {
       execute(ops_[i], rows, thread, &parts_[i * stride]);
+      if (i + 1 < ops_.size()) fetch_panels(ops_[i + 1], rows, thread, 0, kNextFetchBytes);
       device_.pool.barrier();
       if (thread != 0) continue;
       auto now = std::chrono::steady_clock::now();
@@ -169,6 +173,16 @@ Tape::Ahead Tape::ahead_of(const Linear& w, int panel, const Blocks& blocks, int
   return {w.panel(panel + 1) + first, int(lines)};
 }
 
+// Where memory is the limit, it must not pause between operations. Only for one block of rows: more have arithmetic enough.
+void Tape::fetch_panels(const Op& op, int rows, int thread, size_t from, size_t bytes) const {
+  if (op.code != LINEAR || blocks_of(op, rows).count > 1) return;
+  const Linear& w = *op.weight;
+  const size_t items = size_t(phase_items(op, rows, 1)) * (op.next ? 2 : 1);
+  const char* begin = w.panel(int(items * size_t(thread) / size_t(device_.pool.size()))) + from;
+  const char* end = std::min(begin + bytes, static_cast<const char*>(w.data.data() + w.data.size()));
+  for (const char* p = begin; p < end; p += 64) device_.kernels.prefetch(p);
+}
+
 void Tape::prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* parts) {
   const Kernels& k = device_.kernels;
   const Linear& w = *op.weight;
@@ -184,12 +198,7 @@ void Tape::prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* pa
     k.prepare[w.kind](x, size_t(w.k), w.k, w.padded_k, device_.activations.data() + r0 * row_size, r);
   });
   // Threads without a block wait for those that have one: they begin to fetch the panels they will read.
-  if (thread >= blocks.count) {
-    const size_t threads = size_t(device_.pool.size()), items = size_t(phase_items(op, blocks.rows, 1)) * (op.next ? 2 : 1);
-    const char* begin = w.panel(int(items * size_t(thread) / threads));
-    const size_t bytes = std::min(kIdleFetchBytes, size_t(w.data.data() + w.data.size() - begin));
-    for (size_t i = 0; i < bytes; i += 64) k.prefetch(begin + i);
-  }
+  if (thread >= blocks.count) fetch_panels(op, blocks.rows, thread, kNextFetchBytes, kIdleFetchBytes);
   device_.pool.barrier();
 }
 
@@ -258,6 +267,11 @@ void Tape::run_attend(const Op& op, int rows, int thread, Part* parts) {
   const int D = d.head_dim, group = op.heads / d.kv_heads, width = (op.heads + 2 * d.kv_heads) * D;
   const size_t q_bytes = query_bytes(d.kv_type, D);
   auto query = [&](int kv_head, int token) { return d.queries.data() + (size_t(kv_head) * rows + token) * group * q_bytes; };
+  if (d.jobs.size() >= size_t(d.pool.size())) {  // the first block of a thread's first job comes while others are stored
+    const Tiles tiles = first_tiles(op, d.jobs[d.jobs.size() * size_t(thread) / size_t(d.pool.size())]);
+    for (int t = 0; t < tiles.count; t++)
+      for (size_t i = 0; i < d.tile_bytes(); i += 64) k.prefetch(tiles.start[t] + i);
+  }
   share(parts, thread, [&](int index) {
     const TileRun& run = d.tile_runs[index];
     const int tile = d.token_tile[run.first_token], first_slot = d.positions[run.first_token] % kTile;
@@ -278,6 +292,27 @@ void Tape::run_attend(const Op& op, int rows, int thread, Part* parts) {
     const AttendJob* job = &d.jobs[size_t(index)];
     attend_job(op, *job, size_t(index) + 1 < d.jobs.size() ? job + 1 : nullptr, rows, d.work[size_t(thread)]);
   });
+}
+
+// The tiles of a block that a segment's members share.
+Tape::Tiles Tape::tiles_of(const Op& op, const AttendSegment& segment, int block, int kv_head) const {
+  const Device& d = device_;
+  const AttendMember& member = d.members[size_t(segment.first_member)];
+  const int last = d.positions[member.first_token + member.tokens - 1];
+  Tiles tiles{};
+  tiles.count = std::min(kBlockTiles, (last - block * kBlock) / kTile + 1);
+  for (int t = 0; t < tiles.count; t++) {
+    const int tile = d.row_tiles[size_t(member.row)][size_t(block) * kBlockTiles + t];
+    tiles.start[t] = d.k_tile(op.layer, tile, kv_head);
+    tiles.k[t] = tiles.start[t];
+    tiles.v[t] = d.v_tile(op.layer, tile, kv_head);
+  }
+  return tiles;
+}
+
+Tape::Tiles Tape::first_tiles(const Op& op, const AttendJob& job) const {
+  const AttendSegment& segment = device_.segments[size_t(job.first_segment)];
+  return tiles_of(op, segment, segment.first_block, job.kv_head);
 }
 
 // `following` is the job that this thread most likely does next; null if there is none.
@@ -310,33 +345,17 @@ void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* follo
 
   const AttendSegment* segment = d.segments.data() + job.first_segment;
   const AttendSegment* const end = segment + job.num_segments;
-  struct Tiles {
-    const void *k[kBlockTiles], *v[kBlockTiles];
-    const char* start[kBlockTiles];
-    int count;
-  } now, next;
-  auto find = [&](const AttendSegment& s, int block, int kv_head, Tiles& tiles) {
-    const AttendMember& member = d.members[size_t(s.first_member)];
-    const int last = d.positions[member.first_token + member.tokens - 1];
-    tiles.count = std::min(kBlockTiles, (last - block * kBlock) / kTile + 1);
-    for (int t = 0; t < tiles.count; t++) {
-      const int tile = d.row_tiles[size_t(member.row)][size_t(block) * kBlockTiles + t];
-      tiles.start[t] = d.k_tile(op.layer, tile, kv_head);
-      tiles.k[t] = tiles.start[t];
-      tiles.v[t] = d.v_tile(op.layer, tile, kv_head);
-    }
-  };
   const int tile_lines = int(d.tile_bytes() / 64);
-  if (segment != end) find(*segment, segment->first_block, job.kv_head, now);
+  Tiles now{}, next{};
+  if (segment != end) now = tiles_of(op, *segment, segment->first_block, job.kv_head);
   for (; segment != end; segment++) {
     int first = 0, count = 0;
     for (int m = job.first_member; m < segment->first_member; m++) first += d.members[size_t(m)].tokens * job.num_q;
     for (int m = 0; m < segment->num_members; m++) count += d.members[size_t(segment->first_member + m)].tokens * job.num_q;
     for (int b = segment->first_block; b < segment->end_block; b++) {
-      next.count = 0;
-      if (b + 1 < segment->end_block) find(*segment, b + 1, job.kv_head, next);
-      else if (segment + 1 != end) find(segment[1], segment[1].first_block, job.kv_head, next);
-      else if (following) find(d.segments[size_t(following->first_segment)], d.segments[size_t(following->first_segment)].first_block, following->kv_head, next);
+      if (b + 1 < segment->end_block) next = tiles_of(op, *segment, b + 1, job.kv_head);
+      else if (segment + 1 != end) next = tiles_of(op, segment[1], segment[1].first_block, job.kv_head);
+      else next = following ? first_tiles(op, *following) : Tiles{};
       AttendBlock block{queries + size_t(first) * q_bytes, w.positions.data() + first, now.k, now.v, next.start, next.count,
                         tile_lines, count, now.count, b * kBlock, D, op.window, op.number * 1.44269504f,
                         out + size_t(first) * D, lanes + first * 16, maxima + first, w.scores.as<float>(), w.weights.data()};

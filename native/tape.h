@@ -38,6 +38,12 @@ class Tape {
     int rows, count;
     int first_row(int block) const { return int(int64_t(rows) * block / count); }
   };
+  // Tiles of a block of keys and values: where each begins, its keys (the same place) and its values.
+  struct Tiles {
+    const void *k[kBlockTiles], *v[kBlockTiles];
+    const char* start[kBlockTiles];
+    int count;
+  };
   struct Ahead { const char* start; int lines; };  // lines at each step of K
   struct Op {
     Code code;
@@ -61,9 +67,12 @@ class Tape {
   int phase_items(const Op& op, int rows, int phase) const;
   void execute(const Op& op, int rows, int thread, Part* parts);
   void run_linear(const Op& op, int rows, int thread, Part* parts);
+  void fetch_panels(const Op& op, int rows, int thread, size_t from, size_t bytes) const;
   void prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* parts);
   void gate_panels(const Op& op, const Blocks& blocks, int pair, int thread);
   void run_attend(const Op& op, int rows, int thread, Part* parts);
+  Tiles tiles_of(const Op& op, const AttendSegment& segment, int block, int kv_head) const;
+  Tiles first_tiles(const Op& op, const AttendJob& job) const;
   void attend_job(const Op& op, const AttendJob& job, const AttendJob* following, int rows, Device::Work& work);
   template <class F> void share(Part* parts, int thread, F f);
 

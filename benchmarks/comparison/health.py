@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,15 @@ class Reading:
 
 
 class Gauge:
-    """Reads with `num_threads` threads; to be used while no engine computes."""
+    """Reads with `num_threads` threads; to be used while no engine computes.
+
+    From a thread of its own, which keeps to its processor: the driver's thread moves about, and would share one with
+    another of the gauge's threads. (Were the driver's own thread pinned, so were all processes that it starts.)
+    """
 
     def __init__(self, num_threads: int | None = None) -> None:
         self._backend: Any = create_backend("cpu", num_threads=num_threads)
+        self._thread = ThreadPoolExecutor(1, initializer=self._backend.bind_thread)
         self._region = _native.FloatBuffer(_REGION_BYTES // 4)
         self._region.array()[:] = 1.0
         self.read()
@@ -49,6 +55,9 @@ class Gauge:
         return int(self._backend.describe()["num_threads"])
 
     def read(self) -> Reading:
+        return self._thread.submit(self._read).result()
+
+    def _read(self) -> Reading:
         device = self._backend._device
         return Reading(
             ops_s=2 * statistics.median(device.gauge_dots(_DOTS) for _ in range(_READINGS)),

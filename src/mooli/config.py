@@ -181,8 +181,9 @@ class EngineConfig(Arguments):
     speculative_algorithm: str | None = argument(
         None,
         "str",
-        "Guess tokens and verify several in a step; NGRAM: those that followed the same tokens before.",
-        choices=(None, "NGRAM"),
+        "Guess tokens and verify several in a step; NGRAM: those that followed the same tokens before; default: NGRAM"
+        " on the cpu, none elsewhere.",
+        choices=(None, "NGRAM", "none"),
         choices_hint=" The others of SGLang are not supported by Mooli yet.",
         subject="guessed tokens",
     )
@@ -263,7 +264,7 @@ class EngineConfig(Arguments):
             raise ConfigError(f"served_model_name={self.served_model_name!r} must not contain ':'")
 
     def _check_speculation(self) -> None:
-        if self.speculative_algorithm is None:
+        if self.speculative_algorithm in (None, "none"):
             for name in _SPECULATIVE:
                 if getattr(self, name) is not None:
                     raise ConfigError(

@@ -119,8 +119,8 @@ NUM_SHARED = 300
 
 
 def shared_rows(own_pages: Iterator[int]) -> list[tuple[list[int], Row]]:
-    """What each row computes last, after the tokens before it, which begin with those of others: all have 128 in common,
-    some 256, one goes on inside a shared page, and two have nothing in common with anybody."""
+    """What each row computes last, after the tokens before it, which begin with those of others: all have 128 in
+    common, some 256, one goes on inside a shared page, and two have nothing in common with anybody."""
     trunk = list(range(8))
     rows = []
     for index in range(14):

@@ -221,6 +221,7 @@ def test_a_prompt_must_be_longer_than_the_cut(
         (["--disable-radix-cache"], "--disable-radix-cache: answers go on"),
         (["--tokenizer-path", "x"], "--tokenizer-path: no text"),
         (["--stream-interval", "2"], "nothing is streamed"),
+        (["--speculative-algorithm", "NGRAM"], "nothing is guessed"),
         (["--disable-cuda-graph"], "known to SGLang but not supported"),
     ],
 )

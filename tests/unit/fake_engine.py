@@ -92,6 +92,7 @@ def fake_build(config, **runner_options) -> BuiltEngine:
         kv_cache_bytes=0,
         load_time_s=0.0,
         cache_namespace="fake",
+        speculative_algorithm=config.speculative_algorithm,
         backend={},
     )
     return BuiltEngine(EngineCore(scheduler, runner), None, facts, lambda: None, lambda: None)

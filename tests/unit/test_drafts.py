@@ -15,6 +15,7 @@ from test_scheduler import Bench, request, spans
 from mooli import ConfigError, EngineConfig
 from mooli.cache.kv_cache import KVCache
 from mooli.cache.radix_tree import token_key
+from mooli.engine.build import draft_settings
 from mooli.runner.fake import FakeRunner
 from mooli.scheduler.drafts import FIRST_PAUSE, LONGEST_PAUSE, DraftRecord, DraftSettings, what_followed
 
@@ -381,9 +382,21 @@ def config(**arguments: Any) -> EngineConfig:
         "speculative_ngram_max_match_window_size",
     ],
 )
-def test_sizes_of_guesses_without_guesses_are_refused(name: str) -> None:
+@pytest.mark.parametrize("algorithm", [None, "none"])
+def test_sizes_of_guesses_without_guesses_are_refused(name: str, algorithm: str | None) -> None:
     with pytest.raises(ConfigError, match=f"{name}=4 has no effect without speculative_algorithm='NGRAM'"):
-        config(**{name: 4})
+        config(speculative_algorithm=algorithm, **{name: 4})
+
+
+@pytest.mark.parametrize(
+    ("said", "on_cpu", "elsewhere"), [(None, True, False), ("none", False, False), ("NGRAM", True, True)]
+)
+def test_tokens_are_guessed_by_default_where_the_backend_says_so(
+    said: str | None, on_cpu: bool, elsewhere: bool
+) -> None:
+    asked = config(speculative_algorithm=said)
+    assert (draft_settings(asked, "NGRAM") is not None) == on_cpu
+    assert (draft_settings(asked) is not None) == elsewhere
 
 
 @pytest.mark.parametrize("device", ["cuda", "npu", "torch"])
@@ -393,7 +406,7 @@ def test_guesses_are_refused_where_they_could_change_an_answer(device: str) -> N
 
 
 def test_other_algorithms_of_sglang_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"speculative_algorithm='EAGLE' is not possible; choose one of NGRAM"):
+    with pytest.raises(ConfigError, match=r"speculative_algorithm='EAGLE' is not possible; choose one of NGRAM, none"):
         config(speculative_algorithm="EAGLE")
 
 

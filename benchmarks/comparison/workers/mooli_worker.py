@@ -44,6 +44,7 @@ def load() -> tuple[dict[str, Any], Callable[[Ledger], None]]:
         quantization=sys.argv[4] if len(sys.argv) > 4 else None,
         num_threads=num_threads,
         max_total_tokens=kv_tokens,
+        speculative_algorithm="none",
     )
     info = engine.get_server_info()
     facts = {

@@ -50,6 +50,7 @@ _WITHOUT_EFFECT = {
     "allow_auto_truncate": "a batch that does not fit is left out",
     "schedule_policy": "a batch is computed in one order",
     "disable_radix_cache": "answers go on from what the cache holds of their prompts",
+    "speculative_algorithm": "a step gives each answer one token here: nothing is guessed",
 }
 _OF_LATENCY = ("run_name", "batch_size", "input_len", "result_filename", "log_decode_step", "seed")
 _OF_CORRECTNESS = ("cut_len", "prompt_filename")
@@ -107,7 +108,7 @@ def parse_one_batch_arguments(argv: Sequence[str]) -> OneBatchOptions:
         raise BenchmarkError(f"--log-decode-step must be at least 0, got {args.log_decode_step}")
     if not 0 <= args.seed < 2**32:
         raise BenchmarkError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
-    config = engine_config(args, without_effect)
+    config = dataclasses.replace(engine_config(args, without_effect), speculative_algorithm="none")
     if config.max_running_requests is None:
         config = dataclasses.replace(config, max_running_requests=max(*args.batch_size, len(PROMPTS)))
     return OneBatchOptions(

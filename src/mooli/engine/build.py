@@ -147,6 +147,8 @@ def _build(
     described = backend.describe()
     step_tokens = config.chunked_prefill_size or backend.default_chunked_prefill_size
     vocab_size = min(model_config.vocab_size, tokenizer_vocab_size or model_config.vocab_size)
+    # No answer changes there, to the bit, and what repeats nothing costs next to nothing (docs/log.md).
+    drafts = draft_settings(config, "NGRAM" if backend.name == "cpu" else "none")
     mixed_tokens = None if step_tokens == -1 else -(-step_tokens // MIXED_STEP_PARTS)
     scheduler = Scheduler(
         KVCache(
@@ -163,7 +165,7 @@ def _build(
         policy=config.schedule_policy,
         mixed_prefill_tokens=mixed_tokens,
         computed_in=described.get("dtype"),
-        drafts=draft_settings(config),
+        drafts=drafts,
     )
     progress("Allocating KV cache", 0, 1)
     limits = Limits(
@@ -195,6 +197,7 @@ def _build(
         kv_cache_bytes=num_pages * bytes_per_page * config.tp_size,
         load_time_s=time.perf_counter() - started,
         cache_namespace=_namespace(config, model_path, backend.name, kv_spec),
+        speculative_algorithm=None if drafts is None else "NGRAM",
         backend={**described, **team.describe(each)},
     )
     logger.info(
@@ -240,9 +243,10 @@ def _kv_dtype(config: EngineConfig, backend: Backend) -> str:
     return "float32" if backend.describe().get("dtype") == "float32" else "bfloat16"
 
 
-def draft_settings(config: EngineConfig) -> DraftSettings | None:
-    """What `speculative_algorithm` and its arguments ask for; None where no tokens are to be guessed."""
-    if config.speculative_algorithm is None:
+def draft_settings(config: EngineConfig, default: str = "none") -> DraftSettings | None:
+    """What `speculative_algorithm` (or `default`, where nothing is said) and its arguments ask for; None where no
+    tokens are to be guessed."""
+    if (config.speculative_algorithm or default) == "none":
         return None
     tokens = config.speculative_num_draft_tokens or NGRAM_DRAFT_TOKENS
     return DraftSettings(tokens, max(tokens, DRAFT_STEP_TOKENS), *config.ngram_match_window)

@@ -15,6 +15,7 @@ class EngineFacts:
     """Sizes in tokens, pages or bytes as their names say, and the device in words.
 
     vocab_size: ids that can be prompted and sampled. cache_namespace: everything that makes KV of two engines differ.
+    speculative_algorithm: how tokens are guessed; None where they are not.
     """
 
     resolved_model_path: str
@@ -35,6 +36,7 @@ class EngineFacts:
     kv_cache_bytes: int
     load_time_s: float
     cache_namespace: str
+    speculative_algorithm: str | None
     backend: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,8 +45,8 @@ class Scheduler:
 
     max_batch_tokens: tokens computed per step; -1 for as many as a prompt can have. At most `max_batch_tokens` requests
     run at a time, so that each running request gets at least one token of every step.
-    mixed_prefill_tokens: of them, what prompts get of a step that also continues outputs; None for all that are left. May
-    be set between steps.
+    mixed_prefill_tokens: of them, what prompts get of a step that also continues outputs; None for all that are left.
+    May be set between steps.
     computed_in: the type of the computation, for the error of a request whose logits it could not hold.
     drafts: how to guess tokens ahead; None for never.
     """

@@ -57,7 +57,7 @@ async def show_server(service: Service, request: Incoming) -> Reply:
         "effective_max_running_requests_per_dp": facts.max_running_requests,
         **stats,
     }
-    if service.engine_config.speculative_algorithm is not None:
+    if service.facts.speculative_algorithm is not None:
         state["avg_spec_accept_length"] = _speculation(stats)["accept_length"]
     return Reply(
         {
@@ -146,7 +146,7 @@ def _section(service: Service, name: str, load: Mapping[str, Any], stats: Mappin
     if name == "queues":
         waiting = load["num_waiting_reqs"]
         return {"waiting": waiting, "grammar": 0, "paused": 0, "retracted": 0, "prealloc_ready": 0}
-    if name == "spec" and service.engine_config.speculative_algorithm is not None:
+    if name == "spec" and service.facts.speculative_algorithm is not None:
         return _speculation(stats)
     return None
 

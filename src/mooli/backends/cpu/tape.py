@@ -17,7 +17,6 @@ from mooli import _native
 from mooli.backends.base import AttentionSpec, RopeSpec
 from mooli.errors import ConfigError, EngineClosedError
 
-
 LAST_INTEGER_KIND = 2
 """Packed kinds up to this one (native/kernels.h) multiply integers, in row blocks of the same size."""
 
@@ -42,8 +41,8 @@ class Gated:
 
 @dataclass(eq=False, slots=True)
 class Register:
-    """An activation of `width` float32 a row. `address` is set when the arena is laid out, `norm` by rms_norm, `gated` by
-    linear_silu_mul."""
+    """An activation of `width` float32 a row. `address` is set when the arena is laid out, `norm` by rms_norm, `gated`
+    by linear_silu_mul."""
 
     width: int
     address: int = 0
@@ -174,14 +173,12 @@ class TapeOps:
         return result
 
     def _gated_down(self, gated: Gated, weight: Any, residual: Register | None) -> Register:
-        """Both linears in one; the entry of the first, which stores what it computes, goes if nobody else reads that."""
+        """Both linears in one; the entry of the first, which stores what it computes, goes if nobody else reads it."""
         source = gated.source
 
         def emit(tape: Any, out: Register) -> None:
             after = 0 if residual is None else residual.address
-            tape.gated_linear_down(
-                source.address, gated.weight.native, *gated.norm, weight.native, after, out.address
-            )
+            tape.gated_linear_down(source.address, gated.weight.native, *gated.norm, weight.native, after, out.address)
 
         inputs = (source,) if residual is None else (source, residual)
         return self._now().add(inputs, weight.native.n, emit, reusable=residual)
