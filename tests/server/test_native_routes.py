@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,9 +307,15 @@ def test_flush_cache_forgets_prefixes(live, method):
 
 
 def test_flush_cache_refuses_while_something_runs(streaming):
-    with streaming() as run:
-        run.gate.let(20)  # the engine answers between two steps
-        answer = run.server.http.post("/flush_cache")
+    with streaming() as run, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(run.server.http.post, "/flush_cache")
+
+        def is_answered_after_a_step() -> bool:
+            run.gate.let()  # the engine answers between two steps
+            return asked.done()
+
+        wait_until(is_answered_after_a_step)
+        answer = asked.result()
         assert answer.status_code == 400
         assert "not flushed" in answer.text
 
