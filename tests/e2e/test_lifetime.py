@@ -158,7 +158,7 @@ def test_preferred_sampling_params_that_no_request_could_use_are_refused_at_the_
         Engine(model_path="demo", backend="cpu", preferred_sampling_params={"temperature": -1})
 
 
-NUM_PROMPTS, LENGTH = 15, 58
+NUM_PROMPTS, LENGTH = 15, 100
 PROMPTS = [f"{CAPITAL} {'so ' * (i // 5)}{i % 5}" for i in range(NUM_PROMPTS)]
 PARAMS = [
     {"temperature": 0.9 * (i % 2), "sampling_seed": i, "max_new_tokens": LENGTH, "ignore_eos": True}
