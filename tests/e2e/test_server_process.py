@@ -35,6 +35,10 @@ def write():
 """
 
 
+ONE_BY_ONE = ("--speculative-algorithm", "none")
+"""Of servers whose streams must last: guessing would shorten them."""
+
+
 def story(max_new_tokens: int, **fields: object) -> dict[str, object]:
     params = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
     return {"text": STORY, "sampling_params": params, **fields}
@@ -56,13 +60,13 @@ def open_streams(server: ServerProcess, max_tokens: int) -> dict[str, Stream]:
 @pytest.fixture(scope="module")
 def shared() -> Iterator[ServerProcess]:
     """For tests that do the server no harm."""
-    with ServerProcess() as server:
+    with ServerProcess(*ONE_BY_ONE) as server:
         yield server
 
 
 # -- the engine ends first ---------------------------------------------------------------------------------------------
 def test_when_the_engine_is_killed_everybody_hears_of_it_and_the_server_ends():
-    with ServerProcess() as server, ThreadPoolExecutor(1) as waiting:
+    with ServerProcess(*ONE_BY_ONE) as server, ThreadPoolExecutor(1) as waiting:
         streams = open_streams(server, 700)
         whole = waiting.submit(httpx.post, f"{server.url}/generate", json=story(700), timeout=PATIENCE_S)
         wait_until(lambda: server.load()["num_running_reqs"] == 5, "all five run")
@@ -86,7 +90,7 @@ def test_when_the_engine_is_killed_everybody_hears_of_it_and_the_server_ends():
 
 
 def test_a_hung_engine_is_killed():
-    with ServerProcess("--watchdog-timeout", "3") as server:
+    with ServerProcess(*ONE_BY_ONE, "--watchdog-timeout", "3") as server:
         stream = server.stream("/generate", story(3000))
         os.kill(server.engine_pid, signal.SIGSTOP)
         assert server.exit_status() == 1
@@ -96,8 +100,8 @@ def test_a_hung_engine_is_killed():
 
 # -- the server ends first ---------------------------------------------------------------------------------------------
 def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones():
-    with ServerProcess("--shutdown-timeout", str(PATIENCE_S)) as server:
-        stream = server.stream("/generate", story(300))
+    with ServerProcess(*ONE_BY_ONE, "--shutdown-timeout", str(PATIENCE_S)) as server:
+        stream = server.stream("/generate", story(900))
         assert server.http.get("/health/ready").status_code == 200
         server.signal(signal.SIGTERM)
         wait_until(lambda: server.http.get("/health/ready").status_code == 503, "not ready")
@@ -113,7 +117,7 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones():
         assert server.http.get("/health/live").status_code == 200
         assert not stream.is_over
         last = stream.events()[-1]["meta_info"]
-        assert (last["finish_reason"], last["completion_tokens"]) == ({"type": "length", "length": 300}, 300)
+        assert (last["finish_reason"], last["completion_tokens"]) == ({"type": "length", "length": 900}, 900)
         assert stream.text.endswith("data: [DONE]\n\n")
         assert server.exit_status() == 0
         assert "Traceback" not in server.log
@@ -121,7 +125,7 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones():
 
 @pytest.mark.parametrize(("timeout", "num_signals"), [("1", 1), (str(PATIENCE_S), 2)], ids=["timeout", "again"])
 def test_what_is_not_finished_in_time_ends_as_aborted(timeout, num_signals):
-    with ServerProcess("--shutdown-timeout", timeout) as server:
+    with ServerProcess(*ONE_BY_ONE, "--shutdown-timeout", timeout) as server:
         streams = open_streams(server, 900)
         server.signal(signal.SIGTERM)
         if num_signals == 2:
@@ -140,7 +144,7 @@ def test_what_is_not_finished_in_time_ends_as_aborted(timeout, num_signals):
 
 
 def test_ctrl_c_in_a_terminal_reaches_both_processes_and_drains():
-    with ServerProcess("--shutdown-timeout", str(PATIENCE_S)) as server:
+    with ServerProcess(*ONE_BY_ONE, "--shutdown-timeout", str(PATIENCE_S)) as server:
         stream = server.stream("/generate", story(100))
         os.killpg(server.pid, signal.SIGINT)
         assert stream.events()[-1]["meta_info"]["completion_tokens"] == 100
