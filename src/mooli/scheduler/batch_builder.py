@@ -162,10 +162,11 @@ class BatchBuilder:
         last = self._last
         if last is not None and _goes_on(plan, last):
             batch = self._next(step, plan.rows, last.batch)
+            self._last = _Last(last.states, batch)
         else:
             batch = self._build(step, plan)
+            self._last = self._to_go_on_from(plan, batch)
         self._pages_changed = False
-        self._last = self._to_go_on_from(plan, batch)
         return batch
 
     def _to_go_on_from(self, plan: Plan, batch: ScheduleBatch) -> _Last | None:
