@@ -158,6 +158,7 @@ FORMATS = {
     "file": ("as in the file", "auto", None),
     "int8": ("int8", "auto", "int8"),
     "int4": ("int4 (int8 head)", "auto", "int4"),
+    "bfloat16": ("bfloat16", "bfloat16", None),
 }
 
 

@@ -7,6 +7,11 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(MOOLI_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace mooli {
 
@@ -28,6 +33,21 @@ bool has_dot_product() {
 }  // namespace
 #endif
 
+#if defined(MOOLI_AMX)
+namespace {
+
+// Tiles of bfloat16, and a system that keeps them. Linux gives them to a process that asks for them, once.
+bool has_tiles() {
+  constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, which older headers lack
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const unsigned needed = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+  return (d & needed) == needed && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
+
+}  // namespace
+#endif
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names{"scalar"};
 #if defined(__x86_64__)
@@ -37,7 +57,12 @@ std::vector<std::string> available_isas() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
       names.push_back("avx512");
-      if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
+      if (__builtin_cpu_supports("avx512bf16")) {
+        names.push_back("avx512_bf16");
+#if defined(MOOLI_AMX)
+        if (__builtin_cpu_supports("avx512vbmi") && has_tiles()) names.push_back("amx");
+#endif
+      }
     }
   }
 #elif defined(__aarch64__)
@@ -52,6 +77,9 @@ const Kernels& select_kernels(const std::string& isa) {
   if (std::find(names.begin(), names.end(), want) == names.end())
     throw std::invalid_argument("instruction set '" + want + "' is not available on this processor");
 #if defined(__x86_64__)
+#if defined(MOOLI_AMX)
+  if (want == "amx") return kernels_amx();
+#endif
   if (want == "avx512_bf16") return kernels_avx512_bf16();
   if (want == "avx512") return kernels_avx512();
   if (want == "avx2") return kernels_avx2();
@@ -114,13 +142,17 @@ void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, in
 
 void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int head) {
   max_tokens = max_tokens_;
-  activations = Buffer(size_t(max_tokens) * ((max_k + 31) / 32 * 32) * 4 + 256);
-  gated = Buffer(size_t(max_tokens) * activation_row_bytes(Q8, (max_k + 31) / 32 * 32) + 256);
-  queries = Buffer(size_t(max_tokens) * num_heads * head * 4 + 256);
+  const size_t beyond = 256 + kMaxRows * size_t(head) * 4;  // what kernels read behind the last row and do not use
+  activations = Buffer(size_t(max_tokens) * ((max_k + 31) / 32 * 32) * 4 + beyond);
+  const int group_bytes = std::max(kernels.few[Q8].group_bytes, kernels.many[Q8].group_bytes);
+  gated = Buffer(size_t(max_tokens) * ((max_k + 31) / 32) * group_bytes + beyond);
+  queries = Buffer(size_t(max_tokens) * num_heads * head * 4 + beyond);
   const size_t rows = std::max<size_t>(size_t(kQueryTokens) * num_heads, kJobRows);
   work.resize(pool.size());
   for (auto& w : work) {
     w.rows = Buffer(size_t(kMaxRows) * max_k * 4);
+    w.wide = Buffer(panel_bytes(BF16, kChunk));
+    w.sums = Buffer(size_t(kPanelsTogether) * (max_tokens + kMaxRows) * kPanel * 4);
     w.half = Buffer(size_t(max_tokens) * 16 * 4);
     w.out = Buffer(rows * head * 4);
     w.queries = Buffer(rows * head * 4);

@@ -51,6 +51,8 @@ struct RopeTable {
 // Consecutive tokens of a step that lie in one KV tile.
 struct TileRun { int first_token, tokens; };
 
+constexpr int kPanelsTogether = 8;  // most panels of a linear that one thread multiplies chunk by chunk
+
 constexpr int kQueryTokens = 16;  // of a row, most that are attended together
 constexpr int kJobRows = 60;      // query rows that a job of several members has at most
 
@@ -112,7 +114,7 @@ class Device {
   Buffer gated;        // prepared rows that a gated linear leaves for the one after it
   Buffer queries;      // (kv_heads, tokens, group, head_dim)
   struct Work {
-    Buffer rows, half, out, lanes, maxima, scores, weights, queries;
+    Buffer rows, half, wide, sums, out, lanes, maxima, scores, weights, queries;
     std::vector<int> positions;
   };
   std::vector<Work> work;

@@ -10,6 +10,7 @@
 // Activations of a block of R rows:
 //   int  per 32 of K: [R x f32 scale][R x i32 -zero * sum; Q4M: R x f32 scale * sum][8 k-steps][R][4 x s8]
 //   BF16 per 2 of K: [R][2];  float per 1 of K: [R] as f32
+// With AMX they lie as its tiles do, and integers are widened to bfloat16: kernels_amx.inc.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -20,7 +21,8 @@ enum Kind : int { Q8 = 0, Q4 = 1, Q4M = 2, BF16 = 3, F16 = 4, F32 = 5, kNumKinds
 
 constexpr int kPanel = 32;     // output columns of a panel
 constexpr int kGroup = 32;     // values of K that share a scale
-constexpr int kMaxRows = 12;   // largest row block of any kernel
+constexpr int kMaxRows = 32;   // largest row block of any kernel
+constexpr int kChunk = 256;    // of K: with a block's activations its weights fill two thirds of a first level cache
 constexpr int kTile = 32;      // tokens of a KV tile
 constexpr int kBlockTiles = 4; // tiles of an attention block: 128 tokens at an absolute position
 constexpr int kBlock = kTile * kBlockTiles;
@@ -32,13 +34,6 @@ inline size_t panel_bytes(Kind kind, int padded_k) {
     case Q4M: return size_t(padded_k / kGroup) * (128 + 512);
     case BF16: case F16: return size_t(padded_k) * kPanel * 2;
     default: return size_t(padded_k) * kPanel * 4;
-  }
-}
-inline size_t activation_row_bytes(Kind kind, int padded_k) {
-  switch (kind) {
-    case Q8: case Q4: case Q4M: return size_t(padded_k / kGroup) * (8 + kGroup);
-    case BF16: return size_t(padded_k) * 2;
-    default: return size_t(padded_k) * 4;
   }
 }
 
@@ -84,11 +79,25 @@ using GemmFn = void (*)(const char* activations, const char* panel, int padded_k
 using PrepareFn = void (*)(const float* x, size_t stride, int k, int padded_k, char* block, int rows);
 using StoreKvFn = void (*)(const float* k, const float* v, int head_dim, char* k_tile, char* v_tile, int token);
 
+// Part of a panel of integers as one of BF16.
+using WidenFn = void (*)(const char* panel, int padded_k, char* wide);
+
+// How a block of rows is prepared and multiplied. Which one of a kind's two is taken never changes a bit of a result.
+struct RowKernels {
+  int max_rows;     // of a block; 0 where there are none of this sort
+  int group_bytes;  // of a row's activations, for 32 of K
+  bool is_chunked;  // all blocks are multiplied with kChunk of K before those that follow, which gemm_more adds
+  PrepareFn prepare;
+  WidenFn widen;    // null: gemm reads the panel itself
+  GemmFn gemm[kMaxRows + 1], gemm_more[kMaxRows + 1];
+  size_t row_bytes(int padded_k) const { return size_t(padded_k / kGroup) * group_bytes; }
+};
+
 struct Kernels {
   const char* name;
-  int max_rows[kNumKinds];
-  GemmFn gemm[kNumKinds][kMaxRows + 1];
-  PrepareFn prepare[kNumKinds];
+  RowKernels few[kNumKinds], many[kNumKinds];  // up to a block of few, and beyond
+  const RowKernels& of(Kind kind, int rows) const { return many[kind].max_rows && rows > few[kind].max_rows ? many[kind] : few[kind]; }
+  void (*finish)();  // each thread, when it has no more to compute; may be null
   bool has_bf16_dot;
   StoreKvFn store_kv[kNumKvTypes];
   void (*prepare_queries[kNumKvTypes])(const float* q, int heads, int head_dim, char* out);
@@ -115,6 +124,9 @@ const Kernels& kernels_scalar();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512_bf16();
+#if defined(MOOLI_AMX)
+const Kernels& kernels_amx();
+#endif
 #elif defined(__aarch64__)
 const Kernels& kernels_neon();
 #endif

@@ -12,6 +12,7 @@ namespace {
 // Together less than a second level cache.
 constexpr size_t kNextFetchBytes = 16 << 10, kIdleFetchBytes = 32 << 10;
 constexpr size_t kStreamFetchBytes = 1024;
+constexpr size_t kLargeBytes = 1 << 20;  // of activations, beyond half a second level cache
 }
 
 void Tape::embed(const Embedding* table, float* out) { Op o{EMBED}; o.table = table; o.out = out; ops_.push_back(o); }
@@ -45,13 +46,20 @@ const char* Tape::name(int code) {
 }
 
 Tape::Blocks Tape::blocks_of(const Op& op, int rows) const {
-  const int most = device_.kernels.max_rows[op.weight->kind];
-  return {rows, (rows + most - 1) / most};
+  const RowKernels& kernels = device_.kernels.of(op.weight->kind, rows);
+  const int count = (rows + kernels.max_rows - 1) / kernels.max_rows, panels = op.weight->panels();
+  // Activations that no second level cache holds are read once for several panels.
+  const bool is_large = kernels.is_chunked && size_t(rows) * kernels.row_bytes(op.weight->padded_k) > kLargeBytes;
+  const int together = std::min(kPanelsTogether, panels / (2 * device_.pool.size()));
+  return {kernels, rows, count, op.next ? 2 : is_large && together > 1 ? together : 1};
 }
 
 int Tape::phase_items(const Op& op, int rows, int phase) const {
   if (op.code == LINEAR && phase == 0) return op.is_prepared ? 0 : blocks_of(op, rows).count;
-  if (op.code == LINEAR) return op.next ? (op.weight->panels() + 1) / 2 : op.weight->panels();
+  if (op.code == LINEAR) {
+    const int together = blocks_of(op, rows).panels;
+    return (op.weight->panels() + together - 1) / together;
+  }
   if (op.code == ATTEND) return int(phase == 0 ? device_.tile_runs.size() : device_.jobs.size());
   return phase == 0 ? rows : 0;
 }
@@ -62,7 +70,7 @@ void Tape::start(int rows) {
     if ((op.code == EMBED || op.code == ROPE || op.code == ATTEND) && rows != device_.num_tokens)
       throw std::invalid_argument("this tape needs the planned step's number of rows");
     // What was recorded must fit what is allocated: a weight loaded later, a table smaller than another, a layer too many.
-    if (op.code == LINEAR && size_t(rows) * activation_row_bytes(op.weight->kind, op.weight->padded_k) >
+    if (op.code == LINEAR && size_t(rows) * device_.kernels.of(op.weight->kind, rows).row_bytes(op.weight->padded_k) >
                                  (op.is_prepared ? device_.gated : device_.activations).size())
       throw std::invalid_argument("a linear weight wider than the buffers: capture again after loading it");
     if (op.code == EMBED && device_.max_token_id >= op.table->rows)
@@ -94,6 +102,7 @@ void Tape::run(int rows) {
       if (i + 1 < ops_.size()) fetch_panels(ops_[i + 1], rows, thread, 0, kNextFetchBytes);
       device_.pool.barrier();
     }
+    if (device_.kernels.finish) device_.kernels.finish();
   });
 }
 
@@ -112,6 +121,7 @@ std::vector<double> Tape::run_timed(int rows) {
       seconds[i] = std::chrono::duration<double>(now - last).count();
       last = now;
     }
+    if (device_.kernels.finish) device_.kernels.finish();
   });
   return seconds;
 }
@@ -163,22 +173,30 @@ void Tape::execute(const Op& op, int rows, int thread, Part* parts) {
   }
 }
 
-// What is fetched during a row block's kernel, some lines at each step of K. With one block, what comes a little later in
-// the same stream: the processor's own prefetcher alone leaves memory waiting. With more, parts of the next panel.
-Tape::Ahead Tape::ahead_of(const Linear& w, int panel, const Blocks& blocks, int block) {
-  const size_t steps = size_t(w.padded_k / kGroup), all = steps * size_t(blocks.count), lines = (w.stride / 64 + all - 1) / all;
-  if (blocks.count == 1) return {w.panel(panel) + kStreamFetchBytes, int(lines)};
-  const size_t first = size_t(block) * steps * lines * 64;
-  if (panel + 1 == w.panels() || first >= w.stride) return {nullptr, 0};
-  return {w.panel(panel + 1) + first, int(lines)};
+// What is fetched while `count` values of K from `first` on are multiplied with a row block, some lines at each step of K. With
+// one block, what comes a little later in the same stream: the processor's own prefetcher alone leaves memory waiting. With
+// more, parts of what is multiplied next.
+Tape::Ahead Tape::ahead_of(const Product& x, int panel, int block, int first, int count) {
+  const Linear& w = x.weight;
+  const bool is_whole = count == w.padded_k;
+  const size_t steps = size_t(count / kGroup);
+  if (x.blocks.count == 1 && is_whole && !x.blocks.kernels.widen)
+    return {w.panel(panel) + kStreamFetchBytes, int((w.stride / 64 + steps - 1) / steps)};
+  const char* next = w.panel(panel + 1) + panel_bytes(w.kind, first);
+  if (panel + 1 == x.end && !is_whole) next = w.panel(x.begin) + panel_bytes(w.kind, first + count);
+  const char* end = w.data.data() + w.data.size();
+  const size_t bytes = panel_bytes(w.kind, count), all = steps * size_t(x.blocks.count), lines = (bytes / 64 + all - 1) / all;
+  const size_t begin = size_t(block) * steps * lines * 64;
+  if (begin >= bytes || next + begin >= end) return {nullptr, 0};
+  return {next + begin, int(lines)};
 }
 
 // Where memory is the limit, it must not pause between operations. Only for one block of rows: more have arithmetic enough.
 void Tape::fetch_panels(const Op& op, int rows, int thread, size_t from, size_t bytes) const {
   if (op.code != LINEAR || blocks_of(op, rows).count > 1) return;
   const Linear& w = *op.weight;
-  const size_t items = size_t(phase_items(op, rows, 1)) * (op.next ? 2 : 1);
-  const char* begin = w.panel(int(items * size_t(thread) / size_t(device_.pool.size()))) + from;
+  const size_t item = size_t(phase_items(op, rows, 1)) * size_t(thread) / size_t(device_.pool.size());
+  const char* begin = w.panel(int(item) * blocks_of(op, rows).panels) + from;
   const char* end = std::min(begin + bytes, static_cast<const char*>(w.data.data() + w.data.size()));
   for (const char* p = begin; p < end; p += 64) device_.kernels.prefetch(p);
 }
@@ -186,7 +204,7 @@ void Tape::fetch_panels(const Op& op, int rows, int thread, size_t from, size_t 
 void Tape::prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* parts) {
   const Kernels& k = device_.kernels;
   const Linear& w = *op.weight;
-  const size_t row_size = activation_row_bytes(w.kind, w.padded_k);
+  const size_t row_size = blocks.kernels.row_bytes(w.padded_k);
   share(parts, thread, [&](int b) {
     const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
     const float* x = op.x + size_t(r0) * w.k;
@@ -195,46 +213,75 @@ void Tape::prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* pa
       for (int i = 0; i < r; i++) k.rms_norm(x + size_t(i) * w.k, op.b, op.number, w.k, normed + size_t(i) * w.k);
       x = normed;
     }
-    k.prepare[w.kind](x, size_t(w.k), w.k, w.padded_k, device_.activations.data() + r0 * row_size, r);
+    blocks.kernels.prepare(x, size_t(w.k), w.k, w.padded_k, device_.activations.data() + r0 * row_size, r);
   });
   // Threads without a block wait for those that have one: they begin to fetch the panels they will read.
   if (thread >= blocks.count) fetch_panels(op, blocks.rows, thread, kNextFetchBytes, kIdleFetchBytes);
   device_.pool.barrier();
 }
 
+// f(panel, first row, rows, sums of rows x 32). Where K is cut into chunks, a chunk of all panels is multiplied with all
+// row blocks before the next: its weights stay in the first level cache and activations in the second.
+template <class F> void Tape::multiply(const Product& x, F f) const {
+  const Linear& w = x.weight;
+  const Blocks& blocks = x.blocks;
+  const RowKernels& k = blocks.kernels;
+  const size_t row_size = k.row_bytes(w.padded_k);
+  const Device::Work& work = device_.work[size_t(x.thread)];
+  const int chunk = k.is_chunked ? kChunk : w.padded_k;
+  alignas(64) float tile[kMaxRows * kPanel];
+  auto sums = [&](int panel, int block) {  // kernels load and store more rows than a block has
+    return k.is_chunked ? work.sums.as<float>() + (size_t(panel - x.begin) * blocks.count + block) * kMaxRows * kPanel : tile;
+  };
+  for (int first = 0; first < w.padded_k; first += chunk) {
+    const int count = std::min(chunk, w.padded_k - first);
+    for (int p = x.begin; p < x.end; p++) {
+      const char* panel = w.panel(p) + panel_bytes(w.kind, first);
+      if (k.widen) {
+        k.widen(panel, count, work.wide.data());
+        panel = work.wide.data();
+      }
+      for (int b = 0; b < blocks.count; b++) {
+        const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
+        const Ahead ahead = ahead_of(x, p, b, first, count);
+        const char* activations = x.activations + size_t(r0) * row_size + k.row_bytes(first) * size_t(r);
+        (first ? k.gemm_more : k.gemm)[r](activations, panel, count, sums(p, b), ahead.start, ahead.lines);
+        if (!k.is_chunked) f(p, r0, r, tile);
+      }
+    }
+  }
+  if (!k.is_chunked) return;
+  for (int p = x.begin; p < x.end; p++)
+    for (int b = 0; b < blocks.count; b++) f(p, blocks.first_row(b), blocks.first_row(b + 1) - blocks.first_row(b), sums(p, b));
+}
+
 // Two panels of a gated weight give 32 columns: a group of the next linear's input, which is quantised here.
 void Tape::gate_panels(const Op& op, const Blocks& blocks, int pair, int thread) {
   const Kernels& k = device_.kernels;
   const Linear &w = *op.weight, &next = *op.next;
-  const size_t row_size = activation_row_bytes(w.kind, w.padded_k), next_size = activation_row_bytes(next.kind, next.padded_k);
-  const size_t group_bytes = activation_row_bytes(next.kind, kGroup);
+  const RowKernels& down = k.of(next.kind, blocks.rows);
+  const size_t next_size = down.row_bytes(next.padded_k);
   const int columns = std::min(kGroup, w.n - pair * kGroup);
   float* first_half = device_.work[size_t(thread)].half.as<float>();  // of all rows, while the second panel is read
-  alignas(64) float tile[kMaxRows * kPanel], group[kMaxRows * kGroup];
-  for (int half = 0; half < 2 && half * 16 < columns; half++) {
-    const int p = 2 * pair + half;
-    const bool is_last = (half + 1) * 16 >= columns;
+  alignas(64) float group[kMaxRows * kGroup];
+  const Product product{w, blocks, 2 * pair, columns > 16 ? 2 * pair + 2 : 2 * pair + 1, thread, device_.activations.data()};
+  multiply(product, [&](int p, int r0, int r, const float* sums) {
+    const int half = p - 2 * pair;
     const float* bias = w.bias.empty() ? nullptr : w.bias.data() + size_t(p) * kPanel;
-    for (int b = 0; b < blocks.count; b++) {
-      const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
-      const Ahead ahead = ahead_of(w, p, blocks, b);
-      k.gemm[w.kind][r](device_.activations.data() + size_t(r0) * row_size, w.panel(p), w.padded_k, tile, ahead.start, ahead.lines);
-      if (!is_last) {
-        k.store_silu_mul(tile, r, 16, bias, first_half + size_t(r0) * 16, 16);
-        continue;
-      }
-      k.store_silu_mul(tile, r, columns - half * 16, bias, group + half * 16, kGroup);
-      if (half) for (int i = 0; i < r; i++) memcpy(group + i * kGroup, first_half + size_t(r0 + i) * 16, 64);
-      k.prepare[next.kind](group, kGroup, columns, kGroup, device_.gated.data() + size_t(r0) * next_size + size_t(pair) * group_bytes * size_t(r), r);
+    if ((half + 1) * 16 < columns) {
+      k.store_silu_mul(sums, r, 16, bias, first_half + size_t(r0) * 16, 16);
+      return;
     }
-  }
+    k.store_silu_mul(sums, r, columns - half * 16, bias, group + half * 16, kGroup);
+    if (half) for (int i = 0; i < r; i++) memcpy(group + i * kGroup, first_half + size_t(r0 + i) * 16, 64);
+    down.prepare(group, kGroup, columns, kGroup, device_.gated.data() + size_t(r0) * next_size + size_t(pair) * down.group_bytes * size_t(r), r);
+  });
 }
 
 void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
   const Kernels& k = device_.kernels;
   const Linear& w = *op.weight;
   const Blocks blocks = blocks_of(op, rows);
-  const size_t row_size = activation_row_bytes(w.kind, w.padded_k);
   if (!op.is_prepared) prepare_rows(op, blocks, thread, parts);
   if (op.next) {
     share(parts + device_.pool.size(), thread, [&](int pair) { gate_panels(op, blocks, pair, thread); });
@@ -242,22 +289,18 @@ void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
   }
   const char* prepared = (op.is_prepared ? device_.gated : device_.activations).data();
   const size_t width = size_t(w.n);
-  share(parts + device_.pool.size(), thread, [&](int p) {
-    alignas(64) float tile[kMaxRows * kPanel];
-    const char* panel = w.panel(p);
-    for (int b = 0; b < blocks.count; b++) {
-      const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
-      const Ahead ahead = ahead_of(w, p, blocks, b);
-      k.gemm[w.kind][r](prepared + r0 * row_size, panel, w.padded_k, tile, ahead.start, ahead.lines);
+  share(parts + device_.pool.size(), thread, [&](int item) {
+    const int begin = item * blocks.panels, end = std::min(begin + blocks.panels, w.panels());
+    multiply({w, blocks, begin, end, thread, prepared}, [&](int p, int r0, int r, const float* sums) {
       if (w.gated) {
         int column = p * 16, columns = std::min(16, w.n - column);
-        k.store_silu_mul(tile, r, columns, w.bias.empty() ? nullptr : w.bias.data() + p * kPanel, op.out + r0 * width + column, width);
+        k.store_silu_mul(sums, r, columns, w.bias.empty() ? nullptr : w.bias.data() + p * kPanel, op.out + r0 * width + column, width);
       } else {
         int column = p * kPanel, columns = std::min(kPanel, w.n - column);
-        k.store(tile, r, columns, w.bias.empty() ? nullptr : w.bias.data() + column,
+        k.store(sums, r, columns, w.bias.empty() ? nullptr : w.bias.data() + column,
                 op.a ? op.a + r0 * width + column : nullptr, op.out + r0 * width + column, width);
       }
-    }
+    });
   });
 }
 

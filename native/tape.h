@@ -35,7 +35,8 @@ class Tape {
   enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND };
   // How the rows of a linear are cut into blocks, each one call of a kernel.
   struct Blocks {
-    int rows, count;
+    const RowKernels& kernels;
+    int rows, count, panels;  // panels: that a thread multiplies together
     int first_row(int block) const { return int(int64_t(rows) * block / count); }
   };
   // Tiles of a block of keys and values: where each begins, its keys (the same place) and its values.
@@ -45,6 +46,8 @@ class Tape {
     int count;
   };
   struct Ahead { const char* start; int lines; };  // lines at each step of K
+  // Panels [begin, end) of a weight, times rows as `activations` has them.
+  struct Product { const Linear& weight; const Blocks& blocks; int begin, end, thread; const char* activations; };
   struct Op {
     Code code;
     const float *x = nullptr, *a = nullptr, *b = nullptr;
@@ -61,7 +64,7 @@ class Tape {
   // consecutive memory; a thread that has finished its own part takes from the back of others.
   struct alignas(64) Part { std::atomic<uint64_t> range{0}; };
 
-  static Ahead ahead_of(const Linear& w, int panel, const Blocks& blocks, int block);
+  static Ahead ahead_of(const Product& x, int panel, int block, int first, int count);
   void start(int rows);
   Blocks blocks_of(const Op& op, int rows) const;
   int phase_items(const Op& op, int rows, int phase) const;
@@ -69,6 +72,7 @@ class Tape {
   void run_linear(const Op& op, int rows, int thread, Part* parts);
   void fetch_panels(const Op& op, int rows, int thread, size_t from, size_t bytes) const;
   void prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* parts);
+  template <class F> void multiply(const Product& x, F f) const;
   void gate_panels(const Op& op, const Blocks& blocks, int pair, int thread);
   void run_attend(const Op& op, int rows, int thread, Part* parts);
   Tiles tiles_of(const Op& op, const AttendSegment& segment, int block, int kv_head) const;

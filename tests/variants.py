@@ -42,8 +42,8 @@ class Variant:
 
     @property
     def alone(self) -> float:
-        """Bound between a row alone and beside others, where bits may differ."""
-        return max(1e-5, self.embed)
+        """Bound between a row alone and beside others, where bits may differ: either is rounded."""
+        return max(1e-5, 2 * self.embed)
 
     def __str__(self) -> str:
         kv = self.kv_cache_dtype and f"kv-{self.kv_cache_dtype}"

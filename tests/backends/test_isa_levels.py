@@ -18,8 +18,8 @@ from mooli.errors import ConfigError
 from mooli.tensor import TensorType
 
 ROOT = Path(__file__).resolve().parents[2]
-FUSED_LEVELS = [level for level in LEVELS if level != "scalar"]
-"""Those with a fused multiply-add, whose float sums are alike."""
+FUSED_LEVELS = [level for level in LEVELS if level not in ("scalar", "amx")]
+"""Those with a fused multiply-add, whose float sums are alike. AMX multiplies integers as bfloat16: test_cpu_amx.py."""
 LEFT_OUT = "llama-tied or llama-3 or llama-linear or qwen2 or qwen3-tied"
 """Models that differ from the others in nothing the kernels see."""
 
@@ -120,6 +120,28 @@ def test_linear_has_the_same_bits_at_every_fused_level(
     ("storage", "quantization"), [(TensorType.Q8_0, None), (TensorType.Q4_1, None), (TensorType.F32, "int4")], ids=str
 )
 def test_scalar_linear_agrees_but_for_the_rounding_of_float_sums(storage: TensorType, quantization: str | None) -> None:
-    expected = linears(LEVELS[-1], storage, quantization)
+    expected = linears(FUSED_LEVELS[-1] if FUSED_LEVELS else "scalar", storage, quantization)
     for actual, best in zip(linears("scalar", storage, quantization), expected, strict=True):
         np.testing.assert_allclose(actual, best, atol=2e-6 * np.abs(best).max())
+
+
+@pytest.mark.parametrize("level", ALL_LEVELS)
+@pytest.mark.parametrize(
+    "storage",
+    [TensorType.Q8_0, TensorType.Q4_0, TensorType.Q4_1, TensorType.BF16, TensorType.F16, TensorType.F32],
+    ids=str,
+)
+def test_a_row_has_the_same_bits_in_any_number_of_rows(level: str, storage: TensorType) -> None:
+    """Numbers around every size of a block of rows, and K in several chunks of which the last is not full."""
+    needs(level)
+    with cpu_backend(level, dtype="auto") as backend:
+        plain = backend.load_linear([random_tensor(storage, 75, 608)])
+        gated = backend.load_gated(*(random_tensor(storage, 288, 608, seed=seed) for seed in (3, 4)))
+        down = backend.load_linear([random_tensor(storage, 40, 288, seed=5)])
+        ops = backend.ops
+        functions = (lambda x: ops.linear(x, plain), lambda x: ops.linear(ops.linear_silu_mul(x, gated), down))
+        inputs = Inputs(backend, random(6, 70, 608, scale=3))
+        for captured in [backend.capture(function) for function in functions]:
+            alone = np.concatenate([inputs.through(captured, [row]) for row in range(70)])
+            for count in (2, 3, 5, 6, 7, 12, 13, 16, 17, 20, 32, 33, 40, 70):
+                assert_same_bits(inputs.through(captured, range(count)), alone[:count], f"{count} rows")

@@ -1,0 +1,74 @@
+"""The AMX level: what its tiles compute, bit by bit, and that its answers are as near as those of other levels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cpu_ops import LEVELS, Floats, Inputs, assert_same_bits, cpu_backend, random, random_tensor, to_bfloat16
+
+from mooli.backends.dequant import dequantize
+from mooli.tensor import RawTensor, TensorType
+
+if "amx" not in LEVELS:
+    pytest.skip("this processor has no AMX", allow_module_level=True)
+
+K = 608  # two chunks and a part of one
+
+
+def rounded(values: Floats) -> Floats:
+    """To bfloat16 and back."""
+    return (to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
+
+
+def product(x: Floats, weight: Floats) -> Floats:
+    """x @ weight.T as TDPBF16PS adds it up: of every 32 of K the even ones and the odd ones, each from 0, then both.
+
+    The product of two bfloat16 numbers is exact in float32, so that float32 sums are those of fused multiply-adds.
+    """
+    terms = rounded(x)[:, None, :] * rounded(weight)[None, :, :]
+    sums = np.zeros(terms.shape[:2], np.float32)
+    for begin in range(0, terms.shape[2], 32):
+        even, odd = np.zeros_like(sums), np.zeros_like(sums)
+        for k in range(begin, min(begin + 32, terms.shape[2]), 2):
+            even += terms[:, :, k]
+            odd += terms[:, :, k + 1]
+        sums += even + odd
+    return sums
+
+
+def through_linear(level: str, tensor: RawTensor, x: Floats, rows: range) -> Floats:
+    with cpu_backend(level, dtype="auto") as backend:
+        weight = backend.load_linear([tensor])
+        captured = backend.capture(lambda hidden: backend.ops.linear(hidden, weight))
+        return Inputs(backend, x).through(captured, rows)
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 40])
+@pytest.mark.parametrize("storage", [TensorType.Q8_0, TensorType.Q4_0, TensorType.Q4_1, TensorType.BF16], ids=str)
+def test_a_linear_is_the_sum_of_products_in_bfloat16(storage: TensorType, count: int) -> None:
+    """Weights are scale * code (+ minimum), rounded once; all of these are exact in float32."""
+    tensor = random_tensor(storage, 48, K, seed=1)
+    x = random(2, count, K, scale=3)
+    actual = through_linear("amx", tensor, x, range(count))
+    assert_same_bits(actual, product(x, np.asarray(dequantize(tensor), np.float32)))
+
+
+@pytest.mark.parametrize("storage", [TensorType.Q8_0, TensorType.Q4_0, TensorType.Q4_1], ids=str)
+def test_it_is_nearer_to_the_exact_product_than_activations_of_eight_bits(storage: TensorType) -> None:
+    tensor = random_tensor(storage, 48, K, seed=3)
+    x = random(4, 40, K, scale=3)
+    exact = x.astype(np.float64) @ np.asarray(dequantize(tensor), np.float64).T
+    errors = [np.abs(through_linear(level, tensor, x, range(40)) - exact).mean() for level in ("amx", "avx512")]
+    assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("count", [1, 40])
+def test_what_is_not_finite_stays_visible_and_in_its_row(count: int, value: Any) -> None:
+    x = random(5, count, K)
+    x[count // 2, 300] = value
+    actual = through_linear("amx", random_tensor(TensorType.Q8_0, 48, K, seed=6), x, range(count))
+    finite = np.isfinite(actual).all(axis=1)
+    assert finite.sum() == count - 1 and not finite[count // 2]
