@@ -42,8 +42,9 @@ class Variant:
 
     @property
     def alone(self) -> float:
-        """Bound between a row alone and beside others, where bits may differ: either is rounded."""
-        return max(1e-5, 2 * self.embed)
+        """Bound between a row alone and beside others, where bits may differ. Of float16 either row is rounded by itself:
+        torch multiplies it differently for one row and for many on processors with AMX."""
+        return max(1e-5, 2 * self.embed if self.dtype == "float16" else self.embed)
 
     def __str__(self) -> str:
         kv = self.kv_cache_dtype and f"kv-{self.kv_cache_dtype}"
