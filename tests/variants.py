@@ -42,8 +42,10 @@ class Variant:
 
     @property
     def alone(self) -> float:
-        """Bound between a row alone and beside others, where bits may differ. Of float16 either row is rounded by itself:
-        torch multiplies it differently for one row and for many on processors with AMX."""
+        """Bound between a row alone and beside others, where bits may differ.
+
+        Of float16 either is rounded by itself: on processors with AMX, torch multiplies one row and many differently.
+        """
         return max(1e-5, 2 * self.embed if self.dtype == "float16" else self.embed)
 
     def __str__(self) -> str:
