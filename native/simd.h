@@ -29,6 +29,7 @@ MOOLI_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 MOOLI_INLINE vf abs(vf a) { return _mm512_abs_ps(a); }
 MOOLI_INLINE vi set1i(int x) { return _mm512_set1_epi32(x); }
 MOOLI_INLINE vf cvt(vi a) { return _mm512_cvtepi32_ps(a); }
+MOOLI_INLINE vf as_floats(vi a) { return _mm512_castsi512_ps(a); }
 MOOLI_INLINE vf ld_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 MOOLI_INLINE vf ld_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
@@ -99,6 +100,7 @@ MOOLI_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 MOOLI_INLINE vf abs(vf a) { return _mm256_andnot_ps(set1(-0.f), a); }
 MOOLI_INLINE vi set1i(int x) { return _mm256_set1_epi32(x); }
 MOOLI_INLINE vf cvt(vi a) { return _mm256_cvtepi32_ps(a); }
+MOOLI_INLINE vf as_floats(vi a) { return _mm256_castsi256_ps(a); }
 MOOLI_INLINE vf ld_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 MOOLI_INLINE vf ld_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -172,6 +174,7 @@ MOOLI_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // no fused instruc
 MOOLI_INLINE vf abs(vf a) { return a < 0 ? -a : a; }
 MOOLI_INLINE vi set1i(int x) { return vi{x, x, x, x}; }
 MOOLI_INLINE vf cvt(vi a) { return __builtin_convertvector(a, vf); }
+MOOLI_INLINE vf as_floats(vi a) { vf x; memcpy(&x, &a, sizeof x); return x; }
 MOOLI_INLINE float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 1023, u;
   if (e == 31) u = sign | 0x7f800000 | (m << 13);

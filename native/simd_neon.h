@@ -21,6 +21,7 @@ MOOLI_INLINE vf fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 MOOLI_INLINE vf abs(vf a) { return vabsq_f32(a); }
 MOOLI_INLINE vi set1i(int x) { return vdupq_n_s32(x); }
 MOOLI_INLINE vf cvt(vi a) { return vcvtq_f32_s32(a); }
+MOOLI_INLINE vf as_floats(vi a) { return vreinterpretq_f32_s32(a); }
 MOOLI_INLINE vf ld_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 MOOLI_INLINE vf ld_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 MOOLI_INLINE void st_f16(uint16_t* p, vf x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }

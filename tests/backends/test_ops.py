@@ -168,6 +168,8 @@ def test_linear_takes_every_storage_type(backend: Backend, variant: Variant, kin
         bound = variant.linear
     elif kind in (TensorType.Q4_0, TensorType.Q4_1, TensorType.Q5_0, TensorType.Q8_0):
         bound = variant.lossless
+        if kind == TensorType.Q4_0 and variant.backend == "cpu":
+            bound *= 2  # beside four bits the scales of activations are powers of two
     assert_close(actual, x @ exact.T, bound)
 
 
