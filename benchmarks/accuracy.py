@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from loaded import PAGE_SIZE, Loaded, compared_model, demo_model
 
+from mooli.batch import PromptLogprobRows
 from mooli.frontend.tokenizer import load_tokenizer
 
 POSITIONS = 1000
@@ -30,7 +31,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def all_logits(loaded: Loaded, ids: np.ndarray) -> np.ndarray:
     """Logits (positions, vocab) of one prompt."""
     pages = list(range(-(-len(ids) // PAGE_SIZE)))
-    hidden = loaded.forward(loaded.backend.plan(loaded.step([(0, len(ids), pages)], ids)))
+    batch = loaded.step([(0, len(ids), pages)], ids)
+    batch.prompt_logprobs = [PromptLogprobRows(0, 0, batch.token_ids)]  # no row is left out
+    hidden = loaded.forward(loaded.backend.plan(batch))
     blocks = []
     for begin in range(0, len(ids), 32):
         rows = np.arange(begin, min(begin + 32, len(ids)), dtype=np.int32)

@@ -127,10 +127,10 @@ NB_MODULE(_native, m) {
       .def("release", &Device::release, nb::call_guard<nb::gil_scoped_release>())
       .def("copy_page", &Device::copy_page, nb::call_guard<nb::gil_scoped_release>())
       .def("plan", [](Device& d, In<int32_t> ids, In<int32_t> positions, In<int32_t> lengths,
-                      nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> table, int vocab) {
+                      nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> table, In<int32_t> asked, int vocab) {
         if (positions.shape(0) != ids.shape(0) || table.shape(0) != lengths.shape(0)) throw std::invalid_argument("step arrays of different lengths");
         // The interpreter is kept: what waits for it has the whole step that follows, and would take longer than this does.
-        d.plan(int(ids.shape(0)), ids.data(), positions.data(), int(lengths.shape(0)), lengths.data(), table.data(), int(table.shape(1)), vocab);
+        d.plan(int(ids.shape(0)), ids.data(), positions.data(), int(lengths.shape(0)), lengths.data(), table.data(), int(table.shape(1)), int(asked.shape(0)), asked.data(), vocab);
       })
       .def("sample", [](Device& d, Matrix logits, int vocab, Floats temperature, In<int32_t> top_k, Floats top_p, Floats min_p,
                         Floats frequency, Floats presence, Floats repetition, In<uint64_t> seeds, In<int64_t> positions,
@@ -221,6 +221,7 @@ NB_MODULE(_native, m) {
       .def("attend", [](Tape& t, int layer, uintptr_t qkv, int heads, float scale, int window, uintptr_t out) {
         t.attend(layer, (const float*)qkv, heads, scale, window, (float*)out);
       })
+      .def("asked_rows", [](Tape& t, uintptr_t x, int width, uintptr_t out) { t.asked_rows((const float*)x, width, (float*)out); })
       .def("run", &Tape::run, nb::call_guard<nb::gil_scoped_release>())
       // (operation, seconds) for each entry of the tape
       .def("run_timed", [](Tape& t, int rows) {

@@ -201,10 +201,14 @@ void Device::copy_page(int source, int target, int tokens) {
 }
 
 void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, const int32_t* lengths, const int32_t* page_table,
-                  int pages_per_row, int vocab_size) {
+                  int pages_per_row, int num_asked, const int32_t* asked_tokens, int vocab_size) {
   num_tokens = num_rows = 0;  // nothing runs on a step that was refused
   if (tokens <= 0 || rows <= 0) throw std::invalid_argument("a step without tokens");
   if (tokens > max_tokens) throw std::invalid_argument("step of " + std::to_string(tokens) + " tokens, buffers for " + std::to_string(max_tokens));
+  for (int i = 0; i < num_asked; i++)
+    if (asked_tokens[i] <= (i ? asked_tokens[i - 1] : -1) || asked_tokens[i] >= tokens)
+      throw std::invalid_argument("asked tokens must be ascending and lie in the step");
+  asked.assign(asked_tokens, asked_tokens + num_asked);
   token_ids.assign(ids, ids + tokens);
   positions.assign(pos, pos + tokens);
   token_tile.resize(tokens);

@@ -75,8 +75,9 @@ class Device {
   void copy_page(int source, int target, int tokens);
   void release();  // give back KV pool and scratch
   // Take over the host arrays of a step. Throws std::invalid_argument on an index out of range.
+  // `asked`: ascending, the tokens whose hidden states are wanted.
   void plan(int num_tokens, const int32_t* token_ids, const int32_t* positions, int num_rows, const int32_t* lengths,
-            const int32_t* page_table, int pages_per_row, int vocab_size);
+            const int32_t* page_table, int pages_per_row, int num_asked, const int32_t* asked, int vocab_size);
   void prepare_attention(int num_heads, int window);
   void prepare_rope(RopeTable& rope) const;
 
@@ -99,7 +100,7 @@ class Device {
   // the step
   int num_tokens = 0, num_rows = 0, max_token_id = 0;
   uint64_t step = 0;
-  std::vector<int32_t> token_ids, positions, token_tile, row_first, row_length;
+  std::vector<int32_t> token_ids, positions, asked, token_tile, row_first, row_length;
   std::vector<std::vector<int32_t>> row_tiles;
   std::vector<TileRun> tile_runs;
   std::vector<AttendMember> members;

@@ -40,8 +40,10 @@ void Tape::attend(int layer, const float* qkv, int heads, float scale, int windo
   Op o{ATTEND}; o.x = qkv; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.out = out; ops_.push_back(o);
 }
 
+void Tape::asked_rows(const float* x, int width, float* out) { Op o{ASKED_ROWS}; o.x = x; o.width = width; o.out = out; ops_.push_back(o); }
+
 const char* Tape::name(int code) {
-  static const char* names[] = {"embed", "rms_norm", "linear", "head_norm", "rope", "attend"};
+  static const char* names[] = {"embed", "rms_norm", "linear", "head_norm", "rope", "attend", "asked_rows"};
   return names[code];
 }
 
@@ -55,6 +57,8 @@ Tape::Blocks Tape::blocks_of(const Op& op, int rows) const {
 }
 
 int Tape::phase_items(const Op& op, int rows, int phase) const {
+  if (rows == 0) return 0;
+  if (op.code == ASKED_ROWS) return phase == 0;  // in place, so one after the other
   if (op.code == LINEAR && phase == 0) return op.is_prepared ? 0 : blocks_of(op, rows).count;
   if (op.code == LINEAR) {
     const int together = blocks_of(op, rows).panels;
@@ -66,8 +70,13 @@ int Tape::phase_items(const Op& op, int rows, int phase) const {
 
 void Tape::start(int rows) {
   if (rows <= 0 || rows > device_.max_tokens) throw std::invalid_argument("a tape runs on 1 to max_tokens rows");
-  for (const Op& op : ops_) {
-    if ((op.code == EMBED || op.code == ROPE || op.code == ATTEND) && rows != device_.num_tokens)
+  const int given = rows;
+  for (Op& op : ops_) {
+    const bool is_of_step = op.code == EMBED || op.code == ROPE || op.code == ATTEND;
+    if (op.code == ASKED_ROWS) rows = int(device_.asked.size());
+    else if (is_of_step && rows != given) throw std::invalid_argument("an operation of all tokens after rows were left out");
+    op.rows = rows;
+    if ((is_of_step || op.code == ASKED_ROWS) && given != device_.num_tokens)
       throw std::invalid_argument("this tape needs the planned step's number of rows");
     // What was recorded must fit what is allocated: a weight loaded later, a table smaller than another, a layer too many.
     if (op.code == LINEAR && size_t(rows) * device_.kernels.of(op.weight->kind, rows).row_bytes(op.weight->padded_k) >
@@ -87,7 +96,7 @@ void Tape::start(int rows) {
   const size_t threads = size_t(device_.pool.size());
   if (parts_.size() != 2 * ops_.size() * threads) parts_ = std::vector<Part>(2 * ops_.size() * threads);
   for (size_t i = 0; i < 2 * ops_.size(); i++) {
-    const uint64_t items = uint64_t(phase_items(ops_[i / 2], rows, int(i % 2)));
+    const uint64_t items = uint64_t(phase_items(ops_[i / 2], ops_[i / 2].rows, int(i % 2)));
     for (size_t t = 0; t < threads; t++)
       parts_[i * threads + t].range.store((items * t / threads) << 32 | items * (t + 1) / threads, std::memory_order_relaxed);
   }
@@ -98,8 +107,8 @@ void Tape::run(int rows) {
   const size_t stride = 2 * size_t(device_.pool.size());
   device_.pool.run([&](int thread) {
     for (size_t i = 0; i < ops_.size(); i++) {
-      execute(ops_[i], rows, thread, &parts_[i * stride]);
-      if (i + 1 < ops_.size()) fetch_panels(ops_[i + 1], rows, thread, 0, kNextFetchBytes);
+      execute(ops_[i], ops_[i].rows, thread, &parts_[i * stride]);
+      if (i + 1 < ops_.size()) fetch_panels(ops_[i + 1], ops_[i + 1].rows, thread, 0, kNextFetchBytes);
       device_.pool.barrier();
     }
     if (device_.kernels.finish) device_.kernels.finish();
@@ -113,8 +122,8 @@ std::vector<double> Tape::run_timed(int rows) {
   device_.pool.run([&](int thread) {
     auto last = std::chrono::steady_clock::now();
     for (size_t i = 0; i < ops_.size(); i++) {
-      execute(ops_[i], rows, thread, &parts_[i * stride]);
-      if (i + 1 < ops_.size()) fetch_panels(ops_[i + 1], rows, thread, 0, kNextFetchBytes);
+      execute(ops_[i], ops_[i].rows, thread, &parts_[i * stride]);
+      if (i + 1 < ops_.size()) fetch_panels(ops_[i + 1], ops_[i + 1].rows, thread, 0, kNextFetchBytes);
       device_.pool.barrier();
       if (thread != 0) continue;
       auto now = std::chrono::steady_clock::now();
@@ -170,6 +179,15 @@ void Tape::execute(const Op& op, int rows, int thread, Part* parts) {
       });
       return;
     case ATTEND: run_attend(op, rows, thread, parts); return;
+    case ASKED_ROWS:
+      share(parts, thread, [&](int) {
+        for (int i = 0; i < rows; i++) {  // never before its own place
+          const float* x = op.x + size_t(device_.asked[size_t(i)]) * op.width;
+          float* y = op.out + size_t(i) * op.width;
+          if (x != y) memcpy(y, x, size_t(op.width) * 4);
+        }
+      });
+      return;
   }
 }
 
@@ -193,7 +211,7 @@ Tape::Ahead Tape::ahead_of(const Product& x, int panel, int block, int first, in
 
 // Where memory is the limit, it must not pause between operations. Only for one block of rows: more have arithmetic enough.
 void Tape::fetch_panels(const Op& op, int rows, int thread, size_t from, size_t bytes) const {
-  if (op.code != LINEAR || blocks_of(op, rows).count > 1) return;
+  if (op.code != LINEAR || rows == 0 || blocks_of(op, rows).count > 1) return;
   const Linear& w = *op.weight;
   const size_t item = size_t(phase_items(op, rows, 1)) * size_t(thread) / size_t(device_.pool.size());
   const char* begin = w.panel(int(item) * blocks_of(op, rows).panels) + from;

@@ -23,6 +23,8 @@ class Tape {
   void head_norm(const float* x, const float* q_weight, const float* k_weight, float eps, int heads, int kv_heads, int head_dim, float* out);
   void rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out);
   void attend(int layer, const float* qkv, int heads, float scale, int window, float* out);
+  // The rows of the planned step's asked tokens, and only those in all operations after it. `out` may be x.
+  void asked_rows(const float* x, int width, float* out);
   // Compute all operations on `rows` rows (the planned step's tokens where operations depend on the step).
   void run(int rows);
   // The same, timed on the calling thread: seconds spent in each operation, barriers included.
@@ -32,7 +34,7 @@ class Tape {
   size_t size() const { return ops_.size(); }
 
  private:
-  enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND };
+  enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND, ASKED_ROWS };
   // How the rows of a linear are cut into blocks, each one call of a kernel.
   struct Blocks {
     const RowKernels& kernels;
@@ -59,6 +61,7 @@ class Tape {
     RopeTable* rope = nullptr;
     int width = 0, heads = 0, kv_heads = 0, head_dim = 0, layer = 0, window = 0;
     float number = 0;
+    int rows = 0;  // in the run that was started last
   };
   // What is left of one thread's part of a phase: [begin, end). The owner takes from the front, so that it streams through
   // consecutive memory; a thread that has finished its own part takes from the back of others.

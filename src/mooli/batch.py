@@ -114,6 +114,17 @@ class ScheduleBatch:
         first = np.repeat(np.cumsum(self.lengths) - num_before, self.num_samples)
         return (first + np.arange(len(first))).astype(np.int32)
 
+    @property
+    def asked_tokens(self) -> NDArray[np.int32]:
+        """Indices into the step's tokens of those whose hidden state is asked for, ascending: int32.
+
+        They sample, or a log-probability of the prompt is wanted there. Of all others only keys and values remain.
+        """
+        if not self.prompt_logprobs:
+            return self.sampling_tokens
+        wanted = [np.arange(rows.first_token, rows.first_token + len(rows.target_ids)) for rows in self.prompt_logprobs]
+        return np.unique(np.concatenate([self.sampling_tokens, *wanted])).astype(np.int32)
+
 
 @dataclass(slots=True)
 class LogprobRow:

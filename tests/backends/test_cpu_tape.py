@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mooli.backends import create_backend
 from mooli.backends.base import AttentionSpec, Backend, KVSpec, RopeSpec
-from mooli.errors import ConfigError
+from mooli.batch import PromptLogprobRows
+from mooli.errors import ConfigError, EngineError
 from steps import LIMITS, Row, step
 
 SPEC = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=32, scale=32**-0.5)
@@ -160,6 +161,40 @@ def test_a_result_taken_before_growth_stays_readable() -> None:
         seen = np.array(backend.to_host(few))
         captured(backend.take_rows(hidden, np.arange(64, dtype=np.int32)))
         assert_same_bits(np.array(backend.to_host(few)), seen)
+
+
+@given(st.lists(st.integers(0, 69), unique=True).map(sorted), st.integers(0, 2))
+@settings(max_examples=40, deadline=None)
+def test_rows_nobody_asks_for_are_left_out_and_the_others_keep_their_bits(asked: list[int], samples: int) -> None:
+    with cpu_backend() as backend:
+        weight = backend.load_linear([stored(random(21, 96, 96))])
+        table = backend.load_embedding(stored(random(22, 70, 96)))
+        allocate(backend)
+
+        def function(batch: Any) -> Any:
+            x = backend.ops.embed(batch, table)
+            doubled = backend.ops.linear(x, weight, residual=x)
+            # `x` is still read by the second, so only that may take its place
+            first, second = backend.ops.asked_rows(batch, doubled), backend.ops.asked_rows(batch, x)
+            return backend.ops.linear(first, weight, residual=second)
+
+        captured = backend.capture(function)
+        take = backend.capture(lambda x: backend.ops.linear(x, weight))
+
+        def taken(tokens: list[int]) -> Floats:
+            batch = step([Row(range(70), 0, [0, 1, 2], samples=samples)], 32)
+            rows = [PromptLogprobRows(0, token, np.zeros(1, np.int32)) for token in tokens]
+            batch.prompt_logprobs = rows
+            hidden = captured(backend.plan(batch))
+            sampled = set(range(70 - samples, 70))
+            outside = sorted(set(range(70)) - sampled - set(tokens))
+            if outside:
+                with pytest.raises(EngineError, match="asked"):
+                    backend.take_rows(hidden, np.array(outside[-1:], np.int32))
+            wanted = np.array(asked or sorted(sampled), np.int32)
+            return np.array(backend.to_host(take(backend.take_rows(hidden, wanted)))) if len(wanted) else random(1, 1)
+
+        assert_same_bits(taken(asked), taken(list(range(70))))
 
 
 def test_more_rows_than_a_step_may_have_are_refused() -> None:

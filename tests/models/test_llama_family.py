@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, KVSpec
-from mooli.batch import PageCopy
+from mooli.batch import PageCopy, PromptLogprobRows
 from mooli.errors import UnsupportedModelError
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
@@ -115,6 +115,7 @@ class Runnable:
     def logits(self, rows: list[Row]) -> Floats:
         """(T, VOCAB) of all tokens of a step."""
         batch = step(rows, self.page_size)
+        batch.prompt_logprobs = [PromptLogprobRows(0, 0, batch.token_ids)]  # no row is left out
         hidden = self._forward(self.backend.plan(batch))
         everything = np.arange(batch.num_tokens, dtype=np.int32)
         parts = []

@@ -116,6 +116,13 @@ class Ops(Protocol):
         """Store k and v in the step's slots, then causal attention over each row's pages: (T, num_heads * head_dim)."""
         ...
 
+    def asked_rows(self, batch: Any, x: Array) -> Array:
+        """x, of which from here on only the rows of `ScheduleBatch.asked_tokens` matter: a backend may leave out others.
+
+        After the last attention. What is combined afterwards must all have gone through it.
+        """
+        ...
+
 
 @dataclass(slots=True)
 class SampleResult:
@@ -196,7 +203,10 @@ class Backend(Protocol):
         ...
 
     def take_rows(self, hidden: Array, rows: NDArray[np.int32]) -> Array:
-        """The given token rows of a captured function's result, as input for another."""
+        """The given token rows of a captured function's result, as input for another.
+
+        Only asked tokens may be taken from a result that has gone through `asked_rows`.
+        """
         ...
 
     def sample(self, logits: Array, sampling: SamplingBatch, vocab_size: int) -> SampleResult: ...

@@ -172,6 +172,10 @@ class ReferenceOps:
                 out[tokens] = attention(q[tokens], keys[slots], values[slots], first_query - first_key, spec)
         return out.reshape(len(qkv), -1)
 
+    def asked_rows(self, batch: ForwardBatch, x: Floats) -> Floats:
+        return x
+
+
 
 def split_heads(qkv: Floats, spec: AttentionSpec) -> tuple[Floats, Floats, Floats]:
     """Views (T, heads, head_dim) of the query, key and value parts of packed rows."""

@@ -76,7 +76,7 @@ class LlamaModel:
         report(total)
 
     def forward(self, batch: Any) -> Array:
-        """The hidden states (T, H) of a planned step, before the final norm. Stores the step's KV."""
+        """The hidden states (T, H) of a planned step's asked tokens, before the final norm. Stores the KV of all tokens."""
         ops, eps = self._ops, self.config.rms_norm_eps
         hidden = ops.embed(batch, self._embedding)
         for index, layer in enumerate(self._layers):
@@ -85,6 +85,8 @@ class LlamaModel:
                 qkv = ops.head_norm(qkv, self._attention, layer.q_norm, layer.k_norm, eps)
             qkv = ops.rope(batch, qkv, self._attention, self._rope)
             mixed = ops.attend(batch, index, qkv, self._attention)
+            if index + 1 == len(self._layers):
+                mixed, hidden = ops.asked_rows(batch, mixed), ops.asked_rows(batch, hidden)
             hidden = ops.linear(mixed, layer.o, residual=hidden)
             gated = ops.linear_silu_mul(ops.rms_norm(hidden, layer.post_attention_norm, eps), layer.gate_up)
             hidden = ops.linear(gated, layer.down, residual=hidden)

@@ -22,7 +22,7 @@ from mooli.backends.cpu.tape import CapturedTape, Planned, Result, Rows, TapeOps
 from mooli.backends.dequant import dequantize, with_scales_in_groups
 from mooli.backends.host_memory import host_memory
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
-from mooli.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
+from mooli.errors import ConfigError, EngineError, OutOfMemoryError, UnsupportedModelError
 from mooli.tensor import BLOCK, RawTensor, TensorType
 
 logger = logging.getLogger(__name__)
@@ -296,8 +296,9 @@ class CpuBackend:
     # ------------------------------------------------------------------ a step
 
     def plan(self, batch: ScheduleBatch) -> Planned:
-        self._device.plan(batch.token_ids, batch.positions, batch.lengths, batch.page_table, self._vocab_size)
-        return Planned(batch.num_tokens)
+        asked = batch.asked_tokens
+        self._device.plan(batch.token_ids, batch.positions, batch.lengths, batch.page_table, asked, self._vocab_size)
+        return Planned(batch.num_tokens, asked)
 
     def capture(self, function: Callable[..., Array]) -> Callable[..., Result]:
         captured = CapturedTape(self._device, self.ops, function, self._prepare)
@@ -305,7 +306,12 @@ class CpuBackend:
         return captured
 
     def take_rows(self, hidden: Result, rows: NDArray[np.int32]) -> Rows:
-        return Rows(hidden.values, rows)
+        if hidden.tokens is None:
+            return Rows(hidden.values, rows)
+        places = np.searchsorted(hidden.tokens, rows)
+        if len(rows) and (places.max() >= hidden.num_rows or not np.array_equal(hidden.tokens[places], rows)):
+            raise EngineError(f"of tokens {rows.tolist()} not all were asked for: {hidden.tokens.tolist()}")
+        return Rows(hidden.values, places.astype(np.int32))
 
     def sample(self, logits: Result, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
         s = sampling

@@ -76,17 +76,22 @@ class Rows:
 
 @dataclass(slots=True)
 class Result:
-    """What a replayed tape computed: the first `num_rows` rows of `values` (max rows, width), until the next replay."""
+    """What a replayed tape computed: the first `num_rows` rows of `values` (max rows, width), until the next replay.
+
+    `tokens`: the tokens whose rows they are, ascending int32; None if they are the step's tokens in order.
+    """
 
     values: NDArray[np.float32]
     num_rows: int
+    tokens: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A step whose host arrays the device has taken over."""
+    """A step whose host arrays the device has taken over. asked_tokens: int32, ascending."""
 
     num_tokens: int
+    asked_tokens: NDArray[np.int32]
 
 
 @dataclass(slots=True)
@@ -94,6 +99,7 @@ class Recording:
     """The entries of a function being recorded."""
 
     entries: list[Entry] = field(default_factory=list)
+    has_asked_rows: bool = False
 
     def add(
         self,
@@ -211,6 +217,13 @@ class TapeOps:
             lambda t, out: t.attend(layer, qkv.address, spec.num_heads, spec.scale, spec.window, out.address),
         )
 
+    def asked_rows(self, batch: Any, x: Register) -> Register:
+        recording = self._now()
+        recording.has_asked_rows = True
+        return recording.add(
+            (x,), x.width, lambda t, out: t.asked_rows(x.address, x.width, out.address), reusable=x
+        )
+
 
 def _check_heads(qkv: Register, spec: AttentionSpec) -> tuple[int, int, int]:
     if qkv.width != (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim or spec.num_heads % spec.num_kv_heads:
@@ -228,6 +241,7 @@ class CapturedTape:
         """`prepare()` makes the device ready for what was recorded and returns the most tokens of a step."""
         self._device, self._ops, self._function, self._prepare = device, ops, function, prepare
         self._tape: Any = None
+        self._has_asked_rows = False
         self._capacity = 0
         self._input: NDArray[np.float32] | None = None
         self._output: NDArray[np.float32] | None = None
@@ -252,7 +266,9 @@ class CapturedTape:
                 self._record(None, 0)
         self._tape.run(count)
         assert self._output is not None
-        return Result(self._output, count)
+        if isinstance(argument, Rows) or not self._has_asked_rows or len(argument.asked_tokens) == count:
+            return Result(self._output, count)
+        return Result(self._output, len(argument.asked_tokens), argument.asked_tokens)
 
     def _record(self, input_width: int | None, rows: int) -> None:
         """Record the function. With `input_width`, it takes a register of that width instead of a planned step."""
@@ -281,6 +297,7 @@ class CapturedTape:
 
         # Only now: a recording that failed leaves no half of a tape behind.
         self._tape, self._arena, self._capacity = tape, arena, capacity
+        self._has_asked_rows = recording.has_asked_rows
         self._output = view(result)
         self._input = None if first is None else view(first)
 

@@ -71,6 +71,10 @@ class TorchOps:
         self.attention.pool.store(layer, batch.slots, k, v)
         return self.attention.attend(batch, layer, q, spec)
 
+    def asked_rows(self, batch: ForwardBatch, x: Tensor) -> Tensor:
+        """All rows: shapes stay those of the step, which graphs have captured."""
+        return x
+
     def rotations(self, batch: ForwardBatch, rope: RopeSpec) -> tuple[Tensor, Tensor]:
         """Cosines and sines at the step's positions, float32 (T, 1, head_dim / 2) each."""
         name = rope.inv_freq.tobytes()
