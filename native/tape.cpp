@@ -11,7 +11,8 @@ namespace {
 // What a thread fetches of the next linear's panels before it waits for others, and while one row is prepared by another.
 // Together less than a second level cache.
 constexpr size_t kNextFetchBytes = 16 << 10, kIdleFetchBytes = 32 << 10;
-constexpr size_t kStreamFetchBytes = 1024;
+// How far ahead of what is multiplied with the only block of rows its weights are fetched; measured (docs/log.md).
+size_t stream_fetch_bytes(Kind kind, int rows) { return (kind == Q4 || kind == Q4M) && rows <= 2 ? 1024 : 8192; }
 constexpr size_t kLargeBytes = 1 << 20;  // of activations, beyond half a second level cache
 }
 
@@ -199,7 +200,7 @@ Tape::Ahead Tape::ahead_of(const Product& x, int panel, int block, int first, in
   const bool is_whole = count == w.padded_k;
   const size_t steps = size_t(count / kGroup);
   if (x.blocks.count == 1 && is_whole && !x.blocks.kernels.widen)
-    return {w.panel(panel) + kStreamFetchBytes, int((w.stride / 64 + steps - 1) / steps)};
+    return {w.panel(panel) + stream_fetch_bytes(w.kind, x.blocks.rows), int((w.stride / 64 + steps - 1) / steps)};
   const char* next = w.panel(panel + 1) + panel_bytes(w.kind, first);
   if (panel + 1 == x.end && !is_whole) next = w.panel(x.begin) + panel_bytes(w.kind, first + count);
   const char* end = w.data.data() + w.data.size();
