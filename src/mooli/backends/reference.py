@@ -176,7 +176,6 @@ class ReferenceOps:
         return x
 
 
-
 def split_heads(qkv: Floats, spec: AttentionSpec) -> tuple[Floats, Floats, Floats]:
     """Views (T, heads, head_dim) of the query, key and value parts of packed rows."""
     heads = qkv.reshape(len(qkv), -1, spec.head_dim)

@@ -220,9 +220,7 @@ class TapeOps:
     def asked_rows(self, batch: Any, x: Register) -> Register:
         recording = self._now()
         recording.has_asked_rows = True
-        return recording.add(
-            (x,), x.width, lambda t, out: t.asked_rows(x.address, x.width, out.address), reusable=x
-        )
+        return recording.add((x,), x.width, lambda t, out: t.asked_rows(x.address, x.width, out.address), reusable=x)
 
 
 def _check_heads(qkv: Register, spec: AttentionSpec) -> tuple[int, int, int]:
