@@ -117,7 +117,7 @@ class Ops(Protocol):
         ...
 
     def asked_rows(self, batch: Any, x: Array) -> Array:
-        """x, of which from here on only the rows of `ScheduleBatch.asked_tokens` matter: a backend may leave out others.
+        """x, of which only the rows of `ScheduleBatch.asked_tokens` matter from here on: others may be left out.
 
         After the last attention. What is combined afterwards must all have gone through it.
         """

@@ -76,7 +76,7 @@ class LlamaModel:
         report(total)
 
     def forward(self, batch: Any) -> Array:
-        """The hidden states (T, H) of a planned step's asked tokens, before the final norm. Stores the KV of all tokens."""
+        """The hidden states (T, H) of a planned step, before the final norm, of asked tokens. Stores the KV of all."""
         ops, eps = self._ops, self.config.rms_norm_eps
         hidden = ops.embed(batch, self._embedding)
         for index, layer in enumerate(self._layers):
