@@ -108,6 +108,8 @@ struct Kernels {
   void (*rope)(float* head, const float* cosines, const float* sines, int half);
   // epilogues of one R x 32 tile: bias may be null; columns <= 32
   void (*store)(const float* tile, int rows, int columns, const float* bias, const float* residual, float* out, size_t stride);
+  // the same without residual, for what is too large to stay in a cache
+  void (*stream)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
   // the bias of a gated panel has 32 entries, as its columns lie
   void (*store_silu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
   // out = exp((x - max) * inverse_temperature); returns the sum, in a fixed order. out may be null.
