@@ -59,7 +59,7 @@ class Layer {
       for (int i = 0; i < 5; i++) pages.push_back(s.first_page + i);
     }
     const int n = int(ids.size());
-    device_.plan(n, ids.data(), positions.data(), int(lengths.size()), lengths.data(), pages.data(), 5, kVocabulary);
+    device_.plan(n, ids.data(), positions.data(), int(lengths.size()), lengths.data(), pages.data(), 5, 0, nullptr, kVocabulary);
     tape_.run(n);
     return Floats(logits_.begin(), logits_.begin() + n * kVocabulary);
   }
