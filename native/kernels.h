@@ -8,7 +8,8 @@
 //   Q4M  as Q4 with [32 x f16 scale][32 x f16 minimum], value = scale * code + minimum                   640 bytes
 //   BF16 per 2 of K: [32 columns][2];  F16 / F32 per 1 of K: [32 columns]
 // Activations of a block of R rows:
-//   int  per 32 of K: [R x f32 scale][R x i32 -zero * sum; Q4M: R x f32 scale * sum][8 k-steps][R][4 x s8]; Q4: kernels.inc
+//   int  per 32 of K: [R x f32 scale][R x i32 -zero * sum; Q4M: R x f32 scale * sum][8 k-steps][R][4 x s8];
+//        Q4: [R x f32 c][R x bits of c - 8 * sum] and the same codes, c as in kernels.inc
 //   BF16 per 2 of K: [R][2];  float per 1 of K: [R] as f32
 // With AMX they lie as its tiles do, and integers are widened to bfloat16: kernels_amx.inc.
 #pragma once

@@ -11,7 +11,7 @@ namespace {
 // What a thread fetches of the next linear's panels before it waits for others, and while one row is prepared by another.
 // Together less than a second level cache.
 constexpr size_t kNextFetchBytes = 16 << 10, kIdleFetchBytes = 32 << 10;
-// How far ahead of what is multiplied with the only block of rows its weights are fetched; measured (docs/log.md).
+// How far ahead of what is multiplied with the only block of rows its weights are fetched; measured with Q8, Q4 and Q4M.
 size_t stream_fetch_bytes(Kind kind, int rows) { return (kind == Q4 || kind == Q4M) && rows <= 2 ? 1024 : 8192; }
 constexpr size_t kStreamedBytes = 8 << 20;  // of results, beyond what is found in a cache when it is read
 constexpr size_t kLargeBytes = 1 << 20;  // of activations, beyond half a second level cache
@@ -309,7 +309,7 @@ void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
   }
   const char* prepared = (op.is_prepared ? device_.gated : device_.activations).data();
   const size_t width = size_t(w.n);
-  const bool is_large = !op.a && width * size_t(rows) * 4 > kStreamedBytes;
+  const bool is_streamed = !op.a && width * size_t(rows) * 4 > kStreamedBytes;
   share(parts + device_.pool.size(), thread, [&](int item) {
     const int begin = item * blocks.panels, end = std::min(begin + blocks.panels, w.panels());
     multiply({w, blocks, begin, end, thread, prepared}, [&](int p, int r0, int r, const float* sums) {
@@ -320,7 +320,7 @@ void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
         int column = p * kPanel, columns = std::min(kPanel, w.n - column);
         const float* bias = w.bias.empty() ? nullptr : w.bias.data() + column;
         float* out = op.out + r0 * width + column;
-        if (is_large) k.stream(sums, r, columns, bias, out, width);
+        if (is_streamed) k.stream(sums, r, columns, bias, out, width);
         else k.store(sums, r, columns, bias, op.a ? op.a + r0 * width + column : nullptr, out, width);
       }
     });

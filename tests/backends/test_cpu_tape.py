@@ -197,6 +197,30 @@ def test_rows_nobody_asks_for_are_left_out_and_the_others_keep_their_bits(asked:
         assert_same_bits(taken(asked), taken(list(range(70))))
 
 
+@pytest.mark.parametrize("rows_of_weight", [17_000, 17_008])
+def test_results_too_large_for_a_cache_keep_their_bits(rows_of_weight: int) -> None:
+    """More than 8 MB are stored past the caches, where rows begin with a cache line."""
+    with cpu_backend() as backend:
+        weight = backend.load_linear([stored(random(23, rows_of_weight, 32))], [stored(random(24, rows_of_weight))])
+        captured = backend.capture(lambda x: backend.ops.linear(x, weight))
+        inputs = Inputs(backend, random(25, 128, 32))
+        together = inputs.through(captured, list(range(128)))
+        assert together.nbytes > 8 << 20
+        for first in (0, 60, 124):
+            assert_same_bits(inputs.through(captured, list(range(first, first + 4))), together[first : first + 4])
+
+
+def test_asked_tokens_outside_the_step_are_refused() -> None:
+    with cpu_backend() as backend:
+        table = backend.load_embedding(stored(random(26, 70, 96)))
+        allocate(backend)
+        captured = backend.capture(lambda batch: backend.ops.asked_rows(batch, backend.ops.embed(batch, table)))
+        batch = step([Row(range(4), 0, [0])], 32)
+        batch.prompt_logprobs = [PromptLogprobRows(0, 3, np.zeros(2, np.int32))]  # the second is not in the step
+        with pytest.raises(ValueError, match="asked tokens"):
+            captured(backend.plan(batch))
+
+
 def test_more_rows_than_a_step_may_have_are_refused() -> None:
     with cpu_backend() as backend:
         weight = backend.load_linear([stored(random(8, 70, 96))])

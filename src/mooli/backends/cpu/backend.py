@@ -310,7 +310,8 @@ class CpuBackend:
             return Rows(hidden.values, rows)
         places = np.searchsorted(hidden.tokens, rows)
         if len(rows) and (places.max() >= hidden.num_rows or not np.array_equal(hidden.tokens[places], rows)):
-            raise EngineError(f"of tokens {rows.tolist()} not all were asked for: {hidden.tokens.tolist()}")
+            missing = np.setdiff1d(rows, hidden.tokens)
+            raise EngineError(f"token {missing[0]} of this step was not asked for, so it has no hidden state")
         return Rows(hidden.values, places.astype(np.int32))
 
     def sample(self, logits: Result, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
