@@ -123,35 +123,51 @@ MOOLI_INLINE vf keep_range(vf x, int base, int lo, int hi) {
 }
 MOOLI_INLINE vf where_negative(vf x, vf a, vf b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ)); }
 MOOLI_INLINE float hmax(vf a) {
-  float t[8]; st(t, a);
-  float m = t[0];
-  for (int i = 1; i < 8; i++) m = t[i] > m ? t[i] : m;
-  return m;
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 MOOLI_INLINE bool any_nan(vf a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
-// no VNNI: even and odd bytes are widened to 16 bits, so that nothing saturates
-struct WeightLine { vi even, odd; };
-MOOLI_INLINE WeightLine split(vi w) { return {_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(w, 8)}; }
-MOOLI_INLINE WeightLine ld_weights(const char* p) { return split(_mm256_loadu_si256((const vi*)p)); }
-MOOLI_INLINE WeightLine low_nibbles(const char* p) {
-  return split(_mm256_and_si256(_mm256_loadu_si256((const vi*)p), _mm256_set1_epi8(15)));
+// No VNNI. The product of unsigned by signed bytes adds up two in 16 bits, saturating: with magnitudes of weights, and their
+// signs on the activations, two stay below 32768. In asm, as GCC would first compute all products of a sum and spill them.
+constexpr int kQ8Zero = 0;
+struct Activation { vi x; };
+MOOLI_INLINE Activation ld_activation(const int* a) { return {_mm256_set1_epi32(*a)}; }
+struct WeightLine { vi value, magnitude; };
+MOOLI_INLINE WeightLine ld_weights(const char* p) {
+  vi value = _mm256_xor_si256(_mm256_loadu_si256((const vi*)p), _mm256_set1_epi8(-128));
+  return {value, _mm256_abs_epi8(value)};
 }
-MOOLI_INLINE WeightLine high_nibbles(const char* p) {
-  return split(_mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256((const vi*)p), 4), _mm256_set1_epi8(15)));
+MOOLI_INLINE vi dot4(vi acc, WeightLine w, Activation a) {
+  vi t;
+  __asm__("vpsignb %2,%4,%1\n\tvpmaddubsw %1,%3,%1\n\tvpmaddwd %5,%1,%1\n\tvpaddd %1,%0,%0"
+          : "+x"(acc), "=&x"(t) : "x"(w.value), "x"(w.magnitude), "x"(a.x), "x"(_mm256_set1_epi16(1)));
+  return acc;
 }
-MOOLI_INLINE vi dot4(vi acc, WeightLine w, const int* a) {
-  vi v = _mm256_set1_epi32(*a);
-  vi even = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), odd = _mm256_srai_epi16(v, 8);
-  return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(w.even, even), _mm256_madd_epi16(w.odd, odd)));
+// Products with codes of four bits fit in 16 bits for a whole group of 32: 8 times 2 x 15 x 127.
+struct NibbleLine { vi w; };
+MOOLI_INLINE NibbleLine low_nibbles(const char* p) {
+  return {_mm256_and_si256(_mm256_loadu_si256((const vi*)p), _mm256_set1_epi8(15))};
+}
+MOOLI_INLINE NibbleLine high_nibbles(const char* p) {
+  return {_mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256((const vi*)p), 4), _mm256_set1_epi8(15))};
+}
+MOOLI_INLINE vi dot4(vi acc, NibbleLine w, Activation a) {
+  vi t;
+  __asm__("vpmaddubsw %3,%2,%1\n\tvpaddw %1,%0,%0" : "+x"(acc), "=&x"(t) : "x"(w.w), "x"(a.x));
+  return acc;
+}
+MOOLI_INLINE vi begin_nibbles(int) { return _mm256_setzero_si256(); }
+MOOLI_INLINE vi end_nibbles(vi acc, int start) {
+  return _mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)), set1i(start));
 }
 MOOLI_INLINE int quantize16(const float* x, vf inverse, int8_t* q) {
-  int sum = 0;
-  for (int i = 0; i < 16; i += 8) {
-    int t[8];
-    _mm256_storeu_si256((vi*)t, _mm256_cvtps_epi32(mul(ld(x + i), inverse)));
-    for (int j = 0; j < 8; j++) { q[i + j] = (int8_t)t[j]; sum += t[j]; }
-  }
-  return sum;
+  vi words = _mm256_packs_epi32(_mm256_cvtps_epi32(mul(ld(x), inverse)), _mm256_cvtps_epi32(mul(ld(x + 8), inverse)));
+  words = _mm256_permute4x64_epi64(words, 0xd8);
+  __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128((__m128i*)q, bytes);
+  __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());
+  return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
 }
 MOOLI_INLINE void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
@@ -253,11 +269,20 @@ constexpr int H = 16 / W;  // vectors in half a panel
 constexpr int kHalvesAtOnce = 2;  // registers for both halves of a panel's columns
 #else
 constexpr int kHalvesAtOnce = 1;
+#endif
+#if defined(__AVX512F__) || !defined(__AVX2__)
+#if !defined(__AVX512F__)
 using Activation = const int*;
 MOOLI_INLINE Activation ld_activation(const int* a) { return a; }
 #endif
 #if !defined(MOOLI_NEON)
 constexpr int kQ8Zero = 128;  // what the dot product sees of a Q8 weight is value + 128
+#endif
+using NibbleLine = WeightLine;
+MOOLI_INLINE vi begin_nibbles(int start) { return set1i(start); }
+MOOLI_INLINE vi end_nibbles(vi acc, int) { return acc; }
+#else
+MOOLI_INLINE vi dot4(vi acc, WeightLine w, const int* a) { return dot4(acc, w, ld_activation(a)); }
 #endif
 MOOLI_INLINE uint16_t float_to_bf16(float f) {
   uint32_t u; memcpy(&u, &f, 4);
