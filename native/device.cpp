@@ -7,8 +7,10 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
-#if defined(MOOLI_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(MOOLI_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -28,6 +30,18 @@ bool has_dot_product() {
 #else
   return false;
 #endif
+}
+
+}  // namespace
+#endif
+
+#if defined(MOOLI_AVX2_VNNI)
+namespace {
+
+// The dot product for vectors of 256 bits, which processors without AVX-512 have since Alder Lake.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
 }
 
 }  // namespace
@@ -54,6 +68,9 @@ std::vector<std::string> available_isas() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     names.push_back("avx2");
+#if defined(MOOLI_AVX2_VNNI)
+    if (has_avx_vnni()) names.push_back("avx2_vnni");
+#endif
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
       names.push_back("avx512");
@@ -82,6 +99,9 @@ const Kernels& select_kernels(const std::string& isa) {
 #endif
   if (want == "avx512_bf16") return kernels_avx512_bf16();
   if (want == "avx512") return kernels_avx512();
+#if defined(MOOLI_AVX2_VNNI)
+  if (want == "avx2_vnni") return kernels_avx2_vnni();
+#endif
   if (want == "avx2") return kernels_avx2();
 #elif defined(__aarch64__)
   if (want == "neon") return kernels_neon();

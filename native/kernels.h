@@ -10,7 +10,7 @@
 // Activations of a block of R rows:
 //   int  per 32 of K: [R x f32 scale][R x i32 -zero * sum; Q4M: R x f32 scale * sum][8 k-steps][R][4 x s8];
 //        Q4: [R x f32 c][R x bits of c - 8 * sum] and the same codes, c as in kernels.inc
-//   BF16 per 2 of K: [R][2];  float per 1 of K: [R] as f32
+//   BF16 per 2 of K: [R][2], without a dot product for it as float;  float per 1 of K: [R] as f32
 // With AMX they lie as its tiles do, and integers are widened to bfloat16: kernels_amx.inc.
 #pragma once
 #include <cstddef>
@@ -125,6 +125,9 @@ struct Kernels {
 const Kernels& kernels_scalar();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
+#if defined(MOOLI_AVX2_VNNI)
+const Kernels& kernels_avx2_vnni();
+#endif
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512_bf16();
 #if defined(MOOLI_AMX)

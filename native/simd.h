@@ -128,11 +128,24 @@ MOOLI_INLINE float hmax(vf a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 MOOLI_INLINE bool any_nan(vf a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
-// No VNNI. The product of unsigned by signed bytes adds up two in 16 bits, saturating: with magnitudes of weights, and their
-// signs on the activations, two stay below 32768. In asm, as GCC would first compute all products of a sum and spill them.
-constexpr int kQ8Zero = 0;
 struct Activation { vi x; };
 MOOLI_INLINE Activation ld_activation(const int* a) { return {_mm256_set1_epi32(*a)}; }
+#if defined(__AVXVNNI__)
+struct WeightLine { vi w; };
+MOOLI_INLINE WeightLine ld_weights(const char* p) { return {_mm256_loadu_si256((const vi*)p)}; }
+MOOLI_INLINE WeightLine low_nibbles(const char* p) { return {_mm256_and_si256(ld_weights(p).w, _mm256_set1_epi8(15))}; }
+MOOLI_INLINE WeightLine high_nibbles(const char* p) {
+  return {_mm256_and_si256(_mm256_srli_epi16(ld_weights(p).w, 4), _mm256_set1_epi8(15))};
+}
+MOOLI_INLINE vi dot4(vi acc, WeightLine w, Activation a) {
+  __asm__("%{vex%} vpdpbusd %2,%1,%0" : "+x"(acc) : "x"(w.w), "x"(a.x));
+  return acc;
+}
+#else
+// No VNNI. The product of unsigned by signed bytes adds up two in 16 bits, saturating: with magnitudes of weights, and their
+// signs on the activations, two stay below 32768. In asm, as GCC would first compute all products of a sum and spill them.
+#define MOOLI_SIGNED_WEIGHTS
+constexpr int kQ8Zero = 0;
 struct WeightLine { vi value, magnitude; };
 MOOLI_INLINE WeightLine ld_weights(const char* p) {
   vi value = _mm256_xor_si256(_mm256_loadu_si256((const vi*)p), _mm256_set1_epi8(-128));
@@ -161,6 +174,9 @@ MOOLI_INLINE vi begin_nibbles(int) { return _mm256_setzero_si256(); }
 MOOLI_INLINE vi end_nibbles(vi acc, int start) {
   return _mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)), set1i(start));
 }
+#define MOOLI_NIBBLES_IN_WORDS
+#endif
+MOOLI_INLINE vi dot4(vi acc, WeightLine w, const int* a) { return dot4(acc, w, ld_activation(a)); }
 MOOLI_INLINE int quantize16(const float* x, vf inverse, int8_t* q) {
   vi words = _mm256_packs_epi32(_mm256_cvtps_epi32(mul(ld(x), inverse)), _mm256_cvtps_epi32(mul(ld(x + 8), inverse)));
   words = _mm256_permute4x64_epi64(words, 0xd8);
@@ -270,19 +286,17 @@ constexpr int kHalvesAtOnce = 2;  // registers for both halves of a panel's colu
 #else
 constexpr int kHalvesAtOnce = 1;
 #endif
-#if defined(__AVX512F__) || !defined(__AVX2__)
-#if !defined(__AVX512F__)
+#if !defined(__AVX2__)
 using Activation = const int*;
 MOOLI_INLINE Activation ld_activation(const int* a) { return a; }
 #endif
-#if !defined(MOOLI_NEON)
+#if !defined(MOOLI_SIGNED_WEIGHTS)
 constexpr int kQ8Zero = 128;  // what the dot product sees of a Q8 weight is value + 128
 #endif
+#if !defined(MOOLI_NIBBLES_IN_WORDS)
 using NibbleLine = WeightLine;
 MOOLI_INLINE vi begin_nibbles(int start) { return set1i(start); }
 MOOLI_INLINE vi end_nibbles(vi acc, int) { return acc; }
-#else
-MOOLI_INLINE vi dot4(vi acc, WeightLine w, const int* a) { return dot4(acc, w, ld_activation(a)); }
 #endif
 MOOLI_INLINE uint16_t float_to_bf16(float f) {
   uint32_t u; memcpy(&u, &f, 4);

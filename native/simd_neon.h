@@ -53,6 +53,7 @@ MOOLI_INLINE bool any_nan(vf a) { return vminvq_u32(vceqq_f32(a, a)) == 0; }
 // The dot product takes two signed operands. A Q8 weight is stored as value + 128: with its top bit flipped it is the value
 // itself, and the sum needs no correction, so rows are prepared with a zero of 0 instead of 128. Codes of 4 bits are
 // positive in either reading and keep their zero of 8. The int32 sum of a group is the same number at every level.
+#define MOOLI_SIGNED_WEIGHTS
 constexpr int kQ8Zero = 0;
 struct WeightLine { int8x16_t w; };
 MOOLI_INLINE WeightLine ld_weights(const char* p) {

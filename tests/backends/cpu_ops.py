@@ -28,7 +28,7 @@ except ImportError as exc:
 
 Floats = NDArray[np.float32]
 
-ALL_LEVELS = ("scalar", "neon", "avx2", "avx512", "avx512_bf16", "amx")
+ALL_LEVELS = ("scalar", "neon", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 LEVELS: list[str] = native.available_isas()
 """Those of this processor, worst first."""
 

@@ -40,9 +40,16 @@ Digests = Mapping[str, Mapping[str, str]]
 """Name to digest, for each level."""
 
 
+def accepts(compiler: str, flag: str) -> bool:
+    return subprocess.run([compiler, flag, "-E", "-x", "c++", "/dev/null"], capture_output=True).returncode == 0
+
+
 def build(compiler: str, machine: str, options: Sequence[str], folder: Path) -> Path:
     """The program that checks the kernels, compiled for `machine`."""
-    levels = LEVEL_FLAGS[machine]
+    levels = dict(LEVEL_FLAGS[machine])
+    if machine == "x86_64" and accepts(compiler, "-mavxvnni"):
+        levels["kernels_avx2_vnni.cpp"] = [*AVX2, "-mavxvnni"]
+        options = [*options, "-DMOOLI_AVX2_VNNI"]
     sources = [ROOT / "tests" / "native" / "kernel_check.cpp"]
     for source in sorted((ROOT / "native").glob("*.cpp")):
         for_python = source.name in ("bindings.cpp", "gguf_strings.cpp")
@@ -106,6 +113,13 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Digests:
 def test_every_level_of_this_machine_passes_them_too(here: Digests) -> None:
     """Needs no emulator, so the program is compiled wherever tests run."""
     assert {"exact/linear/q8", "exact/linear/q4", "exact/linear/q4m"} <= here["scalar"].keys()
+
+
+def test_vnni_without_avx512_has_the_bits_of_avx2(here: Digests) -> None:
+    """Where the processor has no such instruction, the program does its work instead (`vnni_emulation.h`)."""
+    if "avx2_vnni" not in here:
+        pytest.skip("no AVX2, a compiler that does not know AVX-VNNI, or not Linux")
+    assert here["avx2_vnni"] == here["avx2"]
 
 
 def test_the_arm_level_passes_every_check_of_the_table_and_of_a_tape(arm: Digests) -> None:

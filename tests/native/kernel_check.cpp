@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "sampler.h"
 #include "tape_check.h"
+#include "vnni_emulation.h"
 
 using namespace mooli;
 using namespace check;
@@ -36,6 +37,16 @@ Quantised group_of(const Bytes& block, int group, int row, int rows) {
   memcpy(&out.scale, b + 4 * row, 4);
   memcpy(&out.start, b + 4 * rows + 4 * row, 4);
   for (int i = 0; i < kGroup / 4; i++) memcpy(out.q + 4 * i, b + 8 * rows + 4 * row + 4 * rows * i, 4);
+  return out;
+}
+
+// Rows of bfloat16 as the dot product takes them, two of K in a word, from rows as float.
+Bytes paired(const Bytes& rows, int count) {
+  Bytes out(rows.size() / 2);
+  for (size_t i = 0; i < out.size() / 2; i++) {
+    const size_t row = i / 2 % size_t(count), k = i / 2 / size_t(count) * 2 + i % 2;
+    memcpy(out.data() + i * 2, rows.data() + (k * size_t(count) + row) * 4 + 2, 2);
+  }
   return out;
 }
 
@@ -66,9 +77,12 @@ void check_rows(const Kernels& k) {
     print_digest(k.name, name, digested.data(), digested.size());
   }
   const Floats plain = Random(2).numbers(size_t(kRows) * kColumns);
-  for (int kind : {BF16, F16, F32})
-    expect(prepare(k, kind, plain, 0, kRows, kColumns) == prepare(scalar, kind, plain, 0, kRows, kColumns), k.name,
-           std::string("rows for ") + kKindNames[kind]);
+  for (int kind : {BF16, F16, F32}) {
+    const Bytes actual = prepare(k, kind, plain, 0, kRows, kColumns);
+    Bytes expected = prepare(scalar, kind, plain, 0, kRows, kColumns);
+    if (kind == BF16 && k.has_bf16_dot) expected = paired(expected, kRows);
+    expect(actual == expected, k.name, std::string("rows for ") + kKindNames[kind]);
+  }
   std::vector<uint16_t> actual(77), expected(77);
   k.to_bf16(plain.data(), 77, actual.data());
   scalar.to_bf16(plain.data(), 77, expected.data());
@@ -323,20 +337,32 @@ void check_small_operations(const Kernels& k) {
 
 }  // namespace
 
+void check_table(const Kernels& k) {
+  check_rows(k);
+  for (int kind = 0; kind < kNumKinds; kind++) {
+    check_linear(k, kind);
+    if (is_integer(kind)) check_integer_sums(k, kind);
+  }
+  check_store(k);
+  check_attention(k);
+  check_small_operations(k);
+}
+
 int main() {
-  for (const std::string& level : available_isas()) {
+  const std::vector<std::string> levels = available_isas();
+  auto has = [&](const char* level) { return std::find(levels.begin(), levels.end(), level) != levels.end(); };
+  for (const std::string& level : levels) {
     const Kernels& k = select_kernels(level);
     expect(k.name == level, level, "the table of another level");
-    check_rows(k);
-    for (int kind = 0; kind < kNumKinds; kind++) {
-      check_linear(k, kind);
-      if (is_integer(kind)) check_integer_sums(k, kind);
-    }
-    check_store(k);
-    check_attention(k);
-    check_small_operations(k);
+    check_table(k);
     check_tape(level);
   }
+#if defined(MOOLI_AVX2_VNNI) && defined(__linux__)
+  if (has("avx2") && !has("avx2_vnni")) {
+    emulate_vnni();
+    check_table(kernels_avx2_vnni());
+  }
+#endif
   if (failures) std::fprintf(stderr, "%d checks failed\n", failures);
   return failures ? 1 : 0;
 }

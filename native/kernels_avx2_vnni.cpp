@@ -1,0 +1,3 @@
+#define MOOLI_KERNELS_FUNCTION kernels_avx2_vnni
+#define MOOLI_KERNELS_NAME "avx2_vnni"
+#include "kernels.inc"
