@@ -2,8 +2,8 @@
 
 Prints, for each model and weight format, prefill of 512 tokens and decode of 1, 4 and 16 rows at context 512. Virtual
 machines change speed from second to second: every timed step is bracketed by a 0.2 ms gauge of the integer units, and
-only steps with both readings healthy count. The gauge multiplies 8-bit weights; with AVX2 alone those of 4 bits take half
-the instructions and may pass it. Run with nothing else on the machine.
+only steps with both readings healthy count. The gauge multiplies 8-bit weights; with AVX2 alone those of 4 bits take
+half the instructions and may pass it. Run with nothing else on the machine.
 
     python benchmarks/kernels.py [--seconds 3] [--models smollm2,qwen] [--formats file,int8,int4,bfloat16]
 """
