@@ -350,7 +350,6 @@ void check_table(const Kernels& k) {
 
 int main() {
   const std::vector<std::string> levels = available_isas();
-  auto has = [&](const char* level) { return std::find(levels.begin(), levels.end(), level) != levels.end(); };
   for (const std::string& level : levels) {
     const Kernels& k = select_kernels(level);
     expect(k.name == level, level, "the table of another level");
@@ -358,6 +357,7 @@ int main() {
     check_tape(level);
   }
 #if defined(MOOLI_AVX2_VNNI) && defined(__linux__)
+  auto has = [&](const char* level) { return std::find(levels.begin(), levels.end(), level) != levels.end(); };
   if (has("avx2") && !has("avx2_vnni")) {
     emulate_vnni();
     check_table(kernels_avx2_vnni());

@@ -9,18 +9,18 @@
 
 namespace check {
 
-// Where the kernel keeps registers while a handler runs: the upper halves of YMM follow the area of XSAVE's header.
-constexpr int kHeader = 512, kUpperHalves = 576;
+// Where the system keeps registers while a handler runs, in the standard form of XSAVE.
+constexpr int kLowerHalves = 160, kHeader = 512, kUpperHalves = 576;
 constexpr uint64_t kHasUpperHalves = 1 << 2;
 
 struct Registers {
   char* state;
   void read(int i, uint8_t* out) const {
-    memcpy(out, &((_libc_fpstate*)state)->_xmm[i], 16);
+    memcpy(out, state + kLowerHalves + 16 * i, 16);
     memcpy(out + 16, state + kUpperHalves + 16 * i, 16);
   }
   void write(int i, const uint8_t* in) const {
-    memcpy(&((_libc_fpstate*)state)->_xmm[i], in, 16);
+    memcpy(state + kLowerHalves + 16 * i, in, 16);
     memcpy(state + kUpperHalves + 16 * i, in + 16, 16);
   }
 };
