@@ -110,6 +110,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("isa", [](const Device& d) { return std::string(d.kernels.name); })
       .def_prop_ro("has_bf16_dot", [](const Device& d) { return d.kernels.has_bf16_dot; })
       .def_prop_ro("num_threads", [](const Device& d) { return d.pool.size(); })
+      .def_ro("num_begun_steps", &Device::num_begun_steps)
       .def("pin_caller", [](Device& d) { d.pool.pin_caller(); })
       .def("pack", [](Device& d, Linear& w, int part, int first_row, int format, Rows rows) {
         check_rows(rows, format, w.k);
@@ -124,6 +125,7 @@ NB_MODULE(_native, m) {
       .def("allocate_kv", &Device::allocate_kv, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("kv_bytes", [](const Device& d) { return d.kv.size(); })
       .def("allocate_scratch", &Device::allocate_scratch, nb::call_guard<nb::gil_scoped_release>())
+      .def("settle", &Device::settle, nb::call_guard<nb::gil_scoped_release>())
       .def("release", &Device::release, nb::call_guard<nb::gil_scoped_release>())
       .def("copy_page", &Device::copy_page, nb::call_guard<nb::gil_scoped_release>())
       .def("plan", [](Device& d, In<int32_t> ids, In<int32_t> positions, In<int32_t> lengths,
@@ -173,7 +175,7 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release release;
         std::vector<double> done(d.pool.size());
         double t = now();
-        d.pool.run([&](int i) { done[i] = d.kernels.dot_gauge(iterations); });
+        d.pool.run_on_all([&](int i) { done[i] = d.kernels.dot_gauge(iterations); });
         double total = 0;
         for (double x : done) total += x;
         return total / (now() - t);
@@ -184,7 +186,7 @@ NB_MODULE(_native, m) {
         size_t n = size_t(d.pool.size()), part = region.count * 4 / n / 128 * 128;
         std::vector<long> sink(n);
         double t = now();
-        d.pool.run([&](int i) { sink[i] = d.kernels.read_gauge(region.buffer.data() + part * i, part); });
+        d.pool.run_on_all([&](int i) { sink[i] = d.kernels.read_gauge(region.buffer.data() + part * i, part); });
         return double(part * n) / (now() - t);
       });
 
@@ -223,6 +225,7 @@ NB_MODULE(_native, m) {
       })
       .def("asked_rows", [](Tape& t, uintptr_t x, int width, uintptr_t out) { t.asked_rows((const float*)x, width, (float*)out); })
       .def("run", &Tape::run, nb::call_guard<nb::gil_scoped_release>())
+      .def("begin_next", [](Tape& t, In<int32_t> ids) { return t.begin_next(int(ids.shape(0)), ids.data()); })
       // (operation, seconds) for each entry of the tape
       .def("run_timed", [](Tape& t, int rows) {
         std::vector<double> seconds;

@@ -145,6 +145,7 @@ void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, in
   if (type == KV_INT8 && head_dim_ > kMaxInt8HeadDim) throw std::invalid_argument("head size too large for int8 keys and values");
   if (type < KV_F32 || (type > KV_BF16 && type != KV_INT8) || layers_ <= 0 || kv_heads_ <= 0 || head_dim_ <= 0 || page_size_ <= 0 || pages <= 0)
     throw std::invalid_argument("bad shape of a KV pool");
+  settle();
   // No step may run on a pool whose allocation failed.
   num_pages = num_tiles = num_tokens = 0;
   kv_type = KvType(type);
@@ -161,6 +162,7 @@ void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, in
 }
 
 void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int head) {
+  settle();
   max_tokens = max_tokens_;
   const size_t beyond = 256 + kMaxRows * size_t(head) * 4;  // what kernels read behind the last row and do not use
   activations = Buffer(size_t(max_tokens) * ((max_k + 31) / 32 * 32) * 4 + beyond);
@@ -185,6 +187,7 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
 }
 
 void Device::release() {
+  settle();
   kv = Buffer();
   activations = Buffer();
   gated = Buffer();
@@ -209,6 +212,7 @@ void Device::clear_v(char* tile, int from) const {
 void Device::copy_page(int source, int target, int tokens) {
   if (source < 0 || target < 0 || source >= num_pages || target >= num_pages || tokens < 0 || tokens > page_size)
     throw std::invalid_argument("page copy out of range");
+  settle();
   const int per_page = page_size / kTile;
   for (int layer = 0; layer < layers; layer++)
     for (int t = 0; t * kTile < tokens; t++) {
@@ -222,6 +226,13 @@ void Device::copy_page(int source, int target, int tokens) {
 
 void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, const int32_t* lengths, const int32_t* page_table,
                   int pages_per_row, int num_asked, const int32_t* asked_tokens, int vocab_size) {
+  if (ahead == BEGUN && is_planned_already(tokens, ids, pos, rows, lengths, page_table, pages_per_row, num_asked, asked_tokens)) {
+    for (int r = 0; r < rows; r++) next_tile[r] = tile_of(page_table + size_t(r) * pages_per_row, pages_per_row, (positions[r] + 1) / kTile);
+    ahead = PLANNED;
+    num_begun_steps++;
+    return;
+  }
+  settle();
   num_tokens = num_rows = 0;  // nothing runs on a step that was refused
   if (tokens <= 0 || rows <= 0) throw std::invalid_argument("a step without tokens");
   if (tokens > max_tokens) throw std::invalid_argument("step of " + std::to_string(tokens) + " tokens, buffers for " + std::to_string(max_tokens));
@@ -235,7 +246,7 @@ void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, 
   row_first.resize(rows);
   row_length.assign(lengths, lengths + rows);
   row_tiles.resize(rows);
-  const int per_page = page_size / kTile;
+  next_tile.resize(rows);
   int first = 0;
   max_token_id = 0;
   for (int r = 0; r < rows; r++) {
@@ -247,11 +258,12 @@ void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, 
     if (last - pos[first] != lengths[r] - 1) throw std::invalid_argument("a row's positions are not consecutive");
     auto& table = row_tiles[r];
     table.resize(tiles);
+    const int32_t* pages = page_table + size_t(r) * pages_per_row;
     for (int t = 0; t < tiles; t++) {
-      int page = page_table[size_t(r) * pages_per_row + t / per_page];
-      if (page < 0 || page >= num_pages) throw std::invalid_argument("page " + std::to_string(page) + " outside the pool");
-      table[t] = page * per_page + t % per_page;
+      table[t] = tile_of(pages, pages_per_row, t);
+      if (table[t] < 0) throw std::invalid_argument("page " + std::to_string(pages[t / (page_size / kTile)]) + " outside the pool");
     }
+    next_tile[r] = tile_of(pages, pages_per_row, (last + 1) / kTile);
     for (int i = first; i < first + lengths[r]; i++) {
       if (ids[i] < 0 || ids[i] >= vocab_size) throw std::invalid_argument("token id " + std::to_string(ids[i]) + " outside the vocabulary");
       if (pos[i] != pos[first] + i - first) throw std::invalid_argument("a row's positions are not consecutive");
@@ -270,6 +282,55 @@ void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, 
   num_rows = rows;
   step++;
   jobs_window = -1;
+}
+
+// A row's tile in the pool; -1 where its pages do not say, or say one outside the pool.
+int Device::tile_of(const int32_t* pages, int pages_per_row, int tile) const {
+  const int per_page = page_size / kTile, index = tile / per_page;
+  if (index >= pages_per_row || pages[index] < 0 || pages[index] >= num_pages) return -1;
+  return pages[index] * per_page + tile % per_page;
+}
+
+// Whether that is what `advance` has made: one token a row, all asked for.
+bool Device::is_planned_already(int tokens, const int32_t* ids, const int32_t* pos, int rows, const int32_t* lengths,
+                                const int32_t* page_table, int pages_per_row, int num_asked, const int32_t* asked_tokens) const {
+  if (tokens != num_tokens || rows != num_rows || num_asked != tokens) return false;
+  for (int r = 0; r < rows; r++) {
+    if (lengths[r] != 1 || asked_tokens[r] != r || ids[r] != token_ids[r] || pos[r] != positions[r]) return false;
+    for (size_t t = 0; t < row_tiles[r].size(); t++)
+      if (row_tiles[r][t] != tile_of(page_table + size_t(r) * pages_per_row, pages_per_row, int(t))) return false;
+  }
+  return true;
+}
+
+bool Device::advance(int count, const int32_t* ids) {
+  if (ahead != NONE || num_rows == 0 || count != num_rows) return false;
+  for (int r = 0; r < count; r++)
+    if (ids[r] < 0 || next_tile[r] < 0) return false;
+  std::vector<int32_t> next(static_cast<size_t>(count));
+  for (int r = 0; r < count; r++) next[r] = positions[row_first[r] + row_length[r] - 1] + 1;
+  positions.swap(next);
+  token_ids.assign(ids, ids + count);
+  token_tile = next_tile;
+  max_token_id = *std::max_element(ids, ids + count);
+  tile_runs.clear();
+  asked.resize(count);
+  for (int r = 0; r < count; r++) {
+    if (positions[r] / kTile == int(row_tiles[r].size())) row_tiles[r].push_back(token_tile[r]);
+    row_first[r] = asked[r] = r;
+    row_length[r] = 1;
+    tile_runs.push_back({r, 1});
+  }
+  num_tokens = count;
+  step++;
+  jobs_window = -1;
+  return true;
+}
+
+void Device::settle() {
+  if (ahead == BEGUN) num_tokens = num_rows = 0;
+  ahead = NONE;
+  pool.abandon();
 }
 
 void Device::prepare_rope(RopeTable& rope) const {

@@ -78,6 +78,11 @@ class Device {
   // `asked`: ascending, the tokens whose hidden states are wanted.
   void plan(int num_tokens, const int32_t* token_ids, const int32_t* positions, int num_rows, const int32_t* lengths,
             const int32_t* page_table, int pages_per_row, int num_asked, const int32_t* asked, int vocab_size);
+  // Make the plan of the step that follows if each row has one token more, `ids`. False, and nothing done, if these are not as
+  // many as rows, one is below 0, or a row has no page for it.
+  bool advance(int count, const int32_t* ids);
+  // Nobody computes ahead when this returns. What had begun must be planned before it can be computed.
+  void settle();
   void prepare_attention(int num_heads, int window);
   void prepare_rope(RopeTable& rope) const;
 
@@ -100,8 +105,12 @@ class Device {
   // the step
   int num_tokens = 0, num_rows = 0, max_token_id = 0;
   uint64_t step = 0;
+  // Whether a tape has begun with the step before it was planned, and whether it then was.
+  enum { NONE, BEGUN, PLANNED } ahead = NONE;
+  int64_t num_begun_steps = 0;  // that were planned
   std::vector<int32_t> token_ids, positions, asked, token_tile, row_first, row_length;
   std::vector<std::vector<int32_t>> row_tiles;
+  std::vector<int32_t> next_tile;  // of the token that would follow each row; -1 where the row has none for it
   std::vector<TileRun> tile_runs;
   std::vector<AttendMember> members;
   std::vector<AttendSegment> segments;
@@ -124,6 +133,9 @@ class Device {
  private:
   int last_position(const AttendMember& m) const { return positions[m.first_token + m.tokens - 1]; }
   int full_blocks(const AttendMember& m) const { return (last_position(m) + 1) / kBlock; }
+  int tile_of(const int32_t* pages, int pages_per_row, int tile) const;
+  bool is_planned_already(int num_tokens, const int32_t* ids, const int32_t* pos, int num_rows, const int32_t* lengths,
+                          const int32_t* page_table, int pages_per_row, int num_asked, const int32_t* asked_tokens) const;
   int shared_blocks(const AttendMember& a, const AttendMember& b, int from) const;
   void add_segments(int first, int count, int block, int window);
   void add_job(int kv_head, int first_member, int num_members, int first_q, int num_q, int window);

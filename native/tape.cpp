@@ -17,32 +17,31 @@ constexpr size_t kStreamedBytes = 8 << 20;  // of results, beyond what is found 
 constexpr size_t kLargeBytes = 1 << 20;  // of activations, beyond half a second level cache
 }
 
-void Tape::embed(const Embedding* table, float* out) { Op o{EMBED}; o.table = table; o.out = out; ops_.push_back(o); }
+void Tape::embed(const Embedding* table, float* out) { Op o{EMBED}; o.table = table; o.out = out; add(o); }
 void Tape::rms_norm(const float* x, const float* weight, float eps, int width, float* out) {
-  Op o{RMS_NORM}; o.x = x; o.a = weight; o.number = eps; o.width = width; o.out = out; ops_.push_back(o);
+  Op o{RMS_NORM}; o.x = x; o.a = weight; o.number = eps; o.width = width; o.out = out; add(o);
 }
 void Tape::linear(const float* x, const Linear* weight, const float* norm, float eps, const float* residual, float* out) {
-  Op o{LINEAR}; o.x = x; o.weight = weight; o.b = norm; o.number = eps; o.a = residual; o.out = out; ops_.push_back(o);
+  Op o{LINEAR}; o.x = x; o.weight = weight; o.b = norm; o.number = eps; o.a = residual; o.out = out; add(o);
 }
 void Tape::gated_linear_down(const float* x, const Linear* gated, const float* norm, float eps, const Linear* down, const float* residual,
                              float* out) {
   linear(x, gated, norm, eps, nullptr, nullptr);
   ops_.back().next = down;
-  linear(nullptr, down, nullptr, 0, residual, out);
-  ops_.back().is_prepared = true;
+  Op o{LINEAR}; o.weight = down; o.a = residual; o.out = out; o.is_prepared = true; add(o);
 }
 void Tape::head_norm(const float* x, const float* q, const float* k, float eps, int heads, int kv_heads, int head_dim, float* out) {
   Op o{HEAD_NORM}; o.x = x; o.a = q; o.b = k; o.number = eps; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.out = out;
-  ops_.push_back(o);
+  add(o);
 }
 void Tape::rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out) {
-  Op o{ROPE}; o.x = x; o.rope = table; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.out = out; ops_.push_back(o);
+  Op o{ROPE}; o.x = x; o.rope = table; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.out = out; add(o);
 }
 void Tape::attend(int layer, const float* qkv, int heads, float scale, int window, float* out) {
-  Op o{ATTEND}; o.x = qkv; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.out = out; ops_.push_back(o);
+  Op o{ATTEND}; o.x = qkv; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.out = out; add(o);
 }
 
-void Tape::asked_rows(const float* x, int width, float* out) { Op o{ASKED_ROWS}; o.x = x; o.width = width; o.out = out; ops_.push_back(o); }
+void Tape::asked_rows(const float* x, int width, float* out) { Op o{ASKED_ROWS}; o.x = x; o.width = width; o.out = out; add(o); }
 
 const char* Tape::name(int code) {
   static const char* names[] = {"embed", "rms_norm", "linear", "head_norm", "rope", "attend", "asked_rows"};
@@ -58,16 +57,23 @@ Tape::Blocks Tape::blocks_of(const Op& op, int rows) const {
   return {kernels, rows, count, op.next ? 2 : is_large && together > 1 ? together : 1};
 }
 
+void Tape::add(const Op& op) {
+  const int index = int(ops_.size());
+  ops_.push_back(op);
+  if (!op.is_prepared) stages_.push_back({index, 0});
+  if (op.code == LINEAR || op.code == ATTEND) stages_.push_back({index, 1});
+}
+
 int Tape::phase_items(const Op& op, int rows, int phase) const {
   if (rows == 0) return 0;
-  if (op.code == ASKED_ROWS) return phase == 0;  // in place, so one after the other
-  if (op.code == LINEAR && phase == 0) return op.is_prepared ? 0 : blocks_of(op, rows).count;
+  if (op.code == ASKED_ROWS) return 1;  // in place, so one after the other
+  if (op.code == LINEAR && phase == 0) return blocks_of(op, rows).count;
   if (op.code == LINEAR) {
     const int together = blocks_of(op, rows).panels;
     return (op.weight->panels() + together - 1) / together;
   }
   if (op.code == ATTEND) return int(phase == 0 ? device_.tile_runs.size() : device_.jobs.size());
-  return phase == 0 ? rows : 0;
+  return rows;
 }
 
 void Tape::start(int rows) {
@@ -96,44 +102,123 @@ void Tape::start(int rows) {
     if (op.code == ROPE) device_.prepare_rope(*op.rope);
   }
   const size_t threads = size_t(device_.pool.size());
-  if (parts_.size() != 2 * ops_.size() * threads) parts_ = std::vector<Part>(2 * ops_.size() * threads);
-  for (size_t i = 0; i < 2 * ops_.size(); i++) {
-    const uint64_t items = uint64_t(phase_items(ops_[i / 2], ops_[i / 2].rows, int(i % 2)));
+  if (parts_.size() != stages_.size() * threads) parts_ = std::vector<Part>(stages_.size() * threads);
+  for (size_t i = 0; i < stages_.size(); i++) {
+    const Op& op = ops_[size_t(stages_[i].op)];
+    const uint64_t items = uint64_t(phase_items(op, op.rows, stages_[i].phase));
     for (size_t t = 0; t < threads; t++)
       parts_[i * threads + t].range.store((items * t / threads) << 32 | items * (t + 1) / threads, std::memory_order_relaxed);
   }
 }
 
 void Tape::run(int rows) {
+  if (device_.ahead == Device::PLANNED && rows == device_.num_tokens && device_.pool.join(*this)) {
+    device_.ahead = Device::NONE;
+    return;
+  }
+  device_.settle();
   start(rows);
-  const size_t stride = 2 * size_t(device_.pool.size());
-  device_.pool.run([&](int thread) {
-    for (size_t i = 0; i < ops_.size(); i++) {
-      execute(ops_[i], ops_[i].rows, thread, &parts_[i * stride]);
-      if (i + 1 < ops_.size()) fetch_panels(ops_[i + 1], ops_[i + 1].rows, thread, 0, kNextFetchBytes);
-      device_.pool.barrier();
-    }
-    if (device_.kernels.finish) device_.kernels.finish();
-  });
+  device_.pool.run(*this);
 }
 
+bool Tape::begin_next(int num_rows, const int32_t* token_ids) {
+  if (device_.pool.size() == 1 || !device_.advance(num_rows, token_ids)) return false;
+  start(device_.num_tokens);
+  device_.pool.begin(*this);
+  device_.ahead = Device::BEGUN;
+  return true;
+}
+
+void Tape::compute(int stage, int thread) {
+  const Stage s = stages_[size_t(stage)];
+  const Op& op = ops_[size_t(s.op)];
+  Part* parts = &parts_[size_t(stage * device_.pool.size())];
+  const Kernels& k = device_.kernels;
+  const int rows = op.rows;
+  switch (op.code) {
+    case EMBED:
+      share(parts, thread, [&](int i) {
+        const Embedding& e = *op.table;
+        decode_row(e.format, (const uint8_t*)e.data.data() + size_t(device_.token_ids[i]) * row_bytes(e.format, e.columns), e.columns,
+                   op.out + size_t(i) * e.columns);
+      });
+      break;
+    case RMS_NORM:
+      share(parts, thread, [&](int i) { k.rms_norm(op.x + size_t(i) * op.width, op.a, op.number, op.width, op.out + size_t(i) * op.width); });
+      break;
+    case LINEAR:
+      if (s.phase == 0) prepare_rows(op, thread, parts);
+      else compute_linear(op, thread, parts);
+      break;
+    case HEAD_NORM:
+    case ROPE:
+      share(parts, thread, [&](int i) {
+        const int width = (op.heads + 2 * op.kv_heads) * op.head_dim, half = op.head_dim / 2;
+        const float* x = op.x + size_t(i) * width;
+        float* y = op.out + size_t(i) * width;
+        if (x != y) memcpy(y, x, size_t(width) * 4);
+        for (int h = 0; h < op.heads + op.kv_heads; h++) {
+          float* head = y + h * op.head_dim;
+          if (op.code == HEAD_NORM) k.rms_norm(head, h < op.heads ? op.a : op.b, op.number, op.head_dim, head);
+          else k.rope(head, &op.rope->cosines[size_t(i) * half], &op.rope->sines[size_t(i) * half], half);
+        }
+      });
+      break;
+    case ATTEND:
+      if (s.phase == 0) store_tokens(op, thread, parts);
+      else share(parts, thread, [&](int index) {
+        const AttendJob* job = &device_.jobs[size_t(index)];
+        attend_job(op, *job, size_t(index) + 1 < device_.jobs.size() ? job + 1 : nullptr, rows, device_.work[size_t(thread)]);
+      });
+      break;
+    case ASKED_ROWS:
+      share(parts, thread, [&](int) {
+        for (int i = 0; i < rows; i++) {  // never before its own place
+          const float* x = op.x + size_t(device_.asked[size_t(i)]) * op.width;
+          float* y = op.out + size_t(i) * op.width;
+          if (x != y) memcpy(y, x, size_t(op.width) * 4);
+        }
+      });
+      break;
+  }
+  const size_t next = size_t(stage) + 1;
+  if (next < stages_.size() && stages_[next].op != s.op) fetch_panels(ops_[size_t(stages_[next].op)], thread, 0, kNextFetchBytes);
+}
+
+void Tape::finish() {
+  if (device_.kernels.finish) device_.kernels.finish();
+}
+
+void Tape::drain() {
+  for (Part& part : parts_) part.range.store(0, std::memory_order_relaxed);
+}
+
+// Its stages, with the time at which each began on the calling thread, which is there from the first.
+class Tape::Timed : public Region {
+ public:
+  explicit Timed(Tape& tape) : began(tape.ops_.size() + 1), tape_(tape) {}
+  int num_stages() const override { return tape_.num_stages(); }
+  void compute(int stage, int thread) override {
+    const Stage s = tape_.stages_[size_t(stage)];
+    if (thread == 0 && (stage == 0 || tape_.stages_[size_t(stage) - 1].op != s.op)) began[size_t(s.op)] = std::chrono::steady_clock::now();
+    tape_.compute(stage, thread);
+  }
+  void finish() override { tape_.finish(); }
+  void drain() override { tape_.drain(); }
+  std::vector<std::chrono::steady_clock::time_point> began;
+
+ private:
+  Tape& tape_;
+};
+
 std::vector<double> Tape::run_timed(int rows) {
+  device_.settle();
   start(rows);
-  const size_t stride = 2 * size_t(device_.pool.size());
+  Timed timed(*this);
+  device_.pool.run(timed);
+  timed.began.back() = std::chrono::steady_clock::now();
   std::vector<double> seconds(ops_.size());
-  device_.pool.run([&](int thread) {
-    auto last = std::chrono::steady_clock::now();
-    for (size_t i = 0; i < ops_.size(); i++) {
-      execute(ops_[i], ops_[i].rows, thread, &parts_[i * stride]);
-      if (i + 1 < ops_.size()) fetch_panels(ops_[i + 1], ops_[i + 1].rows, thread, 0, kNextFetchBytes);
-      device_.pool.barrier();
-      if (thread != 0) continue;
-      auto now = std::chrono::steady_clock::now();
-      seconds[i] = std::chrono::duration<double>(now - last).count();
-      last = now;
-    }
-    if (device_.kernels.finish) device_.kernels.finish();
-  });
+  for (size_t i = 0; i < seconds.size(); i++) seconds[i] = std::chrono::duration<double>(timed.began[i + 1] - timed.began[i]).count();
   return seconds;
 }
 
@@ -150,47 +235,6 @@ template <class F> void Tape::share(Part* parts, int thread, F f) {
       if (uint32_t(range >> 32) >= uint32_t(range)) break;
       if (parts[victim].range.compare_exchange_weak(range, range - 1, std::memory_order_relaxed)) f(int(uint32_t(range)) - 1);
     }
-}
-
-void Tape::execute(const Op& op, int rows, int thread, Part* parts) {
-  const Kernels& k = device_.kernels;
-  switch (op.code) {
-    case EMBED:
-      share(parts, thread, [&](int i) {
-        const Embedding& e = *op.table;
-        decode_row(e.format, (const uint8_t*)e.data.data() + size_t(device_.token_ids[i]) * row_bytes(e.format, e.columns), e.columns,
-                   op.out + size_t(i) * e.columns);
-      });
-      return;
-    case RMS_NORM:
-      share(parts, thread, [&](int i) { k.rms_norm(op.x + size_t(i) * op.width, op.a, op.number, op.width, op.out + size_t(i) * op.width); });
-      return;
-    case LINEAR: run_linear(op, rows, thread, parts); return;
-    case HEAD_NORM:
-    case ROPE:
-      share(parts, thread, [&](int i) {
-        const int width = (op.heads + 2 * op.kv_heads) * op.head_dim, half = op.head_dim / 2;
-        const float* x = op.x + size_t(i) * width;
-        float* y = op.out + size_t(i) * width;
-        if (x != y) memcpy(y, x, size_t(width) * 4);
-        for (int h = 0; h < op.heads + op.kv_heads; h++) {
-          float* head = y + h * op.head_dim;
-          if (op.code == HEAD_NORM) k.rms_norm(head, h < op.heads ? op.a : op.b, op.number, op.head_dim, head);
-          else k.rope(head, &op.rope->cosines[size_t(i) * half], &op.rope->sines[size_t(i) * half], half);
-        }
-      });
-      return;
-    case ATTEND: run_attend(op, rows, thread, parts); return;
-    case ASKED_ROWS:
-      share(parts, thread, [&](int) {
-        for (int i = 0; i < rows; i++) {  // never before its own place
-          const float* x = op.x + size_t(device_.asked[size_t(i)]) * op.width;
-          float* y = op.out + size_t(i) * op.width;
-          if (x != y) memcpy(y, x, size_t(op.width) * 4);
-        }
-      });
-      return;
-  }
 }
 
 // What is fetched while `count` values of K from `first` on are multiplied with a row block, some lines at each step of K. With
@@ -212,18 +256,19 @@ Tape::Ahead Tape::ahead_of(const Product& x, int panel, int block, int first, in
 }
 
 // Where memory is the limit, it must not pause between operations. Only for one block of rows: more have arithmetic enough.
-void Tape::fetch_panels(const Op& op, int rows, int thread, size_t from, size_t bytes) const {
-  if (op.code != LINEAR || rows == 0 || blocks_of(op, rows).count > 1) return;
+void Tape::fetch_panels(const Op& op, int thread, size_t from, size_t bytes) const {
+  if (op.code != LINEAR || op.rows == 0 || blocks_of(op, op.rows).count > 1) return;
   const Linear& w = *op.weight;
-  const size_t item = size_t(phase_items(op, rows, 1)) * size_t(thread) / size_t(device_.pool.size());
-  const char* begin = w.panel(int(item) * blocks_of(op, rows).panels) + from;
+  const size_t item = size_t(phase_items(op, op.rows, 1)) * size_t(thread) / size_t(device_.pool.size());
+  const char* begin = w.panel(int(item) * blocks_of(op, op.rows).panels) + from;
   const char* end = std::min(begin + bytes, static_cast<const char*>(w.data.data() + w.data.size()));
   for (const char* p = begin; p < end; p += 64) device_.kernels.prefetch(p);
 }
 
-void Tape::prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* parts) {
+void Tape::prepare_rows(const Op& op, int thread, Part* parts) {
   const Kernels& k = device_.kernels;
   const Linear& w = *op.weight;
+  const Blocks blocks = blocks_of(op, op.rows);
   const size_t row_size = blocks.kernels.row_bytes(w.padded_k);
   share(parts, thread, [&](int b) {
     const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
@@ -236,8 +281,7 @@ void Tape::prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* pa
     blocks.kernels.prepare(x, size_t(w.k), w.k, w.padded_k, device_.activations.data() + r0 * row_size, r);
   });
   // Threads without a block wait for those that have one: they begin to fetch the panels they will read.
-  if (thread >= blocks.count) fetch_panels(op, blocks.rows, thread, kNextFetchBytes, kIdleFetchBytes);
-  device_.pool.barrier();
+  if (thread >= blocks.count) fetch_panels(op, thread, kNextFetchBytes, kIdleFetchBytes);
 }
 
 // f(panel, first row, rows, sums of rows x 32). Where K is cut into chunks, a chunk of all panels is multiplied with all
@@ -298,19 +342,18 @@ void Tape::gate_panels(const Op& op, const Blocks& blocks, int pair, int thread)
   });
 }
 
-void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
+void Tape::compute_linear(const Op& op, int thread, Part* parts) {
   const Kernels& k = device_.kernels;
   const Linear& w = *op.weight;
-  const Blocks blocks = blocks_of(op, rows);
-  if (!op.is_prepared) prepare_rows(op, blocks, thread, parts);
+  const Blocks blocks = blocks_of(op, op.rows);
   if (op.next) {
-    share(parts + device_.pool.size(), thread, [&](int pair) { gate_panels(op, blocks, pair, thread); });
+    share(parts, thread, [&](int pair) { gate_panels(op, blocks, pair, thread); });
     return;
   }
   const char* prepared = (op.is_prepared ? device_.gated : device_.activations).data();
   const size_t width = size_t(w.n);
-  const bool is_streamed = !op.a && width * size_t(rows) * 4 > kStreamedBytes;
-  share(parts + device_.pool.size(), thread, [&](int item) {
+  const bool is_streamed = !op.a && width * size_t(op.rows) * 4 > kStreamedBytes;
+  share(parts, thread, [&](int item) {
     const int begin = item * blocks.panels, end = std::min(begin + blocks.panels, w.panels());
     multiply({w, blocks, begin, end, thread, prepared}, [&](int p, int r0, int r, const float* sums) {
       if (w.gated) {
@@ -327,10 +370,10 @@ void Tape::run_linear(const Op& op, int rows, int thread, Part* parts) {
   });
 }
 
-void Tape::run_attend(const Op& op, int rows, int thread, Part* parts) {
+void Tape::store_tokens(const Op& op, int thread, Part* parts) {
   Device& d = device_;
   const Kernels& k = d.kernels;
-  const int D = d.head_dim, group = op.heads / d.kv_heads, width = (op.heads + 2 * d.kv_heads) * D;
+  const int rows = op.rows, D = d.head_dim, group = op.heads / d.kv_heads, width = (op.heads + 2 * d.kv_heads) * D;
   const size_t q_bytes = query_bytes(d.kv_type, D);
   auto query = [&](int kv_head, int token) { return d.queries.data() + (size_t(kv_head) * rows + token) * group * q_bytes; };
   if (d.jobs.size() >= size_t(d.pool.size())) {  // the first block of a thread's first job comes while others are stored
@@ -352,11 +395,6 @@ void Tape::run_attend(const Op& op, int rows, int thread, Part* parts) {
                               first_slot + i - run.first_token);
       }
     }
-  });
-  d.pool.barrier();
-  share(parts + d.pool.size(), thread, [&](int index) {
-    const AttendJob* job = &d.jobs[size_t(index)];
-    attend_job(op, *job, size_t(index) + 1 < d.jobs.size() ? job + 1 : nullptr, rows, d.work[size_t(thread)]);
   });
 }
 

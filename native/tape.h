@@ -8,9 +8,10 @@
 
 namespace mooli {
 
-class Tape {
+class Tape : private Region {
  public:
   explicit Tape(Device& device) : device_(device) {}
+  ~Tape() override { device_.pool.abandon(); }
   Tape(const Tape&) = delete;
   // Addresses are of float32 rows, max rows each; strides are the widths. All must outlive the tape.
   void embed(const Embedding* table, float* out);
@@ -25,8 +26,12 @@ class Tape {
   void attend(int layer, const float* qkv, int heads, float scale, int window, float* out);
   // The rows of the planned step's asked tokens, and only those in all operations after it. `out` may be x.
   void asked_rows(const float* x, int width, float* out);
-  // Compute all operations on `rows` rows (the planned step's tokens where operations depend on the step).
+  // Compute all operations on `rows` rows (the planned step's tokens where operations depend on the step), or what is left
+  // of them where they have begun.
   void run(int rows);
+  // Let the other threads begin with the step after the planned one, see Device::advance. It becomes what is computed if it is
+  // planned next, and is abandoned if anything else is done. False where it cannot begin.
+  bool begin_next(int num_rows, const int32_t* token_ids);
   // The same, timed on the calling thread: seconds spent in each operation, barriers included.
   std::vector<double> run_timed(int rows);
   static const char* name(int code);
@@ -67,17 +72,25 @@ class Tape {
   // consecutive memory; a thread that has finished its own part takes from the back of others.
   struct alignas(64) Part { std::atomic<uint64_t> range{0}; };
 
+  // Of an operation: the first prepares what the second computes from.
+  struct Stage { int op, phase; };
+  class Timed;
+
+  int num_stages() const override { return int(stages_.size()); }
+  void compute(int stage, int thread) override;
+  void finish() override;
+  void drain() override;
   static Ahead ahead_of(const Product& x, int panel, int block, int first, int count);
+  void add(const Op& op);
   void start(int rows);
   Blocks blocks_of(const Op& op, int rows) const;
   int phase_items(const Op& op, int rows, int phase) const;
-  void execute(const Op& op, int rows, int thread, Part* parts);
-  void run_linear(const Op& op, int rows, int thread, Part* parts);
-  void fetch_panels(const Op& op, int rows, int thread, size_t from, size_t bytes) const;
-  void prepare_rows(const Op& op, const Blocks& blocks, int thread, Part* parts);
+  void compute_linear(const Op& op, int thread, Part* parts);
+  void fetch_panels(const Op& op, int thread, size_t from, size_t bytes) const;
+  void prepare_rows(const Op& op, int thread, Part* parts);
   template <class F> void multiply(const Product& x, F f) const;
   void gate_panels(const Op& op, const Blocks& blocks, int pair, int thread);
-  void run_attend(const Op& op, int rows, int thread, Part* parts);
+  void store_tokens(const Op& op, int thread, Part* parts);
   Tiles tiles_of(const Op& op, const AttendSegment& segment, int block, int kv_head) const;
   Tiles first_tiles(const Op& op, const AttendJob& job) const;
   void attend_job(const Op& op, const AttendJob& job, const AttendJob* following, int rows, Device::Work& work);
@@ -85,7 +98,8 @@ class Tape {
 
   Device& device_;
   std::vector<Op> ops_;
-  std::vector<Part> parts_;  // operation x phase x thread
+  std::vector<Stage> stages_;
+  std::vector<Part> parts_;  // stage x thread
 };
 
 }  // namespace mooli

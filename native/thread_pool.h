@@ -1,6 +1,7 @@
-// A persistent pool of pinned threads. The caller is thread 0. Owns threads and barriers; knows nothing of kernels.
-// Waiting is bounded spinning (a step's barriers are tens of nanoseconds apart), then sleeping, inside a region and between
-// regions: an idle engine uses no processor time, and a busy neighbour costs its share and no more.
+// A persistent pool of pinned threads, and the regions that they compute together. The caller is thread 0. Owns threads and
+// barriers; knows nothing of kernels.
+// Waiting is bounded spinning (a region's barriers are tens of nanoseconds apart), then sleeping: an idle engine uses no
+// processor time, and a busy neighbour costs its share and no more.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -13,6 +14,18 @@
 
 namespace mooli {
 
+// Stages, one after the other. Each is computed by whoever takes part, and over when all of them are done with it. A thread
+// takes part from the stage that is being computed as it comes, so nobody waits for one that sleeps, or whose processor
+// somebody else has.
+class Region {
+ public:
+  virtual ~Region() = default;
+  virtual int num_stages() const = 0;  // at least one
+  virtual void compute(int stage, int thread) = 0;  // what is left of it
+  virtual void finish() = 0;                        // on each thread, when it has no more to compute
+  virtual void drain() = 0;                         // leave nothing of any stage; others may be computing
+};
+
 class ThreadPool {
  public:
   // `cpus`: one processor number per thread, or empty for no pinning. The caller is pinned by pin_caller only.
@@ -23,22 +36,42 @@ class ThreadPool {
 
   int size() const { return num_threads_; }
   void pin_caller() const;
-  // Runs job(thread) on every thread and returns when all are done. Not reentrant; callers take turns.
+  // Returns when all stages are over. Not reentrant; callers take turns, and what had begun is abandoned.
+  void run(Region& region);
+  // Runs job(thread) on the caller, and on threads that come before it returns.
   void run(const std::function<void(int)>& job);
-  // Inside a job: no thread passes before all have arrived.
-  void barrier();
+  // Runs job(thread) once on every thread, at the same time.
+  void run_on_all(const std::function<void(int)>& job);
+  // Lets the other threads begin, and returns. False, and nothing done, where there are none.
+  bool begin(Region& region);
+  // Takes part in what has begun, until all stages are over. False if it was not `region`, or was abandoned since.
+  bool join(const Region& region);
+  // When this returns, nobody computes what had begun; parts of it may have been.
+  void abandon();
 
  private:
   void work(int thread);
   void stop();
+  void open(Region& region, int members);
+  bool enter();
+  void take_part(int thread);
+  void arrive(bool is_last);
+  void leave(bool is_last);
+  void advance(uint32_t phase, bool is_last);
+  void abandon_begun();
+
   int num_threads_;
   std::vector<int> cpus_;
-  std::mutex run_mutex_;
-  WaitWord epoch_;  // one more for every job; wraps
-  WaitWord phase_;  // one more for every barrier; wraps
-  alignas(64) std::atomic<int> arrived_{0};
+  std::mutex turn_;
+  WaitWord epoch_;  // upper half: how many regions there have been; wraps
+  // Upper half: how many stages there have been; wraps. Below: whether threads may enter the region, how many are in it, and how
+  // many of them have arrived at the end of the stage.
+  WaitWord state_;
   std::atomic<bool> stop_{false};
-  const std::function<void(int)>* job_ = nullptr;
+  // Of the region; written before it is opened.
+  Region* region_ = nullptr;
+  uint32_t first_phase_ = 0, num_stages_ = 0;
+  Region* begun_ = nullptr;
   std::vector<std::thread> threads_;
 };
 

@@ -18,27 +18,29 @@
 
 namespace mooli {
 
+// 64 bits, so that what is waited for and what belongs to it change together. Threads wait for the upper half to change, and
+// whoever changes it calls `wake` afterwards.
 class alignas(64) WaitWord {
  public:
-  uint32_t load() const { return value_.load(std::memory_order_acquire); }
+  static uint32_t upper(uint64_t value) { return uint32_t(value >> 32); }
 
-  // Returns once the value is another than `old`.
+  // Returns once the upper half is another than `old`.
   void wait_while(uint32_t old, int spins) {
     for (int i = 0; i < spins; i++) {
-      if (load() != old) return;
+      if (upper(value.load(std::memory_order_acquire)) != old) return;
       pause();
     }
-    // The counter before the value here, the value before the counter in `set`: one of the two sees the other.
+    // The counter before the value here, the value before the counter where it is changed: one of the two sees the other.
     sleepers_.fetch_add(1);
     sleep_while(old);
     sleepers_.fetch_sub(1);
   }
 
-  // Publishes what was written before, and wakes who sleeps.
-  void set(uint32_t value) {
-    value_.store(value);
-    if (sleepers_.load() > 0) wake();
+  void wake() {
+    if (sleepers_.load() > 0) wake_sleepers();
   }
+
+  std::atomic<uint64_t> value{0};
 
  private:
   static void pause() {
@@ -49,24 +51,24 @@ class alignas(64) WaitWord {
 #endif
   }
 #if defined(__linux__)
-  static_assert(sizeof(std::atomic<uint32_t>) == 4);
+  static_assert(sizeof(std::atomic<uint64_t>) == 8 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+  uint32_t* upper_half() { return reinterpret_cast<uint32_t*>(&value) + 1; }
   void sleep_while(uint32_t old) {
-    while (value_.load() == old) syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
+    while (upper(value.load()) == old) syscall(SYS_futex, upper_half(), FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
   }
-  void wake() { syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+  void wake_sleepers() { syscall(SYS_futex, upper_half(), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
 #else
   void sleep_while(uint32_t old) {
     std::unique_lock<std::mutex> lock(mutex_);
-    wake_.wait(lock, [&] { return value_.load() != old; });
+    wake_.wait(lock, [&] { return upper(value.load()) != old; });
   }
-  void wake() {
+  void wake_sleepers() {
     { std::lock_guard<std::mutex> lock(mutex_); }
     wake_.notify_all();
   }
   std::mutex mutex_;
   std::condition_variable wake_;
 #endif
-  std::atomic<uint32_t> value_{0};
   std::atomic<uint32_t> sleepers_{0};
 };
 

@@ -35,7 +35,8 @@ _HINTS_BY_REASON = {
         schedule_conservativeness retraction_policy
     """,
     _ONE_KERNEL: "prefill_attention_backend decode_attention_backend",
-    _NO_HOST_TIME: "num_continuous_decode_steps scheduler_recv_interval disable_overlap_schedule",
+    _NO_HOST_TIME: "num_continuous_decode_steps scheduler_recv_interval",
+    "a step that is begun early gives what it would have given later": "disable_overlap_schedule",
     "larger priorities always go first": "enable_priority_scheduling",
     "a higher priority always makes the lower ones wait or give way": """
         disable_priority_preemption priority_scheduling_preemption_threshold
@@ -141,7 +142,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "base_gpu_id": (0,),
     "cpu_offload_gb": (0,),
     "disable_cuda_graph": (True,),
-    "disable_overlap_schedule": (True,),
     "disaggregation_mode": ("null",),
     "ep": (1,),
     "ep_size": (1,),

@@ -9,6 +9,7 @@
 #include "inputs.h"
 #include "kernels.h"
 #include "sampler.h"
+#include "pool_check.h"
 #include "tape_check.h"
 #include "vnni_emulation.h"
 
@@ -349,6 +350,7 @@ void check_table(const Kernels& k) {
 }
 
 int main() {
+  check_pool();
   const std::vector<std::string> levels = available_isas();
   for (const std::string& level : levels) {
     const Kernels& k = select_kernels(level);

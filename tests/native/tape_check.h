@@ -51,7 +51,7 @@ class Layer {
 
   // The logits of all tokens of a step.
   Floats run(const std::vector<Sequence>& sequences) {
-    std::vector<int32_t> ids, positions, lengths, pages;
+    std::vector<int32_t> ids, positions, lengths, pages, asked;
     for (const Sequence& s : sequences) {
       for (size_t i = 0; i < s.ids.size(); i++) positions.push_back(s.first_position + int(i));
       ids.insert(ids.end(), s.ids.begin(), s.ids.end());
@@ -59,10 +59,16 @@ class Layer {
       for (int i = 0; i < 5; i++) pages.push_back(s.first_page + i);
     }
     const int n = int(ids.size());
-    device_.plan(n, ids.data(), positions.data(), int(lengths.size()), lengths.data(), pages.data(), 5, 0, nullptr, kVocabulary);
+    for (int i = 0; i < n; i++) asked.push_back(i);
+    device_.plan(n, ids.data(), positions.data(), int(lengths.size()), lengths.data(), pages.data(), 5, n, asked.data(), kVocabulary);
     tape_.run(n);
     return Floats(logits_.begin(), logits_.begin() + n * kVocabulary);
   }
+
+  // The rows of the last step with one token more each.
+  bool begin_next(const std::vector<int32_t>& ids) { return tape_.begin_next(int(ids.size()), ids.data()); }
+  bool is_ahead() const { return device_.ahead != mooli::Device::NONE; }
+  void copy_page(int source, int target) { device_.copy_page(source, target, 32); }
 
  private:
   std::unique_ptr<mooli::Linear> weight(Random& random, mooli::Kind kind, int n, int k, bool gated) {
@@ -82,6 +88,45 @@ class Layer {
   std::unique_ptr<mooli::Linear> qkv_weight_, out_weight_, gated_, down_, head_;
   Floats gain_, x_, normed_, qkv_, attended_, wide_, logits_;
 };
+
+// What the other threads have begun with gives what computing anew gives, and what was wrong about it leaves no trace.
+template <class Expected>
+void check_ahead(const std::string& level, const std::string& name, Layer& alone, Layer& layer, const std::vector<int32_t>& ids, Expected expected) {
+  auto token = [&](int position, int page) { return Sequence{{ids[size_t(position)]}, position, page}; };
+  expect(!alone.begin_next({ids[0]}), level, name + ": begins without other threads");
+  layer.run({{{ids.begin(), ids.begin() + 60}, 0, 10}, {{ids.begin(), ids.begin() + 40}, 0, 15}});
+  Random random(22);
+  bool is_right = true, all_begun = true, is_used = true;
+  for (int a = 60, b = 40; a < 140; a++, b++) {
+    const int way = random.below(6);
+    int32_t next_a = ids[size_t(a)], next_b = ids[size_t(b)];
+    if (way == 1) next_b = (next_b + 1) % Layer::kVocabulary;
+    all_begun &= layer.begin_next({next_a, next_b});
+    for (volatile int spin = 0; spin < random.below(20000);) spin = spin + 1;
+    if (way == 2) layer.copy_page(25, 26);
+    is_used &= layer.is_ahead() == (way != 2);
+    Floats out;
+    if (way == 3) {  // one row has ended
+      layer.run({token(b, 15)});
+      out = layer.run({token(a, 10), token(b, 15)});
+    } else if (way == 4) {  // another has come
+      out = layer.run({token(a, 10), token(b, 15), {{ids.begin(), ids.begin() + 9}, 0, 20}});
+      out.resize(2 * Layer::kVocabulary);
+      is_right &= same_bits(out, layer.run({token(a, 10), token(b, 15)}));
+    } else {
+      out = layer.run({token(a, 10), token(b, 15)});
+    }
+    Floats both = expected(a, a + 1), second = expected(b, b + 1);
+    both.insert(both.end(), second.begin(), second.end());
+    is_right &= same_bits(out, both);
+    expect(!layer.is_ahead(), level, name + ": nothing is ahead after a step");
+  }
+  expect(is_right, level, name + ": steps that had begun before they were planned");
+  expect(all_begun && is_used, level, name + ": steps begin where they can");
+  expect(!layer.begin_next({1}) && !layer.begin_next({1, -1}), level, name + ": begins what cannot be");
+  layer.run({{{ids.begin(), ids.begin() + 33}, 127, 10}});  // to the end of its five pages
+  expect(!layer.begin_next({1}), level, name + ": begins where there is no page");
+}
 
 inline void check_tape(const std::string& level) {
   using namespace mooli;
@@ -107,6 +152,7 @@ inline void check_tape(const std::string& level) {
     out.resize(Layer::kVocabulary);
     expect(same_bits(out, expected(145, 146)), level, name + ": a token beside another");
     expect(same_bits(other.run({{cut(146, 147), 146, 10}}), expected(146, 147)), level, name + ": a token alone");
+    check_ahead(level, name, layer, other, ids, expected);
   }
 }
 

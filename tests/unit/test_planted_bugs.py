@@ -357,6 +357,30 @@ def draft_pages_not_grown(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "_add_drafts", add_drafts)
 
 
+def begins_without_a_page(patch: pytest.MonkeyPatch) -> None:
+    """A step may be begun whose tokens have no page."""
+    original = Scheduler._goes_on
+
+    def goes_on(scheduler: Scheduler, plan: Plan) -> bool:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Scheduler, "_grow", lambda *arguments: None)
+            return original(scheduler, plan)
+
+    patch.setattr(Scheduler, "_goes_on", goes_on)
+
+
+def begun_tokens_counted_as_computed(patch: pytest.MonkeyPatch) -> None:
+    """What a step had begun with is taken for done."""
+    original = Scheduler._leave
+
+    def leave(scheduler: Scheduler, state: RequestState, *, keep: bool) -> None:
+        if state.pages is not None and keep and len(state.pages.pages) * scheduler._cache.page_size >= state.num_tokens:
+            state.num_computed = state.num_tokens
+        original(scheduler, state, keep=keep)
+
+    patch.setattr(Scheduler, "_leave", leave)
+
+
 def stop_ids_seen_only_at_the_end(patch: pytest.MonkeyPatch) -> None:
     """An output goes on behind a stopping id if the tokens after it come in the same step."""
     original = Acceptance.take
@@ -396,6 +420,8 @@ BUGS: list[Plant] = [
     finishes_twice,
     waits_for_ever,
     bias_not_lifted,
+    begins_without_a_page,
+    begun_tokens_counted_as_computed,
 ]
 
 DRAFT_BUGS: list[Plant] = [

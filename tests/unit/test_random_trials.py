@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mooli.batch import ScheduleBatch
-from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
+from mooli.scheduler.batch_builder import BatchBuilder, Plan
 
 TRIALS_PER_BLOCK = 100
 
@@ -26,11 +26,11 @@ def test_a_batch_made_from_the_last_one_is_the_batch_made_anew(monkeypatch: pyte
     compared = 0
     make_next = BatchBuilder._next
 
-    def both(self: BatchBuilder, step: int, rows: list[Row], last: ScheduleBatch) -> ScheduleBatch:
+    def both(self: BatchBuilder, step: int, plan: Plan, last: ScheduleBatch) -> ScheduleBatch:
         nonlocal compared
         compared += 1
-        batch = make_next(self, step, rows, last)
-        anew = self._build(step, Plan(0, rows=rows))
+        batch = make_next(self, step, plan, last)
+        anew = self._build(step, Plan(0, rows=plan.rows, goes_on=plan.goes_on))
         for one, other in ((batch, anew), (batch.sampling, anew.sampling)):
             for field in fields(one):
                 if field.name != "sampling":

@@ -135,6 +135,55 @@ def test_a_started_prompt_is_continued_before_another_is_admitted() -> None:
     assert [spans(batch) for batch in bench.batches] == [[(0, 8)], [(8, 4), (0, 4)], [(4, 8)]]
 
 
+def test_a_step_goes_on_if_the_next_one_will_have_the_same_requests_with_a_token_more() -> None:
+    bench = Bench()
+    bench.add(request("a", [1, 2, 3], max_new_tokens=9), request("b", [4], max_new_tokens=9))
+    for _ in range(8):
+        bench.step()
+    for batch, following in zip(bench.batches, bench.batches[1:], strict=False):
+        assert batch.goes_on
+        assert spans(following) == [(start + length, 1) for start, length in spans(batch)]
+    bench.step()  # its tokens are the last
+    assert not bench.batches[-1].goes_on
+    assert not bench.scheduler.has_requests
+
+
+def test_a_step_does_not_go_on_beside_a_request_that_is_not_yet_in_it() -> None:
+    bench = Bench(max_batch_tokens=4)
+    bench.add(request("a", [1, 2], max_new_tokens=20))
+    bench.step()
+    bench.add(request("b", [1, 5, 6, 7, 8, 9], max_new_tokens=20))
+    bench.step()
+    bench.step()
+    assert [batch.goes_on for batch in bench.batches] == [True, False, True]
+    assert spans(bench.batches[1]) == [(2, 1), (0, 3)]
+
+
+def test_a_step_does_not_go_on_while_a_request_that_could_run_waits() -> None:
+    bench = Bench(max_batch_tokens=2)
+    bench.add(request("a", [1, 2], max_new_tokens=20), request("b", [3], max_new_tokens=20))
+    bench.add(request("c", [4], max_new_tokens=20))
+    bench.step()
+    bench.step()
+    assert [batch.goes_on for batch in bench.batches] == [False, True]  # two run, and no more can
+
+
+def test_a_page_is_taken_early_only_if_nobody_else_could_need_it() -> None:
+    roomy = Bench(num_pages=3, enabled=False)
+    roomy.add(request("a", [1, 2, 3], max_new_tokens=9))
+    for _ in range(2):
+        roomy.step()
+    assert [batch.goes_on for batch in roomy.batches] == [True, True]
+    assert (roomy.batches[-1].page_table >= 0).sum() == 2
+    narrow = Bench(num_pages=2, enabled=False)
+    narrow.add(request("a", [1, 2, 3], max_new_tokens=4))
+    for _ in range(2):
+        narrow.step()
+    assert [batch.goes_on for batch in narrow.batches] == [True, False]
+    narrow.run()
+    assert len(narrow.tokens("a")) == 4
+
+
 def test_no_more_run_at_a_time_than_allowed() -> None:
     bench = Bench(max_running_requests=2)
     bench.add(*(request(f"r{i}", [i], 3) for i in range(6)))

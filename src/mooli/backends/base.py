@@ -211,6 +211,14 @@ class Backend(Protocol):
 
     def sample(self, logits: Array, sampling: SamplingBatch, vocab_size: int) -> SampleResult: ...
 
+    def begin_next(self, forward: Callable[..., Array], token_ids: NDArray[np.int32]) -> None:
+        """The next step will most likely be the planned one's rows with one token more each, `token_ids` int32 (rows,):
+        begin with the captured `forward` of it while the host does other things, or do nothing.
+
+        The next `plan` decides whether what has begun is used; keys and values of these tokens may be stored anyway.
+        """
+        ...
+
     def logprobs(
         self, logits: Array, target_ids: NDArray[np.int32], num_top: int, token_ids: Sequence[int], vocab_size: int
     ) -> list[tuple[float, list[tuple[float, int]], list[tuple[float, int]]]]:

@@ -336,6 +336,9 @@ class ReferenceBackend:
     def sample(self, logits: Floats, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
         return reference_sampling.sample(logits[:, :vocab_size], sampling)
 
+    def begin_next(self, forward: Callable[..., Floats], token_ids: NDArray[np.int32]) -> None:
+        """Nothing: the caller's thread is the only one."""
+
     def logprobs(
         self, logits: Floats, target_ids: NDArray[np.int32], num_top: int, token_ids: Sequence[int], vocab_size: int
     ) -> list[reference_sampling.LogprobTuple]:

@@ -2,7 +2,8 @@
 
 Owns a KV pool that stores, per slot, which token was put there and for which position. The next token is a function of
 what is read back through the page table, and of nothing else: a wrong page, slot, position, copy or order changes the
-output. Never looks at anything a real runner would not look at.
+output. Where a step may begin the next one, it leaves in the slots of that what a later step must write over. Never
+looks at anything a real runner would not look at.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from mooli.batch import LogprobRow, SamplingBatch, ScheduleBatch, StepOutput
 
 UNSET = np.uint64(0)
 """What a slot holds that was never written, or was not copied."""
+
+BEGUN = np.uint64(0xBE6)
+"""What a slot holds of a token whose step had only begun."""
 
 _TOKEN_STRIDE = 1 << 32
 
@@ -80,7 +84,16 @@ class FakeRunner:
                     for i, target in enumerate(wanted.target_ids.tolist())
                 ]
             )
+        if batch.goes_on:
+            self._begin_next(batch)
         return StepOutput(np.array(token_ids, np.int32), logprobs, prompt_logprobs)
+
+    def _begin_next(self, batch: ScheduleBatch) -> None:
+        positions = batch.starts + batch.lengths
+        pages = batch.page_table[np.arange(batch.num_rows), positions // self.page_size]
+        if pages.min() < 0 or len(batch.sampling) != batch.num_rows:
+            raise ValueError("a step is to go on, and a row has no page or not one token for it")
+        self._kv[pages * self.page_size + positions % self.page_size] = BEGUN
 
     def _check(self, batch: ScheduleBatch) -> None:
         if batch.num_tokens == 0 or len(np.unique(batch.slots)) != batch.num_tokens:

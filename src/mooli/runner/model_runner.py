@@ -50,6 +50,8 @@ class ModelRunner:
         hidden = self._forward(self._backend.plan(batch))
         token_ids, logprobs = self._sample(hidden, batch)
         prompt_logprobs = [self._prompt_logprobs(hidden, rows) for rows in batch.prompt_logprobs]
+        if batch.goes_on:
+            self._backend.begin_next(self._forward, token_ids)
         return StepOutput(token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     def close(self) -> None:

@@ -51,13 +51,17 @@ class Row:
 
 @dataclass(slots=True)
 class Plan:
-    """The step being put together. `num_preempted` counts running requests that had to give way."""
+    """The step being put together. `num_preempted` counts running requests that had to give way.
+
+    goes_on: see `ScheduleBatch`.
+    """
 
     tokens_left: int
     rows: list[Row] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     num_preempted: int = 0
     num_cached_tokens: int = 0
+    goes_on: bool = False
 
     def add(self, state: RequestState, length: int) -> None:
         """Add the next `length` tokens of a request. Its last missing token samples, unless it wants no tokens."""
@@ -161,7 +165,7 @@ class BatchBuilder:
         """The batch of `plan`, in the order of its rows, which must not be empty."""
         last = self._last
         if last is not None and _goes_on(plan, last):
-            batch = self._next(step, plan.rows, last.batch)
+            batch = self._next(step, plan, last.batch)
             self._last = _Last(last.states, batch)
         else:
             batch = self._build(step, plan)
@@ -176,10 +180,10 @@ class BatchBuilder:
             return None
         return _Last([row.state for row in plan.rows], batch)
 
-    def _next(self, step: int, rows: list[Row], last: ScheduleBatch) -> ScheduleBatch:
+    def _next(self, step: int, plan: Plan, last: ScheduleBatch) -> ScheduleBatch:
         """The batch one token after `last`, in as few operations as possible: between two steps this process computes
         nothing else, and finds none of its code in the processor's caches, through which the weights have gone."""
-        page_size = self._page_size
+        rows, page_size = plan.rows, self._page_size
         positions = last.positions + 1
         page_table = last.page_table
         if self._pages_changed:
@@ -201,6 +205,7 @@ class BatchBuilder:
             num_samples=last.num_samples,
             page_table=page_table,
             sampling=sampling,
+            goes_on=plan.goes_on,
         )
 
     def _build(self, step: int, plan: Plan) -> ScheduleBatch:
@@ -233,6 +238,7 @@ class BatchBuilder:
             ),
             copies=plan.copies,
             prompt_logprobs=_prompt_logprob_rows(rows),
+            goes_on=plan.goes_on,
         )
 
     def _sampling(self, samples: list[tuple[Row, int]], indices: NDArray[np.int32]) -> SamplingBatch:

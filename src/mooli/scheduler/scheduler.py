@@ -182,6 +182,7 @@ class Scheduler:
             raise EngineError("requests are left and none can run")
         if self._drafts is not None:
             self._add_drafts(self._drafts, plan)
+        plan.goes_on = self._goes_on(plan)
         self.counters.steps += 1
         self._in_flight = (self.counters.steps, plan.rows)
         self._record(plan)
@@ -333,6 +334,25 @@ class Scheduler:
                 self._grow(state, held, state.num_tokens + len(guesses))
                 plan.add_drafts(row, guesses)
                 tokens_left -= len(guesses)
+
+    def _goes_on(self, plan: Plan) -> bool:
+        """Whether the next step is most likely this one's rows with one token more each: no request begins, waits for a
+        prompt or ends by its length. Gets them the page for that token a step early, if nobody else could need it."""
+        if len(plan.rows) < len(self._running) or (self._waiting and self._free_indices):
+            return False
+        cache = self._cache
+        spare_pages = cache.num_available - len(self._running)
+        for row in plan.rows:
+            state, held, num_tokens = row.state, row.state.pages, row.start + row.length + 1
+            if held is None or row.num_samples != 1 or num_tokens >= state.max_tokens:
+                return False
+            missing = cache.pages_for(num_tokens) - len(held.pages)
+            if missing > 0:
+                spare_pages -= missing
+                if spare_pages < 0:
+                    return False
+                self._grow(state, held, num_tokens)
+        return True
 
     def _record(self, plan: Plan) -> None:
         num_tokens = sum(row.length for row in plan.rows)

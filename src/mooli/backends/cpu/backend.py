@@ -335,6 +335,9 @@ class CpuBackend:
         ]
         return SampleResult(token_ids, logprobs)
 
+    def begin_next(self, forward: CapturedTape, token_ids: NDArray[np.int32]) -> None:
+        forward.begin_next(token_ids)
+
     def logprobs(
         self, logits: Result, target_ids: NDArray[np.int32], num_top: int, token_ids: Sequence[int], vocab_size: int
     ) -> list[tuple[float, list[tuple[float, int]], list[tuple[float, int]]]]:
@@ -349,6 +352,7 @@ class CpuBackend:
 
     def close(self) -> None:
         """Give back the KV pool, buffers and tapes. Weights go with the model that holds them."""
+        self._device.settle()
         for captured in self._captured:
             captured.close()
         # They refer to this backend: without them it goes, threads and all, with its last user.

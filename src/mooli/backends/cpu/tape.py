@@ -268,6 +268,12 @@ class CapturedTape:
             return Result(self._output, count)
         return Result(self._output, len(argument.asked_tokens), argument.asked_tokens)
 
+    def begin_next(self, token_ids: NDArray[np.int32]) -> None:
+        """Let the other threads begin with the step that follows the planned one, see `Backend.begin_next`. The last
+        result is overwritten."""
+        if self._tape is not None:
+            self._tape.begin_next(token_ids)
+
     def _record(self, input_width: int | None, rows: int) -> None:
         """Record the function. With `input_width`, it takes a register of that width instead of a planned step."""
         first = Register(input_width) if input_width is not None else None

@@ -273,6 +273,9 @@ class TorchBackend:
         with torch.no_grad():
             return self.sampler.sample(logits[:, :vocab_size].float(), sampling)
 
+    def begin_next(self, forward: Callable[..., Tensor], token_ids: NDArray[np.int32]) -> None:
+        """Nothing yet: a step is launched when it is planned."""
+
     def logprobs(
         self, logits: Tensor, target_ids: NDArray[np.int32], num_top: int, token_ids: Sequence[int], vocab_size: int
     ) -> list[LogprobTuple]:

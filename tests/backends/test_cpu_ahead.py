@@ -1,0 +1,131 @@
+"""Steps that other threads begin before they are planned: used where guessed right, without a trace elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from cpu_ops import cpu_backend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mooli.backends.base import KVSpec
+from mooli.batch import PageCopy
+from mooli.models.checkpoint import DummyCheckpoint
+from mooli.models.config import ModelConfig
+from mooli.models.llama import LlamaModel
+from mooli.runner.model_runner import ModelRunner
+from steps import LIMITS, Row, step
+
+CONFIG = ModelConfig(
+    family="llama",
+    architecture="LlamaForCausalLM",
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+)
+PAGES = ([1, 2, 3], [4, 5, 6])
+PROMPTS = ([5, 6, 7, 8, 9], list(range(30)))
+
+
+@contextmanager
+def model_runner(num_threads: int, page_size: int = 32) -> Iterator[tuple[ModelRunner, Any]]:
+    with cpu_backend(num_threads=num_threads, quantization="int8") as backend:
+        model = LlamaModel(CONFIG, DummyCheckpoint(CONFIG), backend)
+        backend.allocate(KVSpec(3, 2, 16, page_size, "bfloat16"), 12, LIMITS)
+        yield ModelRunner(model, backend, CONFIG.vocab_size), backend
+
+
+class Requests:
+    """Two greedy requests, each decoded a token a step."""
+
+    def __init__(self, runner: ModelRunner, page_size: int = 32) -> None:
+        self.runner, self.page_size = runner, page_size
+        self.tokens = [list(prompt) for prompt in PROMPTS]
+        self.computed = [0, 0]
+
+    def step(self, requests: list[int], *, goes_on: bool, copies: Sequence[PageCopy] = ()) -> list[int]:
+        rows = [Row(self.tokens[i][self.computed[i] :], self.computed[i], PAGES[i]) for i in requests]
+        batch = step(rows, self.page_size, copies=copies)
+        batch.goes_on = goes_on
+        sampled = self.runner.execute(batch).token_ids.tolist()
+        for i, token in zip(requests, sampled, strict=True):
+            self.computed[i] = len(self.tokens[i])
+            self.tokens[i].append(token)
+        return sampled
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("page_size", [32, 64])
+def test_a_step_that_has_begun_is_the_step_that_is_planned(num_threads: int, page_size: int) -> None:
+    with model_runner(1, page_size) as (plain, _), model_runner(num_threads, page_size) as (runner, backend):
+        expected, actual = Requests(plain, page_size), Requests(runner, page_size)
+        for _ in range(40):
+            expected.step([0, 1], goes_on=False)
+            actual.step([0, 1], goes_on=True)
+        assert actual.tokens == expected.tokens
+        assert backend._device.num_begun_steps == (39 if num_threads > 1 else 0)
+
+
+ACTIONS = st.lists(st.sampled_from(["both", "both", "first", "second", "copy", "use", "token"]), max_size=30)
+
+
+@given(ACTIONS)
+@settings(max_examples=30, deadline=None)
+def test_a_step_that_has_begun_and_is_not_planned_leaves_no_trace(actions: list[str]) -> None:
+    with model_runner(1) as (plain, _), model_runner(2) as (runner, backend):
+        expected, actual = Requests(plain), Requests(runner)
+        for requests in (expected, actual):
+            requests.step([0, 1], goes_on=requests is actual)
+            for action in actions:
+                rows = {"first": [0], "second": [1]}.get(action, [0, 1])
+                copies = [PageCopy(1, 9, 5)] if action == "copy" else []
+                if action == "use" and requests is actual:
+                    backend._device.gauge_dots(10)  # the threads are wanted for something else
+                if action == "token":
+                    requests.tokens[0][-1] = 3  # not what was sampled
+                requests.step(rows, goes_on=requests is actual, copies=copies)
+        assert actual.tokens == expected.tokens
+
+
+def test_rows_without_a_page_for_their_next_token_do_not_begin() -> None:
+    with model_runner(2) as (runner, backend):
+        requests = Requests(runner)
+        requests.tokens[0] = [index % 90 for index in range(96)]  # all that three pages hold
+        requests.step([0], goes_on=True)
+        requests.tokens[1] = [1, 2]
+        requests.step([1], goes_on=True)
+        requests.step([1], goes_on=True)
+        assert backend._device.num_begun_steps == 1
+
+
+def test_tokens_that_do_not_exist_and_another_number_of_rows_do_not_begin() -> None:
+    with model_runner(2) as (runner, _):
+        requests = Requests(runner)
+        requests.step([0, 1], goes_on=False)
+        tape = runner._forward._tape  # type: ignore[attr-defined]
+        for ids in ([1], [1, 2, 3], [4, -1], []):
+            assert not tape.begin_next(np.array(ids, np.int32))
+        assert tape.begin_next(np.array([tokens[-1] for tokens in requests.tokens], np.int32))
+        assert not tape.begin_next(np.array([1, 2], np.int32))  # one step ahead, not two
+
+
+def test_a_tape_cannot_run_on_a_step_that_has_only_begun() -> None:
+    with model_runner(2) as (runner, _):
+        requests = Requests(runner)
+        requests.step([0, 1], goes_on=True)
+        with pytest.raises(ValueError, match="planned step"):
+            runner._forward._tape.run(2)  # type: ignore[attr-defined]
+
+
+def test_closing_while_a_step_has_begun() -> None:
+    for _ in range(20):
+        with model_runner(3) as (runner, _):
+            Requests(runner).step([0, 1], goes_on=True)
