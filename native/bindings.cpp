@@ -101,6 +101,10 @@ NB_MODULE(_native, m) {
         new (e) Embedding{Format(format), int(rows.shape(0)), columns, Buffer(bytes * rows.shape(0))};
         for (size_t i = 0; i < rows.shape(0); i++) memcpy(e->data.data() + i * bytes, rows.data() + int64_t(i) * rows.stride(0), bytes);
       })
+      .def("__init__", [](Embedding* e, const Linear& head) {
+        if (head.gated || !head.bias.empty()) throw std::invalid_argument("not a head, whose outputs are rows of a table");
+        new (e) Embedding{kF32, head.n, head.k, Buffer(), &head};
+      }, nb::keep_alive<1, 2>())
       .def_prop_ro("num_bytes", [](const Embedding& e) { return e.data.size(); });
 
   nb::class_<RopeTable>(m, "RopeTable");

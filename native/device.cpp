@@ -117,6 +117,16 @@ Linear::Linear(Slabs& memory, int kind_, int n_, int k_, bool gated_) : kind(Kin
   data = memory.take(stride * panels() + 64);
 }
 
+void Embedding::gather(int row, float* out) const {
+  if (!head) {
+    decode_row(format, (const uint8_t*)data.data() + size_t(row) * row_bytes(format, columns), columns, out);
+    return;
+  }
+  int p, column;
+  head->locate(0, row, p, column);
+  unpack_column(head->kind, head->panel(p), columns, column, out);
+}
+
 Device::Device(int num_threads, std::vector<int> cpus, const std::string& isa)
     : pool(num_threads, std::move(cpus)), kernels(select_kernels(isa)), sampling(size_t(pool.size())) {}
 

@@ -35,11 +35,13 @@ struct Linear {
   std::vector<float> bias;  // empty, or one per output padded to whole panels
 };
 
-// Rows kept in the checkpoint's own format and decoded when gathered.
+// Rows kept in the checkpoint's own format, or those of a head that is tied to it, and decoded when gathered.
 struct Embedding {
+  void gather(int row, float* out) const;
   Format format;
   int rows, columns;
   Buffer data;
+  const Linear* head = nullptr;  // whose outputs the rows are; there is no data then
 };
 
 struct RopeTable {

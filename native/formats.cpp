@@ -362,13 +362,19 @@ void pack_columns(Kind kind, Format format, const uint8_t* rows, size_t row_stri
 
 void unpack_column(Kind kind, const char* panel, int k, int column, float* out) {
   char* p = const_cast<char*>(panel);
+  if (kind == Q8) {  // the kind of most heads, whose rows are the embedding too
+    for (int first = 0; first < k; first += 32) {
+      const float scale = half_at((const uint8_t*)p + size_t(first / 32) * 1088 + column * 2);
+      const char* code = q8_code(p, column, first);
+      const int count = std::min(32, k - first);
+      for (int i = 0; i < count; i++) out[first + i] = scale * float(int(uint8_t(code[i / 4 * 64 + i % 4])) - 128);
+    }
+    return;
+  }
   for (int i = 0; i < k; i++) {
     int g = i / 32;
     bool high;
     switch (kind) {
-      case Q8:
-        out[i] = half_at((const uint8_t*)p + size_t(g) * 1088 + column * 2) * float(int(uint8_t(*q8_code(p, column, i))) - 128);
-        break;
       case Q4: {
         uint8_t c = uint8_t(*q4_code(p, column, i, 576, 64, high));
         out[i] = half_at((const uint8_t*)p + size_t(g) * 576 + column * 2) * float((high ? c >> 4 : c & 15) - 8);

@@ -137,11 +137,7 @@ void Tape::compute(int stage, int thread) {
   const int rows = op.rows;
   switch (op.code) {
     case EMBED:
-      share(parts, thread, [&](int i) {
-        const Embedding& e = *op.table;
-        decode_row(e.format, (const uint8_t*)e.data.data() + size_t(device_.token_ids[i]) * row_bytes(e.format, e.columns), e.columns,
-                   op.out + size_t(i) * e.columns);
-      });
+      share(parts, thread, [&](int i) { op.table->gather(device_.token_ids[size_t(i)], op.out + size_t(i) * op.table->columns); });
       break;
     case RMS_NORM:
       share(parts, thread, [&](int i) { k.rms_norm(op.x + size_t(i) * op.width, op.a, op.number, op.width, op.out + size_t(i) * op.width); });

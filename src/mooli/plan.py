@@ -45,6 +45,10 @@ _QUANTISED_BYTES = {"int8": 34 / 32, "int4": 18 / 32}
 _TORCH_INT8_BYTES = 36 / 32
 """Bytes of a weight in int8 on the backends of PyTorch: the scale has 32 bits there."""
 
+_EXACT_IN_8_BITS = (TensorType.Q8_0, TensorType.Q5_0, TensorType.Q4_0)
+_EXACT_AS_THEY_ARE = (TensorType.Q4_1, TensorType.BF16, TensorType.F16)
+"""Stored types of a head whose values the CPU backend keeps; float32 only on some processors."""
+
 _ROW_SCALE_BYTES = 4.0
 """On NPUs a row of int8 weights has one scale."""
 
@@ -193,8 +197,8 @@ def weight_bytes(
     """Bytes of the weights on one of `tp` devices, rounded up.
 
     Linear layers, embedding and head are cut in `tp` parts (a key and value head that several devices need is on each
-    of them); norms are on every device. On the CPU the head is a matrix of its own also where it is tied to the
-    embedding, since the one is read by rows and the other packed. `stored_types` as `plan_memory` takes it.
+    of them); norms are on every device. On the CPU a tied embedding is read from the packed head, unless packing
+    changes its values. `stored_types` as `plan_memory` takes it.
     """
     total = 0.0
     shapes = expected_shapes(config)
@@ -206,12 +210,24 @@ def weight_bytes(
             continue
         copies = _kv_copies(config, tp) if name.endswith(("k_proj.weight", "v_proj.weight")) else 1
         stored = (stored_types or {}).get("model.embed_tokens.weight" if is_tied else name)
+        is_table = name == "model.embed_tokens.weight"
+        if device == "cpu" and is_table and _is_in_the_head(config, dtype, quantization, stored):
+            continue
         if device == "cpu":
             matrix = _cpu_matrix(name, shape, dtype, quantization, stored)
         else:
             matrix = _device_matrix(name, shape, dtype, device, quantization, stored, is_tied=is_tied)
         total += matrix * copies / tp
     return int(total) + (total > int(total))
+
+
+def _is_in_the_head(config: ModelConfig, dtype: str, quantization: str | None, stored: TensorType | None) -> bool:
+    """Whether the CPU backend reads the embedding from the head: they are tied, and packing changes no value."""
+    if not config.tie_word_embeddings:
+        return False
+    if stored is None:
+        return quantization is None and dtype == config.dtype
+    return stored in _EXACT_IN_8_BITS or (quantization is None and stored in _EXACT_AS_THEY_ARE)
 
 
 def _cpu_matrix(

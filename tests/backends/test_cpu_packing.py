@@ -8,12 +8,25 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from cpu_ops import BLOCK, HALF_OFFSETS, Floats, assert_same_bits, native, random, random_tensor, stored, to_bfloat16
+from cpu_ops import (
+    BLOCK,
+    HALF_OFFSETS,
+    Floats,
+    allocate,
+    assert_same_bits,
+    cpu_backend,
+    native,
+    random,
+    random_tensor,
+    stored,
+    to_bfloat16,
+)
 from numpy.typing import NDArray
 
 from mooli.backends.cpu.backend import Kind
 from mooli.backends.dequant import dequantize
 from mooli.tensor import GGUF_TYPES, RawTensor, TensorType
+from steps import Row, step
 
 COLUMNS = 512
 ROWS = 45
@@ -35,6 +48,29 @@ every_kind = pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.n
 @pytest.fixture(scope="module")
 def device() -> Any:
     return native.Device(2, [], "")
+
+
+@every_type
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"], ids=str)
+def test_a_tied_embedding_is_that_of_the_file_and_kept_once_where_the_head_holds_its_values(
+    storage: TensorType, quantization: str | None
+) -> None:
+    table = random_tensor(storage, ROWS, COLUMNS)
+    ids = [44, 0, 31, 32, 44, 7]
+    with cpu_backend(dtype="auto", quantization=quantization) as backend:
+        embedding, head = backend.load_tied(table)
+        alone = backend.load_embedding(table)
+        allocate(backend)
+        batch = step([Row(ids, 0, [0])], 32)
+        rows = []
+        for each in (embedding, alone):
+            embed = backend.capture(lambda planned, each=each: backend.ops.embed(planned, each))
+            rows.append(np.array(backend.to_host(embed(backend.plan(batch)))))
+        assert_same_bits(rows[0], rows[1])
+        kind = Kind(head.native.kind)
+        is_kept = (storage, kind) in INTEGERS_KEPT or storage.name == kind.name
+        assert (embedding.native.num_bytes == 0) == is_kept
+        assert backend.weight_bytes() == head.native.num_bytes + (1 if is_kept else 2) * alone.native.num_bytes
 
 
 def unpacked(linear: Any, part: int = 0) -> Floats:

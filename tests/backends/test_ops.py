@@ -435,6 +435,19 @@ def test_taken_rows_feed_another_function(backend: Backend, variant: Variant) ->
         assert_close(actual, x[rows] @ head.T.astype(np.float64), variant.head)
 
 
+def test_a_tied_table_is_embedding_and_head(backend: Backend, variant: Variant) -> None:
+    table = random(43, 90, HIDDEN)
+    embedding, head = backend.load_tied(raw(table))
+    page_size = allocate(backend, variant)
+    forward = backend.capture(lambda batch: backend.ops.embed(batch, embedding))
+    logits = backend.capture(lambda hidden: backend.ops.linear(hidden, head))
+    hidden = forward(backend.plan(step([Row([3, 89, 0, 41], 0, [0])], page_size)))
+    rows = np.array(backend.to_host(hidden), dtype=np.float64)
+    assert_close(rows, table[[3, 89, 0, 41]].astype(np.float64), variant.embed)
+    actual = np.array(backend.to_host(logits(backend.take_rows(hidden, np.arange(4, dtype=np.int32)))))
+    assert_close(actual, rows @ table.T.astype(np.float64), variant.head)
+
+
 def test_weights_are_counted_as_they_are_loaded(backend: Backend) -> None:
     assert backend.weight_bytes() == 0
     backend.load_linear([raw(random(41, 64, HIDDEN))])

@@ -176,6 +176,11 @@ class Backend(Protocol):
 
     def load_embedding(self, table: RawTensor) -> Weight: ...
 
+    def load_tied(self, table: RawTensor) -> tuple[Weight, Weight]:
+        """The embedding and the head that are one table: `load_embedding` and `load_linear` of a head, in less memory
+        where the device can."""
+        ...
+
     def load_vector(self, vector: RawTensor) -> Weight: ...
 
     def weight_bytes(self) -> int:

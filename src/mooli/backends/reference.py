@@ -278,6 +278,9 @@ class ReferenceBackend:
     def load_embedding(self, table: RawTensor) -> Floats:
         return self._count(_matrix(table))
 
+    def load_tied(self, table: RawTensor) -> tuple[Floats, LinearWeight]:
+        return self.load_embedding(table), self.load_linear([table], head=True)
+
     def load_vector(self, vector: RawTensor) -> Floats:
         return self._count(_vector(vector))
 

@@ -65,14 +65,16 @@ class LlamaModel:
                 progress(done, total)
 
         report(0)
-        self._embedding = packer.embedding()
+        if config.tie_word_embeddings:
+            self._embedding, self._head = packer.tied()
+        else:
+            self._embedding, self._head = packer.embedding(), packer.head()
         report(1)
         self._layers: list[LlamaLayer] = []
         for index in range(config.num_layers):
             self._layers.append(packer.layer(index))
             report(index + 2)
         self._norm = packer.vector("model.norm.weight")
-        self._head = packer.head()
         report(total)
 
     def forward(self, batch: Any) -> Array:
@@ -124,9 +126,13 @@ class _Packer:
         return self._packed(self._backend.load_embedding(table), table)
 
     def head(self) -> Weight:
-        name = "model.embed_tokens.weight" if self._config.tie_word_embeddings else "lm_head.weight"
-        table = self._checkpoint.tensor(name)
+        table = self._checkpoint.tensor("lm_head.weight")
         return self._packed(self._backend.load_linear([table], head=True), table)
+
+    def tied(self) -> tuple[Weight, Weight]:
+        table = self._checkpoint.tensor("model.embed_tokens.weight")
+        both: tuple[Weight, Weight] = self._packed(self._backend.load_tied(table), table)
+        return both
 
     def vector(self, name: str) -> Weight:
         vector = self._checkpoint.tensor(name)

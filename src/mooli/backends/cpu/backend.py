@@ -51,6 +51,16 @@ class Kind(IntEnum):
 _KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 4}
 _FLOAT_KINDS = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16}
 _BLOCK_KINDS = {TensorType.Q4_0: Kind.Q4, TensorType.Q4_1: Kind.Q4M, TensorType.Q4_K: Kind.Q4M}
+_EXACT_TYPES = {
+    Kind.Q8: {TensorType.Q8_0, TensorType.Q5_0, TensorType.Q4_0},
+    Kind.Q4: {TensorType.Q4_0},
+    Kind.Q4M: {TensorType.Q4_1},
+    Kind.BF16: {TensorType.BF16},
+    Kind.F16: {TensorType.F16},
+    Kind.F32: {TensorType.F32},
+}
+"""What each kind packs without changing a value."""
+
 _FLOAT_TYPES = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16: "bfloat16"}
 
 
@@ -184,6 +194,13 @@ class CpuBackend:
         native = _native.Embedding(int(table.type), table.num_columns, table.data)
         self._weight_bytes += native.num_bytes
         return Table(native, table.num_columns)
+
+    def load_tied(self, table: RawTensor) -> tuple[Table, PackedLinear]:
+        head = self.load_linear([table], head=True)
+        if table.scales is None and table.type in _EXACT_TYPES[Kind(head.native.kind)]:
+            self._vocab_size = table.num_rows
+            return Table(_native.Embedding(head.native), table.num_columns), head
+        return self.load_embedding(table), head
 
     def load_vector(self, vector: RawTensor) -> Vector:
         self._check_type(vector)

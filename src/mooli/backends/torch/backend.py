@@ -206,6 +206,9 @@ class TorchBackend:
         self._embedding = self._count(load_matrix([table], self._dtype, self.device))
         return table_over_ranks(self._embedding, table, self.communicator)
 
+    def load_tied(self, table: RawTensor) -> tuple[Tensor | PartTable, LinearWeight]:
+        return self.load_embedding(table), self.load_linear([table], head=True)
+
     def load_vector(self, vector: RawTensor) -> Tensor:
         """Gains of norms stay in float32, in which norms compute."""
         check_type(vector)
