@@ -145,7 +145,8 @@ void Device::pack(Linear& w, int part, int first_row, Format format, const uint8
       const int row = std::max(first_row, p * per_panel), end = std::min(first_row + num_rows_, (p + 1) * per_panel);
       int at, column;
       w.locate(part, row, at, column);
-      pack_columns(w.kind, format, rows + size_t(row - first_row) * row_stride, row_stride, end - row, w.k, w.padded_k, w.panel(at), column);
+      pack_columns(w.kind, format, rows + size_t(row - first_row) * row_stride, row_stride, end - row, w.k, w.padded_k, w.panel(at), column,
+                   kernels.quantize_q4);
     }
   });
 }

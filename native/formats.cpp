@@ -172,42 +172,6 @@ bool all_finite(const float* x) {
   return finite;
 }
 
-// Symmetric 4 bits with the scale of least squared error among a few around the usual one. Errors of large weights count
-// more, by |x|: a quarter less divergence from the float model than plain least squares (docs/log.md).
-void quantize_q4(const float* x, float& scale, uint8_t* code) {
-  float extreme = 0.f;
-  for (int i = 0; i < 32; i++) if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
-  scale = 0.f;
-  std::fill(code, code + 32, uint8_t(8));
-  if (!all_finite(x) || std::fabs(extreme) > 8.f * kLargestHalf) { scale = kBadScale; return; }
-  if (extreme == 0.f) return;
-  float best_error = INFINITY;
-  for (int t = -2; t <= 2; t++) {
-    float s = half_to_float(float_to_half(extreme / (-8.f + 0.4f * float(t))));
-    if (s == 0.f) continue;
-    const float inverse = 1.f / s;
-    float q[32], xq[4] = {}, qq[4] = {}, ee[4] = {};  // sums weighted by |x|
-    for (int i = 0; i < 32; i++) q[i] = std::min(7.f, std::max(-8.f, round_even(x[i] * inverse)));
-    for (int i = 0; i < 32; i += 4)
-      for (int j = 0; j < 4; j++) {
-        const float wq = std::fabs(x[i + j]) * q[i + j];
-        xq[j] += wq * x[i + j];
-        qq[j] += wq * q[i + j];
-      }
-    const float squares = qq[0] + qq[1] + qq[2] + qq[3];
-    if (squares == 0.f) continue;
-    const float fitted = half_to_float(float_to_half((xq[0] + xq[1] + xq[2] + xq[3]) / squares));
-    for (int i = 0; i < 32; i += 4)
-      for (int j = 0; j < 4; j++) { float d = x[i + j] - fitted * q[i + j]; ee[j] += std::fabs(x[i + j]) * d * d; }
-    const float error = ee[0] + ee[1] + ee[2] + ee[3];
-    if (error < best_error) {
-      best_error = error;
-      scale = fitted;
-      for (int i = 0; i < 32; i++) code[i] = uint8_t(int(q[i]) + 8);
-    }
-  }
-}
-
 void quantize_q8(const float* x, float& scale, uint8_t* code) {
   float largest = 0.f;
   for (int i = 0; i < 32; i++) largest = std::max(largest, std::fabs(x[i]));
@@ -287,7 +251,7 @@ void decode_row(Format format, const uint8_t* row, int columns, float* out) {
 namespace {
 
 // Write `groups` groups of one column, which begin at group g of the panel. `row` begins where they do and holds k values.
-void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* panel, int column, int g, int groups) {
+void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* panel, int column, int g, int groups, QuantizeFn quantize_q4) {
   if (kind == Q8 && (format == kQ8_0 || format == kQ5_0 || format == kQ4_0)) {
     const uint64_t offset = format == kQ8_0 ? 0 : (128 - (format == kQ5_0 ? 16 : 8)) * kOnes;
     for (int i = 0; i < groups; i++) {
@@ -309,6 +273,13 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
   float x[kUnit];
   decode_row(format, row, k, x);
   std::fill(x + k, x + groups * 32, 0.f);
+  if (kind == Q4) {
+    float scales[kUnit / 32];
+    uint8_t codes[kUnit];
+    quantize_q4(x, groups, scales, codes);
+    for (int i = 0; i < groups; i++) put_q4(panel, column, g + i, false, scales[i], 0.f, codes + i * 32);
+    return;
+  }
   for (int i = 0; i < groups; i++) {
     const float* v = x + i * 32;
     const int first = (g + i) * 32;
@@ -318,10 +289,6 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
       case Q8:
         quantize_q8(v, scale, code);
         put_q8(panel, column, g + i, scale, code);
-        break;
-      case Q4:
-        quantize_q4(v, scale, code);
-        put_q4(panel, column, g + i, false, scale, 0.f, code);
         break;
       case Q4M: {
         const float low = *std::min_element(v, v + 32), high = *std::max_element(v, v + 32);
@@ -351,12 +318,12 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
 }  // namespace
 
 void pack_columns(Kind kind, Format format, const uint8_t* rows, size_t row_stride, int count, int k, int padded_k, char* panel,
-                  int first_column) {
+                  int first_column, QuantizeFn quantize_q4) {
   // A piece of all columns before the next piece: a panel is larger than the first level cache, a piece of it is not.
   for (int begin = 0; begin < padded_k; begin += kUnit) {
     const int groups = std::min(kUnit, padded_k - begin) / 32, values = std::min(kUnit, k - begin);
     for (int i = 0; i < count; i++)
-      pack_groups(kind, format, rows + size_t(i) * row_stride + row_bytes(format, begin), values, panel, first_column + i, begin / 32, groups);
+      pack_groups(kind, format, rows + size_t(i) * row_stride + row_bytes(format, begin), values, panel, first_column + i, begin / 32, groups, quantize_q4);
   }
 }
 

@@ -18,9 +18,9 @@ size_t row_bytes(Format format, int columns);
 void decode_row(Format format, const uint8_t* row, int columns, float* out);
 
 // Write `count` weight rows (k values of `format` each, `row_stride` bytes apart) as columns of a panel of `kind`. Q8_0,
-// Q5_0 and Q4_0 to Q8, Q4_0 to Q4 and Q4_1 and Q4_K to Q4M keep their integers; everything else goes through float.
+// Q5_0 and Q4_0 to Q8, Q4_0 to Q4 and Q4_1 and Q4_K to Q4M keep their integers; everything else goes through float, and to Q4 through `quantize_q4`.
 void pack_columns(Kind kind, Format format, const uint8_t* rows, size_t row_stride, int count, int k, int padded_k, char* panel,
-                  int first_column);
+                  int first_column, QuantizeFn quantize_q4);
 // The inverse, for tests: the values the kernels compute with.
 void unpack_column(Kind kind, const char* panel, int k, int column, float* out);
 

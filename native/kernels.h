@@ -80,6 +80,9 @@ using GemmFn = void (*)(const char* activations, const char* panel, int padded_k
 using PrepareFn = void (*)(const float* x, size_t stride, int k, int padded_k, char* block, int rows);
 using StoreKvFn = void (*)(const float* k, const float* v, int head_dim, char* k_tile, char* v_tile, int token);
 
+// `groups` of 32 weights: a scale and 32 codes for each.
+using QuantizeFn = void (*)(const float* x, int groups, float* scales, uint8_t* codes);
+
 // Part of a panel of integers as one of BF16.
 using WidenFn = void (*)(const char* panel, int padded_k, char* wide);
 
@@ -105,6 +108,7 @@ struct Kernels {
   void (*attend_block[kNumKvTypes])(const AttendBlock&);
   void (*finish_attention)(const float* out, const float* lane_sums, int head_dim, float* result);
   void (*to_bf16)(const float* x, int n, uint16_t* out);
+  QuantizeFn quantize_q4;
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
   void (*rope)(float* head, const float* cosines, const float* sines, int half);
   // epilogues of one R x 32 tile: bias may be null; columns <= 32

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "sampler.h"
 #include "pool_check.h"
+#include "quantize_check.h"
 #include "tape_check.h"
 #include "vnni_emulation.h"
 
@@ -115,7 +116,7 @@ void check_linear(const Kernels& k, int kind) {
   Random random(3);
   for (int column = 0; column < kPanel; column++) {
     const Floats w = random.numbers(kColumns);
-    pack_columns(Kind(kind), kF32, (const uint8_t*)w.data(), 0, 1, kColumns, kPadded, panel.data(), column);
+    pack_columns(Kind(kind), kF32, (const uint8_t*)w.data(), 0, 1, kColumns, kPadded, panel.data(), column, k.quantize_q4);
   }
   const Floats x = random.numbers(size_t(kRows) * kColumns, 2.f);
   const Floats alone = one_by_one(k, kind, panel, x, kRows, kColumns);
@@ -148,7 +149,7 @@ void check_integer_sums(const Kernels& k, int kind) {
       if (header == 4) memcpy(&row[i + 2], &minimum, 2);
     }
     decode_row(format, row.data(), kColumns, &weights[size_t(column) * kColumns]);
-    pack_columns(Kind(kind), format, row.data(), 0, 1, kColumns, kColumns, panel.data(), column);
+    pack_columns(Kind(kind), format, row.data(), 0, 1, kColumns, kColumns, panel.data(), column, k.quantize_q4);
   }
   for (size_t i = 0; i < x.size(); i++) x[i] = i % kGroup == 0 ? 127.f : float(random.below(255) - 127);
   std::fill(x.begin(), x.begin() + kColumns, 127.f);
@@ -345,6 +346,7 @@ void check_table(const Kernels& k) {
     if (is_integer(kind)) check_integer_sums(k, kind);
   }
   check_store(k);
+  check_quantize(k);
   check_attention(k);
   check_small_operations(k);
 }
