@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mooli.backends.base import Array, Backend
+from mooli.backends.base import Array, Backend, SampleResult
 from mooli.batch import LogprobRow, PromptLogprobRows, SamplingBatch, ScheduleBatch, StepOutput
 from mooli.errors import ConfigError
 
@@ -47,8 +47,10 @@ class ModelRunner:
             self._backend.copy_pages(batch.copies)
         if batch.num_tokens == 0:
             return StepOutput(token_ids=np.empty(0, dtype=np.int32), logprobs=[])
-        hidden = self._forward(self._backend.plan(batch))
-        token_ids, logprobs = self._sample(hidden, batch)
+        planned = self._backend.plan(batch)
+        parts = self._parts(batch)  # now, as threads may have begun with the step, and wait for this one after it
+        hidden = self._forward(planned)
+        token_ids, logprobs = self._sample(hidden, parts)
         prompt_logprobs = [self._prompt_logprobs(hidden, rows) for rows in batch.prompt_logprobs]
         if batch.goes_on:
             self._backend.begin_next(self._forward, token_ids)
@@ -58,17 +60,28 @@ class ModelRunner:
         """Give the backend's memory and threads back. Nothing can be executed afterwards."""
         self._backend.close()
 
-    def _sample(self, hidden: Array, batch: ScheduleBatch) -> tuple[NDArray[np.int32], list[LogprobRow | None]]:
+    def _parts(self, batch: ScheduleBatch) -> list[tuple[NDArray[np.int32], SamplingBatch]]:
+        """The tokens that sample and how, as many at a time as there may be logits."""
         tokens = batch.sampling_tokens
-        token_ids = np.empty(len(tokens), dtype=np.int32)
-        logprobs: list[LogprobRow | None] = []
-        for begin in range(0, len(tokens), self._max_logit_rows):
-            rows = slice(begin, min(begin + self._max_logit_rows, len(tokens)))
-            logits = self._logits(self._backend.take_rows(hidden, tokens[rows]))
-            result = self._backend.sample(logits, _take_sampling_rows(batch.sampling, rows), self._vocab_size)
-            token_ids[rows] = result.token_ids
-            logprobs += [None if entry is None else LogprobRow(*entry) for entry in result.logprobs]
-        return token_ids, logprobs
+        if 0 < len(tokens) <= self._max_logit_rows:
+            return [(tokens, batch.sampling)]
+        cuts = [slice(i, i + self._max_logit_rows) for i in range(0, len(tokens), self._max_logit_rows)]
+        return [(tokens[rows], _take_sampling_rows(batch.sampling, rows)) for rows in cuts]
+
+    def _sample(
+        self, hidden: Array, parts: list[tuple[NDArray[np.int32], SamplingBatch]]
+    ) -> tuple[NDArray[np.int32], list[LogprobRow | None]]:
+        results: list[SampleResult] = []
+        for tokens, sampling in parts:
+            logits = self._logits(self._backend.take_rows(hidden, tokens))
+            results.append(self._backend.sample(logits, sampling, self._vocab_size))
+        if len(results) == 1:
+            token_ids = results[0].token_ids
+        else:
+            token_ids = np.concatenate([np.empty(0, np.int32), *(result.token_ids for result in results)])
+        return token_ids, [
+            None if entry is None else LogprobRow(*entry) for result in results for entry in result.logprobs
+        ]
 
     def _prompt_logprobs(self, hidden: Array, wanted: PromptLogprobRows) -> list[LogprobRow]:
         result: list[LogprobRow] = []
@@ -94,8 +107,6 @@ _FLAT_FIELDS = {
 
 def _take_sampling_rows(sampling: SamplingBatch, rows: slice) -> SamplingBatch:
     """The sampling inputs of a run of rows, as views."""
-    if rows.start == 0 and rows.stop == len(sampling):
-        return sampling
     cut: dict[str, Any] = {}
     for field in fields(sampling):
         values = getattr(sampling, field.name)
