@@ -19,7 +19,7 @@ demo: $(VENV)/.installed $(VENV)/.demo
 	$(VENV)/bin/mooli demo
 
 test: $(VENV)/.installed $(VENV)/.demo $(VENV)/.test
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n 2 --dist worksteal
 
 check: $(VENV)/.installed $(VENV)/.check
 	$(VENV)/bin/ruff format --check src tests benchmarks

@@ -128,17 +128,15 @@ def step_overhead(path: Any) -> None:
         def __init__(self, tape: Any) -> None:
             self.tape = tape
 
-        def run(self, rows: int) -> None:
+        def run_choosing(self, *arguments: Any) -> None:
             start = time.perf_counter()
             if begun[0]:
                 hidden.append(start - begun[0])
-                begun[0] = 0.0
-            self.tape.run(rows)
-            inside[0] += time.perf_counter() - start
-
-        def begin_next(self, ids: Any) -> None:
-            if self.tape.begin_next(ids):
-                begun[0] = time.perf_counter()
+            self.tape.run_choosing(*arguments)
+            end = time.perf_counter()
+            inside[0] += end - start
+            *_, goes_on, _ = arguments
+            begun[0] = end if goes_on else 0.0
 
     cache = KVCache(num_pages=700, page_size=PAGE_SIZE)
     scheduler = Scheduler(
@@ -149,8 +147,8 @@ def step_overhead(path: Any) -> None:
     core.add(Request(rid="r", prompt_ids=ids, sampling=SamplingParams(max_new_tokens=300, temperature=0.0)))
     core.step()
     core.step()
-    for captured in (loaded.runner._forward, loaded.runner._logits):
-        captured._tape = Timer(captured._tape)  # type: ignore[attr-defined]
+    forward = loaded.runner._forward
+    forward._tape = Timer(forward._tape)  # type: ignore[attr-defined]
     overheads = []
     for _ in range(250):
         inside[0] = 0.0

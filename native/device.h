@@ -128,6 +128,10 @@ class Device {
   struct Work {
     Buffer rows, half, wide, sums, out, lanes, maxima, scores, weights, queries;
     std::vector<int> positions;
+    // Of the rows whose tokens are chosen while their logits are computed: see Kernels::keep_largest.
+    std::vector<float> chosen;
+    float unfit[kPanel];
+    int last_panel;
   };
   std::vector<Work> work;
   std::vector<std::vector<float>> sampling;  // one a thread

@@ -115,6 +115,9 @@ struct Kernels {
   void (*store)(const float* tile, int rows, int columns, const float* bias, const float* residual, float* out, size_t stride);
   // the same without residual, for what is too large to stay in a cache
   void (*stream)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
+  // Of each column of a panel of logits the largest so far, the lowest panel where equals are, for each row: kept holds
+  // 32 values and 32 panels. `rest`, 32 zeros, is NaN where a value was not finite. is_beyond: no panel after it was seen.
+  void (*keep_largest)(const float* tile, int rows, int columns, const float* bias, int panel, bool is_beyond, float* kept, float* rest);
   // the bias of a gated panel has 32 entries, as its columns lie
   void (*store_silu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
   // out = exp((x - max) * inverse_temperature); returns the sum, in a fixed order. out may be null.

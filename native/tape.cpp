@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -119,6 +120,61 @@ void Tape::run(int rows) {
   device_.settle();
   start(rows);
   device_.pool.run(*this);
+}
+
+void Tape::run_then(int rows, Tape& head, const float* result, float* input, int width) {
+  run(rows);
+  memcpy(input, result, device_.asked.size() * size_t(width) * 4);
+  head.run(int(device_.asked.size()));
+}
+
+void Tape::run_choosing(int rows, Tape& head, const float* result, float* input, int width, int vocab, int32_t* token_ids) {
+  run(rows);
+  memcpy(input, result, device_.asked.size() * size_t(width) * 4);
+  head.choose(int(device_.asked.size()), vocab, token_ids);
+}
+
+void Tape::choose(int rows, int vocab, int32_t* token_ids) {
+  const Op& last = ops_.back();
+  if (last.code != LINEAR || last.weight->gated || last.a || vocab <= 0 || vocab > last.weight->n)
+    throw std::invalid_argument("tokens are chosen among the outputs of a last linear without residual");
+  device_.settle();
+  start(rows);
+  for (Device::Work& work : device_.work) {
+    if (work.chosen.size() < size_t(rows) * 2 * kPanel) work.chosen.resize(size_t(rows) * 2 * kPanel);
+    for (int r = 0; r < rows; r++) {
+      std::fill_n(&work.chosen[size_t(r) * 2 * kPanel], kPanel, -std::numeric_limits<float>::infinity());
+      std::fill_n(&work.chosen[size_t(r) * 2 * kPanel + kPanel], kPanel, -1.f);
+    }
+    std::fill_n(work.unfit, kPanel, 0.f);
+    work.last_panel = -1;
+  }
+  choose_below_ = vocab;
+  device_.pool.run(*this);
+  choose_below_ = 0;
+  bool is_fit = true;
+  for (const Device::Work& work : device_.work)
+    for (float x : work.unfit) is_fit &= x == x;
+  if (!is_fit) {  // the rule for what is not finite is argmax's
+    run(rows);
+    for (int r = 0; r < rows; r++) {
+      float largest;
+      token_ids[r] = device_.kernels.argmax(last.out + size_t(r) * last.weight->n, vocab, &largest);
+    }
+    return;
+  }
+  for (int r = 0; r < rows; r++) {
+    float largest = -std::numeric_limits<float>::infinity();
+    int best = -1;
+    for (const Device::Work& work : device_.work) {
+      const float* kept = &work.chosen[size_t(r) * 2 * kPanel];
+      for (int i = 0; i < kPanel; i++) {
+        const int id = int(kept[kPanel + i]) * kPanel + i;
+        if (kept[i] > largest || (kept[i] == largest && id >= 0 && id < best)) { largest = kept[i]; best = id; }
+      }
+    }
+    token_ids[r] = best;
+  }
 }
 
 bool Tape::begin_next(int num_rows, const int32_t* token_ids) {
@@ -348,6 +404,7 @@ void Tape::compute_linear(const Op& op, int thread, Part* parts) {
   }
   const char* prepared = (op.is_prepared ? device_.gated : device_.activations).data();
   const size_t width = size_t(w.n);
+  Device::Work& work = device_.work[size_t(thread)];
   const bool is_streamed = !op.a && width * size_t(op.rows) * 4 > kStreamedBytes;
   share(parts, thread, [&](int item) {
     const int begin = item * blocks.panels, end = std::min(begin + blocks.panels, w.panels());
@@ -359,7 +416,13 @@ void Tape::compute_linear(const Op& op, int thread, Part* parts) {
         int column = p * kPanel, columns = std::min(kPanel, w.n - column);
         const float* bias = w.bias.empty() ? nullptr : w.bias.data() + column;
         float* out = op.out + r0 * width + column;
-        if (is_streamed) k.stream(sums, r, columns, bias, out, width);
+        if (choose_below_ && &op == &ops_.back()) {
+          columns = std::min(columns, choose_below_ - column);
+          if (columns > 0) {
+            k.keep_largest(sums, r, columns, bias, p, p > work.last_panel, &work.chosen[size_t(r0) * 2 * kPanel], work.unfit);
+            if (r0 + r == op.rows) work.last_panel = std::max(work.last_panel, p);
+          }
+        } else if (is_streamed) k.stream(sums, r, columns, bias, out, width);
         else k.store(sums, r, columns, bias, op.a ? op.a + r0 * width + column : nullptr, out, width);
       }
     });

@@ -29,11 +29,18 @@ class Tape : private Region {
   // Compute all operations on `rows` rows (the planned step's tokens where operations depend on the step), or what is left
   // of them where they have begun.
   void run(int rows);
+  // This tape on the planned step, then `head` on the asked tokens' rows of `result`, copied to its `input`, without the caller
+  // in between. `width`: floats of a row.
+  void run_then(int rows, Tape& head, const float* result, float* input, int width);
+  // The same for the token below `vocab` with the largest logit of each row, which the last operation of `head` must be a linear
+  // for; -1 where the logits hold a NaN or nothing above -inf. Logits are stored only if some are not finite.
+  void run_choosing(int rows, Tape& head, const float* result, float* input, int width, int vocab, int32_t* token_ids);
   // Let the other threads begin with the step after the planned one, see Device::advance. It becomes what is computed if it is
   // planned next, and is abandoned if anything else is done. False where it cannot begin.
   bool begin_next(int num_rows, const int32_t* token_ids);
   // The same, timed on the calling thread: seconds spent in each operation, barriers included.
   std::vector<double> run_timed(int rows);
+  size_t num_asked() const { return device_.asked.size(); }
   static const char* name(int code);
   int code(size_t i) const { return ops_[i].code; }
   size_t size() const { return ops_.size(); }
@@ -89,6 +96,7 @@ class Tape : private Region {
   void fetch_panels(const Op& op, int thread, size_t from, size_t bytes) const;
   void prepare_rows(const Op& op, int thread, Part* parts);
   template <class F> void multiply(const Product& x, F f) const;
+  void choose(int rows, int vocab, int32_t* token_ids);
   void gate_panels(const Op& op, const Blocks& blocks, int pair, int thread);
   void store_tokens(const Op& op, int thread, Part* parts);
   Tiles tiles_of(const Op& op, const AttendSegment& segment, int block, int kv_head) const;
@@ -100,6 +108,7 @@ class Tape : private Region {
   std::vector<Op> ops_;
   std::vector<Stage> stages_;
   std::vector<Part> parts_;  // stage x thread
+  int choose_below_ = 0;     // of what the last linear computes, only the largest of each row among so many columns is kept; 0: all
 };
 
 }  // namespace mooli

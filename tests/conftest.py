@@ -1,8 +1,9 @@
-"""What holds for all tests: libraries use one thread, no model is fetched, `steps` and `variants` can be imported, and
-tests of the ascend backend run on a simulated NPU."""
+"""What holds for all tests: libraries use one thread, no model is fetched, `steps` and `variants` can be imported, no
+test finds the log level of another, and tests of the ascend backend run on a simulated NPU."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,16 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MOOLI_OFFLINE", "1")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+@pytest.fixture(autouse=True)
+def _log_level_of_its_own() -> Iterator[None]:
+    """An engine sets the level of the process it is in."""
+    package = logging.getLogger("mooli")
+    level = package.level
+    package.setLevel(logging.NOTSET)
+    yield
+    package.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

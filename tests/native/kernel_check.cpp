@@ -339,6 +339,48 @@ void check_small_operations(const Kernels& k) {
 
 }  // namespace
 
+// Panels in order and out of order, whole and cut, as threads that help each other meet them.
+void check_keep_largest(const Kernels& k) {
+  const int rows = 3, n = 9 * kPanel + 5;
+  Random random(23);
+  for (int trial = 0; trial < 60; trial++) {
+    Floats logits = random.numbers(size_t(rows) * n), bias = random.numbers(n + kPanel);
+    for (float& x : logits) x = std::round(x * 4.f) / 4.f;  // many are equal
+    for (float& x : bias) x = trial % 2 ? std::round(x) : 0.f;
+    const float odd = trial % 5 == 1 ? INFINITY : trial % 5 == 2 ? -INFINITY : trial % 5 == 3 ? NAN : 9.f;
+    for (int r = 0; r < rows; r++) logits[size_t(r) * n + random.below(n)] = odd;
+    if (trial % 7 == 0) std::fill(logits.begin(), logits.begin() + n, -INFINITY);
+    Floats kept(rows * 2 * kPanel, -INFINITY), rest(kPanel, 0.f);
+    for (int r = 0; r < rows; r++) std::fill_n(kept.begin() + r * 2 * kPanel + kPanel, kPanel, -1.f);
+    std::vector<int> order;
+    for (int p = 0; p < 10; p++) order.insert(order.begin() + random.below(trial % 3 ? int(order.size()) + 1 : 1), p);
+    if (trial % 3 == 0) std::reverse(order.begin(), order.end());
+    int last = -1;
+    for (int p : order) {
+      const int columns = std::min(kPanel, n - p * kPanel);
+      Floats tile(rows * kPanel, 77.f);
+      for (int r = 0; r < rows; r++) std::copy_n(logits.begin() + size_t(r) * n + p * kPanel, columns, tile.begin() + r * kPanel);
+      k.keep_largest(tile.data(), rows, columns, trial % 2 ? bias.data() + p * kPanel : nullptr, p, p > last, kept.data(), rest.data());
+      last = std::max(last, p);
+    }
+    bool finite = true, right = true, seen_finite = true;
+    for (float x : rest) seen_finite &= x == x;
+    for (int r = 0; r < rows; r++)
+      for (int c = 0; c < kPanel; c++) {
+        float largest = -INFINITY, panel = -1;
+        for (int i = c; i < n; i += kPanel) {
+          const float x = logits[size_t(r) * n + i] + (trial % 2 ? bias[size_t(i)] : 0.f);
+          finite &= std::isfinite(x);
+          if (x > largest) { largest = x; panel = float(i / kPanel); }
+        }
+        const float* of_row = kept.data() + r * 2 * kPanel;
+        right &= of_row[c] == largest && of_row[kPanel + c] == panel;
+      }
+    expect(finite == seen_finite, k.name, "keep_largest does not tell what is finite");
+    expect(right || !finite, k.name, "keep_largest");
+  }
+}
+
 void check_table(const Kernels& k) {
   check_rows(k);
   for (int kind = 0; kind < kNumKinds; kind++) {
@@ -349,6 +391,7 @@ void check_table(const Kernels& k) {
   check_quantize(k);
   check_attention(k);
   check_small_operations(k);
+  check_keep_largest(k);
 }
 
 int main() {

@@ -19,7 +19,7 @@ class Layer {
   static constexpr int kHidden = 32, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kWide = 40, kVocabulary = 50, kTokens = 200;
   static constexpr int kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
 
-  Layer(const std::string& level, int threads, mooli::Kind kind, mooli::KvType kv) : device_(threads, {}, level), tape_(device_) {
+  Layer(const std::string& level, int threads, mooli::Kind kind, mooli::KvType kv) : device_(threads, {}, level), tape_(device_), head_tape_(device_) {
     Random random(20);
     const Floats rows = random.numbers(size_t(kVocabulary) * kHidden);
     table_ = mooli::Embedding{mooli::kF32, kVocabulary, kHidden, mooli::Buffer(rows.size() * 4)};
@@ -33,7 +33,7 @@ class Layer {
     for (int i = 0; i < kHeadDim / 2; i++) rope_.inv_freq.push_back(std::pow(0.6, i));
     device_.allocate_kv(kv, 1, kKvHeads, kHeadDim, 32, 30);
     device_.allocate_scratch(kTokens, 128, kHeads, kHeadDim);
-    for (Floats* buffer : {&x_, &normed_, &qkv_, &attended_, &wide_, &logits_}) buffer->assign(size_t(kTokens) * kQkv, 0.f);
+    for (Floats* buffer : {&x_, &normed_, &qkv_, &attended_, &wide_, &hidden_, &logits_}) buffer->assign(size_t(kTokens) * kQkv, 0.f);
     tape_.embed(&table_, x_.data());
     tape_.linear(x_.data(), qkv_weight_.get(), gain_.data(), 1e-5f, nullptr, qkv_.data());
     tape_.rope(qkv_.data(), &rope_, kHeads, kKvHeads, kHeadDim, qkv_.data());
@@ -47,10 +47,30 @@ class Layer {
       tape_.linear(wide_.data(), down_.get(), nullptr, 0.f, x_.data(), x_.data());
     }
     tape_.linear(x_.data(), head_.get(), nullptr, 0.f, nullptr, logits_.data());
+    head_tape_.linear(hidden_.data(), head_.get(), nullptr, 0.f, nullptr, logits_.data());
   }
 
   // The logits of all tokens of a step.
   Floats run(const std::vector<Sequence>& sequences) {
+    const int n = plan(sequences);
+    tape_.run(n);
+    return Floats(logits_.begin(), logits_.begin() + n * kVocabulary);
+  }
+  // The tokens below `vocab` with the largest of them.
+  std::vector<int32_t> choose(const std::vector<Sequence>& sequences, int vocab) {
+    std::vector<int32_t> chosen(size_t(plan(sequences)));
+    tape_.run_choosing(int(chosen.size()), head_tape_, x_.data(), hidden_.data(), kHidden, vocab, chosen.data());
+    return chosen;
+  }
+  void spoil_head(float value) { head_->bias.assign(2 * mooli::kPanel, 0.f); head_->bias[33] = value; }
+
+  // The rows of the last step with one token more each.
+  bool begin_next(const std::vector<int32_t>& ids) { return tape_.begin_next(int(ids.size()), ids.data()); }
+  bool is_ahead() const { return device_.ahead != mooli::Device::NONE; }
+  void copy_page(int source, int target) { device_.copy_page(source, target, 32); }
+
+ private:
+  int plan(const std::vector<Sequence>& sequences) {
     std::vector<int32_t> ids, positions, lengths, pages, asked;
     for (const Sequence& s : sequences) {
       for (size_t i = 0; i < s.ids.size(); i++) positions.push_back(s.first_position + int(i));
@@ -61,16 +81,8 @@ class Layer {
     const int n = int(ids.size());
     for (int i = 0; i < n; i++) asked.push_back(i);
     device_.plan(n, ids.data(), positions.data(), int(lengths.size()), lengths.data(), pages.data(), 5, n, asked.data(), kVocabulary);
-    tape_.run(n);
-    return Floats(logits_.begin(), logits_.begin() + n * kVocabulary);
+    return n;
   }
-
-  // The rows of the last step with one token more each.
-  bool begin_next(const std::vector<int32_t>& ids) { return tape_.begin_next(int(ids.size()), ids.data()); }
-  bool is_ahead() const { return device_.ahead != mooli::Device::NONE; }
-  void copy_page(int source, int target) { device_.copy_page(source, target, 32); }
-
- private:
   std::unique_ptr<mooli::Linear> weight(Random& random, mooli::Kind kind, int n, int k, bool gated) {
     auto w = std::make_unique<mooli::Linear>(memory_, kind, n, k, gated);
     for (int part = 0; part < (gated ? 2 : 1); part++) {
@@ -82,11 +94,11 @@ class Layer {
 
   mooli::Slabs memory_;
   mooli::Device device_;
-  mooli::Tape tape_;
+  mooli::Tape tape_, head_tape_;
   mooli::Embedding table_;
   mooli::RopeTable rope_;
   std::unique_ptr<mooli::Linear> qkv_weight_, out_weight_, gated_, down_, head_;
-  Floats gain_, x_, normed_, qkv_, attended_, wide_, logits_;
+  Floats gain_, x_, normed_, qkv_, attended_, wide_, hidden_, logits_;
 };
 
 // What the other threads have begun with gives what computing anew gives, and what was wrong about it leaves no trace.
@@ -128,6 +140,26 @@ void check_ahead(const std::string& level, const std::string& name, Layer& alone
   expect(!layer.begin_next({1}), level, name + ": begins where there is no page");
 }
 
+// Choosing while logits are computed gives what looking through them gives, whatever they hold.
+inline void check_choosing(const std::string& level, const std::string& name, Layer& layer, const std::vector<int32_t>& ids) {
+  for (float spoilt : {0.f, INFINITY, -INFINITY, std::nanf("")}) {
+    if (spoilt != 0.f) layer.spoil_head(spoilt);
+    for (int count : {1, 5, 70}) {
+      const std::vector<Sequence> sequences{{{ids.begin(), ids.begin() + count}, 0, 10}};
+      const Floats logits = layer.run(sequences);
+      for (int vocab : {Layer::kVocabulary, 40, 20}) {
+        const std::vector<int32_t> chosen = layer.choose(sequences, vocab);
+        bool is_right = true;
+        for (int r = 0; r < count; r++) {
+          float largest;
+          is_right &= chosen[size_t(r)] == mooli::kernels_scalar().argmax(logits.data() + r * Layer::kVocabulary, vocab, &largest);
+        }
+        expect(is_right, level, name + ": tokens chosen, " + std::to_string(spoilt));
+      }
+    }
+  }
+}
+
 inline void check_tape(const std::string& level) {
   using namespace mooli;
   const std::pair<Kind, KvType> variants[] = {{Q8, KV_F32}, {Q4, KV_F16}, {Q4M, KV_BF16}, {BF16, KV_BF16}, {F16, KV_F16}, {F32, KV_F32}, {F32, KV_INT8}};
@@ -153,6 +185,7 @@ inline void check_tape(const std::string& level) {
     expect(same_bits(out, expected(145, 146)), level, name + ": a token beside another");
     expect(same_bits(other.run({{cut(146, 147), 146, 10}}), expected(146, 147)), level, name + ": a token alone");
     check_ahead(level, name, layer, other, ids, expected);
+    check_choosing(level, name, other, ids);
   }
 }
 

@@ -216,11 +216,14 @@ class Backend(Protocol):
 
     def sample(self, logits: Array, sampling: SamplingBatch, vocab_size: int) -> SampleResult: ...
 
-    def begin_next(self, forward: Callable[..., Array], token_ids: NDArray[np.int32]) -> None:
-        """The next step will most likely be the planned one's rows with one token more each, `token_ids` int32 (rows,):
-        begin with the captured `forward` of it while the host does other things, or do nothing.
+    def run_step(
+        self, forward: Callable[..., Array], logits: Callable[..., Array], batch: ScheduleBatch, vocab_size: int
+    ) -> SampleResult:
+        """A step in which all asked tokens sample, from its plan to its sampled tokens: captured `forward`, captured
+        `logits` of their rows, `sample`. One call, so that a device need not wait for the host between them.
 
-        The next `plan` decides whether what has begun is used; keys and values of these tokens may be stored anyway.
+        If the batch `goes_on`, it may begin with the step that will most likely follow, while the host takes this one
+        in. The next `plan` decides whether that is used; keys and values of the sampled tokens may be stored anyway.
         """
         ...
 

@@ -336,11 +336,14 @@ class ReferenceBackend:
     def take_rows(self, hidden: Floats, rows: NDArray[np.int32]) -> Floats:
         return hidden[rows]
 
+    def run_step(
+        self, forward: Callable[..., Floats], logits: Callable[..., Floats], batch: ScheduleBatch, vocab_size: int
+    ) -> SampleResult:
+        hidden = forward(self.plan(batch))
+        return self.sample(logits(self.take_rows(hidden, batch.sampling_tokens)), batch.sampling, vocab_size)
+
     def sample(self, logits: Floats, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
         return reference_sampling.sample(logits[:, :vocab_size], sampling)
-
-    def begin_next(self, forward: Callable[..., Floats], token_ids: NDArray[np.int32]) -> None:
-        """Nothing: the caller's thread is the only one."""
 
     def logprobs(
         self, logits: Floats, target_ids: NDArray[np.int32], num_top: int, token_ids: Sequence[int], vocab_size: int

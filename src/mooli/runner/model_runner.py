@@ -10,7 +10,6 @@ from dataclasses import fields, replace
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mooli.backends.base import Array, Backend, SampleResult
 from mooli.batch import LogprobRow, PromptLogprobRows, SamplingBatch, ScheduleBatch, StepOutput
@@ -28,7 +27,7 @@ class CallableModel(Protocol):
 class ModelRunner:
     """Runs steps of one model on one backend."""
 
-    def __init__(self, model: CallableModel, backend: Backend, vocab_size: int, max_logit_rows: int = 32) -> None:
+    def __init__(self, model: CallableModel, backend: Backend, vocab_size: int, max_logit_rows: int = 48) -> None:
         """`vocab_size`: ids that may be sampled; a head may be padded beyond it.
 
         `max_logit_rows`: the most rows of logits that exist at one time. Raises ConfigError if it is below 1.
@@ -47,41 +46,33 @@ class ModelRunner:
             self._backend.copy_pages(batch.copies)
         if batch.num_tokens == 0:
             return StepOutput(token_ids=np.empty(0, dtype=np.int32), logprobs=[])
-        planned = self._backend.plan(batch)
-        parts = self._parts(batch)  # now, as threads may have begun with the step, and wait for this one after it
-        hidden = self._forward(planned)
-        token_ids, logprobs = self._sample(hidden, parts)
+        if not batch.prompt_logprobs and 0 < len(batch.sampling) <= self._max_logit_rows:
+            results = [self._backend.run_step(self._forward, self._logits, batch, self._vocab_size)]
+            hidden = None
+        else:
+            hidden = self._forward(self._backend.plan(batch))
+            results = self._sample(hidden, batch)
+        if len(results) == 1:
+            token_ids = results[0].token_ids
+        else:
+            token_ids = np.concatenate([np.empty(0, np.int32), *(result.token_ids for result in results)])
+        logprobs = [None if entry is None else LogprobRow(*entry) for result in results for entry in result.logprobs]
         prompt_logprobs = [self._prompt_logprobs(hidden, rows) for rows in batch.prompt_logprobs]
-        if batch.goes_on:
-            self._backend.begin_next(self._forward, token_ids)
         return StepOutput(token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     def close(self) -> None:
         """Give the backend's memory and threads back. Nothing can be executed afterwards."""
         self._backend.close()
 
-    def _parts(self, batch: ScheduleBatch) -> list[tuple[NDArray[np.int32], SamplingBatch]]:
-        """The tokens that sample and how, as many at a time as there may be logits."""
-        tokens = batch.sampling_tokens
-        if 0 < len(tokens) <= self._max_logit_rows:
-            return [(tokens, batch.sampling)]
-        cuts = [slice(i, i + self._max_logit_rows) for i in range(0, len(tokens), self._max_logit_rows)]
-        return [(tokens[rows], _take_sampling_rows(batch.sampling, rows)) for rows in cuts]
-
-    def _sample(
-        self, hidden: Array, parts: list[tuple[NDArray[np.int32], SamplingBatch]]
-    ) -> tuple[NDArray[np.int32], list[LogprobRow | None]]:
-        results: list[SampleResult] = []
-        for tokens, sampling in parts:
-            logits = self._logits(self._backend.take_rows(hidden, tokens))
+    def _sample(self, hidden: Array, batch: ScheduleBatch) -> list[SampleResult]:
+        """The tokens that sample, as many at a time as there may be logits."""
+        tokens, results = batch.sampling_tokens, []
+        for begin in range(0, len(tokens), self._max_logit_rows):
+            rows = slice(begin, begin + self._max_logit_rows)
+            logits = self._logits(self._backend.take_rows(hidden, tokens[rows]))
+            sampling = _take_sampling_rows(batch.sampling, rows)
             results.append(self._backend.sample(logits, sampling, self._vocab_size))
-        if len(results) == 1:
-            token_ids = results[0].token_ids
-        else:
-            token_ids = np.concatenate([np.empty(0, np.int32), *(result.token_ids for result in results)])
-        return token_ids, [
-            None if entry is None else LogprobRow(*entry) for result in results for entry in result.logprobs
-        ]
+        return results
 
     def _prompt_logprobs(self, hidden: Array, wanted: PromptLogprobRows) -> list[LogprobRow]:
         result: list[LogprobRow] = []

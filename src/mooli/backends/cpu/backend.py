@@ -331,6 +331,18 @@ class CpuBackend:
             raise EngineError(f"token {missing[0]} of this step was not asked for, so it has no hidden state")
         return Rows(hidden.values, places.astype(np.int32))
 
+    def run_step(
+        self, forward: CapturedTape, logits: CapturedTape, batch: ScheduleBatch, vocab_size: int
+    ) -> SampleResult:
+        planned, s = self.plan(batch), batch.sampling
+        if not (s.temperature.any() or s.history_ids.size or s.bias_ids.size) and s.num_top.max() < 0:
+            token_ids = forward.run_choosing(planned, logits, vocab_size, batch.goes_on)
+            return SampleResult(token_ids, [None] * len(s))
+        result = self.sample(forward.run_then(planned, logits), s, vocab_size)
+        if batch.goes_on:
+            forward.begin_next(result.token_ids)
+        return result
+
     def sample(self, logits: Result, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
         s = sampling
         token_ids = np.empty(len(s), dtype=np.int32)
@@ -351,9 +363,6 @@ class CpuBackend:
             for row, num_top in enumerate(s.num_top)
         ]
         return SampleResult(token_ids, logprobs)
-
-    def begin_next(self, forward: CapturedTape, token_ids: NDArray[np.int32]) -> None:
-        forward.begin_next(token_ids)
 
     def logprobs(
         self, logits: Result, target_ids: NDArray[np.int32], num_top: int, token_ids: Sequence[int], vocab_size: int

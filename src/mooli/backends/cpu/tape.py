@@ -243,6 +243,7 @@ class CapturedTape:
         self._capacity = 0
         self._input: NDArray[np.float32] | None = None
         self._output: NDArray[np.float32] | None = None
+        self._input_address = self._result_address = 0
         self._arena: Any = None
 
     def close(self) -> None:
@@ -254,25 +255,53 @@ class CapturedTape:
     def __call__(self, argument: Planned | Rows) -> Result:
         if isinstance(argument, Rows):
             count = len(argument.indices)
-            if count > self._capacity:
-                self._record(argument.source.shape[1], count)
+            self._take_rows(count, argument.source.shape[1])
             assert self._input is not None
             np.take(argument.source, argument.indices, axis=0, out=self._input[:count], mode="clip")
         else:
             count = argument.num_tokens
-            if self._tape is None:
-                self._record(None, 0)
+            self._take_steps()
         self._tape.run(count)
         assert self._output is not None
         if isinstance(argument, Rows) or not self._has_asked_rows or len(argument.asked_tokens) == count:
             return Result(self._output, count)
         return Result(self._output, len(argument.asked_tokens), argument.asked_tokens)
 
+    def run_then(self, planned: Planned, head: CapturedTape) -> Result:
+        """This on the planned step, then `head` on its asked tokens, without Python in between: what `head` gives."""
+        buffers = self._buffers_to(planned, head)
+        self._tape.run_then(planned.num_tokens, head._tape, *buffers)
+        assert head._output is not None
+        return Result(head._output, len(planned.asked_tokens))
+
+    def run_choosing(self, planned: Planned, head: CapturedTape, vocab_size: int, goes_on: bool) -> NDArray[np.int32]:
+        """The same, for the id below `vocab_size` with the largest value in each row of what `head` would give, which
+        need not be stored; -1 for a row with NaN. With `goes_on`, the other threads then begin with the next step."""
+        buffers = self._buffers_to(planned, head)
+        token_ids = np.empty(len(planned.asked_tokens), dtype=np.int32)
+        self._tape.run_choosing(planned.num_tokens, head._tape, *buffers, vocab_size, goes_on, token_ids)
+        return token_ids
+
     def begin_next(self, token_ids: NDArray[np.int32]) -> None:
-        """Let the other threads begin with the step that follows the planned one, see `Backend.begin_next`. The last
-        result is overwritten."""
-        if self._tape is not None:
-            self._tape.begin_next(token_ids)
+        """Let the other threads begin with the step that follows if each row of the planned one has that token more.
+        The last result is overwritten."""
+        self._tape.begin_next(token_ids)
+
+    def _buffers_to(self, planned: Planned, head: CapturedTape) -> tuple[int, int, int]:
+        """Addresses of this tape's result and of the input of `head`, and the width of both, once both can be run."""
+        self._take_steps()
+        assert self._output is not None
+        width = self._output.shape[1]
+        head._take_rows(len(planned.asked_tokens), width)
+        return self._result_address, head._input_address, width
+
+    def _take_steps(self) -> None:
+        if self._tape is None:
+            self._record(None, 0)
+
+    def _take_rows(self, count: int, width: int) -> None:
+        if count > self._capacity:
+            self._record(width, count)
 
     def _record(self, input_width: int | None, rows: int) -> None:
         """Record the function. With `input_width`, it takes a register of that width instead of a planned step."""
@@ -304,6 +333,8 @@ class CapturedTape:
         self._has_asked_rows = recording.has_asked_rows
         self._output = view(result)
         self._input = None if first is None else view(first)
+        self._input_address = 0 if first is None else first.address
+        self._result_address = result.address
 
 
 def _closed(argument: Any) -> Any:

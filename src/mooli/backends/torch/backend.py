@@ -272,12 +272,15 @@ class TorchBackend:
             return hidden[: len(rows)]  # a decode step samples every row
         return hidden.index_select(0, self.upload(rows.astype(np.int64)))
 
+    def run_step(
+        self, forward: Callable[..., Tensor], logits: Callable[..., Tensor], batch: ScheduleBatch, vocab_size: int
+    ) -> SampleResult:
+        hidden = forward(self.plan(batch))
+        return self.sample(logits(self.take_rows(hidden, batch.sampling_tokens)), batch.sampling, vocab_size)
+
     def sample(self, logits: Tensor, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
         with torch.no_grad():
             return self.sampler.sample(logits[:, :vocab_size].float(), sampling)
-
-    def begin_next(self, forward: Callable[..., Tensor], token_ids: NDArray[np.int32]) -> None:
-        """Nothing yet: a step is launched when it is planned."""
 
     def logprobs(
         self, logits: Tensor, target_ids: NDArray[np.int32], num_top: int, token_ids: Sequence[int], vocab_size: int
