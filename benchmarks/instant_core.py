@@ -15,7 +15,7 @@ import numpy as np
 from mooli.batch import ScheduleBatch, StepOutput
 from mooli.cache.kv_cache import KVCache
 from mooli.engine import messages, process
-from mooli.engine.build import BuiltEngine, Progress
+from mooli.engine.build import BuiltEngine, Progress, VocabSize
 from mooli.engine.core import EngineCore
 from mooli.engine.facts import EngineFacts
 from mooli.scheduler.scheduler import Scheduler
@@ -36,8 +36,8 @@ class InstantRunner:
         return StepOutput(np.full(num_sampled, TOKEN_ID, np.int32), [None] * num_sampled, [])
 
 
-def build(start: messages.Start, progress: Progress) -> BuiltEngine:
-    vocab_size = start.tokenizer_vocab_size or 1000
+def build(start: messages.Start, ask_vocab_size: VocabSize, progress: Progress) -> BuiltEngine:
+    vocab_size = ask_vocab_size() or 1000
     scheduler = Scheduler(
         KVCache(NUM_PAGES, PAGE_SIZE),
         max_batch_tokens=512,

@@ -85,13 +85,13 @@ class LiveServer:
         ours, theirs = socket.socketpair()
         tokenizer = None if self.engine_config.skip_tokenizer_init else byte_tokenizer()
 
-        def build(start: messages.Start, progress: Any) -> Any:
+        def build(start: messages.Start, vocab_size: Any, progress: Any) -> Any:
             built = fake_build(self.engine_config, **self._runner_options)
             self.core, self.runner = built.core, built.core._runner
             return built
 
         self.engine_process = EngineThread(theirs, build)
-        start = messages.Start({}, "fake", None if tokenizer is None else tokenizer.vocab_size, "warning")
+        start = messages.Start({}, "fake", "warning")
         client = await EngineClient.connect(start, self.engine_process, ours)
         self.service = make_service(self.config, self.engine_config, client, tokenizer, started_s=0.0)
         self.http_server = HttpServer(self.service)

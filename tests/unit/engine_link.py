@@ -21,7 +21,7 @@ from mooli.types import FinishReason, Request, RequestOutput, SamplingParams
 
 FAKE_CORE = Path(__file__).with_name("fake_core.py")
 SLOW = "slow:0.02"
-START = messages.Start({"model_path": "fake"}, "fake", 258, "critical")
+START = messages.Start({"model_path": "fake"}, "fake", "critical")
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ def with_engine(test: Any, scenario: str = "fake", **config: Any) -> Any:
     """Run `test(client)` with a real engine process."""
 
     async def run() -> Any:
-        start = messages.Start({"model_path": "fake", **config}, scenario, 258, "critical")
+        start = messages.Start({"model_path": "fake", **config}, scenario, "critical")
         client = await EngineClient.start(start, command=(sys.executable, str(FAKE_CORE)))
         try:
             return await within(test(client))

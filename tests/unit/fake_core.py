@@ -13,10 +13,10 @@ import time
 import mooli.errors
 from mooli.config import EngineConfig
 from mooli.engine import messages, process
-from mooli.engine.build import BuiltEngine, Progress
+from mooli.engine.build import BuiltEngine, Progress, VocabSize
 
 
-def build(start: messages.Start, progress: Progress) -> BuiltEngine:
+def build(start: messages.Start, vocab_size: VocabSize, progress: Progress) -> BuiltEngine:
     from fake_engine import fake_build
 
     scenario, _, detail = start.model_path.partition(":")

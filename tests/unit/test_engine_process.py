@@ -21,7 +21,7 @@ from fake_engine import CONTEXT, EOS, NUM_PAGES
 import mooli.errors
 from mooli.engine import messages
 from mooli.engine.client import EngineClient
-from mooli.errors import EngineClosedError, EngineDeadError, EngineError, PromptError, RequestError
+from mooli.errors import ConfigError, EngineClosedError, EngineDeadError, EngineError, PromptError, RequestError
 from mooli.types import FinishReason, Request, SamplingParams
 
 
@@ -246,6 +246,38 @@ def test_progress_of_building_is_told():
     assert asyncio.run(test()) == [("Loading weights", 1, 1)]
 
 
+def test_the_engine_is_built_while_the_vocabulary_is_read():
+    async def test() -> None:
+        is_building = asyncio.Event()
+
+        async def vocab_size() -> int:
+            await is_building.wait()
+            return 258
+
+        command = (sys.executable, str(FAKE_CORE))
+        client = await EngineClient.start(
+            START, vocab_size=vocab_size(), progress=lambda *_: is_building.set(), command=command
+        )
+        await client.close()
+
+    asyncio.run(within(test()))
+
+
+def test_a_vocabulary_that_cannot_be_read_is_the_error_and_leaves_no_process():
+    async def vocab_size() -> int:
+        raise ConfigError("planted")
+
+    async def test() -> int:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            child = subprocess.Popen([sys.executable, str(FAKE_CORE), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        with pytest.raises(ConfigError, match="planted"):
+            await EngineClient.connect(START, child, ours, vocab_size=vocab_size())
+        return child.wait(0)
+
+    assert asyncio.run(within(test())) is not None
+
+
 def test_a_command_that_does_not_exist_is_an_error():
     with pytest.raises(FileNotFoundError):
         asyncio.run(EngineClient.start(START, command=("/no/such/program",)))
@@ -304,7 +336,8 @@ def test_when_the_server_is_gone_the_process_ends(moment):
     with ours:
         ours.settimeout(60)
         if moment != "before the start":
-            ours.sendall(messages.encode(messages.Start({"model_path": "fake"}, SLOW, 258, "critical")))
+            ours.sendall(messages.encode(messages.Start({"model_path": "fake"}, SLOW, "critical")))
+            ours.sendall(messages.encode(messages.Vocabulary(258)))
             read_until(ours, messages.Ready)
         if moment == "running":
             many = [messages.WireRequest.of(request("a", max_new_tokens=100))]

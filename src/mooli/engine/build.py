@@ -43,6 +43,9 @@ DRAFT_STEP_TOKENS = 8
 four, and so verify drafts in the time of one token."""
 
 Progress = Callable[[str, int, int], None]
+
+VocabSize = Callable[[], "int | None"]
+"""Gives a tokenizer's vocabulary once it is known; None without one."""
 """progress(stage, done, total): called as building goes on."""
 
 
@@ -64,12 +67,13 @@ def build_engine(
     config: EngineConfig,
     model_path: Path,
     *,
-    tokenizer_vocab_size: int | None = None,
+    tokenizer_vocab_size: VocabSize = lambda: None,
     progress: Progress | None = None,
 ) -> BuiltEngine:
     """Load the model at `model_path` and size everything around it.
 
-    tokenizer_vocab_size: ids with a text; a model may have more rows than that, which must never be sampled.
+    tokenizer_vocab_size: ids with a text, asked for once the weights are loaded; a model may have more rows than that,
+    which must never be sampled.
 
     Raises BackendUnavailableError, ConfigError, OutOfMemoryError, or any ModelError.
     """
@@ -94,7 +98,7 @@ def _build(
     model_path: Path,
     backend: Backend,
     team: SoloTeam | RankTeam,
-    tokenizer_vocab_size: int | None,
+    tokenizer_vocab_size: VocabSize,
     progress: Progress,
     started: float,
 ) -> BuiltEngine:
@@ -146,7 +150,7 @@ def _build(
         )
     described = backend.describe()
     step_tokens = config.chunked_prefill_size or backend.default_chunked_prefill_size
-    vocab_size = min(model_config.vocab_size, tokenizer_vocab_size or model_config.vocab_size)
+    vocab_size = min(model_config.vocab_size, tokenizer_vocab_size() or model_config.vocab_size)
     # No answer changes there, to the bit, and what repeats nothing costs next to nothing (docs/log.md).
     drafts = draft_settings(config, "NGRAM" if backend.name == "cpu" else "none")
     mixed_tokens = None if step_tokens == -1 else -(-step_tokens // MIXED_STEP_PARTS)

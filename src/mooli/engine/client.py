@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from mooli.engine import messages
@@ -78,11 +78,18 @@ class EngineClient(asyncio.Protocol):
 
     @classmethod
     async def start(
-        cls, start: messages.Start, *, progress: Progress = lambda *_: None, command: Sequence[str] = COMMAND
+        cls,
+        start: messages.Start,
+        *,
+        vocab_size: Awaitable[int | None] | None = None,
+        progress: Progress = lambda *_: None,
+        command: Sequence[str] = COMMAND,
     ) -> EngineClient:
         """Start the process and wait until its engine is built.
 
-        Raises what building raised (ConfigError, OutOfMemoryError, a ModelError, …), or EngineDeadError.
+        vocab_size: of the tokenizer, which may be read while the engine loads; None without one.
+        Raises what `vocab_size` or building raised (ConfigError, OutOfMemoryError, a ModelError, …), or
+        EngineDeadError.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -93,7 +100,7 @@ class EngineClient(asyncio.Protocol):
             except BaseException:
                 ours.close()
                 raise
-        return await cls.connect(start, process, ours, progress=progress)
+        return await cls.connect(start, process, ours, vocab_size=vocab_size, progress=progress)
 
     @classmethod
     async def connect(
@@ -102,6 +109,7 @@ class EngineClient(asyncio.Protocol):
         process: Process,
         connection: socket.socket,
         *,
+        vocab_size: Awaitable[int | None] | None = None,
         progress: Progress = lambda *_: None,
     ) -> EngineClient:
         """`start`, with a process that has the other end of `connection` already."""
@@ -110,6 +118,7 @@ class EngineClient(asyncio.Protocol):
         try:
             await asyncio.get_running_loop().create_connection(lambda: client, sock=connection)
             client._send(start)
+            client._send(messages.Vocabulary(None if vocab_size is None else await vocab_size))
             await client._ready
         except BaseException:
             await client.close()

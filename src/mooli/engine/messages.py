@@ -37,8 +37,13 @@ class Start(Message, frozen=True):
 
     config: dict[str, Any]
     model_path: str
-    tokenizer_vocab_size: int | None
     log_level: str
+
+
+class Vocabulary(Message, frozen=True):
+    """The second, which may come while the engine loads its weights: ids with a text, None without a tokenizer."""
+
+    size: int | None
 
 
 class WireRequest(msgspec.Struct, array_like=True, frozen=True):
@@ -161,7 +166,7 @@ class Reply(Message, frozen=True):
     error: str | None = None
 
 
-ToEngine = Start | Submit | Abort | Finish | Ask | Stop
+ToEngine = Start | Vocabulary | Submit | Abort | Finish | Ask | Stop
 ToServer = Progress | Ready | Failed | Outputs | Refused | Reply
 
 

@@ -10,6 +10,7 @@ When the server is gone, for whatever reason, the link ends and so does this pro
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import os
 import select
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from mooli.config import EngineConfig
 from mooli.engine import messages
-from mooli.engine.build import BuiltEngine, Progress, build_engine
+from mooli.engine.build import BuiltEngine, Progress, VocabSize, build_engine
 from mooli.engine.core import EngineCore
 from mooli.engine.loop import STUCK_S
 from mooli.errors import EngineError, MooliError
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 20
 
-Build = Callable[[messages.Start, Progress], BuiltEngine]
+Build = Callable[[messages.Start, VocabSize, Progress], BuiltEngine]
 
 
 class LinkClosedError(EngineError):
@@ -137,7 +138,13 @@ def run(connection: socket.socket, build: Build) -> int:
             return 0
         set_up_logging(start.log_level)
         try:
-            built = build(start, lambda stage, done, total: link.send(messages.Progress(stage, done, total)))
+            vocab_size = functools.cache(lambda: _vocabulary(link).size)
+            built = build(
+                start, vocab_size, lambda stage, done, total: link.send(messages.Progress(stage, done, total))
+            )
+            vocab_size()  # it comes in any case
+        except LinkClosedError:
+            raise
         except (MooliError, OSError, MemoryError) as exc:
             return _fail(link, exc)
         built.bind_thread()
@@ -172,6 +179,16 @@ def take_turn(link: Link, core: EngineCore, *, wait: bool) -> bool:
         outputs = core.step()
         link.send(messages.Outputs(outputs, core.stats(), core.last_step))
     return True
+
+
+def _vocabulary(link: Link) -> messages.Vocabulary:
+    while True:
+        for message in link.receive(wait=True):
+            if isinstance(message, messages.Vocabulary):
+                return message
+            if isinstance(message, messages.Stop):
+                raise LinkClosedError("stopped while the engine was built")
+            raise EngineError(f"the engine process was asked for {type(message).__name__} while it loads")
 
 
 def _first_message(link: Link) -> messages.Start | None:
@@ -232,11 +249,9 @@ def _fail(link: Link, exc: BaseException) -> int:
     return 1
 
 
-def _build(start: messages.Start, progress: Progress) -> BuiltEngine:
+def _build(start: messages.Start, vocab_size: VocabSize, progress: Progress) -> BuiltEngine:
     config = EngineConfig.from_kwargs(**start.config)
-    return build_engine(
-        config, Path(start.model_path), tokenizer_vocab_size=start.tokenizer_vocab_size, progress=progress
-    )
+    return build_engine(config, Path(start.model_path), tokenizer_vocab_size=vocab_size, progress=progress)
 
 
 def main(build: Build = _build) -> int:

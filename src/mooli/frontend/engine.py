@@ -80,7 +80,7 @@ class Engine:
         built = build_engine(
             given,  # without a seed, dummy weights are the same each time
             model_path,
-            tokenizer_vocab_size=None if tokenizer is None else tokenizer.vocab_size,
+            tokenizer_vocab_size=lambda: None if tokenizer is None else tokenizer.vocab_size,
             progress=progress,
         )
         self.server_args = config

@@ -103,22 +103,22 @@ async def start_service(
     *,
     command: Sequence[str] = COMMAND,
 ) -> Service:
-    """Start the engine process by `command`, load the text side, and warm both up.
+    """Start the engine process by `command`, load the text side meanwhile, and warm both up.
 
     Raises ConfigError, a ModelError, OutOfMemoryError, BackendUnavailableError or EngineDeadError.
     """
     check_preferred(engine_config)
     model_path = await locate_async(engine_config.model_path, needs_weights=engine_config.load_format != "dummy")
-    tokenizer = open_tokenizer(engine_config, model_path)
     defaults = sampling_defaults(model_path) if config.sampling_defaults == "model" else {}
     start = messages.Start(
-        config=engine_config.to_dict(),
-        model_path=str(model_path),
-        tokenizer_vocab_size=None if tokenizer is None else tokenizer.vocab_size,
-        log_level=engine_config.log_level,
+        config=engine_config.to_dict(), model_path=str(model_path), log_level=engine_config.log_level
     )
-    client = await EngineClient.start(start, progress=_Progress().update, command=command)
+    opening = asyncio.ensure_future(asyncio.to_thread(open_tokenizer, engine_config, model_path))
+    client = await EngineClient.start(
+        start, vocab_size=asyncio.ensure_future(_vocab_size(opening)), progress=_Progress().update, command=command
+    )
     try:
+        tokenizer = await opening
         service = make_service(
             config, with_seed(engine_config), client, tokenizer, started_s=started_s, defaults=defaults, argv=argv
         )
@@ -128,6 +128,11 @@ async def start_service(
         await client.close()
         raise
     return service
+
+
+async def _vocab_size(opening: asyncio.Future[Tokenizer | None]) -> int | None:
+    tokenizer = await opening
+    return None if tokenizer is None else tokenizer.vocab_size
 
 
 def make_service(
