@@ -156,7 +156,7 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release release;
         std::atomic<int> next{0};
         auto job = [&](int thread) {
-          std::vector<float>& scratch = d.sampling[size_t(thread)];
+          SamplerScratch& scratch = d.sampling[size_t(thread)];
           for (int i; (i = next.fetch_add(1)) < n;) {
             int s = first + i;
             int h0 = history_indptr.data()[s], b0 = bias_indptr.data()[s];
@@ -171,7 +171,7 @@ NB_MODULE(_native, m) {
       })
       .def("logprobs", [](Device& d, Matrix logits, int row, int vocab, int target, int num_top, std::vector<int> ids) {
         if (row < 0 || row >= int(logits.shape(0)) || vocab > int(logits.shape(1))) throw std::invalid_argument("no such row of logits");
-        LogprobRow r = logprob_row(d.kernels, logits.data() + size_t(row) * logits.shape(1), vocab, target, num_top, ids);
+        LogprobRow r = logprob_row(d.kernels, logits.data() + size_t(row) * logits.shape(1), vocab, target, num_top, ids, d.sampling[0]);
         return nb::make_tuple(r.logprob, r.top, r.chosen);
       })
       // tera-operations a second of the integer dot product, all threads; 7.37 G vector instructions a second is healthy on Zen 4

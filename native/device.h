@@ -9,6 +9,7 @@
 #include "buffer.h"
 #include "formats.h"
 #include "kernels.h"
+#include "sampler.h"
 #include "thread_pool.h"
 
 namespace mooli {
@@ -134,7 +135,7 @@ class Device {
     int last_panel;
   };
   std::vector<Work> work;
-  std::vector<std::vector<float>> sampling;  // one a thread
+  std::vector<SamplerScratch> sampling;  // one a thread
 
  private:
   int last_position(const AttendMember& m) const { return positions[m.first_token + m.tokens - 1]; }

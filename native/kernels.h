@@ -122,6 +122,9 @@ struct Kernels {
   void (*store_silu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
   // out = exp((x - max) * inverse_temperature); returns the sum, in a fixed order. out may be null.
   double (*exp_sum)(const float* x, int n, float max, float inverse_temperature, float* out);
+  // indices of values from `from` to just below `below` (of all from there on, where that is infinite), ascending; returns
+  // how many
+  int (*find_between)(const float* x, int n, float from, float below, int* indices);
   // largest value and its lowest index; returns -1 if any value is NaN or all are -inf
   int (*argmax)(const float* x, int n, float* largest);
   void (*prefetch)(const char*);

@@ -33,89 +33,132 @@ void apply_penalties(float* x, int vocab, const SamplingRow& row) {
     if (row.bias_ids[i] >= 0 && row.bias_ids[i] < vocab) x[row.bias_ids[i]] += row.bias_values[i];
 }
 
-struct Candidate { float p; int id; };
+// The tokens by their logits, largest first, equals by id, with exp((logit - largest) / temperature). Found and sorted only as far as
+// they are asked for: most draws end among the first few of a hundred thousand.
+class Ranking {
+ public:
+  Ranking(const Kernels& k, const float* x, int vocab, float largest, float temperature, SamplerScratch& scratch)
+      : k_(k), x_(x), vocab_(vocab), largest_(largest), temperature_(temperature), scratch_(scratch), all_(scratch.candidates) {
+    all_.clear();
+    if (scratch_.ids.size() < size_t(vocab)) scratch_.ids.resize(size_t(vocab));
+  }
+  // Whether there is a token of rank i with a chance above zero; it is at [i] from then on.
+  bool reaches(size_t i) {
+    while (sorted_ <= i) {
+      if (sorted_ == all_.size() && !find_more()) return false;
+      sort_more();
+    }
+    return true;
+  }
+  const Candidate& operator[](size_t i) const { return all_[i]; }
+  // Of all tokens together, in units of the largest one's.
+  double mass() const {
+    if (!std::isinf(largest_)) return k_.exp_sum(x_, vocab_, largest_, 1.f / temperature_, nullptr);
+    return double(k_.find_between(x_, vocab_, largest_, kInfinity, scratch_.ids.data()));
+  }
 
-// Walks the candidates, best first, applying top-k, top-p and min-p. Returns the chosen id, or -1 if the answer needs
-// candidates beyond those given (only when they are not all there are).
-int walk(const std::vector<Candidate>& c, bool all, double total, float largest, const SamplingRow& row, int vocab) {
-  size_t limit = row.top_k > 0 && row.top_k < vocab ? size_t(row.top_k) : size_t(vocab);
-  size_t n = std::min(limit, c.size());
-  if (n < limit && !all) {
-    // without a top-k in reach the mass of the whole vocabulary counts, which `total` holds
-    if (row.top_k > 0 && row.top_k < vocab) return -1;
+ private:
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  static constexpr size_t kFirst = 64;  // sorted at once, and then as many again as there are
+
+  bool find_more() {
+    static constexpr float kDepths[] = {4.6f, 9.2f, 13.8f, 90.f};  // of logits over temperature: 1e-2, 1e-4, 1e-6, anything above 0
+    while (depth_ < 4) {
+      const float below = depth_ ? from_ : kInfinity;
+      from_ = largest_ - kDepths[depth_++] * temperature_;
+      if (std::isinf(largest_)) { from_ = largest_; depth_ = 4; }  // infinite ones share all the mass
+      const int n = k_.find_between(x_, vocab_, from_, below, scratch_.ids.data());
+      if (n == 0) continue;
+      std::vector<float>& p = scratch_.gathered;
+      p.resize(size_t(n));
+      for (int i = 0; i < n; i++) p[size_t(i)] = x_[scratch_.ids[size_t(i)]];
+      if (std::isinf(largest_)) std::fill(p.begin(), p.end(), 1.f);
+      else k_.exp_sum(p.data(), n, largest_, 1.f / temperature_, p.data());
+      const size_t before = all_.size();
+      for (int i = 0; i < n; i++)
+        if (p[size_t(i)] > 0.f) all_.push_back({x_[scratch_.ids[size_t(i)]], p[size_t(i)], scratch_.ids[size_t(i)]});
+      if (all_.size() > before) return true;
+    }
+    return false;
   }
-  double mass = total;
-  if (limit < size_t(vocab)) {
-    mass = 0;
-    for (size_t i = 0; i < n; i++) mass += c[i].p;
+
+  void sort_more() {
+    const auto before = [](const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; };
+    const auto begin = all_.begin() + std::ptrdiff_t(sorted_);
+    const size_t count = std::min(std::max(kFirst, sorted_), all_.size() - sorted_);
+    const auto end = begin + std::ptrdiff_t(count);
+    if (end != all_.end()) std::nth_element(begin, end, all_.end(), before);
+    std::sort(begin, end, before);
+    sorted_ += count;
   }
-  bool complete = all || n == limit;
+
+  const Kernels& k_;
+  const float* x_;
+  int vocab_;
+  float largest_, temperature_, from_ = 0;
+  SamplerScratch& scratch_;
+  std::vector<Candidate>& all_;
+  size_t sorted_ = 0;
+  int depth_ = 0;
+};
+
+// Top-k, then top-p, then min-p, then the draw among what is left.
+int draw(Ranking& tokens, const SamplingRow& row, int vocab) {
+  size_t n = size_t(vocab);
+  double mass = 0;
+  if (row.top_k > 0 && row.top_k < vocab) {
+    for (n = 0; n < size_t(row.top_k) && tokens.reaches(n); n++) mass += tokens[n].p;
+  } else if (row.top_p < 1.f || !(row.min_p > 0.f)) {
+    mass = tokens.mass();
+  }
   if (row.top_p < 1.f) {
-    double sum = 0, want = double(row.top_p) * mass;
+    const double want = double(row.top_p) * mass;
+    mass = 0;
     size_t i = 0;
-    while (i < n) { sum += c[i++].p; if (sum >= want) break; }
-    if (sum < want && !complete) return -1;
+    while (i < n && tokens.reaches(i)) {
+      mass += tokens[i++].p;
+      if (mass >= want) break;
+    }
     n = i;
-    mass = sum;
-    complete = true;
   }
   if (row.min_p > 0.f) {
+    mass = 0;
     size_t i = 0;
-    double sum = 0;
-    while (i < n && c[i].p >= row.min_p * largest) sum += c[i++].p;
-    if (i == n && !complete) return -1;
+    for (; i < n && tokens.reaches(i) && tokens[i].p >= row.min_p * tokens[0].p; i++) mass += tokens[i].p;
     n = i;
-    mass = sum;
-    complete = true;
   }
-  double want = uniform(row.seed, row.position) * mass, sum = 0;
-  for (size_t i = 0; i < n; i++) {
-    sum += c[i].p;
-    if (sum > want) return c[i].id;
+  const double want = uniform(row.seed, row.position) * mass;
+  double sum = 0;
+  int last = tokens[0].id;
+  for (size_t i = 0; i < n && tokens.reaches(i); i++) {
+    last = tokens[i].id;
+    sum += tokens[i].p;
+    if (sum > want) break;
   }
-  if (!complete) return -1;
-  return n ? c[n - 1].id : -1;
+  return last;  // also where rounding has left the sum just below
 }
 
 }  // namespace
 
-int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingRow& row, std::vector<float>& scratch) {
+int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingRow& row, SamplerScratch& scratch) {
   float largest;
   int best = k.argmax(logits, vocab, &largest);
   if (best < 0) return -1;
   const float* x = logits;
-  const bool is_greedy = row.temperature == 0.f || row.top_k == 1;
-  if (is_greedy && row.history_length == 0 && row.num_bias == 0) return best;
-  if (scratch.size() < 2 * size_t(vocab)) scratch.resize(2 * size_t(vocab));
   if (row.history_length > 0 || row.num_bias > 0) {
-    std::copy(logits, logits + vocab, scratch.begin());
-    apply_penalties(scratch.data(), vocab, row);
-    x = scratch.data();
+    scratch.logits.assign(logits, logits + vocab);
+    apply_penalties(scratch.logits.data(), vocab, row);
+    x = scratch.logits.data();
     best = k.argmax(x, vocab, &largest);
     if (best < 0) return -1;
   }
-  if (is_greedy) return best;
-  float* p = scratch.data() + vocab;
-  double total = 0;
-  if (std::isinf(largest)) {  // infinite logits share all the mass
-    for (int i = 0; i < vocab; i++) total += p[i] = x[i] == largest ? 1.f : 0.f;
-  } else {
-    total = k.exp_sum(x, vocab, largest, 1.f / row.temperature, p);
-  }
-  std::vector<Candidate> candidates;
-  // most draws end among the few likely tokens: sort those first, and more only if the answer needs more
-  for (float floor : {1e-2f, 1e-4f, 1e-6f, 0.f}) {
-    candidates.clear();
-    for (int i = 0; i < vocab; i++)
-      if (p[i] >= floor) candidates.push_back({p[i], i});
-    std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) { return a.p != b.p ? a.p > b.p : a.id < b.id; });
-    int id = walk(candidates, floor == 0.f, total, 1.f, row, vocab);
-    if (id >= 0) return id;
-  }
-  return best;
+  if (row.temperature == 0.f || row.top_k == 1) return best;
+  Ranking tokens(k, x, vocab, largest, row.temperature, scratch);
+  return tokens.reaches(0) ? draw(tokens, row, vocab) : best;
 }
 
-LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, int target, int num_top, const std::vector<int>& ids) {
+LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, int target, int num_top, const std::vector<int>& ids,
+                       SamplerScratch& scratch) {
   LogprobRow out{std::numeric_limits<float>::quiet_NaN(), {}, {}};
   float largest;
   const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -135,11 +178,15 @@ LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, int tar
   for (int id : ids) out.chosen.emplace_back(at(id), id);
   int n = std::min(num_top, vocab);
   if (usable && n > 0) {
-    std::vector<int> order(static_cast<size_t>(vocab));
-    for (int i = 0; i < vocab; i++) order[i] = i;
-    std::partial_sort(order.begin(), order.begin() + n, order.end(),
+    std::vector<int>& order = scratch.ids;
+    if (order.size() < size_t(vocab)) order.resize(size_t(vocab));
+    const float infinity = std::numeric_limits<float>::infinity();
+    int found = 0;
+    for (float depth : {4.f, 8.f, 16.f, infinity})
+      if (found < n) found = k.find_between(logits, vocab, depth == infinity ? -infinity : largest - depth, infinity, order.data());
+    std::partial_sort(order.begin(), order.begin() + n, order.begin() + found,
                       [&](int a, int b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
-    for (int i = 0; i < n; i++) out.top.emplace_back(at(order[i]), order[i]);
+    for (int i = 0; i < n; i++) out.top.emplace_back(at(order[size_t(i)]), order[size_t(i)]);
   }
   return out;
 }

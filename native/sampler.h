@@ -29,10 +29,20 @@ struct LogprobRow {
 // u in [0, 1): splitmix64 of seed and position (Steele, Lea and Flood 2014).
 double uniform(uint64_t seed, int64_t position);
 
-// Token id, or -1 if the logits hold NaN or nothing can be chosen. `scratch` is reused between calls.
-int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingRow& row, std::vector<float>& scratch);
+struct Candidate { float logit, p; int id; };
+
+// Memory that is used again from row to row, of one thread.
+struct SamplerScratch {
+  std::vector<float> logits, gathered;
+  std::vector<int> ids;
+  std::vector<Candidate> candidates;
+};
+
+// Token id, or -1 if the logits hold NaN or nothing can be chosen.
+int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingRow& row, SamplerScratch& scratch);
 
 // Log-softmax of the raw logits at `target` (NaN if target < 0), of the `num_top` best and of `ids`.
-LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, int target, int num_top, const std::vector<int>& ids);
+LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, int target, int num_top, const std::vector<int>& ids,
+                       SamplerScratch& scratch);
 
 }  // namespace mooli

@@ -285,6 +285,20 @@ def test_ids_are_those_of_the_reference(backend_name: str, seed: int, spread: fl
         assert int(token_ids[row]) in acceptable_ids(rows[row], choice), choice
 
 
+@pytest.mark.parametrize("spread", [0.2, 2.0, 6.0])
+def test_draws_far_down_a_large_vocabulary_are_those_of_the_reference(backend_name: str, spread: float) -> None:
+    cuts: list[dict[str, Any]] = [{}, {"top_p": 0.98}, {"top_k": 3000}, {"min_p": 0.01}, {"top_k": 700, "top_p": 0.9}]
+    choices = [Choice(seed=seed, **cut) for seed in range(4) for cut in cuts]
+    rows = (np.random.default_rng(7).standard_normal((len(choices), 6000)) * spread).astype(np.float32)
+    backend = create_backend(backend_name, dtype="float32")
+    try:
+        token_ids = sample(backend, rows, choices).token_ids
+    finally:
+        backend.close()
+    for row, choice in enumerate(choices):
+        assert int(token_ids[row]) in acceptable_ids(rows[row], choice), choice
+
+
 def test_a_draw_does_not_depend_on_the_rows_beside_it(backend_name: str) -> None:
     rows = np.random.default_rng(0).standard_normal((12, 96)).astype(np.float32)
     choices = [

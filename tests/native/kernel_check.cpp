@@ -328,10 +328,23 @@ void check_small_operations(const Kernels& k) {
   }
   std::fill(x.begin(), x.end(), -INFINITY);
   expect(k.argmax(x.data(), 1001, &largest) == -1, k.name, "argmax of nothing but -inf");
+  for (int n : {1, 127, 128, 1001})
+    for (float from : {-3.f, 0.5f, 1.9f, -INFINITY, INFINITY})
+      for (float below : {0.6f, 2.f, INFINITY}) {
+        Floats y = Random(10).numbers(size_t(n), 3.f);
+        y[0] = from;
+        y[size_t(n) / 2] = below;
+        y[size_t(n) - 1] = -INFINITY;
+        std::vector<int> found(static_cast<size_t>(n)), expected;
+        found.resize(size_t(k.find_between(y.data(), n, from, below, found.data())));
+        for (int i = 0; i < n; i++)
+          if (y[size_t(i)] >= from && (y[size_t(i)] < below || below == INFINITY)) expected.push_back(i);
+        expect(found == expected, k.name, "find_between");
+      }
   const SamplingRow greedy{0.f, 1.f, 0.f, 0.f, 0.f, 1.f, -1, 1, 0, nullptr, 0, 0, nullptr, nullptr, 0};
   x = Random(9).numbers(1001);
   x[777] = 9.f;
-  Floats scratch;
+  SamplerScratch scratch;
   expect(sample_row(k, x.data(), 1001, greedy, scratch) == 777, k.name, "sample_row, greedy");
   expect(k.dot_gauge(80) > 0, k.name, "dot_gauge");
   k.read_gauge((const char*)x.data(), 3840);
