@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <unordered_map>
 
 namespace mooli {
 
@@ -17,15 +16,24 @@ double uniform(uint64_t seed, int64_t position) {
 
 namespace {
 
-void apply_penalties(float* x, int vocab, const SamplingRow& row) {
-  std::unordered_map<int, int> output_count;  // every id of the history; 0 for those of the prompt only
+void apply_penalties(float* x, int vocab, const SamplingRow& row, SamplerScratch& scratch) {
+  std::vector<int>& seen = scratch.seen;  // 1 for each id of the history, and 1 more for each time in the output; 0 between calls
+  std::vector<int>& ids = scratch.ids;
+  seen.resize(std::max(seen.size(), size_t(vocab)));
+  ids.resize(std::max(ids.size(), size_t(vocab)));
+  size_t n = 0;
   for (int i = 0; i < row.history_length; i++) {
-    int id = row.history[i];
+    const int id = row.history[i];
     if (id < 0 || id >= vocab) continue;
-    int& count = output_count[id];
-    if (i >= row.output_start) count++;
+    if (seen[size_t(id)] == 0) {
+      ids[n++] = id;
+      seen[size_t(id)] = 1;
+    }
+    seen[size_t(id)] += i >= row.output_start;
   }
-  for (auto [id, count] : output_count) {
+  for (size_t i = 0; i < n; i++) {
+    const int id = ids[i], count = seen[size_t(id)] - 1;
+    seen[size_t(id)] = 0;
     if (row.repetition_penalty != 1.f) x[id] = x[id] > 0 ? x[id] / row.repetition_penalty : x[id] * row.repetition_penalty;
     if (count > 0) x[id] -= row.frequency_penalty * float(count) + row.presence_penalty;
   }
@@ -40,7 +48,7 @@ class Ranking {
   Ranking(const Kernels& k, const float* x, int vocab, float largest, float temperature, SamplerScratch& scratch)
       : k_(k), x_(x), vocab_(vocab), largest_(largest), temperature_(temperature), scratch_(scratch), all_(scratch.candidates) {
     all_.clear();
-    if (scratch_.ids.size() < size_t(vocab)) scratch_.ids.resize(size_t(vocab));
+    scratch_.ids.resize(std::max(scratch_.ids.size(), size_t(vocab)));
   }
   // Whether there is a token of rank i with a chance above zero; it is at [i] from then on.
   bool reaches(size_t i) {
@@ -147,7 +155,7 @@ int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingR
   const float* x = logits;
   if (row.history_length > 0 || row.num_bias > 0) {
     scratch.logits.assign(logits, logits + vocab);
-    apply_penalties(scratch.logits.data(), vocab, row);
+    apply_penalties(scratch.logits.data(), vocab, row, scratch);
     x = scratch.logits.data();
     best = k.argmax(x, vocab, &largest);
     if (best < 0) return -1;
@@ -179,7 +187,7 @@ LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, int tar
   int n = std::min(num_top, vocab);
   if (usable && n > 0) {
     std::vector<int>& order = scratch.ids;
-    if (order.size() < size_t(vocab)) order.resize(size_t(vocab));
+    order.resize(std::max(order.size(), size_t(vocab)));
     const float infinity = std::numeric_limits<float>::infinity();
     int found = 0;
     for (float depth : {4.f, 8.f, 16.f, infinity})

@@ -34,7 +34,7 @@ struct Candidate { float logit, p; int id; };
 // Memory that is used again from row to row, of one thread.
 struct SamplerScratch {
   std::vector<float> logits, gathered;
-  std::vector<int> ids;
+  std::vector<int> ids, seen;
   std::vector<Candidate> candidates;
 };
 
