@@ -105,14 +105,14 @@ def random_request(rng: random.Random, rid: str, stems: list[list[int]], is_crow
     prompt = stem[: rng.randint(0, len(stem))] if rng.random() < 0.4 else list(stem)
     prompt += [rng.randrange(VOCAB) for _ in range(rng.choice([0, 1, 3, 8]) if prompt else rng.randint(1, 8))]
     max_new_tokens = 20 if is_crowded else rng.choice([0, 1, 2, 4, 8, 12, 25, None if rng.random() < 0.1 else 3])
-    is_plain = rng.random() < 0.6
+    is_plain, is_penalised = rng.random() < 0.6, rng.random() < 0.5
     sampling = SamplingParams(
         max_new_tokens=max_new_tokens,
         min_new_tokens=0 if is_plain or max_new_tokens is None else rng.randint(0, max_new_tokens),
         temperature=rng.choice([0.0, 0.0, 1.0]),
         top_k=-1 if is_plain else rng.choice([-1, 1, 5]),
-        frequency_penalty=0.0 if is_plain else rng.choice([0.0, 0.5]),
-        repetition_penalty=1.0 if is_plain else rng.choice([1.0, 1.3]),
+        frequency_penalty=rng.choice([0.0, 0.5]) if is_penalised else 0.0,
+        repetition_penalty=rng.choice([1.0, 1.3]) if is_penalised else 1.0,
         logit_bias=() if is_plain else ((3, 2.0), (5, -1.0)),
         seed=rng.randrange(-5, 1 << 63),
         stop_token_ids=frozenset(rng.sample(range(VOCAB), 0 if is_plain else 2)),

@@ -23,13 +23,14 @@ def test_every_output_equals_the_request_run_alone_and_pages_balance_after_every
 
 
 def test_a_batch_made_from_the_last_one_is_the_batch_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = 0
+    compared = penalised = 0
     make_next = BatchBuilder._next
 
     def both(self: BatchBuilder, step: int, plan: Plan, last: ScheduleBatch) -> ScheduleBatch:
-        nonlocal compared
-        compared += 1
+        nonlocal compared, penalised
         batch = make_next(self, step, plan, last)
+        compared += 1
+        penalised += len(batch.sampling.history_ids) > 0
         anew = self._build(step, Plan(0, rows=plan.rows, goes_on=plan.goes_on))
         for one, other in ((batch, anew), (batch.sampling, anew.sampling)):
             for field in fields(one):
@@ -42,7 +43,7 @@ def test_a_batch_made_from_the_last_one_is_the_batch_made_anew(monkeypatch: pyte
     monkeypatch.setattr(BatchBuilder, "_next", both)
     for seed in range(100):
         run_trial(seed)
-    assert compared > 100
+    assert compared > 100 and penalised > 20, (compared, penalised)
 
 
 SETTINGS = st.builds(

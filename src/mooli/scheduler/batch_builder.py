@@ -86,7 +86,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Last:
-    """The batch built last, where every row continues an output by one token and no value of its samples changes."""
+    """The batch built last, where every row continues an output by one token and of its samples' values only histories
+    change, which become one token longer."""
 
     states: list[RequestState]
     batch: ScheduleBatch
@@ -174,7 +175,7 @@ class BatchBuilder:
         return batch
 
     def _to_go_on_from(self, plan: Plan, batch: ScheduleBatch) -> _Last | None:
-        if self._biases or len(batch.sampling.history_ids) or len(batch.sampling) != len(plan.rows):
+        if self._biases or len(batch.sampling) != len(plan.rows):
             return None
         if plan.copies or batch.prompt_logprobs or not all(row.continues_output and row.samples for row in plan.rows):
             return None
@@ -194,6 +195,14 @@ class BatchBuilder:
             slots = last.slots + 1
         sampling = copy(last.sampling)
         sampling.positions = last.sampling.positions + 1
+        if len(last.sampling.history_ids):
+            is_penalised = self._penalised[last.req_indices]
+            histories = [
+                row.state.tokens for row, penalised in zip(rows, is_penalised.tolist(), strict=True) if penalised
+            ]
+            sampling.history_ids = np.concatenate(histories)
+            sampling.history_indptr = last.sampling.history_indptr.copy()
+            sampling.history_indptr[1:] += np.cumsum(is_penalised, dtype=np.int32)
         return ScheduleBatch(
             step=step,
             token_ids=np.array([row.state.tokens[row.start] for row in rows], np.int32),
