@@ -291,7 +291,6 @@ void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, 
   }
   num_tokens = tokens;
   num_rows = rows;
-  step++;
   jobs_window = -1;
 }
 
@@ -333,7 +332,6 @@ bool Device::advance(int count, const int32_t* ids) {
     tile_runs.push_back({r, 1});
   }
   num_tokens = count;
-  step++;
   jobs_window = -1;
   return true;
 }
@@ -345,16 +343,12 @@ void Device::settle() {
 }
 
 void Device::prepare_rope(RopeTable& rope) const {
-  if (rope.step == step) return;
-  rope.step = step;
-  const int half = int(rope.inv_freq.size());
-  rope.cosines.resize(size_t(num_tokens) * half);
-  rope.sines.resize(size_t(num_tokens) * half);
-  for (int i = 0; i < num_tokens; i++)
-    for (int j = 0; j < half; j++) {
-      double angle = double(positions[i]) * rope.inv_freq[j];
-      rope.cosines[size_t(i) * half + j] = float(std::cos(angle));
-      rope.sines[size_t(i) * half + j] = float(std::sin(angle));
+  const size_t half = rope.inv_freq.size(), wanted = size_t(*std::max_element(positions.begin(), positions.begin() + num_tokens)) + 1;
+  for (size_t position = rope.cosines.size() / half; position < wanted; position++)
+    for (double frequency : rope.inv_freq) {
+      const double angle = double(position) * frequency;
+      rope.cosines.push_back(float(std::cos(angle)));
+      rope.sines.push_back(float(std::sin(angle)));
     }
 }
 

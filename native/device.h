@@ -47,8 +47,7 @@ struct Embedding {
 
 struct RopeTable {
   std::vector<double> inv_freq;
-  std::vector<float> cosines, sines;  // (tokens, head_dim / 2) of the step
-  uint64_t step = 0;                  // the step they are of
+  std::vector<float> cosines, sines;  // (positions met so far, head_dim / 2)
 };
 
 // Consecutive tokens of a step that lie in one KV tile.
@@ -107,7 +106,6 @@ class Device {
 
   // the step
   int num_tokens = 0, num_rows = 0, max_token_id = 0;
-  uint64_t step = 0;
   // Whether a tape has begun with the step before it was planned, and whether it then was.
   enum { NONE, BEGUN, PLANNED } ahead = NONE;
   int64_t num_begun_steps = 0;  // that were planned

@@ -206,13 +206,14 @@ void Tape::compute(int stage, int thread) {
     case ROPE:
       share(parts, thread, [&](int i) {
         const int width = (op.heads + 2 * op.kv_heads) * op.head_dim, half = op.head_dim / 2;
+        const size_t angles = size_t(device_.positions[size_t(i)]) * size_t(half);
         const float* x = op.x + size_t(i) * width;
         float* y = op.out + size_t(i) * width;
         if (x != y) memcpy(y, x, size_t(width) * 4);
         for (int h = 0; h < op.heads + op.kv_heads; h++) {
           float* head = y + h * op.head_dim;
           if (op.code == HEAD_NORM) k.rms_norm(head, h < op.heads ? op.a : op.b, op.number, op.head_dim, head);
-          else k.rope(head, &op.rope->cosines[size_t(i) * half], &op.rope->sines[size_t(i) * half], half);
+          else k.rope(head, &op.rope->cosines[angles], &op.rope->sines[angles], half);
         }
       });
       break;
