@@ -167,6 +167,15 @@ def interrupts_at(step):
     return raises
 
 
+@pytest.fixture
+def in_the_foreground():
+    """A shell starts jobs in the background without Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 def test_ctrl_c_in_a_chat_ends_the_answer_and_not_the_program(run):
     status, out, err = run("chat", *GREEDY, stdin="one\n/reset\ntwo\n", next_token=IN_CHAT, raises=interrupts_at(2))
     assert status == 0
@@ -175,6 +184,7 @@ def test_ctrl_c_in_a_chat_ends_the_answer_and_not_the_program(run):
     assert "interrupted" in err
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("command", ["generate", "demo"])
 def test_ctrl_c_ends_other_commands_with_130(run, command):
     prompt = ["--prompt", "say>"] if command == "generate" else []
