@@ -80,6 +80,7 @@ int Tape::phase_items(const Op& op, int rows, int phase) const {
 void Tape::start(int rows) {
   if (rows <= 0 || rows > device_.max_tokens) throw std::invalid_argument("a tape runs on 1 to max_tokens rows");
   const int given = rows;
+  const RopeTable* ready = nullptr;
   for (Op& op : ops_) {
     const bool is_of_step = op.code == EMBED || op.code == ROPE || op.code == ATTEND;
     if (op.code == ASKED_ROWS) rows = int(device_.asked.size());
@@ -100,7 +101,10 @@ void Tape::start(int rows) {
         throw std::invalid_argument("query heads that do not fit the KV pool or the buffers");
       device_.prepare_attention(op.heads, op.window);
     }
-    if (op.code == ROPE) device_.prepare_rope(*op.rope);
+    if (op.code == ROPE && op.rope != ready) {
+      device_.prepare_rope(*op.rope);
+      ready = op.rope;
+    }
   }
   const size_t threads = size_t(device_.pool.size());
   if (parts_.size() != stages_.size() * threads) parts_ = std::vector<Part>(stages_.size() * threads);
@@ -122,15 +126,21 @@ void Tape::run(int rows) {
   device_.pool.run(*this);
 }
 
-void Tape::run_then(int rows, Tape& head, const float* result, float* input, int width) {
+void Tape::run_to(int rows, const float* result, float* input, int width) {
   run(rows);
-  memcpy(input, result, device_.asked.size() * size_t(width) * 4);
+  bool are_left = false;  // nothing but asked rows
+  for (const Op& op : ops_) are_left |= op.code == ASKED_ROWS;
+  for (size_t i = 0; i < device_.asked.size(); i++)
+    memcpy(input + i * size_t(width), result + (are_left ? i : size_t(device_.asked[i])) * size_t(width), size_t(width) * 4);
+}
+
+void Tape::run_then(int rows, Tape& head, const float* result, float* input, int width) {
+  run_to(rows, result, input, width);
   head.run(int(device_.asked.size()));
 }
 
 void Tape::run_choosing(int rows, Tape& head, const float* result, float* input, int width, int vocab, int32_t* token_ids) {
-  run(rows);
-  memcpy(input, result, device_.asked.size() * size_t(width) * 4);
+  run_to(rows, result, input, width);
   head.choose(int(device_.asked.size()), vocab, token_ids);
 }
 

@@ -96,6 +96,7 @@ class Tape : private Region {
   void fetch_panels(const Op& op, int thread, size_t from, size_t bytes) const;
   void prepare_rows(const Op& op, int thread, Part* parts);
   template <class F> void multiply(const Product& x, F f) const;
+  void run_to(int rows, const float* result, float* input, int width);
   void choose(int rows, int vocab, int32_t* token_ids);
   void gate_panels(const Op& op, const Blocks& blocks, int pair, int thread);
   void store_tokens(const Op& op, int thread, Part* parts);

@@ -43,10 +43,10 @@ DRAFT_STEP_TOKENS = 8
 four, and so verify drafts in the time of one token."""
 
 Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total): called as building goes on."""
 
 VocabSize = Callable[[], "int | None"]
-"""Gives a tokenizer's vocabulary once it is known; None without one."""
-"""progress(stage, done, total): called as building goes on."""
+"""Gives the size of a tokenizer's vocabulary once it is known; None without one."""
 
 
 @dataclass(frozen=True, slots=True)
