@@ -20,8 +20,8 @@ TWINS = (3, 40, 70, 100)
 
 
 class Head:
-    """A model of an embedding and a head, on a backend. `spoilt`: a value for one weight of the head's row 66. `is_cut`:
-    what is left of its forward pass is what is asked for."""
+    """A model of an embedding and a head, on a backend. `spoilt`: a value for one weight of the head's row 66.
+    `is_cut`: what is left of its forward pass is what is asked for."""
 
     def __init__(self, backend: Any, spoilt: float = 0.0, *, is_cut: bool = True) -> None:
         head = random(5, VOCAB, WIDTH)
