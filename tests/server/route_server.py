@@ -91,6 +91,10 @@ class RouteServer:
         """Requests that are being answered."""
         return len(self._state.tasks)
 
+    @property
+    def num_connections(self) -> int:
+        return len(self._state.connections)
+
     def connect(self) -> Connection:
         return Connection(self.port)
 

@@ -8,6 +8,7 @@ import threading
 
 import msgspec
 import pytest
+from gate import wait_until
 from route_server import json_request, post
 
 from mooli.errors import (
@@ -189,6 +190,7 @@ def test_a_body_that_does_not_come_ends_with_408(serve):
     with server.connect() as client:
         answer = client.send(json_request("/echo")[:-1]).read_to_end()
     assert answer.startswith(b"HTTP/1.1 408 ")
+    wait_until(lambda: not server.num_tasks)
     assert server.counts.responses == [("/echo", "POST", 408)]
 
 

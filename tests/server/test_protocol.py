@@ -6,12 +6,15 @@ import asyncio
 import json
 import logging
 import threading
+import time
 
 import msgspec
 import pytest
+from gate import wait_until
 from route_server import json_request, post
 
 from mooli.errors import PromptError
+from mooli.server import lingering
 from mooli.server.routing import EventStream, Reply
 
 
@@ -239,6 +242,42 @@ def test_a_body_behind_its_answer_is_not_waited_for(serve):
     with server.connect() as client:
         client.send(json_request("/nothing", b"x" * 500)[:-100]).read_until(b"}")
         assert client.send(b"x").read_to_end() == b""
+
+
+LATE = json_request("/nothing", b"x" * 500, "Connection: close")
+
+
+@pytest.mark.parametrize("first", [LATE[:-500], LATE[:-100], b"no request\r\n"], ids=["head", "half", "garbage"])
+def test_what_a_client_sends_after_the_last_answer_does_not_cost_it_the_answer(serve, first):
+    server = serve(post("/echo", echo, Body))
+    with server.connect() as client:
+        client.send(first)
+        time.sleep(0.2)  # the answer is written by now, and not read
+        for _ in range(3):
+            client.send(b"x" * 100)
+            time.sleep(0.02)
+        answer = client.read_until(b"}")
+        while piece := client.socket.recv(1000):  # a reset would raise
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 4") and answer.endswith(b"}") and b"connection: close" in answer.lower()
+
+
+def test_a_client_that_sends_without_end_after_the_last_answer_is_cut(serve, monkeypatch):
+    monkeypatch.setattr(lingering, "LINGER_S", 0.2)
+    server = serve(post("/echo", echo, Body))
+    with server.connect() as client, pytest.raises(ConnectionError):
+        client.send(LATE[:-500])
+        for _ in range(1000):
+            client.send(b"x")
+            time.sleep(0.01)
+
+
+def test_a_client_that_stays_silent_in_the_middle_of_its_request_is_cut(serve, monkeypatch):
+    monkeypatch.setattr(lingering, "LINGER_S", 0.2)
+    server = serve(post("/echo", echo, Body))
+    with server.connect() as client:
+        assert client.send(LATE[:-100]).read_to_end().endswith(b"}")
+        wait_until(lambda: not server.num_connections)
 
 
 def test_a_client_that_asks_first_is_told_to_go_on(serve):

@@ -19,6 +19,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from mooli.server.config import ServerConfig
+from mooli.server.lingering import LingeringTransport
 
 MAX_HEADERS = 128
 
@@ -64,17 +65,17 @@ class LimitedProtocol(HttpToolsProtocol):
 
     # -- the connection, called by asyncio --
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)  # type: ignore[arg-type]
+        assert isinstance(transport, asyncio.Transport)
+        self._lingering = LingeringTransport(transport, self.loop, lambda: self._is_in_message)
+        super().connection_made(self._lingering)  # type: ignore[arg-type]
         self._arm_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         self._stop_write_timer()
         self._unset_keepalive_if_required()
-        if self._running is not None and not self._running.response_complete:
-            # uvicorn tells the newest request alone, not the one that others have been sent behind.
-            self._running.disconnected = True
-            self._running.message_event.set()
+        self._leave_running()
+        self._lingering.forget()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -195,13 +196,21 @@ class LimitedProtocol(HttpToolsProtocol):
         running = self._running
         if running is not None and running.response_started and not running.response_complete:
             # A second status line would become part of the answer that is being sent.
-            self.transport.close()
+            self._lingering.close_now()
             return
         message = {408: _TOO_SLOW, 431: _TOO_LARGE}.get(self._refusal, _GARBAGE)
         body = json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": None}}).encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[self._refusal] + head + body)
-        self.transport.close()
+        self._leave_running()
+        self._lingering.linger()
+
+    def _leave_running(self) -> None:
+        """Nobody will read the answer to the request that is being answered."""
+        if self._running is not None and not self._running.response_complete:
+            # uvicorn tells the newest request alone, not the one that others have been sent behind.
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     # -- limits --
     def _count_header(self, num_bytes: int) -> None:
