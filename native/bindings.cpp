@@ -95,12 +95,6 @@ NB_MODULE(_native, m) {
       });
 
   nb::class_<Embedding>(m, "Embedding")
-      .def("__init__", [](Embedding* e, int format, int columns, Rows rows) {
-        check_rows(rows, format, columns);
-        size_t bytes = row_bytes(Format(format), columns);
-        new (e) Embedding{Format(format), int(rows.shape(0)), columns, Buffer(bytes * rows.shape(0))};
-        for (size_t i = 0; i < rows.shape(0); i++) memcpy(e->data.data() + i * bytes, rows.data() + int64_t(i) * rows.stride(0), bytes);
-      })
       .def("__init__", [](Embedding* e, const Linear& head) {
         if (head.gated || !head.bias.empty()) throw std::invalid_argument("not a head, whose outputs are rows of a table");
         new (e) Embedding{kF32, head.n, head.k, Buffer(), &head};
@@ -120,6 +114,11 @@ NB_MODULE(_native, m) {
         check_rows(rows, format, w.k);
         nb::gil_scoped_release release;
         d.pack(w, part, first_row, Format(format), rows.data(), size_t(rows.stride(0)), int(rows.shape(0)));
+      })
+      .def("copy_table", [](Device& d, int format, int columns, Rows rows) {
+        check_rows(rows, format, columns);
+        nb::gil_scoped_release release;
+        return d.copy_table(Format(format), columns, rows.data(), size_t(rows.stride(0)), int(rows.shape(0)));
       })
       .def("add_rope", [](Device& d, In<double> inv_freq) {
         d.ropes.push_back(std::make_unique<RopeTable>());

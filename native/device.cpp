@@ -151,6 +151,19 @@ void Device::pack(Linear& w, int part, int first_row, Format format, const uint8
   });
 }
 
+Embedding Device::copy_table(Format format, int columns, const uint8_t* rows, size_t row_stride, int num_rows) {
+  const size_t bytes = row_bytes(format, columns);
+  Embedding table{format, num_rows, columns, Buffer(bytes * num_rows)};
+  constexpr int kTogether = 256;
+  std::atomic<int> next{0};
+  pool.run([&](int) {  // by all threads: most of the time goes into pages that nobody has touched
+    for (int first; (first = next.fetch_add(kTogether)) < num_rows;)
+      for (int row = first; row < std::min(num_rows, first + kTogether); row++)
+        memcpy(table.data.data() + row * bytes, rows + row * row_stride, bytes);
+  });
+  return table;
+}
+
 void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, int page_size_, int64_t pages) {
   if (page_size_ % kTile != 0 || head_dim_ % 16 != 0) throw std::invalid_argument("page size or head size does not fit the kernels");
   if (type == KV_INT8 && head_dim_ > kMaxInt8HeadDim) throw std::invalid_argument("head size too large for int8 keys and values");

@@ -72,6 +72,7 @@ class Device {
   Device(const Device&) = delete;
 
   void pack(Linear& w, int part, int first_row, Format format, const uint8_t* rows, size_t row_stride, int num_rows);
+  Embedding copy_table(Format format, int columns, const uint8_t* rows, size_t row_stride, int num_rows);
   void allocate_kv(int kv_type, int layers, int kv_heads, int head_dim, int page_size, int64_t num_pages);
   void allocate_scratch(int max_tokens, int max_k, int num_heads, int head_dim);
   void copy_page(int source, int target, int tokens);

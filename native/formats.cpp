@@ -65,47 +65,44 @@ uint64_t load8(const uint8_t* p) { uint64_t x; memcpy(&x, p, 8); return x; }
 void store8(uint8_t* p, uint64_t x) { memcpy(p, &x, 8); }
 constexpr int kUnit = 256;  // values of a row that are packed at a time: the largest block of any format
 constexpr uint64_t kOnes = 0x0101010101010101u, kLow = 15 * kOnes;
-// Sixteen bytes of nibbles as 32 codes: the low ones first.
-void split_nibbles(const uint8_t* q, uint8_t* code) {
-  for (int i = 0; i < 16; i += 8) {
-    uint64_t x = load8(q + i);
-    store8(code + i, x & kLow);
-    store8(code + 16 + i, (x >> 4) & kLow);
-  }
-}
 // Bit i of `bits` as 16 in byte i.
 uint64_t spread_bits(uint8_t bits) {
   uint64_t one_in_each = uint64_t(bits) * kOnes & 0x8040201008040201u;
   return ((one_in_each + 0x7f * kOnes) >> 3) & (16 * kOnes);
 }
 
+// The 32 codes of a block, which begins with its scale, each with `added`, eight times the same byte.
+void block_codes(Format format, const uint8_t* b, uint64_t added, uint8_t* code) {
+  if (format == kQ8_0) {
+    for (int i = 0; i < 32; i += 8) store8(code + i, (load8(b + 2 + i) ^ (128 * kOnes)) + added);
+    return;
+  }
+  const bool has_fifth_bits = format == kQ5_0 || format == kQ5_1;
+  const uint8_t *fifth = b + (format == kQ4_0 || format == kQ5_0 ? 2 : 4), *q = fifth + (has_fifth_bits ? 4 : 0);
+  for (int i = 0; i < 16; i += 8) {
+    uint64_t low = load8(q + i) & kLow, high = (load8(q + i) >> 4) & kLow;
+    if (has_fifth_bits) {
+      low |= spread_bits(fifth[i / 8]);
+      high |= spread_bits(fifth[2 + i / 8]);
+    }
+    store8(code + i, low + added);
+    store8(code + 16 + i, high + added);
+  }
+}
+
+// What a code of 0 stands for, below zero, in the formats whose blocks have a scale alone; 0 for the others.
+int zero_code(Format format) { return format == kQ4_0 ? 8 : format == kQ5_0 ? 16 : format == kQ8_0 ? 128 : 0; }
+
 // Integer codes of 32 values with value = scale * code + minimum, for the formats that have them per 32.
 struct Group { uint8_t code[32]; float scale, minimum; };
 
 bool decode_group(Format format, const uint8_t* row, int g, Group& out) {
   switch (format) {
-    case kQ4_0: case kQ4_1: {
-      const uint8_t* b = row + size_t(g) * (format == kQ4_0 ? 18 : 20);
-      const uint8_t* q = b + (format == kQ4_0 ? 2 : 4);
+    case kQ4_0: case kQ4_1: case kQ5_0: case kQ5_1: case kQ8_0: {
+      const uint8_t* b = row + row_bytes(format, 32 * g);
       out.scale = half_at(b);
-      out.minimum = format == kQ4_0 ? -8.f * out.scale : half_at(b + 2);
-      split_nibbles(q, out.code);
-      return true;
-    }
-    case kQ5_0: case kQ5_1: {
-      const uint8_t* b = row + size_t(g) * (format == kQ5_0 ? 22 : 24);
-      const uint8_t* h = b + (format == kQ5_0 ? 2 : 4);
-      out.scale = half_at(b);
-      out.minimum = format == kQ5_0 ? -16.f * out.scale : half_at(b + 2);
-      split_nibbles(h + 4, out.code);
-      for (int i = 0; i < 4; i++) store8(out.code + 8 * i, load8(out.code + 8 * i) | spread_bits(h[i]));
-      return true;
-    }
-    case kQ8_0: {
-      const uint8_t* b = row + size_t(g) * 34;
-      out.scale = half_at(b);
-      out.minimum = -128.f * out.scale;
-      for (int i = 0; i < 32; i += 8) store8(out.code + i, load8(b + 2 + i) ^ (128 * kOnes));
+      out.minimum = zero_code(format) ? -float(zero_code(format)) * out.scale : half_at(b + 2);
+      block_codes(format, b, 0, out.code);
       return true;
     }
     case kQ4_K: case kQ5_K: {
@@ -135,14 +132,15 @@ char* q4_code(char* panel, int column, int k, size_t group, int scales, bool& hi
   high = step & 1;
   return panel + size_t(g) * group + scales + (column / 16) * 256 + (step / 2) * 64 + (column % 16) * 4 + j % 4;
 }
-void put_half(char* p, float f) { uint16_t h = float_to_half(f); memcpy(p, &h, 2); }
-// The 32 codes of a group, as they are stored: value + 128.
-void put_q8(char* panel, int column, int g, float scale, const uint8_t* code) {
+uint16_t half_bits(const uint8_t* p) { uint16_t h; memcpy(&h, p, 2); return h; }
+void put_half(char* p, uint16_t h) { memcpy(p, &h, 2); }
+// The 32 codes of a group, as they are stored: value + 128. scale: a half.
+void put_q8(char* panel, int column, int g, uint16_t scale, const uint8_t* code) {
   put_half(panel + size_t(g) * 1088 + column * 2, scale);
   char* p = q8_code(panel, column, g * 32);
   for (int step = 0; step < 8; step++) memcpy(p + step * 64, code + step * 4, 4);
 }
-void put_q4(char* panel, int column, int g, bool with_minimum, float scale, float minimum, const uint8_t* code) {
+void put_q4(char* panel, int column, int g, bool with_minimum, uint16_t scale, uint16_t minimum, const uint8_t* code) {
   const size_t group = with_minimum ? 640 : 576;
   const int scales = with_minimum ? 128 : 64;
   put_half(panel + g * group + column * 2, scale);
@@ -158,8 +156,8 @@ void put_q4(char* panel, int column, int g, bool with_minimum, float scale, floa
   }
 }
 
-// To the nearest whole number, ties to even, for |x| < 2^22; unlike lrintf it vectorises at every level.
-inline float round_even(float x) { return (x + 12582912.f) - 12582912.f; }
+// Added and taken away, it leaves the nearest whole number, ties to even, for |x| < 2^22.
+constexpr float kRound = 12582912.f;
 
 // A group that holds what no code can express (NaN, infinity, a scale past float16) gets this for its scale: products with
 // it are NaN, so that the fault shows in the logits instead of vanishing in rounding.
@@ -172,17 +170,36 @@ bool all_finite(const float* x) {
   return finite;
 }
 
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+
 void quantize_q8(const float* x, float& scale, uint8_t* code) {
-  float largest = 0.f;
-  for (int i = 0; i < 32; i++) largest = std::max(largest, std::fabs(x[i]));
-  if (!all_finite(x) || largest > 127.f * kLargestHalf) {
+  Floats v[8], lanes{};
+  Ints finite = (Ints)lanes == 0;
+  for (int i = 0; i < 8; i++) {
+    memcpy(&v[i], x + 4 * i, 16);
+    const Floats size = (Floats)((Ints)v[i] & 0x7fffffff);
+    lanes = size > lanes ? size : lanes;
+    finite &= size <= std::numeric_limits<float>::max();
+  }
+  const float largest = std::max(std::max(lanes[0], lanes[1]), std::max(lanes[2], lanes[3]));
+  if (!(finite[0] & finite[1] & finite[2] & finite[3]) || largest > 127.f * kLargestHalf) {
     scale = kBadScale;
     std::fill(code, code + 32, uint8_t(128));
     return;
   }
   scale = half_to_float(float_to_half(largest / 127.f));
-  float inverse = scale > 0.f ? 1.f / scale : 0.f;
-  for (int i = 0; i < 32; i++) code[i] = uint8_t(int(std::min(127.f, std::max(-128.f, round_even(x[i] * inverse)))) + 128);
+  const float inverse = scale > 0.f ? 1.f / scale : 0.f;
+  int32_t whole[32];
+  const Floats least = lanes * 0.f - 128.f, most = lanes * 0.f + 127.f;
+  for (int i = 0; i < 8; i++) {
+    Floats rounded = (v[i] * inverse + kRound) - kRound;
+    rounded = rounded > least ? rounded : least;
+    rounded = rounded < most ? rounded : most;
+    const Ints four = __builtin_convertvector(rounded, Ints);
+    memcpy(whole + 4 * i, &four, 16);
+  }
+  for (int i = 0; i < 32; i++) code[i] = uint8_t(whole[i] + 128);
 }
 
 }  // namespace
@@ -229,7 +246,8 @@ void decode_row(Format format, const uint8_t* row, int columns, float* out) {
           const int low_shift = quarter / 2 * 4, high_shift = quarter * 2;
           const float scale = d * float(((const int8_t*)b)[192 + half * 8 + part % 8]);
           uint8_t code[16];
-          for (int i = 0; i < 16; i++) code[i] = uint8_t(((low[i] >> low_shift) & 15) | (((high[i] >> high_shift) & 3) << 4));
+          for (int i = 0; i < 16; i += 8)
+            store8(code + i, ((load8(low + i) >> low_shift) & kLow) | ((load8(high + i) >> high_shift) & (3 * kOnes)) << 4);
           for (int i = 0; i < 16; i++) out[s * 256 + part * 16 + i] = scale * float(int(code[i]) - 32);
         }
       }
@@ -239,7 +257,7 @@ void decode_row(Format format, const uint8_t* row, int columns, float* out) {
       for (int g = 0; g < columns / 32; g++) {
         decode_group(format, row, g, group);
         // symmetric formats are exact integers times the scale: subtract before multiplying
-        int zero = format == kQ4_0 ? 8 : format == kQ5_0 ? 16 : format == kQ8_0 ? 128 : 0;
+        const int zero = zero_code(format);
         // and add nothing: a zero keeps its sign
         if (zero) for (int j = 0; j < 32; j++) out[g * 32 + j] = group.scale * float(int(group.code[j]) - zero);
         else for (int j = 0; j < 32; j++) out[g * 32 + j] = group.scale * float(group.code[j]) + group.minimum;
@@ -252,22 +270,39 @@ namespace {
 
 // Write `groups` groups of one column, which begin at group g of the panel. `row` begins where they do and holds k values.
 void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* panel, int column, int g, int groups, QuantizeFn quantize_q4) {
-  if (kind == Q8 && (format == kQ8_0 || format == kQ5_0 || format == kQ4_0)) {
-    const uint64_t offset = format == kQ8_0 ? 0 : (128 - (format == kQ5_0 ? 16 : 8)) * kOnes;
+  const int zero = zero_code(format);
+  if (kind == Q8 && zero) {
     for (int i = 0; i < groups; i++) {
-      Group group;
-      decode_group(format, row, i, group);
-      for (int j = 0; j < 32; j += 8) store8(group.code + j, load8(group.code + j) + offset);
-      put_q8(panel, column, g + i, group.scale, group.code);
+      const uint8_t* b = row + row_bytes(format, 32 * i);
+      uint8_t code[32];
+      block_codes(format, b, uint64_t(128 - zero) * kOnes, code);
+      put_q8(panel, column, g + i, half_bits(b), code);
     }
     return;
   }
-  if ((kind == Q4 && format == kQ4_0) || (kind == Q4M && (format == kQ4_1 || format == kQ4_K))) {
+  if ((kind == Q4 && format == kQ4_0) || (kind == Q4M && format == kQ4_1)) {
+    for (int i = 0; i < groups; i++) {
+      const uint8_t* b = row + row_bytes(format, 32 * i);
+      uint8_t code[32];
+      block_codes(format, b, 0, code);
+      put_q4(panel, column, g + i, kind == Q4M, half_bits(b), half_bits(b + 2), code);
+    }
+    return;
+  }
+  if (kind == Q4M && format == kQ4_K) {
     for (int i = 0; i < groups; i++) {
       Group group;
       decode_group(format, row, i, group);
-      put_q4(panel, column, g + i, kind == Q4M, group.scale, group.minimum, group.code);
+      put_q4(panel, column, g + i, true, float_to_half(group.scale), float_to_half(group.minimum), group.code);
     }
+    return;
+  }
+  if (kind == BF16 && format == kBF16 && k == groups * 32) {  // in pairs, as they are
+    for (int j = 0; j < k; j += 2) memcpy(panel + size_t(g * 16 + j / 2) * 128 + column * 4, row + 2 * j, 4);
+    return;
+  }
+  if (kind == F16 && format == kF16 && k == groups * 32) {
+    for (int j = 0; j < k; j++) memcpy(panel + size_t(g * 32 + j) * 64 + column * 2, row + 2 * j, 2);
     return;
   }
   float x[kUnit];
@@ -277,7 +312,7 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
     float scales[kUnit / 32];
     uint8_t codes[kUnit];
     quantize_q4(x, groups, scales, codes);
-    for (int i = 0; i < groups; i++) put_q4(panel, column, g + i, false, scales[i], 0.f, codes + i * 32);
+    for (int i = 0; i < groups; i++) put_q4(panel, column, g + i, false, float_to_half(scales[i]), 0, codes + i * 32);
     return;
   }
   for (int i = 0; i < groups; i++) {
@@ -288,7 +323,7 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
     switch (kind) {
       case Q8:
         quantize_q8(v, scale, code);
-        put_q8(panel, column, g + i, scale, code);
+        put_q8(panel, column, g + i, float_to_half(scale), code);
         break;
       case Q4M: {
         const float low = *std::min_element(v, v + 32), high = *std::max_element(v, v + 32);
@@ -297,7 +332,7 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
         if (!all_finite(v) || !(scale <= kLargestHalf) || std::fabs(minimum) > kLargestHalf) scale = kBadScale;
         else for (int j = 0; j < 32; j++)
           code[j] = uint8_t(scale > 0.f ? std::clamp(int(std::lrintf((v[j] - minimum) / scale)), 0, 15) : 0);
-        put_q4(panel, column, g + i, true, scale, minimum, code);
+        put_q4(panel, column, g + i, true, float_to_half(scale), float_to_half(minimum), code);
         break;
       }
       case BF16:
@@ -307,7 +342,7 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
         }
         break;
       case F16:
-        for (int j = 0; j < 32; j++) put_half(panel + (size_t(first + j) * 32 + column) * 2, v[j]);
+        for (int j = 0; j < 32; j++) put_half(panel + (size_t(first + j) * 32 + column) * 2, float_to_half(v[j]));
         break;
       default:
         for (int j = 0; j < 32; j++) memcpy(panel + (size_t(first + j) * 32 + column) * 4, v + j, 4);
@@ -317,13 +352,20 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
 
 }  // namespace
 
+constexpr int kAhead = 4;  // columns, of which memory is asked for before they are packed
+
 void pack_columns(Kind kind, Format format, const uint8_t* rows, size_t row_stride, int count, int k, int padded_k, char* panel,
                   int first_column, QuantizeFn quantize_q4) {
   // A piece of all columns before the next piece: a panel is larger than the first level cache, a piece of it is not.
   for (int begin = 0; begin < padded_k; begin += kUnit) {
     const int groups = std::min(kUnit, padded_k - begin) / 32, values = std::min(kUnit, k - begin);
-    for (int i = 0; i < count; i++)
-      pack_groups(kind, format, rows + size_t(i) * row_stride + row_bytes(format, begin), values, panel, first_column + i, begin / 32, groups, quantize_q4);
+    const size_t at = row_bytes(format, begin), bytes = row_bytes(format, values);
+    for (int i = 0; i < count; i++) {
+      // As many streams as columns are too many for what the processor fetches ahead by itself.
+      const uint8_t* row = rows + size_t(i) * row_stride + at;
+      if (i + kAhead < count) for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + kAhead * row_stride + byte);
+      pack_groups(kind, format, row, values, panel, first_column + i, begin / 32, groups, quantize_q4);
+    }
   }
 }
 

@@ -1,4 +1,4 @@
-// The module `mooli._gguf`: strings of GGUF metadata. Apart from `mooli._native`, so that a process that only handles text
+// The module `mooli._gguf`: strings of GGUF metadata, which come by the hundred thousand. Apart from `mooli._native`, so that a process that only handles text
 // never loads what computes.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -24,5 +24,19 @@ NB_MODULE(_gguf, m) {
       position += 8 + length;
     }
     return nb::make_tuple(strings, position);
+  });
+
+  // Each text in two, at the first space that is not its first character. Stops before the first that has none, or is no text.
+  m.def("split_pairs", [](nb::list lines) {
+    nb::list pairs;
+    for (nb::handle line : lines) {
+      if (!PyUnicode_Check(line.ptr())) break;
+      const Py_ssize_t length = PyUnicode_GET_LENGTH(line.ptr()), at = PyUnicode_FindChar(line.ptr(), ' ', 1, length, 1);
+      if (at < 0) break;
+      nb::object left = nb::steal(PyUnicode_Substring(line.ptr(), 0, at)), right = nb::steal(PyUnicode_Substring(line.ptr(), at + 1, length));
+      if (!left || !right) throw nb::python_error();
+      pairs.append(nb::make_tuple(left, right));
+    }
+    return pairs;
   });
 }

@@ -11,12 +11,15 @@ import pytest
 from fake_engine import Gate, says
 
 import mooli
+import mooli.frontend.engine as engine_module
 from mooli import (
+    CheckpointError,
     ConfigError,
     EngineClosedError,
     EngineDeadError,
     PromptError,
     RequestFailedError,
+    TokenizerError,
 )
 
 GREEDY = {"temperature": 0}
@@ -178,6 +181,32 @@ def test_when_the_engine_dies_every_caller_gets_the_cause(make_engine):
 
 
 # -- life --
+
+
+def test_a_tokenizer_that_cannot_be_read_ends_the_loading_of_weights(make_engine, monkeypatch):
+    def open_tokenizer(config, path):
+        raise TokenizerError("no tokenizer here")
+
+    def build(config, path, *, tokenizer_vocab_size, progress):
+        for done in range(2000):
+            progress("Loading weights", done, 2000)
+            time.sleep(0.01)
+        raise AssertionError("all weights were loaded first")
+
+    monkeypatch.setattr(engine_module, "open_tokenizer", open_tokenizer)
+    monkeypatch.setattr(engine_module, "build_engine", build)
+    with pytest.raises(TokenizerError, match="no tokenizer here"):
+        make_engine()
+
+
+def test_weights_that_cannot_be_loaded_wait_for_the_tokenizer_and_are_told(make_engine, monkeypatch):
+    def build(config, path, *, tokenizer_vocab_size, progress):
+        raise CheckpointError("no weights here")
+
+    monkeypatch.setattr(engine_module, "build_engine", build)
+    with pytest.raises(CheckpointError, match="no weights here"):
+        make_engine()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mooli-tokenizer")]
 
 
 def test_shutdown_may_be_called_twice_and_nothing_works_after_it(make_engine):

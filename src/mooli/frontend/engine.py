@@ -12,6 +12,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -24,10 +25,10 @@ from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_asyn
 from mooli.frontend.generation import Generation
 from mooli.frontend.model_info import model_info
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, with_seed
+from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.unsupported import ENGINE_ARGUMENTS, refuse_unsupported
 from mooli.hub.locate import locate
 from mooli.logs import add_log_level
-from mooli.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +77,16 @@ class Engine:
         if config.trust_remote_code:
             logger.info("trust_remote_code has no effect: code from a model folder is never run")
         model_path = locate(config.model_path, needs_weights=config.load_format != "dummy")
-        tokenizer = open_tokenizer(config, model_path)
-        built = build_engine(
-            given,  # without a seed, dummy weights are the same each time
-            model_path,
-            tokenizer_vocab_size=lambda: None if tokenizer is None else tokenizer.vocab_size,
-            progress=progress,
-        )
+        # Weights are packed outside of the interpreter, so a tokenizer can be read meanwhile.
+        with ThreadPoolExecutor(1, "mooli-tokenizer") as aside:
+            opening = aside.submit(open_tokenizer, config, model_path)
+            built = build_engine(
+                given,  # without a seed, dummy weights are the same each time
+                model_path,
+                tokenizer_vocab_size=lambda: _vocab_size(opening.result()),
+                progress=_unless_failed(opening, progress),
+            )
+        tokenizer = opening.result()
         self.server_args = config
         self.tokenizer_manager = SimpleNamespace(tokenizer=tokenizer)
         self._tokenizer = tokenizer
@@ -176,6 +180,8 @@ class Engine:
 
     def get_server_info(self) -> dict[str, Any]:
         """All arguments, what became of their defaults, what the device is, and counters since the start."""
+        from mooli.version import __version__  # here: looking it up costs 20 ms, of every start
+
         stats = self._loop.call(self._core.stats)
         return {
             **self.server_args.to_dict(),
@@ -236,6 +242,22 @@ def _config(server_args: EngineConfig | Mapping[str, Any] | None, kwargs: dict[s
     if not isinstance(server_args, Mapping):
         raise ConfigError(f"server_args must be an EngineConfig or a dict, not {type(server_args).__name__}")
     return EngineConfig.from_kwargs(**server_args)
+
+
+def _vocab_size(tokenizer: Tokenizer | None) -> int | None:
+    return None if tokenizer is None else tokenizer.vocab_size
+
+
+def _unless_failed(opening: Future[Tokenizer | None], progress: Progress | None) -> Progress:
+    """`progress`, which ends the loading where the tokenizer cannot be read: weights may take a minute more."""
+
+    def report(stage: str, done: int, total: int) -> None:
+        if opening.done():
+            opening.result()
+        if progress is not None:
+            progress(stage, done, total)
+
+    return report
 
 
 def _shut_down(loop: EngineLoop, close: Callable[[], None]) -> None:

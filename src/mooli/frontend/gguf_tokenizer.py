@@ -10,7 +10,6 @@ tokenizer.json files that llama.cpp's converter fingerprints under these names.
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -215,7 +214,9 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool
         )
     rule = _PRE_TOKENIZERS[name]
     size = _model_size(vocabulary.types)
-    tokens = dict(zip(vocabulary.tokens[:size], range(size), strict=True))
+    tokens = dict(vocabulary.ids)
+    for token in vocabulary.tokens[size:]:
+        del tokens[token]
     merges = _merges(vocabulary)
     try:
         backend = Backend(models.BPE(vocab=tokens, merges=merges, ignore_merges=rule.ignore_merges))
@@ -255,22 +256,14 @@ def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     lines = vocabulary.array("merges")
     if lines is None:
         raise TokenizerError(f"{vocabulary.source} has no tokenizer.ggml.merges, which its tokenizer model needs")
-    try:
-        # The one that lines are written with: texts of bytes have no space in them.
-        return [(left, right) for left, right in map(_split_at_space, lines)]
-    except (AttributeError, TypeError, ValueError):
-        return [_merge(vocabulary, index, line) for index, line in enumerate(lines)]
+    from mooli._gguf import split_pairs
 
-
-_split_at_space = operator.methodcaller("split", " ")
-
-
-def _merge(vocabulary: _Vocabulary, index: int, line: Any) -> tuple[str, str]:
-    # The left part may begin with the space, the separator is never first.
-    at = line.find(" ", 1) if isinstance(line, str) else -1
-    if at < 0:
-        raise TokenizerError(f"tokenizer.ggml.merges[{index}] in {vocabulary.source} is {line!r}, not two tokens")
-    return line[:at], line[at + 1 :]
+    pairs: list[tuple[str, str]] = split_pairs(lines)
+    if len(pairs) < len(lines):
+        raise TokenizerError(
+            f"tokenizer.ggml.merges[{len(pairs)}] in {vocabulary.source} is {lines[len(pairs)]!r}, not two tokens"
+        )
+    return pairs
 
 
 def _check_merges(vocabulary: _Vocabulary, merges: list[tuple[str, str]]) -> None:

@@ -10,6 +10,7 @@ does not need it.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import threading
@@ -206,10 +207,23 @@ def load_tokenizer(path: Path) -> Tokenizer:
         from mooli.formats.gguf import read_gguf
         from mooli.frontend.gguf_tokenizer import tokenizer_from_gguf
 
-        return tokenizer_from_gguf(read_gguf(path).metadata, source=str(path))
+        with _no_garbage_collection():
+            return tokenizer_from_gguf(read_gguf(path).metadata, source=str(path))
     if path.exists():
         raise TokenizerError(f"{path} is neither a folder with a tokenizer.json nor a .gguf file")
     raise TokenizerError(f"there is no tokenizer at {path}: no such file or folder")
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Hundreds of thousands of objects that all stay would be looked through again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -191,7 +191,7 @@ class CpuBackend:
         self._check_type(table)
         self._vocab_size = table.num_rows
         # The rows are copied: nothing depends on the file once it is loaded.
-        native = _native.Embedding(int(table.type), table.num_columns, table.data)
+        native = self._device.copy_table(int(table.type), table.num_columns, table.data)
         self._weight_bytes += native.num_bytes
         return Table(native, table.num_columns)
 
