@@ -48,11 +48,8 @@ float bf16_to_float(uint16_t h) {
   memcpy(&f, &u, 4);
   return f;
 }
-float half_at(const uint8_t* p) {
-  uint16_t h;
-  memcpy(&h, p, 2);
-  return half_to_float(h);
-}
+uint16_t half_bits(const uint8_t* p) { uint16_t h; memcpy(&h, p, 2); return h; }
+float half_at(const uint8_t* p) { return half_to_float(half_bits(p)); }
 
 // 6-bit scales and minima of the K formats, eight of each in twelve bytes.
 void k_scale_min(const uint8_t* s, int j, int& scale, int& minimum) {
@@ -132,7 +129,6 @@ char* q4_code(char* panel, int column, int k, size_t group, int scales, bool& hi
   high = step & 1;
   return panel + size_t(g) * group + scales + (column / 16) * 256 + (step / 2) * 64 + (column % 16) * 4 + j % 4;
 }
-uint16_t half_bits(const uint8_t* p) { uint16_t h; memcpy(&h, p, 2); return h; }
 void put_half(char* p, uint16_t h) { memcpy(p, &h, 2); }
 // The 32 codes of a group, as they are stored: value + 128. scale: a half.
 void put_q8(char* panel, int column, int g, uint16_t scale, const uint8_t* code) {

@@ -1,5 +1,5 @@
-// The module `mooli._gguf`: strings of GGUF metadata, which come by the hundred thousand. Apart from `mooli._native`, so that a process that only handles text
-// never loads what computes.
+// The module `mooli._gguf`: strings of GGUF metadata, which come by the hundred thousand. Apart from `mooli._native`, so that a
+// process that only handles text never loads what computes.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 

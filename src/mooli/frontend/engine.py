@@ -2,7 +2,7 @@
 
 Owns the public methods and the life of an engine: start, use, shutdown. Text work is in `inputs`, `generation` and
 `call`; what runs when is the engine's. Never starts a process, installs no signal handler, and touches no event loop of
-the caller: the engine has one thread of its own.
+the caller: the engine has one thread of its own, and a second only while it starts.
 """
 
 from __future__ import annotations
