@@ -171,6 +171,25 @@ def test_no_rank_outlives_an_engine_that_is_killed_in_a_step(folder: str) -> Non
     assert not folder_to_meet_in.exists()
 
 
+def test_the_place_where_ranks_meet_stays_until_all_have_left_their_group(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch opens the file there once more when rank 0 leaves, and aborts the process if it goes at that moment."""
+    seen = []
+
+    def close(ranks: ranks_module.Ranks) -> None:
+        wait_until(lambda: not is_running(rank), "the rank has ended")
+        seen.append(ranks.store.parent.is_dir())
+        plain_close(ranks)
+        seen.append(ranks.store.parent.is_dir())
+
+    plain_close = ranks_module.Ranks.close
+    monkeypatch.setattr(ranks_module.Ranks, "close", close)
+    with make(folder, tp_size=2):
+        (rank,) = ranks_below(os.getpid())
+    assert seen == [True, False]
+
+
 def test_simulated_npus_answer_together_as_one_and_as_the_reference(
     folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

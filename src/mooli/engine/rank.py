@@ -141,12 +141,17 @@ def _send(connection: socket.socket, message: rank_messages.RankMessage) -> None
 
 def _end_with_engine(connection: socket.socket, engine_pid: int, folder: Path) -> None:
     """End this process when the engine's ends, whatever this one waits for, and leave no folder behind."""
-    poll = select.poll()
-    poll.register(connection, select.POLLRDHUP)
-    while not poll.poll(PARENT_CHECK_MS) and os.getppid() == engine_pid:
+    while not _is_engine_gone(connection, engine_pid, PARENT_CHECK_MS):
         pass
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
+
+
+def _is_engine_gone(connection: socket.socket, engine_pid: int, wait_ms: int) -> bool:
+    """Whether the engine has ended, or does so in this time."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(wait_ms)) or os.getppid() != engine_pid
 
 
 def main() -> None:
@@ -155,13 +160,13 @@ def main() -> None:
     # A terminal's Ctrl-C goes to all processes of a service. When this one ends is the engine's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    folder = Path(sys.argv[3])
-    watched = (connection, int(sys.argv[2]), folder)
-    threading.Thread(target=_end_with_engine, args=watched, daemon=True).start()
+    connection, engine_pid, folder = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
+    threading.Thread(target=_end_with_engine, args=(connection, engine_pid, folder), daemon=True).start()
     status = run(connection)
-    # The ranks end together, and the engine may have ended without tidying up.
-    shutil.rmtree(folder, ignore_errors=True)
+    # The folder is the engine's to remove when all ranks have ended: torch reads and writes the file in it once more
+    # when a rank leaves its group, and where the file goes in between it waits for it and then aborts the process.
+    if _is_engine_gone(connection, engine_pid, 0):
+        shutil.rmtree(folder, ignore_errors=True)
     logging.shutdown()
     # Libraries of devices may wait for other ranks when they are unloaded.
     os._exit(status)
