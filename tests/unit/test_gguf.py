@@ -47,12 +47,25 @@ def test_metadata_of_every_kind_is_read(tmp_path: Path) -> None:
     assert type(metadata["llama.block_count"]) is int
     assert metadata["llama.rope.freq_base"] == np.float32(1e5)
     assert metadata["tokenizer.ggml.add_bos_token"] is True
-    assert metadata["tokenizer.ggml.tokens"] == ["a", "é", "龍", "", "<|im_end|>"]
+    assert metadata["tokenizer.ggml.tokens"].tolist() == ["a", "é", "龍", "", "<|im_end|>"]
     assert metadata["tokenizer.ggml.token_type"].tolist() == [1, 1, 1, 1, 3]
-    assert metadata["nested"][0] == ["x"]
+    assert list(metadata["nested"][0]) == ["x"]
     assert metadata["nested"][1].tolist() == [1, 2, 3]
     assert metadata["flags"].tolist() == [True, False, True]
     assert metadata["count"] == 1 << 40
+
+
+def test_an_array_of_strings_is_a_sequence_that_outlives_the_file(tmp_path: Path) -> None:
+    with read_gguf(save(tmp_path, small_gguf())) as file:
+        tokens = file.metadata["tokenizer.ggml.tokens"]
+    expected = ["a", "é", "龍", "", "<|im_end|>"]
+    assert list(tokens) == tokens.tolist() == tokens[:] == expected
+    assert [tokens[index] for index in range(-5, 5)] == expected + expected
+    assert tokens[3:0:-2] == expected[3:0:-2]
+    assert "龍" in tokens
+    for outside in (5, -6):
+        with pytest.raises(IndexError):
+            tokens[outside]
 
 
 def test_tensors_are_views_with_rows_first(tmp_path: Path) -> None:
@@ -91,7 +104,7 @@ def test_what_the_gguf_package_writes_is_read(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     with read_gguf(path) as file:
-        assert file.metadata["words"] == ["one", "two"]
+        assert file.metadata["words"][:] == ["one", "two"]
         for kind, data in quantised.items():
             raw = file.tensor(kind)
             assert (raw.type.name, raw.shape) == (kind, (3, 256))

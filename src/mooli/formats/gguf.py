@@ -7,12 +7,14 @@ knows what a key or a tensor is for. Layout: the GGUF specification of the ggml 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.formats.mapped_file import MappedFile
@@ -79,10 +81,46 @@ class TensorInfo:
     num_bytes: int
 
 
+class StringArray(Sequence[str]):
+    """Strings as a GGUF file has them, checked, each made when it is asked for: who loads weights needs few of 300,000.
+
+    data: the strings, each after its length in eight bytes. ends: int64 (count,), where each ends in `data`.
+    """
+
+    def __init__(self, data: bytes, ends: NDArray[np.int64]) -> None:
+        self._data = data
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return self.tolist()[index]
+        at = range(len(self))[index]
+        start = int(self._ends[at - 1]) if at else 0
+        return self._data[start + 8 : self._ends[at]].decode("utf-8")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tolist())
+
+    def tolist(self) -> list[str]:
+        """All of them, at once."""
+        from mooli._gguf import read_strings
+
+        strings: list[str] = read_strings(np.frombuffer(self._data, np.uint8), 0, len(self))
+        return strings
+
+
 class GGUFFile:
     """An open GGUF file. Use as a context manager or call `close`.
 
-    metadata: Python values by key, but 32-bit floats are np.float32 and arrays of numbers NumPy arrays.
+    metadata: Python values by key, but 32-bit floats are np.float32, arrays of numbers NumPy arrays and arrays of
+        strings a StringArray.
     tensors: name to TensorInfo, all checked: inside the file, aligned, not overlapping, of a supported type.
     Raises CheckpointError for a malformed file, UnsupportedModelError for a version, byte order or tensor type that is
     not read.
@@ -276,17 +314,19 @@ class _Reader:
             raise self._wrong(f"metadata {key[:80]!r}: a truth value is neither 0 nor 1")
         return values.astype(bool) if isinstance(values, np.ndarray) else bool(values)
 
-    def _strings(self, count: int, key: str) -> list[str]:
-        strings: list[str]
+    def _strings(self, count: int, key: str) -> StringArray:
         # Imported here: all else works where native modules do not load, and the doctor looks at such machines.
-        from mooli._gguf import read_strings
+        from mooli._gguf import string_ends
 
-        strings, self.position = read_strings(self.bytes, self.position, count)
-        if len(strings) < count:
+        ends = np.empty(count, np.int64)
+        start, num_good = self.position, string_ends(self.bytes, self.position, ends)
+        if num_good:
+            self.position = int(ends[num_good - 1])
+        if num_good < count:
             # Reading it again says what is wrong with it.
-            self._string(f"string {len(strings)} of {key[:60]!r}", 1 << 64)
-            raise self._wrong(f"string {len(strings)} of {key[:60]!r} cannot be read")
-        return strings
+            self._string(f"string {num_good} of {key[:60]!r}", 1 << 64)
+            raise self._wrong(f"string {num_good} of {key[:60]!r} cannot be read")
+        return StringArray(self.buffer[start : self.position], ends - start)
 
     def _string(self, what: str, max_bytes: int) -> str:
         length = self._u64(what)

@@ -417,7 +417,7 @@ def _gguf_eos(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     ids = _id_list([value for value in named if value is not None], "GGUF metadata")
     tokens, kinds = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
-    if not isinstance(tokens, list) or not isinstance(kinds, (list, np.ndarray)) or len(kinds) != len(tokens):
+    if not isinstance(tokens, Sequence) or not isinstance(kinds, (list, np.ndarray)) or len(kinds) != len(tokens):
         return _merge_ids(ids)
     control = np.flatnonzero(np.asarray(kinds) == _CONTROL_TOKEN)
-    return _merge_ids(ids, tuple(int(i) for i in control if tokens[i] in _END_OF_TURN))
+    return _merge_ids(ids, tuple(i for i in control.tolist() if tokens[i] in _END_OF_TURN))
