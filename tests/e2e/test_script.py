@@ -20,6 +20,11 @@ engine = sgl.Engine(model_path="demo", max_total_tokens=2048)
 print(engine.generate("The capital of France is", {"temperature": 0, "max_new_tokens": 4})["text"])
 """
 
+LOADED = """
+import sys
+print(sorted({"asyncio", "jinja2", "msgspec", "torch"} & set(sys.modules)))
+"""
+
 OPEN_STREAM = """
 import mooli as sgl
 
@@ -48,10 +53,11 @@ def run(*argv, stdin=None, timeout=240):
 @needs_model
 def test_a_script_needs_no_main_guard_and_no_shutdown(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT + LOADED)
     done = run(str(script))
     assert (done.returncode, done.stderr) == (0, "")
     assert "Paris" in done.stdout
+    assert done.stdout.endswith("[]\n"), "loaded at every start for nothing"
 
 
 @needs_model

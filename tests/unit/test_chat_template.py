@@ -230,6 +230,13 @@ def test_a_failing_template_is_one_kind_of_error_that_says_why(template, says):
         ours(template)(chat())
 
 
+def test_a_broken_template_breaks_nothing_until_it_is_used_or_compiled():
+    template = ChatTemplate({"default": "x", "tool_use": "{% if %}"})
+    assert template.render(chat()) == "x"
+    with pytest.raises(ChatTemplateError, match="does not compile"):
+        template.compile()
+
+
 @pytest.mark.parametrize("messages", [[], "hi", {"role": "user"}, ["hi"], None, chat(content={1, 2}), chat(x=object())])
 def test_what_is_not_a_chat_is_refused(messages):
     with pytest.raises(ChatTemplateError):

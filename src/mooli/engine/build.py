@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, KVSpec, Limits
@@ -21,7 +22,7 @@ from mooli.engine.core import EngineCore
 from mooli.engine.facts import EngineFacts, device_words
 from mooli.engine.pace import Pace
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, num_pool_pages
-from mooli.engine.team import RankTeam, SoloTeam
+from mooli.engine.team import SoloTeam
 from mooli.errors import ConfigError, EngineDeadError
 from mooli.hub import model_digest
 from mooli.models.config import ModelConfig
@@ -31,6 +32,9 @@ from mooli.models.sharding import Place, check_size, part_checkpoint, part_confi
 from mooli.runner.model_runner import ModelRunner
 from mooli.scheduler.drafts import DraftSettings
 from mooli.scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from mooli.engine.rank_team import RankTeam
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +88,21 @@ def build_engine(
         quantization=config.quantization,
         num_threads=config.num_threads,
     )
-    team: SoloTeam | RankTeam = SoloTeam() if config.tp_size == 1 else RankTeam(config, model_path)
+    team = _team(config, model_path)
     try:
         return _build(config, model_path, backend, team, tokenizer_vocab_size, progress or _silent, started)
     except BaseException:
         team.close()
         backend.close()
         raise
+
+
+def _team(config: EngineConfig, model_path: Path) -> SoloTeam | RankTeam:
+    if config.tp_size == 1:
+        return SoloTeam()
+    from mooli.engine.rank_team import RankTeam  # here: importing what it needs takes 30 ms, of every start
+
+    return RankTeam(config, model_path)
 
 
 def _build(

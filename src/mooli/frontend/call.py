@@ -3,20 +3,24 @@
 Owns the hand-over from the engine's thread to the caller, and that requests nobody waits for any more are aborted: when
 an iterator is closed or collected, a task is cancelled, or an exception passes through. Synchronous and asynchronous
 callers share everything but how they wait.
+
+`asyncio` is imported inside functions: who uses it has it already, and for others it is a tenth of what is imported.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mooli.engine.loop import EngineLoop
 from mooli.errors import MooliError
 from mooli.frontend.generation import Generation
 from mooli.types import RequestOutput
+
+if TYPE_CHECKING:
+    import asyncio
 
 _Item = tuple[int, "RequestOutput | MooliError"]
 
@@ -124,6 +128,8 @@ def run(loop: EngineLoop, generations: Sequence[Generation]) -> list[dict[str, A
 
 async def run_async(loop: EngineLoop, generations: Sequence[Generation]) -> list[dict[str, Any]]:
     """`run` without blocking the event loop; cancelling the task aborts the requests."""
+    import asyncio
+
     event = asyncio.Event()
     call = Call(loop, generations, _waker(event))
     try:
@@ -202,7 +208,7 @@ class AsyncStream(_Stream):
                 raise StopAsyncIteration
             try:
                 await self._event.wait()
-            except asyncio.CancelledError:
+            except BaseException:  # the task was cancelled
                 self.close()
                 raise
 
@@ -218,12 +224,16 @@ def stream_sync(loop: EngineLoop, generations: Sequence[Generation], owner: obje
 
 def stream_async(loop: EngineLoop, generations: Sequence[Generation], owner: object) -> AsyncStream:
     """`stream_sync` for the running event loop."""
+    import asyncio
+
     event = asyncio.Event()
     return AsyncStream(Call(loop, generations, _waker(event)), event, owner)
 
 
 def _waker(event: asyncio.Event) -> Callable[[], None]:
     """Sets `event` from another thread."""
+    import asyncio
+
     call_soon = asyncio.get_running_loop().call_soon_threadsafe
 
     def wake() -> None:

@@ -60,13 +60,13 @@ _budget: ContextVar[_Budget | None] = ContextVar("mooli_chat_template_budget", d
 
 
 class ChatTemplate:
-    """A model's chat template, compiled. Thread-safe.
+    """A model's chat template, compiled when it is first used. Thread-safe.
 
     source: the template, or several by name; of several, "tool_use" is taken when tools are given, else "default".
     bos_token, eos_token: their texts, which templates write themselves; None leaves the name undefined in the template.
     special_tokens: further names templates may use, such as unk_token or pad_token.
 
-    Raises ChatTemplateError when a template does not compile or there is no template to choose.
+    Raises ChatTemplateError when there is no template to choose.
     """
 
     def __init__(
@@ -86,7 +86,6 @@ class ChatTemplate:
                 f"none of the chat templates {sorted(named)} is named 'default'; give the one to use as the template"
             )
         self._sources = named
-        self._templates = {name: _compile(text) for name, text in named.items()}
         given = {"bos_token": bos_token, "eos_token": eos_token, **(special_tokens or {})}
         self._special_tokens = {name: text for name, text in given.items() if text is not None}
 
@@ -98,6 +97,11 @@ class ChatTemplate:
     def with_source(self, source: str) -> ChatTemplate:
         """Another template that sees the same special tokens."""
         return ChatTemplate(source, special_tokens=self._special_tokens)
+
+    def compile(self) -> None:
+        """Compile now, to hear at once that a template is broken. Raises ChatTemplateError if one is."""
+        for text in self._sources.values():
+            _compile(text)
 
     def render(
         self,
@@ -119,15 +123,15 @@ class ChatTemplate:
 
         The text holds the special tokens as text: encode it with `add_special_tokens=False`.
 
-        Raises ChatTemplateError when the template refuses the messages, uses what the sandbox forbids, or works without
-        end.
+        Raises ChatTemplateError when the template does not compile, refuses the messages, uses what the sandbox
+        forbids, or works without end.
         """
         if continue_final_message and add_generation_prompt:
             raise ChatTemplateError(
                 "continue_final_message and add_generation_prompt exclude each other; to continue the last message, "
                 "pass add_generation_prompt=False"
             )
-        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
         chat = _plain_messages(messages)
         opening = ""
         if continue_final_message:
@@ -139,7 +143,7 @@ class ChatTemplate:
             tools=None if tools is None else _plain(list(tools), "tools"),
             add_generation_prompt=add_generation_prompt,
         )
-        text = _render(self._templates[name], names)
+        text = _render(_compile(self._sources[name]), names)
         return _cut_at_mark(text, opening) if continue_final_message else text
 
 

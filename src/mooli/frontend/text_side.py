@@ -55,6 +55,7 @@ def open_tokenizer(config: EngineConfig, model_path: Path) -> Tokenizer | None:
             tokenizer.chat_template = tokenizer.chat_template.with_source(source)
         else:
             tokenizer.chat_template = ChatTemplate(source, special_tokens=tokenizer.special_tokens)
+        tokenizer.chat_template.compile()
     return tokenizer
 
 

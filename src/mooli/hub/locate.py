@@ -5,7 +5,6 @@ Owns when fetching is allowed and what is said when it fails. `mooli pull` is th
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from pathlib import Path
 
@@ -44,6 +43,8 @@ def locate(model: str | Path, *, needs_weights: bool = True, stop: threading.Eve
 
 async def locate_async(model: str | Path, *, needs_weights: bool = True) -> Path:
     """`locate` beside an event loop. Cancelling ends the download; what came is kept."""
+    import asyncio  # here: who calls this has it, and it is a tenth of what an engine imports
+
     stop = threading.Event()
     try:
         return await asyncio.to_thread(locate, model, needs_weights=needs_weights, stop=stop)

@@ -21,6 +21,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -113,7 +114,7 @@ async def start_service(
     start = messages.Start(
         config=engine_config.to_dict(), model_path=str(model_path), log_level=engine_config.log_level
     )
-    opening = asyncio.ensure_future(asyncio.to_thread(open_tokenizer, engine_config, model_path))
+    opening = asyncio.ensure_future(asyncio.to_thread(_open_text, engine_config, model_path))
     client = await EngineClient.start(
         start, vocab_size=asyncio.ensure_future(_vocab_size(opening)), progress=_Progress().update, command=command
     )
@@ -128,6 +129,14 @@ async def start_service(
         await client.close()
         raise
     return service
+
+
+def _open_text(config: EngineConfig, model_path: Path) -> Tokenizer | None:
+    tokenizer = open_tokenizer(config, model_path)
+    # A broken template is told at the start, and not at somebody's first chat.
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        tokenizer.chat_template.compile()
+    return tokenizer
 
 
 async def _vocab_size(opening: asyncio.Future[Tokenizer | None]) -> int | None:
