@@ -125,6 +125,9 @@ void ThreadPool::abandon_begun() {
   begun_->drain();
   begun_ = nullptr;
   while (members(state_.value.load()) > 0) std::this_thread::yield();
+  // Its stage never ends: for those that have left and wait for that.
+  state_.value.fetch_add(kNext);
+  state_.wake();
 }
 
 // Nobody is in a region when this is called.
@@ -148,25 +151,46 @@ bool ThreadPool::enter() {
 // The stage's number cannot change between a thread's entry, or its last arrival, and its next arrival. But once the last
 // stage is over nobody is a member, and the next region may be open before a thread sees that.
 void ThreadPool::take_part(int thread) {
-  Region& region = *region_;
+  // A thread other than the caller may find the next region here: that is as good.
+  while (!compute_stages(*region_, thread) && enter()) {}
+}
+
+// False if the thread has left, to sleep, and there may be more to compute.
+bool ThreadPool::compute_stages(Region& region, int thread) {
   const uint32_t first_phase = first_phase_, num_stages = num_stages_;
   for (;;) {
     const uint64_t state = state_.value.load();
     const uint32_t stage = phase_of(state) - first_phase;
-    if (stage >= num_stages) return;
+    if (stage >= num_stages) return true;
     const bool is_last = stage + 1 == num_stages, is_abandoned = !(state & kOpen);
     if (!is_abandoned) region.compute(int(stage), thread);
     if (is_last || is_abandoned) region.finish();
-    if (is_abandoned) return leave(is_last);
-    arrive(is_last);
+    if (is_abandoned) {
+      leave(is_last);
+      return true;
+    }
+    if (!arrive(region, is_last)) return false;
   }
 }
 
-void ThreadPool::arrive(bool is_last) {
-  const uint64_t state = state_.value.fetch_add(kArrived) + kArrived;
+// False if the stage took so long to end that the thread has left and slept. A member that sleeps would be waited for at the
+// next stage, on a busy processor for as long as others may have it: milliseconds, at every stage.
+bool ThreadPool::arrive(Region& region, bool is_last) {
+  uint64_t state = state_.value.fetch_add(kArrived) + kArrived;
   const uint32_t phase = phase_of(state);
   if (arrived(state) == members(state)) advance(phase, is_last);
-  state_.wait_while(phase, kBarrierSpins);
+  if (is_last) {  // nobody waits for it any more
+    state_.wait_while(phase, kBarrierSpins);
+    return true;
+  }
+  if (state_.changes(phase, kBarrierSpins)) return true;
+  region.finish();
+  state = state_.value.load();
+  do {
+    if (phase_of(state) != phase) return true;
+  } while (!state_.value.compare_exchange_weak(state, state - kMember - kArrived));
+  state_.wait_while(phase, 0);
+  return false;
 }
 
 void ThreadPool::leave(bool is_last) {

@@ -15,14 +15,14 @@
 namespace mooli {
 
 // Stages, one after the other. Each is computed by whoever takes part, and over when all of them are done with it. A thread
-// takes part from the stage that is being computed as it comes, so nobody waits for one that sleeps, or whose processor
-// somebody else has.
+// takes part from the stage that is being computed as it comes, and leaves before it sleeps, so nobody waits for one that
+// sleeps, or whose processor somebody else has.
 class Region {
  public:
   virtual ~Region() = default;
   virtual int num_stages() const = 0;  // at least one
   virtual void compute(int stage, int thread) = 0;  // what is left of it
-  virtual void finish() = 0;                        // on each thread, when it has no more to compute
+  virtual void finish() = 0;                        // on each thread, when it has no more to compute for now
   virtual void drain() = 0;                         // leave nothing of any stage; others may be computing
 };
 
@@ -55,7 +55,8 @@ class ThreadPool {
   void open(Region& region, int members);
   bool enter();
   void take_part(int thread);
-  void arrive(bool is_last);
+  bool compute_stages(Region& region, int thread);
+  bool arrive(Region& region, bool is_last);
   void leave(bool is_last);
   void advance(uint32_t phase, bool is_last);
   void abandon_begun();

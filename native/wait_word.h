@@ -24,12 +24,18 @@ class alignas(64) WaitWord {
  public:
   static uint32_t upper(uint64_t value) { return uint32_t(value >> 32); }
 
-  // Returns once the upper half is another than `old`.
-  void wait_while(uint32_t old, int spins) {
+  // Whether the upper half has become another than `old` within so many looks.
+  bool changes(uint32_t old, int spins) const {
     for (int i = 0; i < spins; i++) {
-      if (upper(value.load(std::memory_order_acquire)) != old) return;
+      if (upper(value.load(std::memory_order_acquire)) != old) return true;
       pause();
     }
+    return false;
+  }
+
+  // Returns once the upper half is another than `old`.
+  void wait_while(uint32_t old, int spins) {
+    if (changes(old, spins)) return;
     // The counter before the value here, the value before the counter where it is changed: one of the two sees the other.
     sleepers_.fetch_add(1);
     sleep_while(old);

@@ -12,7 +12,8 @@ namespace check {
 
 class Counted : public mooli::Region {
  public:
-  Counted(int stages, int items) : stages_(stages), items_(items), next_(new std::atomic<int>[size_t(stages)]), done_(new std::atomic<int>[size_t(stages)]) {
+  // is_slow: some items take longer than threads spin for the end of a stage, so the others leave, and come again.
+  Counted(int stages, int items, bool is_slow = false) : stages_(stages), items_(items), is_slow_(is_slow), next_(new std::atomic<int>[size_t(stages)]), done_(new std::atomic<int>[size_t(stages)]) {
     for (int i = 0; i < stages; i++) next_[i] = done_[i] = 0;
   }
   int num_stages() const override { return stages_; }
@@ -20,6 +21,7 @@ class Counted : public mooli::Region {
     if (stage > 0 && done_[stage - 1] < items_ && !is_drained_) in_order_ = false;
     for (int i; (i = next_[stage].fetch_add(1)) < items_;) {
       for (volatile int spin = 0; spin < 50 * (1 + (i + thread) % 3);) spin = spin + 1;
+      if (is_slow_ && (stage + i) % 5 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
       done_[stage]++;
     }
   }
@@ -28,7 +30,7 @@ class Counted : public mooli::Region {
     is_drained_ = true;
     for (int i = 0; i < stages_; i++) next_[i] = items_;
   }
-  int finished() const { return finished_; }
+  bool is_finished() const { return finished_ > 0; }
   bool in_order() const { return in_order_; }
   bool is_done() const {
     for (int i = 0; i < stages_; i++) if (done_[i] != items_) return false;
@@ -42,6 +44,7 @@ class Counted : public mooli::Region {
 
  private:
   const int stages_, items_;
+  const bool is_slow_;
   std::unique_ptr<std::atomic<int>[]> next_, done_;
   std::atomic<int> finished_{0};
   std::atomic<bool> in_order_{true}, is_drained_{false};
@@ -59,7 +62,7 @@ inline void check_pool() {
       else for (volatile int spin = 0; spin < what * 200;) spin = spin + 1;
     };
     for (int round = 0; round < 600; round++) {
-      Counted region(1 + random.below(12), random.below(9)), other(1 + random.below(3), 4);
+      Counted region(1 + random.below(12), random.below(9), random.below(10) == 0), other(1 + random.below(3), 4);
       const int way = random.below(6);
       if (way == 0) {
         pool.run(region);
@@ -92,7 +95,7 @@ inline void check_pool() {
         }
       }
       expect(region.is_done() && region.in_order(), name, "every item once, stages in order");
-      expect(region.finished() >= 1 && region.finished() <= threads, name, "a thread finishes once");
+      expect(region.is_finished(), name, "threads finish");
     }
     pool.begin(last);  // and the pool goes
   }
