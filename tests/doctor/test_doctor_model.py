@@ -112,6 +112,11 @@ def test_a_tokenizer_without_chat_template_is_only_a_warning(folder):
     assert found(folder)["no-chat-template"].severity == "warning"
 
 
+def test_a_chat_template_that_does_not_compile_is_named(folder):
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    assert "does not compile" in found(folder)["chat-template-broken"].found
+
+
 @pytest.mark.parametrize(
     "changes",
     [

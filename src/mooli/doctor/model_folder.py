@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mooli.doctor.findings import BACKENDS, PROBLEM, WARNING, Finding, Section
-from mooli.errors import CheckpointError, ModelError, TokenizerError, UnsupportedModelError
+from mooli.errors import ChatTemplateError, CheckpointError, ModelError, TokenizerError, UnsupportedModelError
 from mooli.formats.json_file import read_json
 from mooli.formats.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsFile
 from mooli.frontend.tokenizer import load_tokenizer
@@ -299,6 +299,12 @@ def _tokenizer(path: Path, section: Section) -> list[Finding]:
         return [_finding("weights-damaged", str(exc), cause, "download it again")]
     section.facts["chat template"] = "there is one" if tokenizer.chat_template else None
     if tokenizer.chat_template:
+        try:
+            tokenizer.chat_template.compile()
+        except ChatTemplateError as exc:
+            cause = "no chat can be put into the model's form, and a server does not start"
+            cure = "take newer files of the model, or give one: --chat-template file.jinja"
+            return [_finding("chat-template-broken", str(exc), cause, cure)]
         return []
     return [
         _finding(
