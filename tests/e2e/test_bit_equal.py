@@ -30,7 +30,7 @@ from mooli.types import Request, RequestOutput, SamplingParams, TokenLogprobs
 PAGE_SIZE = 32
 NUM_PAGES = 64
 MAX_TOKENS = 256
-MIXES = {"file": (50, 11), "file, one thread": (150, 12), "int8": (40, 11), "int8 KV": (20, 11)}
+MIXES = {"file": (100, 11), "file, one thread": (100, 12), "int8": (40, 11), "int8 KV": (20, 11)}
 """How many mixes of requests, and the seed they are drawn with."""
 
 Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs] | None]

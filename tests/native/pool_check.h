@@ -18,6 +18,8 @@ class Counted : public mooli::Region {
   }
   int num_stages() const override { return stages_; }
   void compute(int stage, int thread) override {
+    if (!is_computing) computing_++;
+    is_computing = true;
     if (stage > 0 && done_[stage - 1] < items_ && !is_drained_) in_order_ = false;
     for (int i; (i = next_[stage].fetch_add(1)) < items_;) {
       for (volatile int spin = 0; spin < 50 * (1 + (i + thread) % 3);) spin = spin + 1;
@@ -25,12 +27,16 @@ class Counted : public mooli::Region {
       done_[stage]++;
     }
   }
-  void finish() override { finished_++; }
+  void finish() override {
+    if (is_computing) computing_--;
+    is_computing = false;
+    is_finished_ = true;
+  }
   void drain() override {
     is_drained_ = true;
     for (int i = 0; i < stages_; i++) next_[i] = items_;
   }
-  bool is_finished() const { return finished_ > 0; }
+  bool is_finished() const { return is_finished_ && computing_ == 0; }
   bool in_order() const { return in_order_; }
   bool is_done() const {
     for (int i = 0; i < stages_; i++) if (done_[i] != items_) return false;
@@ -46,8 +52,9 @@ class Counted : public mooli::Region {
   const int stages_, items_;
   const bool is_slow_;
   std::unique_ptr<std::atomic<int>[]> next_, done_;
-  std::atomic<int> finished_{0};
-  std::atomic<bool> in_order_{true}, is_drained_{false};
+  static inline thread_local bool is_computing = false;  // and has not finished since
+  std::atomic<int> computing_{0};
+  std::atomic<bool> in_order_{true}, is_drained_{false}, is_finished_{false};
 };
 
 inline void check_pool() {
@@ -95,7 +102,7 @@ inline void check_pool() {
         }
       }
       expect(region.is_done() && region.in_order(), name, "every item once, stages in order");
-      expect(region.is_finished(), name, "threads finish");
+      expect(region.is_finished(), name, "every thread finishes what it computes, before it leaves");
     }
     pool.begin(last);  // and the pool goes
   }
