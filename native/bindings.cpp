@@ -95,10 +95,12 @@ NB_MODULE(_native, m) {
       });
 
   nb::class_<Embedding>(m, "Embedding")
-      .def("__init__", [](Embedding* e, const Linear& head) {
-        if (head.gated || !head.bias.empty()) throw std::invalid_argument("not a head, whose outputs are rows of a table");
-        new (e) Embedding{kF32, head.n, head.k, Buffer(), &head};
-      }, nb::keep_alive<1, 2>())
+      .def(nb::init<const Linear&>(), nb::keep_alive<1, 2>())
+      .def("__init__", [](Embedding* e, int format, int rows, int columns) {
+        if (!known_format(format) || rows <= 0 || columns <= 0 || columns % block_values(Format(format)) != 0)
+          throw std::invalid_argument("bad format or shape of a table");
+        new (e) Embedding(Format(format), rows, columns);
+      })
       .def_prop_ro("num_bytes", [](const Embedding& e) { return e.data.size(); });
 
   nb::class_<RopeTable>(m, "RopeTable");
@@ -110,16 +112,20 @@ NB_MODULE(_native, m) {
       .def_prop_ro("num_threads", [](const Device& d) { return d.pool.size(); })
       .def_ro("num_begun_steps", &Device::num_begun_steps)
       .def("pin_caller", [](Device& d) { d.pool.pin_caller(); })
+      // pack and fill return the number of a job. Until wait_packed has returned as much, the weight and the rows must live.
       .def("pack", [](Device& d, Linear& w, int part, int first_row, int format, Rows rows) {
         check_rows(rows, format, w.k);
-        nb::gil_scoped_release release;
-        d.pack(w, part, first_row, Format(format), rows.data(), size_t(rows.stride(0)), int(rows.shape(0)));
+        return d.packing.add([&d, &w, part, first_row, format, data = rows.data(), stride = size_t(rows.stride(0)), count = int(rows.shape(0))] {
+          d.pack(w, part, first_row, Format(format), data, stride, count);
+        });
       })
-      .def("copy_table", [](Device& d, int format, int columns, Rows rows) {
-        check_rows(rows, format, columns);
-        nb::gil_scoped_release release;
-        return d.copy_table(Format(format), columns, rows.data(), size_t(rows.stride(0)), int(rows.shape(0)));
+      .def("fill", [](Device& d, Embedding& table, Rows rows) {
+        check_rows(rows, table.format, table.columns);
+        if (table.head || int(rows.shape(0)) != table.rows) throw std::invalid_argument("rows of another table");
+        return d.packing.add([&d, &table, data = rows.data(), stride = size_t(rows.stride(0))] { d.fill(table, data, stride); });
       })
+      .def("wait_packed", [](Device& d, int64_t number) { return d.packing.wait(number); }, nb::call_guard<nb::gil_scoped_release>())
+      .def("drop_packing", [](Device& d) { d.packing.drop(); }, nb::call_guard<nb::gil_scoped_release>())
       .def("add_rope", [](Device& d, In<double> inv_freq) {
         d.ropes.push_back(std::make_unique<RopeTable>());
         d.ropes.back()->inv_freq.assign(inv_freq.data(), inv_freq.data() + inv_freq.shape(0));

@@ -117,6 +117,13 @@ Linear::Linear(Slabs& memory, int kind_, int n_, int k_, bool gated_) : kind(Kin
   data = memory.take(stride * panels() + 64);
 }
 
+Embedding::Embedding(Format format_, int rows_, int columns_)
+    : format(format_), rows(rows_), columns(columns_), data(row_bytes(format, columns) * rows) {}
+
+Embedding::Embedding(const Linear& head_) : format(kF32), rows(head_.n), columns(head_.k), head(&head_) {
+  if (head->gated || !head->bias.empty()) throw std::invalid_argument("not a head, whose outputs are rows of a table");
+}
+
 void Embedding::gather(int row, float* out) const {
   if (!head) {
     decode_row(format, (const uint8_t*)data.data() + size_t(row) * row_bytes(format, columns), columns, out);
@@ -151,17 +158,15 @@ void Device::pack(Linear& w, int part, int first_row, Format format, const uint8
   });
 }
 
-Embedding Device::copy_table(Format format, int columns, const uint8_t* rows, size_t row_stride, int num_rows) {
-  const size_t bytes = row_bytes(format, columns);
-  Embedding table{format, num_rows, columns, Buffer(bytes * num_rows)};
+void Device::fill(Embedding& table, const uint8_t* rows, size_t row_stride) {
+  const size_t bytes = row_bytes(table.format, table.columns);
   constexpr int kTogether = 256;
   std::atomic<int> next{0};
   pool.run([&](int) {  // by all threads: most of the time goes into pages that nobody has touched
-    for (int first; (first = next.fetch_add(kTogether)) < num_rows;)
-      for (int row = first; row < std::min(num_rows, first + kTogether); row++)
+    for (int first; (first = next.fetch_add(kTogether)) < table.rows;)
+      for (int row = first; row < std::min(table.rows, first + kTogether); row++)
         memcpy(table.data.data() + row * bytes, rows + row * row_stride, bytes);
   });
-  return table;
 }
 
 void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, int page_size_, int64_t pages) {

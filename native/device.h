@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "sampler.h"
 #include "thread_pool.h"
+#include "work_queue.h"
 
 namespace mooli {
 
@@ -38,6 +39,8 @@ struct Linear {
 
 // Rows kept in the checkpoint's own format, or those of a head that is tied to it, and decoded when gathered.
 struct Embedding {
+  Embedding(Format format, int rows, int columns);
+  explicit Embedding(const Linear& head);
   void gather(int row, float* out) const;
   Format format;
   int rows, columns;
@@ -72,7 +75,7 @@ class Device {
   Device(const Device&) = delete;
 
   void pack(Linear& w, int part, int first_row, Format format, const uint8_t* rows, size_t row_stride, int num_rows);
-  Embedding copy_table(Format format, int columns, const uint8_t* rows, size_t row_stride, int num_rows);
+  void fill(Embedding& table, const uint8_t* rows, size_t row_stride);
   void allocate_kv(int kv_type, int layers, int kv_heads, int head_dim, int page_size, int64_t num_pages);
   void allocate_scratch(int max_tokens, int max_k, int num_heads, int head_dim);
   void copy_page(int source, int target, int tokens);
@@ -135,6 +138,7 @@ class Device {
   };
   std::vector<Work> work;
   std::vector<SamplerScratch> sampling;  // one a thread
+  WorkQueue packing;                     // the last member: its jobs use the others
 
  private:
   int last_position(const AttendMember& m) const { return positions[m.first_token + m.tokens - 1]; }

@@ -84,7 +84,7 @@ def packed(device: Any, kind: Kind, *tensors: RawTensor) -> Floats:
     linear = native.Linear(native.Slabs(), int(kind), sum(t.num_rows for t in tensors), tensors[0].num_columns)
     row = 0
     for tensor in tensors:
-        device.pack(linear, 0, row, int(tensor.type), tensor.data)
+        device.wait_packed(device.pack(linear, 0, row, int(tensor.type), tensor.data))
         row += tensor.num_rows
     return unpacked(linear)
 
@@ -171,7 +171,7 @@ def test_columns_past_the_last_group_are_zero(device: Any, kind: Kind, columns: 
 def test_rows_that_nothing_was_packed_to_are_zero(device: Any, kind: Kind) -> None:
     tensor = random_tensor(TensorType.F32, 3, 64)
     linear = native.Linear(native.Slabs(), int(kind), 40, 64)
-    device.pack(linear, 0, 20, int(tensor.type), tensor.data)
+    device.wait_packed(device.pack(linear, 0, 20, int(tensor.type), tensor.data))
     values = unpacked(linear)
     np.testing.assert_array_equal(values[20:23], packed(device, kind, tensor))
     if kind in (Kind.BF16, Kind.F16, Kind.F32, Kind.Q4M):
@@ -185,8 +185,8 @@ def test_rows_that_nothing_was_packed_to_are_zero(device: Any, kind: Kind) -> No
 def test_gate_and_up_rows_lie_interleaved_and_apart(device: Any, kind: Kind, rows: int) -> None:
     gate, up = (random_tensor(TensorType.F32, rows, 96, seed=seed) for seed in (1, 2))
     linear = native.Linear(native.Slabs(), int(kind), rows, 96, True)
-    device.pack(linear, 1, 0, int(up.type), up.data)
-    device.pack(linear, 0, 0, int(gate.type), gate.data)
+    device.wait_packed(device.pack(linear, 1, 0, int(up.type), up.data))
+    device.wait_packed(device.pack(linear, 0, 0, int(gate.type), gate.data))
     assert_same_bits(unpacked(linear, 0), packed(device, kind, gate))
     assert_same_bits(unpacked(linear, 1), packed(device, kind, up))
 
@@ -284,7 +284,7 @@ def test_rows_that_do_not_fit_the_weight_are_refused(
     tensor = random_tensor(TensorType.F32, rows, columns)
     linear = native.Linear(native.Slabs(), int(Kind.Q8), 40, 64)
     with pytest.raises(ValueError, match=r"outside the linear weight|does not fit"):
-        device.pack(linear, part, first_row, int(tensor.type), tensor.data)
+        device.wait_packed(device.pack(linear, part, first_row, int(tensor.type), tensor.data))
     assert not np.abs(unpacked(linear)).any()
 
 

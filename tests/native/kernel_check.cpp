@@ -11,6 +11,7 @@
 #include "sampler.h"
 #include "pool_check.h"
 #include "quantize_check.h"
+#include "queue_check.h"
 #include "tape_check.h"
 #include "vnni_emulation.h"
 
@@ -409,6 +410,7 @@ void check_table(const Kernels& k) {
 
 int main() {
   check_pool();
+  check_queue();
   const std::vector<std::string> levels = available_isas();
   for (const std::string& level : levels) {
     const Kernels& k = select_kernels(level);

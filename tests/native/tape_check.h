@@ -22,8 +22,7 @@ class Layer {
   Layer(const std::string& level, int threads, mooli::Kind kind, mooli::KvType kv) : device_(threads, {}, level), tape_(device_), head_tape_(device_) {
     Random random(20);
     const Floats rows = random.numbers(size_t(kVocabulary) * kHidden);
-    table_ = mooli::Embedding{mooli::kF32, kVocabulary, kHidden, mooli::Buffer(rows.size() * 4)};
-    memcpy(table_.data.data(), rows.data(), rows.size() * 4);
+    device_.fill(table_, (const uint8_t*)rows.data(), kHidden * 4);
     gain_ = random.numbers(kHidden, 2.f);
     qkv_weight_ = weight(random, kind, kQkv, kHidden, false);
     out_weight_ = weight(random, kind, kHidden, kHeads * kHeadDim, false);
@@ -95,7 +94,7 @@ class Layer {
   mooli::Slabs memory_;
   mooli::Device device_;
   mooli::Tape tape_, head_tape_;
-  mooli::Embedding table_;
+  mooli::Embedding table_{mooli::kF32, kVocabulary, kHidden};
   mooli::RopeTable rope_;
   std::unique_ptr<mooli::Linear> qkv_weight_, out_weight_, gated_, down_, head_;
   Floats gain_, x_, normed_, qkv_, attended_, wide_, hidden_, logits_;

@@ -199,6 +199,24 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_loading_of_weights(make_engine
         make_engine()
 
 
+def test_the_tokenizer_is_read_beside_the_weights_and_not_before(make_engine, monkeypatch):
+    opened = threading.Event()
+
+    def open_tokenizer(config, path):
+        opened.set()
+
+    def build(config, path, *, tokenizer_vocab_size, progress):
+        assert not opened.wait(0.05)
+        progress("Loading weights", 0, 1)
+        assert opened.wait(60)
+        raise CheckpointError("no weights here")
+
+    monkeypatch.setattr(engine_module, "open_tokenizer", open_tokenizer)
+    monkeypatch.setattr(engine_module, "build_engine", build)
+    with pytest.raises(CheckpointError, match="no weights here"):
+        make_engine()
+
+
 def test_weights_that_cannot_be_loaded_wait_for_the_tokenizer_and_are_told(make_engine, monkeypatch):
     def build(config, path, *, tokenizer_vocab_size, progress):
         raise CheckpointError("no weights here")

@@ -183,6 +183,11 @@ class Backend(Protocol):
 
     def load_vector(self, vector: RawTensor) -> Weight: ...
 
+    def unread_loads(self, at_most: int) -> int:
+        """Wait until the tensors of at most `at_most` of the `load_*` calls so far are still to be read; of how many
+        they are. They are read in the order of the calls, and their bytes must stay until then. Operations wait too."""
+        ...
+
     def weight_bytes(self) -> int:
         """Bytes of all packed weights so far."""
         ...

@@ -77,16 +77,15 @@ class Engine:
         if config.trust_remote_code:
             logger.info("trust_remote_code has no effect: code from a model folder is never run")
         model_path = locate(config.model_path, needs_weights=config.load_format != "dummy")
-        # Weights are packed outside of the interpreter, so a tokenizer can be read meanwhile.
         with ThreadPoolExecutor(1, "mooli-tokenizer") as aside:
-            opening = aside.submit(open_tokenizer, config, model_path)
+            opening = _Opening(lambda: aside.submit(open_tokenizer, config, model_path))
             built = build_engine(
                 given,  # without a seed, dummy weights are the same each time
                 model_path,
                 tokenizer_vocab_size=lambda: _vocab_size(opening.result()),
-                progress=_unless_failed(opening, progress),
+                progress=opening.beside(progress),
             )
-        tokenizer = opening.result()
+            tokenizer = opening.result()
         self.server_args = config
         self.tokenizer_manager = SimpleNamespace(tokenizer=tokenizer)
         self._tokenizer = tokenizer
@@ -248,16 +247,33 @@ def _vocab_size(tokenizer: Tokenizer | None) -> int | None:
     return None if tokenizer is None else tokenizer.vocab_size
 
 
-def _unless_failed(opening: Future[Tokenizer | None], progress: Progress | None) -> Progress:
-    """`progress`, which ends the loading where the tokenizer cannot be read: weights may take a minute more."""
+class _Opening:
+    """The tokenizer, read beside the weights from when the first of them is packed. Not before: its library keeps the
+    interpreter to itself for long, and what comes before the weights is needed to have anything packed at all."""
 
-    def report(stage: str, done: int, total: int) -> None:
-        if opening.done():
-            opening.result()
-        if progress is not None:
-            progress(stage, done, total)
+    def __init__(self, submit: Callable[[], Future[Tokenizer | None]]) -> None:
+        self._submit = submit
+        self._future: Future[Tokenizer | None] | None = None
 
-    return report
+    def result(self) -> Tokenizer | None:
+        """Waits for it, or raises why it cannot be read."""
+        return self._begun().result()
+
+    def beside(self, progress: Progress | None) -> Progress:
+        """`progress`, which ends the loading where the tokenizer cannot be read: weights may take a minute more."""
+
+        def report(stage: str, done: int, total: int) -> None:
+            if self._begun().done():
+                self.result()
+            if progress is not None:
+                progress(stage, done, total)
+
+        return report
+
+    def _begun(self) -> Future[Tokenizer | None]:
+        if self._future is None:
+            self._future = self._submit()
+        return self._future
 
 
 def _shut_down(loop: EngineLoop, close: Callable[[], None]) -> None:

@@ -7,15 +7,20 @@ scaling, tied head) is data in the configuration.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from mooli.backends.base import Array, AttentionSpec, Backend, RopeSpec, Weight
-from mooli.models.checkpoint import Checkpoint
+from mooli.models.checkpoint import Checkpoint, expected_shapes
 from mooli.models.config import ModelConfig
 from mooli.models.rope import inv_freq
 from mooli.tensor import RawTensor
+
+MOST_UNREAD_BYTES = 256 << 20
+"""Of tensors that a backend has been given and not read yet, those that are copies of what the file holds included. So
+much keeps it busy while the interpreter is somebody else's for a while: a tokenizer's library keeps it for 0.4 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class LlamaModel:
     ) -> None:
         """Pack every weight, releasing each tensor as soon as it is packed.
 
-        `progress(done, total)` is called after each part; the parts are the layers, the embedding and the head.
+        `progress(done, total)` is called before the first tensor, and whenever tensors have been packed.
         Names and shapes were checked when the checkpoint was opened (`mooli.models.checkpoint.check_tensors`).
         """
         self.config = config
@@ -57,25 +62,14 @@ class LlamaModel:
             scale=config.head_dim**-0.5,
             window=config.sliding_window or 0,
         )
-        packer = _Packer(config, checkpoint, backend)
-        total = config.num_layers + 2
-
-        def report(done: int) -> None:
-            if progress is not None:
-                progress(done, total)
-
-        report(0)
+        packer = _Packer(config, checkpoint, backend, progress)
         if config.tie_word_embeddings:
             self._embedding, self._head = packer.tied()
         else:
             self._embedding, self._head = packer.embedding(), packer.head()
-        report(1)
-        self._layers: list[LlamaLayer] = []
-        for index in range(config.num_layers):
-            self._layers.append(packer.layer(index))
-            report(index + 2)
+        self._layers = [packer.layer(index) for index in range(config.num_layers)]
         self._norm = packer.vector("model.norm.weight")
-        report(total)
+        packer.finish()
 
     def forward(self, batch: Any) -> Array:
         """The hidden states (T, H) of a planned step, before the final norm, of asked tokens. Stores the KV of all."""
@@ -100,12 +94,24 @@ class LlamaModel:
 
 
 class _Packer:
-    """Reads tensors by name, has the backend pack them, and lets go of the file's pages."""
+    """Reads tensors by name, has the backend pack them, and lets go of the file's pages when it has."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, backend: Backend) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
         self._config = config
         self._checkpoint = checkpoint
         self._backend = backend
+        self._progress = progress
+        self._unread: deque[tuple[RawTensor, ...]] = deque()
+        """The tensors of each call of the backend that may still read them."""
+        self._unread_bytes = self._num_read = 0
+        self._num_tensors = len(expected_shapes(config))
+        self._report()
 
     def layer(self, index: int) -> LlamaLayer:
         config, prefix = self._config, f"model.layers.{index}."
@@ -152,6 +158,30 @@ class _Packer:
         return self._packed(self._backend.load_gated(gate, up, biases), gate, up, *biases)
 
     def _packed(self, weight: Weight, *tensors: RawTensor) -> Weight:
-        for tensor in tensors:
-            self._checkpoint.release(tensor.name)
+        self._unread.append(tensors)
+        self._unread_bytes += sum(tensor.data.nbytes for tensor in tensors)
+        self._release(at_most=len(self._unread))
+        while self._unread_bytes > MOST_UNREAD_BYTES:
+            self._release(at_most=len(self._unread) - 1)
         return weight
+
+    def finish(self) -> None:
+        """Returns when all is packed."""
+        while self._unread:
+            self._release(at_most=len(self._unread) - 1)
+
+    def _release(self, at_most: int) -> None:
+        """Let go of what has been read, when it is all but `at_most` of the backend's calls."""
+        num_unread = self._backend.unread_loads(at_most)
+        if num_unread == len(self._unread):
+            return
+        while len(self._unread) > num_unread:
+            for tensor in self._unread.popleft():
+                self._unread_bytes -= tensor.data.nbytes
+                self._num_read += 1
+                self._checkpoint.release(tensor.name)
+        self._report()
+
+    def _report(self) -> None:
+        if self._progress is not None:
+            self._progress(self._num_read, self._num_tensors)

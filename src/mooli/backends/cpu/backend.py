@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +82,9 @@ class Vector:
     native: Any
 
 
+Loaded = TypeVar("Loaded")
+
+
 class CpuBackend:
     """Native kernels on this machine's processors."""
 
@@ -133,6 +138,11 @@ class CpuBackend:
         self._vocab_size = 0
         self._kinds: dict[str, int] = {}
         self._captured: list[CapturedTape] = []
+        self._loads: deque[int] = deque()
+        """The last packing job of each `load_*` call that is not known to be read."""
+        self._jobs: deque[tuple[int, Any, NDArray[np.uint8]]] = deque()
+        """Packing jobs that are not known to be done, and what they write and read: it must live until then."""
+        weakref.finalize(self, self._device.drop_packing)
 
     # ------------------------------------------------------------------ facts
 
@@ -161,11 +171,14 @@ class CpuBackend:
         """Pin the calling thread, the one that runs steps, beside the pool's own."""
         self._device.pin_caller()
 
-    # ------------------------------------------------------------------ weights
+    # ------------------------------------------------------------------ weights, packed while Python goes on
 
     def load_linear(
         self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
     ) -> PackedLinear:
+        return self._loaded(self._linear(tensors, biases, head=head))
+
+    def _linear(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor], *, head: bool) -> PackedLinear:
         kind = self._kind(tensors, head=head)
         weight = self._new_linear(kind, sum(t.num_rows for t in tensors), tensors[0].num_columns, gated=False)
         row = 0
@@ -185,22 +198,26 @@ class CpuBackend:
             self._pack(weight, part, 0, tensor)
         for part, bias in enumerate(biases):
             weight.set_bias(part, 0, dequantize(bias))
-        return self._count(weight, kind)
+        return self._loaded(self._count(weight, kind))
 
     def load_embedding(self, table: RawTensor) -> Table:
+        return self._loaded(self._table(table))
+
+    def _table(self, table: RawTensor) -> Table:
         self._check_type(table)
         self._vocab_size = table.num_rows
         # The rows are copied: nothing depends on the file once it is loaded.
-        native = self._device.copy_table(int(table.type), table.num_columns, table.data)
+        native = _native.Embedding(int(table.type), table.num_rows, table.num_columns)
+        self._jobs.append((self._device.fill(native, table.data), native, table.data))
         self._weight_bytes += native.num_bytes
         return Table(native, table.num_columns)
 
     def load_tied(self, table: RawTensor) -> tuple[Table, PackedLinear]:
-        head = self.load_linear([table], head=True)
+        head = self._linear([table], [], head=True)
         if table.scales is None and table.type in _EXACT_TYPES[Kind(head.native.kind)]:
             self._vocab_size = table.num_rows
-            return Table(_native.Embedding(head.native), table.num_columns), head
-        return self.load_embedding(table), head
+            return self._loaded((Table(_native.Embedding(head.native), table.num_columns), head))
+        return self._loaded((self._table(table), head))
 
     def load_vector(self, vector: RawTensor) -> Vector:
         self._check_type(vector)
@@ -208,7 +225,20 @@ class CpuBackend:
         native = _native.FloatBuffer(len(values))
         native.array()[:] = values
         self._weight_bytes += 4 * len(values)
-        return Vector(native)
+        return self._loaded(Vector(native))
+
+    def _loaded(self, weight: Loaded) -> Loaded:
+        self._loads.append(self._jobs[-1][0] if self._jobs else 0)
+        return weight
+
+    def unread_loads(self, at_most: int) -> int:
+        has_more = len(self._loads) > at_most
+        num_done = self._device.wait_packed(self._loads[-at_most - 1] if has_more else 0)
+        while self._loads and self._loads[0] <= num_done:
+            self._loads.popleft()
+        while self._jobs and self._jobs[0][0] <= num_done:
+            self._jobs.popleft()
+        return len(self._loads)
 
     def _kind(self, tensors: Sequence[RawTensor], *, head: bool) -> Kind:
         """The packed kind of tensors stacked in one weight: the finest any of them needs."""
@@ -245,7 +275,8 @@ class CpuBackend:
     def _pack(self, weight: Any, part: int, first_row: int, tensor: RawTensor) -> None:
         if tensor.scales is not None:
             tensor = with_scales_in_groups(tensor)
-        self._device.pack(weight, part, first_row, int(tensor.type), tensor.data)
+        number = self._device.pack(weight, part, first_row, int(tensor.type), tensor.data)
+        self._jobs.append((number, weight, tensor.data))
 
     def _count(self, weight: Any, kind: Kind) -> PackedLinear:
         self._weight_bytes += weight.num_bytes
@@ -313,6 +344,8 @@ class CpuBackend:
     # ------------------------------------------------------------------ a step
 
     def plan(self, batch: ScheduleBatch) -> Planned:
+        if self._loads:
+            self.unread_loads(0)
         asked = batch.asked_tokens
         self._device.plan(batch.token_ids, batch.positions, batch.lengths, batch.page_table, asked, self._vocab_size)
         return Planned(batch.num_tokens, asked)
@@ -378,6 +411,9 @@ class CpuBackend:
 
     def close(self) -> None:
         """Give back the KV pool, buffers and tapes. Weights go with the model that holds them."""
+        self._device.drop_packing()
+        self._loads.clear()
+        self._jobs.clear()
         self._device.settle()
         for captured in self._captured:
             captured.close()
