@@ -115,6 +115,13 @@ class StringArray(Sequence[str]):
         strings: list[str] = read_strings(np.frombuffer(self._data, np.uint8), 0, len(self))
         return strings
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each cut in two at the first space that is not its first character; ends before the first that has none."""
+        from mooli._gguf import read_pairs
+
+        pairs: list[tuple[str, str]] = read_pairs(np.frombuffer(self._data, np.uint8), 0, len(self))
+        return pairs
+
 
 class GGUFFile:
     """An open GGUF file. Use as a context manager or call `close`.

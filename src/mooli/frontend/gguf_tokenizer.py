@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mooli.errors import TokenizerError
+from mooli.formats.gguf import StringArray
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.tokenizer import END_OF_TURN_TOKENS, Tokenizer, tokenizer_errors, with_bos_and_eos
 
@@ -115,9 +116,10 @@ class _Vocabulary:
         if set(map(type, tokens)) != {str}:
             index = next(i for i, token in enumerate(tokens) if type(token) is not str)
             raise TokenizerError(f"tokenizer.ggml.tokens[{index}] in {source} is {tokens[index]!r}, not a string")
-        # An empty text cannot be a token of its own; such entries pad the vocabulary.
-        self.tokens: list[str] = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
-        self.ids = {token: index for index, token in enumerate(self.tokens)}
+        if "" in tokens:  # which cannot be a token of its own; such entries pad the vocabulary
+            tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+        self.tokens: list[str] = tokens
+        self.ids = dict(zip(tokens, range(len(tokens)), strict=True))
         if len(self.ids) != len(self.tokens):
             twice = next(token for index, token in enumerate(self.tokens) if self.ids[token] != index)
             raise TokenizerError(f"tokenizer.ggml.tokens in {source} holds {twice!r} twice")
@@ -149,11 +151,12 @@ class _Vocabulary:
         value = self.metadata.get(f"tokenizer.ggml.{name}")
         if value is None:
             return None
-        if hasattr(value, "tolist"):
+        is_own = hasattr(value, "tolist")
+        if is_own:
             value = value.tolist()
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             raise TokenizerError(f"tokenizer.ggml.{name} in {self.source} is a {type(value).__name__}, not an array")
-        return list(value)
+        return value if is_own and isinstance(value, list) else list(value)
 
     def named_id(self, name: str) -> int | None:
         value = self.metadata.get(f"tokenizer.ggml.{name}")
@@ -252,13 +255,21 @@ def _model_size(types: list[int]) -> int:
 
 
 def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """The pairs of the file's lines, cut but not looked up: the library that takes them does that."""
-    lines = vocabulary.array("merges")
-    if lines is None:
-        raise TokenizerError(f"{vocabulary.source} has no tokenizer.ggml.merges, which its tokenizer model needs")
-    from mooli._gguf import split_pairs
-
-    pairs: list[tuple[str, str]] = split_pairs(lines)
+    """The file's lines, each cut at the first space that is not its first character, as a token may be a space. Whether
+    the parts are tokens is not looked up: the library that takes them does that."""
+    lines = vocabulary.metadata.get("tokenizer.ggml.merges")
+    if isinstance(lines, StringArray):  # 150,000 of them: no text is made but what the library takes
+        pairs = lines.pairs()
+    else:
+        lines = vocabulary.array("merges")
+        if lines is None:
+            raise TokenizerError(f"{vocabulary.source} has no tokenizer.ggml.merges, which its tokenizer model needs")
+        pairs = []
+        for line in lines:
+            at = line.find(" ", 1) if isinstance(line, str) else -1
+            if at < 0:
+                break
+            pairs.append((line[:at], line[at + 1 :]))
     if len(pairs) < len(lines):
         raise TokenizerError(
             f"tokenizer.ggml.merges[{len(pairs)}] in {vocabulary.source} is {lines[len(pairs)]!r}, not two tokens"
