@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 
@@ -80,7 +81,8 @@ def start(monkeypatch):
     """Runs a command line with a server that ends at once with status 7: start("--port 1", command="serve")."""
     started = Started()
 
-    def run(server_config, engine_config, argv):
+    def run(server_config, engine_config, argv, child):
+        assert child is None
         started.server, started.engine, started.command = server_config, engine_config, list(argv)
         return 7
 
@@ -89,6 +91,7 @@ def start(monkeypatch):
         return started
 
     monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr("mooli.server.command.EngineChild", contextlib.nullcontext)
     return start
 
 

@@ -13,21 +13,18 @@ import itertools
 import logging
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from mooli.engine import messages
+from mooli.engine.child import COMMAND, EngineChild
 from mooli.engine.endings import EXIT_WAIT_S, error_named, exit_words
 from mooli.engine.facts import EngineFacts
 from mooli.errors import EngineClosedError, EngineDeadError, EngineError, MooliError, RequestError
 from mooli.types import Request, RequestOutput
 
 logger = logging.getLogger(__name__)
-
-COMMAND = (sys.executable, "-m", "mooli.engine.process")
-"""Becomes the engine process; the number of its socket is appended."""
 
 Sink = Callable[["RequestOutput | MooliError"], None]
 """Takes what happens to one request, in the event loop. An error, or an output with `finish`, is the last it gets."""
@@ -91,16 +88,7 @@ class EngineClient(asyncio.Protocol):
         Raises what `vocab_size` or building raised (ConfigError, OutOfMemoryError, a ModelError, …), or
         EngineDeadError.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                process = subprocess.Popen(
-                    [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-                )
-            except BaseException:
-                ours.close()
-                raise
-        return await cls.connect(start, process, ours, vocab_size=vocab_size, progress=progress)
+        return await cls.connect(start, *EngineChild(command).take(), vocab_size=vocab_size, progress=progress)
 
     @classmethod
     async def connect(

@@ -26,6 +26,7 @@ from pathlib import Path
 from mooli.config import EngineConfig
 from mooli.engine import messages
 from mooli.engine.build import BuiltEngine, Progress, VocabSize, build_engine
+from mooli.engine.child import SERVER_SIGNALS
 from mooli.engine.core import EngineCore
 from mooli.engine.loop import STUCK_S
 from mooli.errors import EngineError, MooliError
@@ -256,10 +257,9 @@ def _build(start: messages.Start, vocab_size: VocabSize, progress: Progress) -> 
 
 def main(build: Build = _build) -> int:
     """Entry of the process: its only argument is the number of the inherited socket."""
-    # A terminal's Ctrl-C and a service manager's SIGTERM go to all processes of a service. When this one ends is the
-    # server's decision: it has requests to finish first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SERVER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_SIGNALS)
     return run(socket.socket(fileno=int(sys.argv[1])), build)
 
 

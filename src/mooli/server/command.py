@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mooli.engine.child import EngineChild
 from mooli.errors import EngineError, MooliError
 from mooli.server.flags import read_server_args, redacted
 
@@ -23,9 +24,10 @@ def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
         arguments = read_server_args(args)
         for warning in arguments.warnings:
             print(f"mooli: warning: {warning}", file=sys.stderr)
-        from mooli.server import launch  # asyncio and the HTTP stack: not for a command line that is wrong
+        with EngineChild() as child:  # it comes up while the next line does its work
+            from mooli.server import launch  # asyncio and the HTTP stack: not for a command line that is wrong
 
-        return launch.run(arguments.server, arguments.engine, redacted(command))
+            return launch.run(arguments.server, arguments.engine, redacted(command), child)
     except MooliError as exc:
         return _report(exc)
     except OSError as exc:

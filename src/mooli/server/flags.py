@@ -18,7 +18,6 @@ from mooli.config import EngineConfig
 from mooli.errors import ConfigError, UnknownArgumentError
 from mooli.hub import DEMO
 from mooli.server.config import ServerConfig
-from mooli.server.config_file import read_config_file
 from mooli.sglang_arguments import (
     HINT_VALUES,
     HINTS,
@@ -153,6 +152,9 @@ def _from_file(path: str) -> tuple[dict[str, Any], list[str | None]]:
     names = EngineConfig.names() | ServerConfig.names()
     values: dict[str, Any] = {}
     warnings: list[str | None] = []
+    # Here: YAML takes 20 ms of every start, and few servers have such a file.
+    from mooli.server.config_file import read_config_file
+
     for key, value in read_config_file(path).items():
         name = key.replace("-", "_")
         if is_sglang_argument(name):

@@ -28,7 +28,8 @@ import uvicorn
 
 from mooli.config import EngineConfig
 from mooli.engine import messages
-from mooli.engine.client import COMMAND, EngineClient
+from mooli.engine.child import EngineChild
+from mooli.engine.client import EngineClient
 from mooli.engine.facts import device_words
 from mooli.errors import ConfigError, EngineError
 from mooli.frontend.text_side import check_preferred, open_tokenizer, sampling_defaults, with_seed
@@ -60,8 +61,9 @@ CLOSE_WAIT_S = 2
 SHUTTING_DOWN = "The server is shutting down."
 
 
-def run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str]) -> int:
+def run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str], child: EngineChild) -> int:
     """Serve until a signal or the engine's death; the exit status. argv: the command without secrets, for /server_info.
+    child: becomes the engine's process.
 
     Raises a MooliError if the server cannot start.
     """
@@ -70,14 +72,14 @@ def run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str]) 
     for warning in config.warnings():
         logger.warning("%s", warning)
     _allow_many_connections()
-    return asyncio.run(_run(config, engine_config, argv))
+    return asyncio.run(_run(config, engine_config, argv, child))
 
 
-async def _run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str]) -> int:
+async def _run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str], child: EngineChild) -> int:
     started_s = time.perf_counter()
     stop = asyncio.Event()
     with _signals(stop), bound_socket(config) as listener:
-        starting = asyncio.ensure_future(start_service(config, engine_config, argv, started_s))
+        starting = asyncio.ensure_future(start_service(config, engine_config, argv, started_s, child))
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -101,10 +103,9 @@ async def start_service(
     engine_config: EngineConfig,
     argv: Sequence[str],
     started_s: float,
-    *,
-    command: Sequence[str] = COMMAND,
+    child: EngineChild,
 ) -> Service:
-    """Start the engine process by `command`, load the text side meanwhile, and warm both up.
+    """Have `child` build the engine, load the text side meanwhile, and warm both up.
 
     Raises ConfigError, a ModelError, OutOfMemoryError, BackendUnavailableError or EngineDeadError.
     """
@@ -115,8 +116,8 @@ async def start_service(
         config=engine_config.to_dict(), model_path=str(model_path), log_level=engine_config.log_level
     )
     opening = asyncio.ensure_future(asyncio.to_thread(_open_text, engine_config, model_path))
-    client = await EngineClient.start(
-        start, vocab_size=asyncio.ensure_future(_vocab_size(opening)), progress=_Progress().update, command=command
+    client = await EngineClient.connect(
+        start, *child.take(), vocab_size=asyncio.ensure_future(_vocab_size(opening)), progress=_Progress().update
     )
     try:
         tokenizer = await opening
