@@ -22,6 +22,7 @@ from cpu_ops import Floats, allocate, assert_same_bits, cpu_backend, native, ran
 from mooli.backends.base import AttentionSpec, KVSpec, Limits
 from mooli.batch import PageCopy, ScheduleBatch
 from mooli.errors import ConfigError, EngineClosedError, OutOfMemoryError
+from mooli.tensor import RawTensor, TensorType
 from steps import Choice, Row, sampling_batch, step
 
 if TYPE_CHECKING:
@@ -194,6 +195,15 @@ def test_a_layer_outside_the_pool_is_refused(layer: int) -> None:
 def test_a_copy_outside_the_pool_is_refused(model: Model, copy: PageCopy) -> None:
     with pytest.raises(ValueError, match="copy out of range"):
         model.backend.copy_pages([copy])
+
+
+def test_a_weight_larger_than_any_memory_is_an_error() -> None:
+    tensor = RawTensor("t", TensorType.F32, (2**30, 2**24), np.zeros((1, 4), np.uint8))
+    with cpu_backend() as backend:
+        with pytest.raises(OutOfMemoryError, match="no memory for a table"):
+            backend.load_embedding(tensor)
+        with pytest.raises(OutOfMemoryError, match="no memory for a weight"):
+            backend.load_linear([tensor])
 
 
 @pytest.mark.parametrize("num_pages", [2**24, 2**45, 2**62])

@@ -207,10 +207,14 @@ class CpuBackend:
         self._check_type(table)
         self._vocab_size = table.num_rows
         # The rows are copied: nothing depends on the file once it is loaded.
-        native = _native.Embedding(int(table.type), table.num_rows, table.num_columns)
+        rows, columns = table.num_rows, table.num_columns
+        try:
+            native = _native.Embedding(int(table.type), rows, columns)
+        except MemoryError as exc:
+            raise OutOfMemoryError(f"no memory for a table of {rows} x {columns} values") from exc
         self._jobs.append((self._device.fill(native, table.data), native, table.data))
         self._weight_bytes += native.num_bytes
-        return Table(native, table.num_columns)
+        return Table(native, columns)
 
     def load_tied(self, table: RawTensor) -> tuple[Table, PackedLinear]:
         head = self._linear([table], [], head=True)
