@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from fake_engine import fake_build
 
 from mooli.config import EngineConfig
 from mooli.engine import messages
+from mooli.engine.child import EngineChild
 from mooli.engine.client import EngineClient
 from mooli.errors import MooliError
 from mooli.types import FinishReason, Request, RequestOutput, SamplingParams
@@ -60,12 +62,17 @@ def submit(client: EngineClient, *requests: Request) -> list[Taker]:
     return takers
 
 
+def fake_child() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A process with a fake engine, and the socket to it."""
+    return EngineChild((sys.executable, str(FAKE_CORE))).take()
+
+
 def with_engine(test: Any, scenario: str = "fake", **config: Any) -> Any:
     """Run `test(client)` with a real engine process."""
 
     async def run() -> Any:
         start = messages.Start({"model_path": "fake", **config}, scenario, "critical")
-        client = await EngineClient.start(start, command=(sys.executable, str(FAKE_CORE)))
+        client = await EngineClient.connect(start, *fake_child())
         try:
             return await within(test(client))
         finally:

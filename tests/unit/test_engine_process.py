@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_link import FAKE_CORE, SLOW, START, NoProcess, Taker, Wire, connected, request, submit, with_engine, within
+from engine_link import SLOW, START, NoProcess, Taker, Wire, connected, fake_child, request, submit, with_engine, within
 from fake_engine import CONTEXT, EOS, NUM_PAGES
 
 import mooli.errors
@@ -238,8 +238,7 @@ def test_a_process_that_dies_while_building_says_so(scenario, words):
 def test_progress_of_building_is_told():
     async def test() -> list[tuple[str, int, int]]:
         told: list[tuple[str, int, int]] = []
-        command = (sys.executable, str(FAKE_CORE))
-        client = await EngineClient.start(START, progress=lambda *step: told.append(step), command=command)
+        client = await EngineClient.connect(START, *fake_child(), progress=lambda *step: told.append(step))
         await client.close()
         return told
 
@@ -254,9 +253,8 @@ def test_the_engine_is_built_while_the_vocabulary_is_read():
             await is_building.wait()
             return 258
 
-        command = (sys.executable, str(FAKE_CORE))
-        client = await EngineClient.start(
-            START, vocab_size=vocab_size(), progress=lambda *_: is_building.set(), command=command
+        client = await EngineClient.connect(
+            START, *fake_child(), vocab_size=vocab_size(), progress=lambda *_: is_building.set()
         )
         await client.close()
 
@@ -268,19 +266,12 @@ def test_a_vocabulary_that_cannot_be_read_is_the_error_and_leaves_no_process():
         raise ConfigError("planted")
 
     async def test() -> int:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            child = subprocess.Popen([sys.executable, str(FAKE_CORE), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        child, ours = fake_child()
         with pytest.raises(ConfigError, match="planted"):
             await EngineClient.connect(START, child, ours, vocab_size=vocab_size())
         return child.wait(0)
 
     assert asyncio.run(within(test())) is not None
-
-
-def test_a_command_that_does_not_exist_is_an_error():
-    with pytest.raises(FileNotFoundError):
-        asyncio.run(EngineClient.start(START, command=("/no/such/program",)))
 
 
 def test_closing_ends_the_process_and_what_is_open():
@@ -302,9 +293,7 @@ def test_closing_ends_the_process_and_what_is_open():
 
 def test_a_start_that_is_cancelled_leaves_no_process():
     async def test() -> int:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            child = subprocess.Popen([sys.executable, str(FAKE_CORE), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        child, ours = fake_child()
         connecting = asyncio.ensure_future(EngineClient.connect(START, child, ours))
         await asyncio.sleep(0)
         connecting.cancel()
@@ -330,9 +319,7 @@ def test_signals_for_the_whole_service_are_the_servers_to_handle():
 
 @pytest.mark.parametrize("moment", ["before the start", "idle", "running"])
 def test_when_the_server_is_gone_the_process_ends(moment):
-    ours, theirs = socket.socketpair()
-    with theirs:
-        child = subprocess.Popen([sys.executable, str(FAKE_CORE), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    child, ours = fake_child()
     with ours:
         ours.settimeout(60)
         if moment != "before the start":
@@ -357,9 +344,7 @@ def read_until(connection: socket.socket, kind: type) -> None:
 
 def test_messages_that_arrive_together_are_all_read():
     """Nothing more comes after them that would wake the process."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        child = subprocess.Popen([sys.executable, str(FAKE_CORE), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    child, ours = fake_child()
     with ours:
         ours.sendall(messages.encode(START) + messages.encode(messages.Stop()))
         assert child.wait(60) == 0

@@ -1,4 +1,4 @@
-"""The engine process as the server sees it: start it, send it requests, hand out what comes back, notice its death.
+"""The engine process as the server sees it: send it requests, hand out what comes back, notice its death.
 
 Owns the child process and the link to it, and the promise that every submitted request ends exactly once: with its last
 output, or with the error that ended the engine. Lives in one asyncio event loop, whose thread makes all calls. Never
@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from mooli.engine import messages
-from mooli.engine.child import COMMAND, EngineChild
 from mooli.engine.endings import EXIT_WAIT_S, error_named, exit_words
 from mooli.engine.facts import EngineFacts
 from mooli.errors import EngineClosedError, EngineDeadError, EngineError, MooliError, RequestError
@@ -44,7 +43,7 @@ class Process(Protocol):
 
 
 class EngineClient(asyncio.Protocol):
-    """A running engine process. Make it with `start`.
+    """A running engine process. Make it with `connect`, of a process that `EngineChild` started.
 
     facts: what building settled. last_report: the newest step, None before the first.
     on_report: called with each step's report, after its outputs were handed out.
@@ -74,23 +73,6 @@ class EngineClient(asyncio.Protocol):
         self._ending: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(
-        cls,
-        start: messages.Start,
-        *,
-        vocab_size: Awaitable[int | None] | None = None,
-        progress: Progress = lambda *_: None,
-        command: Sequence[str] = COMMAND,
-    ) -> EngineClient:
-        """Start the process and wait until its engine is built.
-
-        vocab_size: of the tokenizer, which may be read while the engine loads; None without one.
-        Raises what `vocab_size` or building raised (ConfigError, OutOfMemoryError, a ModelError, …), or
-        EngineDeadError.
-        """
-        return await cls.connect(start, *EngineChild(command).take(), vocab_size=vocab_size, progress=progress)
-
-    @classmethod
     async def connect(
         cls,
         start: messages.Start,
@@ -100,7 +82,12 @@ class EngineClient(asyncio.Protocol):
         vocab_size: Awaitable[int | None] | None = None,
         progress: Progress = lambda *_: None,
     ) -> EngineClient:
-        """`start`, with a process that has the other end of `connection` already."""
+        """Have `process`, which has the other end of `connection`, build the engine of `start`, and wait until it has.
+
+        vocab_size: of the tokenizer, which may be read while the engine loads; None without one.
+        Raises what `vocab_size` or building raised (ConfigError, OutOfMemoryError, a ModelError, …), or
+        EngineDeadError; the process has ended then.
+        """
         client = cls(process, progress)
         client._connection = connection
         try:
