@@ -89,6 +89,7 @@ class Request:
     num_top_logprobs: how many alternatives per position; `logprob_token_ids`: ids whose log-probability is wanted too.
     namespace: requests of different namespaces never share cache pages (salt, adapter).
     priority: larger goes first.
+    client: whose it is, in the words of whoever took it in; the queue is shared fairly among clients. "" for nobody's.
     """
 
     rid: str
@@ -101,6 +102,7 @@ class Request:
     logprob_token_ids: tuple[int, ...] = ()
     namespace: str = ""
     priority: int = 0
+    client: str = ""
 
 
 @dataclass(slots=True)

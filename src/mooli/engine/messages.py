@@ -59,6 +59,7 @@ class WireRequest(msgspec.Struct, array_like=True, frozen=True):
     logprob_token_ids: tuple[int, ...]
     namespace: str
     priority: int
+    client: str = ""
 
     @classmethod
     def of(cls, request: Request) -> WireRequest:
@@ -73,6 +74,7 @@ class WireRequest(msgspec.Struct, array_like=True, frozen=True):
             logprob_token_ids=request.logprob_token_ids,
             namespace=request.namespace,
             priority=request.priority,
+            client=request.client,
         )
 
     def to_request(self) -> Request:
@@ -87,6 +89,7 @@ class WireRequest(msgspec.Struct, array_like=True, frozen=True):
             logprob_token_ids=self.logprob_token_ids,
             namespace=self.namespace,
             priority=self.priority,
+            client=self.client,
         )
 
 

@@ -9,6 +9,7 @@ their common prompt once and lets the others wait for it.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import sys
 import uuid
@@ -27,6 +28,7 @@ MAX_TOP_LOGPROBS = 128
 MAX_LOGPROB_TOKEN_IDS = 1024
 MAX_RID_CHARS = 256
 MAX_PRIORITY = 2**31 - 1
+MAX_SALT_CHARS = 4096
 
 
 class Encoder(Protocol):
@@ -76,8 +78,13 @@ class InputRules:
         token_ids_logprob: Any = None,
         priority: Any = None,
         cache_salt: Any = None,
+        client: str = "",
+        tenant: str = "",
     ) -> CallInputs:
         """Requests for the arguments of `Engine.generate`.
+
+        client: whose call it is, for its fair share of the queue. tenant: calls of different tenants share no cached
+        prefix, whatever their salts.
 
         Raises PromptError for a prompt that cannot be served, SamplingParamsError for a bad sampling value,
         RequestError for anything else that is wrong with the call.
@@ -105,7 +112,7 @@ class InputRules:
             "token_ids_logprob": token_ids_logprob,
         }
         rows = _logprob_rows(logprobs, size, is_batch, n)
-        namespace = self._namespace(cache_salt)
+        namespace = self._namespace(cache_salt, tenant)
         rank = 0 if priority is None else _index("priority", priority)
         if not -MAX_PRIORITY <= rank <= MAX_PRIORITY:
             raise RequestError(f"priority={str(rank)[:80]} is outside {-MAX_PRIORITY} … {MAX_PRIORITY}")
@@ -123,6 +130,7 @@ class InputRules:
                     eos_ids=self.eos_ids,
                     namespace=namespace,
                     priority=rank,
+                    client=client,
                     **options,
                 )
                 requests.append(request)
@@ -254,12 +262,17 @@ class InputRules:
             "logprob_token_ids": tuple(int(token_id) for token_id in ids),
         }
 
-    def _namespace(self, salt: Any) -> str:
-        if salt is None or salt == "":
-            return self.namespace
-        if not isinstance(salt, str):
+    def _namespace(self, salt: Any, tenant: str) -> str:
+        """Of equal length whatever the salt: it goes to the engine with each request, and stays there with its pages."""
+        if salt is not None and not isinstance(salt, str):
             raise RequestError(f"cache_salt must be a str, not {_type(salt)}")
-        return f"{self.namespace}/salt:{salt}"
+        if not salt and not tenant:
+            return self.namespace
+        if salt and len(salt) > MAX_SALT_CHARS:
+            raise RequestError(f"cache_salt has {len(salt)} characters; at most {MAX_SALT_CHARS} are possible")
+        parts = (tenant, salt or "")
+        digest = hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass"))
+        return f"{self.namespace}/{digest.hexdigest()}"
 
 
 def _per_item(name: str, value: Any, size: int, is_batch: bool) -> list[Any]:
