@@ -4,12 +4,14 @@ Owns the public names, and loads what is behind a name only when it is used, so 
 `import mooli as sgl` works in scripts written for SGLang.
 """
 
-from __future__ import annotations
-
+# No `from __future__` and no `typing` here: both are files, and with `python -m mooli` this module runs while the
+# current folder, which may have them too, still comes before all others. `mooli.entry` leaves it.
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from mooli.config import EngineConfig
     from mooli.frontend.engine import Engine
     from mooli.version import __version__
@@ -44,7 +46,7 @@ _MODULES = {"Engine": "mooli.frontend.engine", "EngineConfig": "mooli.config", "
 """Where a name comes from; the others are errors."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import the module that owns `name` and remember the result (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

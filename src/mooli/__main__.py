@@ -1,10 +1,19 @@
-"""`python -m mooli` is the same as the `mooli` command."""
+"""`python -m mooli` and the `mooli` command, which are the same."""
 
-from __future__ import annotations
+from mooli.entry import run
 
-import sys
 
-from mooli.cli import main
+def main() -> int:
+    """Run the command line and return the exit status."""
+    from mooli.cli import main as run_command_line
+
+    return run_command_line()
+
+
+def command() -> None:
+    """The `mooli` command: ends the process."""
+    run(main)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

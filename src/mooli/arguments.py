@@ -14,7 +14,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -133,8 +133,15 @@ class Arguments:
         raise UnknownArgumentError(f"there is no {cls.OWNER} argument {name!r}{nearest(name, list(cls.names()))}")
 
     @classmethod
-    def add_cli_args(cls, parser: argparse.ArgumentParser, *, defaults: Mapping[str, Any] | None = None) -> None:
-        """Add a flag for every argument, grouped by subject. `defaults` replaces defaults in the help of this command.
+    def add_cli_args(
+        cls,
+        parser: argparse.ArgumentParser,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        hidden: Collection[str] = (),
+    ) -> None:
+        """Add a flag for every argument, grouped by subject. `defaults` replaces defaults in the help of this command,
+        which does not show those that are `hidden`.
 
         No flag has an argparse default, so that `from_cli_args` knows which were given.
         """
@@ -144,7 +151,10 @@ class Arguments:
             if group is None or subject is not None:
                 group = group_titled(parser, subject or cls.OWNER)
             default = (defaults or {}).get(item.name, item.default)
-            group.add_argument(*flags_of(item.name, *item.metadata["aliases"]), **_flag_options(item, default))
+            options = _flag_options(item, default)
+            if item.name in hidden:
+                options["help"] = argparse.SUPPRESS
+            group.add_argument(*flags_of(item.name, *item.metadata["aliases"]), **options)
 
     @classmethod
     def from_cli_args(cls: type[A], args: argparse.Namespace, **defaults: Any) -> A:

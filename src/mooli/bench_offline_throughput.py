@@ -3,11 +3,15 @@
 Owns nothing but the name: `mooli bench offline` is the same, and lives in `mooli.bench.offline`.
 """
 
-from __future__ import annotations
+from mooli.entry import run
 
-import sys
 
-from mooli.bench.offline import main
+def main() -> int:
+    """Run the command and return the exit status."""
+    from mooli.bench.offline import main as measure
+
+    return measure()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -3,11 +3,15 @@
 Owns nothing but the name: `mooli bench one-batch` is the same, and lives in `mooli.bench.one_batch`.
 """
 
-from __future__ import annotations
+from mooli.entry import run
 
-import sys
 
-from mooli.bench.one_batch import main
+def main() -> int:
+    """Run the command and return the exit status."""
+    from mooli.bench.one_batch import main as measure
+
+    return measure()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -3,22 +3,26 @@
 Owns nothing but the name and the order: arguments, then the run. `mooli bench serving` is the same.
 """
 
-from __future__ import annotations
-
-import asyncio
 import sys
-from collections.abc import Sequence
 
-from mooli.bench.arguments import parse_arguments
-from mooli.bench.command import ended, fail, measure_and_report
-from mooli.bench.errors import BenchmarkError
-from mooli.bench.metrics import FORMULAS
+from mooli.entry import run
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _PROGRAM = "mooli.bench_serving"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: "Sequence[str] | None" = None) -> int:
     """Run the command and return the exit status."""
+    import asyncio
+
+    from mooli.bench.arguments import parse_arguments
+    from mooli.bench.command import ended, fail, measure_and_report
+    from mooli.bench.errors import BenchmarkError
+    from mooli.bench.metrics import FORMULAS
+
     try:
         options = parse_arguments(sys.argv[1:] if argv is None else argv)
     except BenchmarkError as exc:
@@ -30,4 +34,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +20,9 @@ from mooli.errors import ConfigError, UnknownArgumentError
 from mooli.sglang_arguments import HINTS, REASONS, asks_for_nothing, is_server_argument, is_sglang_argument
 
 logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+"""The `model_path` of the demo model, which is a Python package of its own."""
 
 DTYPES = {
     "auto": "auto",
@@ -349,12 +352,15 @@ class EngineConfig(Arguments):
         super()._refuse_unknown(name, value)
 
     @classmethod
-    def add_cli_args(cls, parser: argparse.ArgumentParser, *, defaults: Mapping[str, Any] | None = None) -> None:
-        """Add a flag for every argument, and `--backend`. `defaults` replaces defaults for this command.
-
-        No flag has an argparse default, so that `from_cli_args` knows which were given.
-        """
-        super().add_cli_args(parser, defaults=defaults)
+    def add_cli_args(
+        cls,
+        parser: argparse.ArgumentParser,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        hidden: Collection[str] = (),
+    ) -> None:
+        """Add a flag for every argument, and `--backend`; see `Arguments.add_cli_args`."""
+        super().add_cli_args(parser, defaults=defaults, hidden=hidden)
         group_titled(parser, _DEVICE_SUBJECT).add_argument(
             "--backend",
             default=argparse.SUPPRESS,

@@ -3,28 +3,32 @@
 Owns nothing but the name: flags are in `mooli.server.flags`, the rest in `mooli.server.command`.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
 
-from mooli.arguments import CommandParser
-from mooli.server.command import serve
-from mooli.server.flags import add_server_args, unknown_argument
+from mooli.entry import run
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _PROGRAM = "python3 -m mooli.launch_server"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: "Sequence[str] | None" = None) -> int:
     """Serve until a signal comes; the exit status. Usage errors end the program with status 2."""
+    from mooli.arguments import CommandParser
+    from mooli.server.flags import add_server_args, unknown_argument
+
     words = list(sys.argv[1:] if argv is None else argv)
     parser = CommandParser(prog=_PROGRAM, description="Serve a model over HTTP; without one, the demo model.")
     add_server_args(parser)
     args, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(unknown_argument(unknown, parser))
+    from mooli.server.command import serve  # not for --help
+
     return serve(args, [*_PROGRAM.split(), *words])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,4 +1,4 @@
-"""How log lines look, and who prints them.
+"""How log lines look, and who prints them; and the one line in which a command says what went wrong.
 
 Owns the format. A process of our own sets logging up; inside another program only what it has not set up is added.
 """
@@ -6,6 +6,7 @@ Owns the format. A process of our own sets logging up; inside another program on
 from __future__ import annotations
 
 import logging
+import sys
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -27,3 +28,8 @@ def add_log_level(level: str) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
         package.addHandler(handler)
+
+
+def report_error(error: object) -> None:
+    """What went wrong, in one line on standard error."""
+    print(f"mooli: error: {' '.join(str(error).split())}", file=sys.stderr)

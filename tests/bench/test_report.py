@@ -16,8 +16,8 @@ from made_runs import made_result
 from scripted_server import Script, options, run
 
 from mooli.bench.errors import BenchmarkError
-from mooli.bench.report import main, page
 from mooli.bench.report_charts import TimeAxis, activity
+from mooli.bench.report_page import main, page
 from mooli.bench.report_runs import Run, read_runs, run_of
 from mooli.bench.serving import report
 

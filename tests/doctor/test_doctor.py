@@ -263,7 +263,7 @@ def test_a_program_that_leaves_children_behind_is_ended_with_them(machine):
 @pytest.fixture
 def command(quick, monkeypatch, capsys):
     surroundings = quick.surroundings()
-    monkeypatch.setattr("mooli.doctor.command.Surroundings", lambda: surroundings)
+    monkeypatch.setattr("mooli.doctor.surroundings.Surroundings", lambda: surroundings)
 
     def run(*argv):
         status = cli.main(["doctor", *argv])

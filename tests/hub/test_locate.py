@@ -63,7 +63,7 @@ def test_offline_the_error_says_why_nothing_was_fetched(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(ModelNotFoundError, match=f"not on this machine.*mooli pull {NAME}.*because {variable} is set"):
+    with pytest.raises(ModelNotFoundError, match=f"because {variable} is set.*mooli pull {NAME}.*Looked in: "):
         locate(NAME)
     assert hub.seen == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 import threading
 
@@ -11,6 +12,7 @@ from fake_engine import FakeEngine, says
 
 import mooli
 from mooli import cli
+from mooli.config import EngineConfig
 
 
 @pytest.fixture
@@ -85,9 +87,8 @@ def test_sampling_flags_reach_the_model(run):
         (["generate", *MODEL, "--tp", "2"], "use tp_size=1"),
         (["generate", *MODEL, "--top-p", "7", "--prompt", "x"], "top_p=7.0 is outside"),
         (["generate", *MODEL, "--prompt", "x" * 500], "the prompt has 500 tokens"),
-        (["chat", *MODEL, "--skip-tokenizer-init"], "remove it"),
     ],
-    ids=["no model", "bad engine flag", "bad sampling flag", "long prompt", "no tokenizer"],
+    ids=["no model", "bad engine flag", "bad sampling flag", "long prompt"],
 )
 def test_an_error_is_one_line_and_status_2(run, argv, message):
     status, out, err = run(*argv)
@@ -225,7 +226,7 @@ def test_the_version_is_a_flag_too(run, capsys):
 
 
 def test_the_device_is_named_once_when_the_model_is_ready(run, monkeypatch):
-    monkeypatch.setattr(cli, "device_words", lambda described: "avx2, 2 threads")
+    monkeypatch.setattr("mooli.answers.device_words", lambda described: "avx2, 2 threads")
     _, _, err = run("demo", "--temperature", "0")
     assert err.count("backend cpu (avx2, 2 threads)") == 1
 
@@ -248,6 +249,49 @@ def test_an_empty_prompt_is_refused_before_the_model_is_loaded(run):
     assert status == 2
     assert "the prompt is empty" in err
     assert "ready in" not in err
+
+
+def test_an_empty_prompt_of_a_flag_is_refused_before_the_model_is_loaded(run):
+    status, _, err = run("generate", *MODEL, "--prompt", "say>", "--prompt", "")
+    assert (status, err) == (2, "mooli: error: --prompt is empty: give a text, or leave it out for standard input\n")
+
+
+IN_EVERY_COMMAND = (["--served-model-name", "x"], ["--incremental-streaming-output"], ["--skip-tokenizer-init"])
+IN_A_CONVERSATION = (["--schedule-policy", "lpm"], ["--max-running-requests", "4"])
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        *((command, words) for command in ("generate", "chat", "demo") for words in IN_EVERY_COMMAND),
+        *((command, words) for command in ("chat", "demo") for words in IN_A_CONVERSATION),
+        ("generate", ["--stream-interval", "2", "--prompt", "a", "--prompt", "b"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_an_engine_flag_that_would_change_nothing_is_refused_with_the_reason(run, command, words):
+    status, out, err = run(command, *MODEL, *words)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"mooli: error: {words[0]}: ")
+    assert err.endswith("; remove it\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "demo"])
+def test_help_is_as_clean_as_the_servers_and_shows_only_what_works(run, capsys, command):
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: mooli {command} [FLAG ...]\n")
+    headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert headings == [
+        *("options", "sampling", "model", "weights and numbers", "device", "memory and batching", "guessed tokens"),
+        *("answers", "logs"),
+    ]
+    hidden = {words[0] for words in (*IN_EVERY_COMMAND, *(IN_A_CONVERSATION if command != "generate" else ()))}
+    shown = {f"--{name.replace('_', '-')}" for name in EngineConfig.names()} - hidden - {"--trust-remote-code"}
+    assert shown - {"--stream-output"} <= set(re.findall(r"--[\w-]+", text))
+    assert not hidden & set(re.findall(r"--[\w-]+", text))
 
 
 def test_of_several_prompts_one_that_fails_is_an_error_and_the_others_are_answered(run):

@@ -30,7 +30,7 @@ from mooli.bench.multiturn_prompts import make_conversations, move_on
 from mooli.bench.multiturn_result import RoundMetrics, by_round, rounds_object, summary, summary_lines
 from mooli.bench.progress import Progress
 from mooli.bench.records import BenchRequest, RequestRecord
-from mooli.bench.report import write_page
+from mooli.bench.report_page import write_page
 from mooli.bench.report_runs import run_of
 from mooli.bench.server_contact import ServerContact
 from mooli.bench.tokenizer_source import find_tokenizer

@@ -29,7 +29,7 @@ from mooli.bench.machine import client_machine, engine_facts
 from mooli.bench.metrics import Metrics, calculate_metrics
 from mooli.bench.progress import Progress
 from mooli.bench.records import BenchRequest, RequestRecord
-from mooli.bench.report import write_page
+from mooli.bench.report_page import write_page
 from mooli.bench.report_runs import run_of
 from mooli.bench.result_table import TableHeader, further_blocks, result_table, throughput_plot
 from mooli.bench.server_contact import ServerContact, accept_length

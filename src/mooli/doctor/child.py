@@ -5,13 +5,10 @@ output: what libraries print themselves goes to standard error. A step that fail
 crashes does, and the lines say which it was.
 """
 
-from __future__ import annotations
-
 import sys
 
-# The folder of this file comes first here, and its modules have names that others have too.
-if sys.path and sys.path[0] == __file__.rpartition("/")[0]:
-    del sys.path[0]
+if not getattr(sys.flags, "safe_path", False):  # from Python 3.11 on
+    del sys.path[0]  # the folder of this file, whose modules have names that others have too
 
 import json
 import os

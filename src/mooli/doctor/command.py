@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mooli.doctor.examination import examine
-from mooli.doctor.report import report_json, report_table
-from mooli.doctor.surroundings import Surroundings
+from mooli.entry import Interruptible
 
 BACKENDS = {
     "cpu": "cpu",
@@ -37,6 +35,11 @@ def add_doctor_args(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Print the report; 0 if nothing stands in the way of the CPU and of the backend asked for, else 1."""
-    report = examine(Surroundings(), backend=BACKENDS[args.backend], model_path=args.model_path, log=args.log)
+    from mooli.doctor.examination import examine  # here, as --help needs nothing of it
+    from mooli.doctor.report import report_json, report_table
+    from mooli.doctor.surroundings import Surroundings
+
+    with Interruptible():  # as what runs in other processes must be ended
+        report = examine(Surroundings(), backend=BACKENDS[args.backend], model_path=args.model_path, log=args.log)
     print(report_json(report) if args.json else report_table(report))
     return report.exit_status

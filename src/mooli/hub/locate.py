@@ -8,8 +8,9 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from mooli.config import DEMO
 from mooli.errors import DownloadError, ModelNotFoundError
-from mooli.hub.local import DEMO, has_weights, parse_name, resolve
+from mooli.hub.local import has_weights, parse_name, resolve
 
 
 def locate(model: str | Path, *, needs_weights: bool = True, stop: threading.Event | None = None) -> Path:
@@ -30,7 +31,7 @@ def locate(model: str | Path, *, needs_weights: bool = True, stop: threading.Eve
 
         variable = offline_variable()
         if variable is not None:
-            raise ModelNotFoundError(f"{exc}. It was not fetched, because {variable} is set") from exc
+            raise ModelNotFoundError(f"{name} was not fetched, because {variable} is set: {exc}") from exc
     else:
         if not needs_weights or has_weights(path) or not _may_fetch(name) or Path(name).exists():
             return path

@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from mooli.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
-from mooli.hub.local import RepositoryName
+
+if TYPE_CHECKING:
+    from mooli.hub.local import RepositoryName
 
 CONFIG = "config.json"
 HUGGING_FACE = "huggingface"

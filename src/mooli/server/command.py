@@ -11,11 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from mooli.engine.child import EngineChild
+from mooli.entry import INTERRUPTED
 from mooli.errors import EngineError, MooliError
+from mooli.logs import report_error
 from mooli.server.flags import read_server_args, redacted
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C before the server runs, as shells have it."""
 
 
 def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
@@ -29,13 +28,9 @@ def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
 
             return launch.run(arguments.server, arguments.engine, redacted(command), child)
     except MooliError as exc:
-        return _report(exc)
+        report_error(exc)
     except OSError as exc:
-        return _report(EngineError(f"the server has ended: {exc}"))
+        report_error(EngineError(f"the server has ended: {exc}"))
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def _report(exc: MooliError) -> int:
-    print(f"mooli: error: {' '.join(str(exc).split())}", file=sys.stderr)
     return 2

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mooli.arguments import REDACTED, flags_of, group_titled
-from mooli.config import EngineConfig
+from mooli.config import DEMO, EngineConfig
 from mooli.errors import ConfigError, UnknownArgumentError
-from mooli.hub import DEMO
 from mooli.server.config import ServerConfig
 from mooli.sglang_arguments import (
     HINT_VALUES,

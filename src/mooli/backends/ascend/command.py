@@ -1,4 +1,4 @@
-"""The command line of `mooli selftest`: its flags and exit status.
+"""What `mooli selftest` does, and its exit status.
 
 Importing it imports no torch.
 """
@@ -6,16 +6,6 @@ Importing it imports no torch.
 from __future__ import annotations
 
 import argparse
-
-
-def add_selftest_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        "--backend",
-        default="npu",
-        choices=("npu", "ascend"),
-        help="Which device: only NPUs have operations that are tested at first use. Default: %(default)s.",
-    )
 
 
 def run_selftest_command(args: argparse.Namespace) -> int:
