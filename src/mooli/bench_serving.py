@@ -20,11 +20,14 @@ def main(argv: "Sequence[str] | None" = None) -> int:
 
     from mooli.bench.arguments import parse_arguments
     from mooli.bench.command import ended, fail, measure_and_report
+    from mooli.bench.datasets import check_file
     from mooli.bench.errors import BenchmarkError
     from mooli.bench.metrics import FORMULAS
 
     try:
         options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if not options.explain:
+            check_file(options.data)
     except BenchmarkError as exc:
         return fail(_PROGRAM, exc, status=2)
     if options.explain:

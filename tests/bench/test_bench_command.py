@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from plain_server import Answer
 
+from mooli.bench import offline
 from mooli.bench.event_loop_lag import EventLoopLag
 from mooli.bench.progress import Progress
 from mooli.bench.records import RequestRecord
@@ -193,3 +194,27 @@ def test_a_busy_event_loop_is_noticed() -> None:
         return lag.load().max_lag_ms
 
     assert asyncio.run(scenario()) > 50
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--dataset-name sharegpt, the default, needs its file: `--dataset-name random` needs none"),
+        (["--dataset-name", "custom"], "--dataset-name custom needs --dataset-path FILE"),
+        (["--dataset-path", "missing.json"], "--dataset-path missing.json: there is no such file"),
+    ],
+    ids=["default", "no file named", "no such file"],
+)
+@pytest.mark.parametrize("run", [main, offline.main], ids=["serving", "offline"])
+def test_a_data_set_without_its_file_is_said_before_a_server_is_waited_for_or_a_model_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Any, flags: list[str],
+    words: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr("mooli.bench.serving.open_session")
+    monkeypatch.delattr("mooli.bench.offline.Engine")
+    assert run([*flags, *(["--model-path", "none"] if run is offline.main else [])]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert words in err

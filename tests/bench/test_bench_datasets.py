@@ -131,7 +131,7 @@ def test_a_chat_template_is_put_around_the_prompt(tokenizer: Tokenizer, tmp_path
 
 
 def test_sharegpt_without_a_file_says_what_to_do(tokenizer: Tokenizer) -> None:
-    with pytest.raises(BenchmarkError, match=r"give --dataset-path FILE.*random` needs no file"):
+    with pytest.raises(BenchmarkError, match=r"random` needs none; or give --dataset-path FILE"):
         load(tokenizer, name="sharegpt")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mooli.bench.datasets import Dataset, DatasetOptions, Randoms, sharegpt_in_cache
+from mooli.bench.datasets import Dataset, DatasetOptions, Randoms, sharegpt_file
 from mooli.bench.errors import BenchmarkError
 from mooli.bench.records import BenchRequest
 from mooli.frontend.tokenizer import Tokenizer
@@ -23,13 +23,7 @@ _NOT_PASSED_ON = ("messages", "max_tokens", "max_completion_tokens", "model", "s
 
 def sharegpt(options: DatasetOptions, tokenizer: Tokenizer, randoms: Randoms) -> Dataset:
     """The first turn of each conversation is the prompt; the second says how long the answer is."""
-    file = Path(options.path) if options.path else sharegpt_in_cache()
-    if file is None:
-        raise BenchmarkError(
-            "--dataset-name sharegpt needs its file: give --dataset-path FILE"
-            " (ShareGPT_V3_unfiltered_cleaned_split.json; nothing is downloaded here)."
-            " `--dataset-name random` needs no file"
-        )
+    file = sharegpt_file(options)
     turns = first_turns(file)
     randoms.python.shuffle(turns)
     return Dataset(requests=_fitting(turns, options, tokenizer), note=f"ShareGPT, {file}")

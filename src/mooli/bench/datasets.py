@@ -128,6 +128,27 @@ def load_dataset(options: DatasetOptions, tokenizer: Tokenizer, randoms: Randoms
     return dataset
 
 
+def check_file(options: DatasetOptions) -> None:
+    """Raise BenchmarkError for a dataset whose file is not named or not there, before a run needs anything else."""
+    if options.path and not Path(options.path).exists():
+        raise BenchmarkError(f"--dataset-path {options.path}: there is no such file")
+    if options.name == "sharegpt":
+        sharegpt_file(options)
+    elif options.name in ("custom", "openai", "mooncake") and not options.path:
+        raise BenchmarkError(f"--dataset-name {options.name} needs --dataset-path FILE")
+
+
+def sharegpt_file(options: DatasetOptions) -> Path:
+    """The file that is named, else the one in the cache. Raises BenchmarkError if there is none."""
+    file = Path(options.path) if options.path else sharegpt_in_cache()
+    if file is None:
+        raise BenchmarkError(
+            "--dataset-name sharegpt, the default, needs its file: `--dataset-name random` needs none; or give"
+            f" --dataset-path FILE ({_SHAREGPT_FILE}; nothing is downloaded here)"
+        )
+    return file
+
+
 def random_lengths(full_len: int, range_ratio: float, num: int, randoms: Randoms) -> list[int]:
     """`num` whole numbers, uniform in [max(int(full_len * range_ratio), 1), full_len], both ends included.
 

@@ -76,8 +76,13 @@ def _add_target(group: Group) -> None:
 def add_data(group: Group) -> None:
     """What to send, and its seed."""
     add = group.add_argument
-    add("--dataset-name", default="sharegpt", choices=[*DATASETS, *REFUSED_DATASETS], help="(sharegpt)")
-    add("--dataset-path", default="", help="file of the dataset; random works without one")
+    add(
+        "--dataset-name",
+        default="sharegpt",
+        choices=[*DATASETS, *REFUSED_DATASETS],
+        help="(sharegpt, which needs its file)",
+    )
+    add("--dataset-path", default="", help="file of the dataset; --dataset-name random needs none")
     add("--num-prompts", type=int, default=1000, help="(1000)")
     add("--sharegpt-output-len", type=int, help="output length, instead of the dataset's")
     add("--sharegpt-context-len", type=int, help="leave out longer conversations")

@@ -24,6 +24,7 @@ from mooli.bench.datasets import (
     Dataset,
     DatasetOptions,
     Randoms,
+    check_file,
     load_dataset,
 )
 from mooli.bench.errors import BenchmarkError
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
     try:
         options = parse_offline_arguments(sys.argv[1:] if argv is None else argv)
+        check_file(options.data)
     except MooliError as exc:
         return fail(PROGRAM, exc, status=2)
     return ended(PROGRAM, lambda: _run(options))
