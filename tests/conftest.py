@@ -1,5 +1,6 @@
 """What holds for all tests: libraries use one thread, no model is fetched, `steps` and `variants` can be imported, no
-test finds the log level of another, and tests of the ascend backend run on a simulated NPU."""
+test finds the log level of another, tests of the ascend backend run on a simulated NPU, and neither chance nor the
+surroundings decide a test."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before NumPy is imported: its library reads these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +19,16 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # A name that is not on this machine is an error: no test may reach the real hubs.
 os.environ.setdefault("MOOLI_OFFLINE", "1")
+
+# No proxy stands between a test and its own servers, and no terminal decides how help and errors are broken.
+for _name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+    os.environ.pop(_name, None)
+for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PYTHON_COLORS"):
+    os.environ.pop(_name, None)
+
+# The same examples in every run, however fast the machine is. `--hypothesis-profile default` draws others.
+settings.register_profile("same", derandomize=True, deadline=None, database=None)
+settings.load_profile("same")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

@@ -36,7 +36,7 @@ def load():
         while conversation is not None:
             goes_on = True
             while goes_on:
-                now = ledger.now()
+                now = 0.01 * len(ledger.turns)  # said, not measured: no test depends on how fast a machine is
                 count = ledger.output_len
                 {at_run}
                 goes_on = ledger.answered(conversation, [7] * count, now, now + 0.001, now + 0.002)
@@ -45,7 +45,7 @@ def load():
 serve(load)
 """
 
-LIMITS = Limits(start_s=20, run_s=20)
+LIMITS = Limits(start_s=60, run_s=60)
 
 
 class SteadyGauge:
@@ -123,7 +123,7 @@ def test_all_workloads_are_run_in_turns(tmp_path: Path, engine: Callable[..., Va
 
 
 def test_an_engine_far_behind_does_a_workload_once(tmp_path: Path, engine: Callable[..., Variant]) -> None:
-    slow = engine("slow", at_run="time.sleep(0.1 if large else 0)")
+    slow = engine("slow", at_run="now *= 100 if large else 1")
     found = outcome(run(tmp_path, [slow, engine("A")], workloads=["single", "random"], rounds=3))
     assert {key for key in found if key[1:] == ("random", "slow")} == {(0, "random", "slow")}
     assert len(found) == 3 * 4 - 2 - 2  # `single` is large too
@@ -161,9 +161,9 @@ def test_an_engine_that_crashes_is_started_again_for_the_next_workload_only(
 
 def test_an_engine_that_takes_too_long_is_ended(tmp_path: Path, engine: Callable[..., Variant]) -> None:
     hangs = engine("hangs", at_run="time.sleep(600 if large else 0)")
-    results = run(tmp_path, [hangs, engine("A")], workloads=["random"], limits=Limits(20, 0.5))
+    results = run(tmp_path, [hangs, engine("A")], workloads=["random"], limits=Limits(60, 3))
     found = outcome(results)
-    assert "took too long (more than 0 s)" in (found[0, "random", "hangs"] or "")
+    assert "took too long (more than 3 s)" in (found[0, "random", "hangs"] or "")
     assert found[0, "random", "A"] is None
 
 

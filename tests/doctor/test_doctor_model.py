@@ -167,8 +167,14 @@ def test_quantisation_is_proposed_where_it_is_enough():
     assert finding.cure[0].startswith("start with --quantization int8: ")
 
 
-@pytest.mark.parametrize("name", ["", "\0", "~nobody-here/x", "a" * 5000, "/nowhere", "Qwen/NotHere", "../../x"])
-def test_a_name_that_means_nothing_is_not_found(name):
+@pytest.mark.parametrize("name", ["", "\0", "~nobody-here/x", "a" * 5000, "/nowhere/x", "Qwen/NotHere", "../../x"])
+def test_a_name_that_means_nothing_is_not_found(name, tmp_path, monkeypatch):
+    below = tmp_path / "one" / "two" / "three"  # where this is run, an x may lie two folders up
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no-cache"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "no-cache"))
     assert list(found(name)) == ["model-not-found"]
 
 

@@ -27,7 +27,7 @@ def executed():
     notebook.cells.append(nbformat.v4.new_code_cell(HOW_THEY_ENDED))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the notebook libraries
-        nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+        nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
