@@ -114,9 +114,9 @@ SERVER_ARGUMENTS = _words("""
 admin_api_key api_key bucket_e2e_request_latency bucket_inter_token_latency bucket_time_to_first_token
 cors_allow_origins decode_log_interval default_chat_template_kwargs enable_cache_report enable_metrics
 fastapi_root_path host keep_alive_timeout log_level_http log_requests log_requests_format log_requests_level
-max_body_bytes max_concurrent_requests max_header_bytes max_queued_requests port read_timeout request_timeout
-sampling_defaults shutdown_timeout skip_server_warmup ssl_ca_certs ssl_certfile ssl_keyfile ssl_keyfile_password
-stream_response_default_include_usage watchdog_timeout write_timeout
+max_body_bytes max_body_values max_concurrent_requests max_header_bytes max_queued_requests max_request_items port
+read_timeout request_timeout sampling_defaults shutdown_timeout skip_server_warmup ssl_ca_certs ssl_certfile
+ssl_keyfile ssl_keyfile_password stream_response_default_include_usage watchdog_timeout write_timeout
 """)
 """The fields of `mooli.server.config.ServerConfig`, which is above the engine and cannot be asked here."""
 

@@ -407,6 +407,33 @@ def test_a_sequence_that_fails_is_a_500_or_ends_its_stream_with_an_error(live):
     assert server.http.post(PATH, json={**body, "stream": False}).status_code == 500
 
 
+# -- where cached tokens came from -------------------------------------------------------------------------------------
+def details(num_cached: int) -> dict:
+    return {"cached_tokens_details": {"device": num_cached, "host": 0}}
+
+
+def test_the_details_of_cached_tokens_are_in_sglext_where_they_are_asked_for(live):
+    server = live(answers("hello"))
+    asked = {"return_cached_tokens_details": True}
+    assert chat(server, "0123456789", **asked)["sglext"] == details(0)
+    again = chat(server, "0123456789", **asked)
+    assert again["sglext"] == details(again["usage"]["prompt_tokens_details"]["cached_tokens"]) != details(0)
+    assert "sglext" not in chat(server, "0123456789")
+    assert "sglext" not in chat(server, "0123456789", return_cached_tokens_details=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": True}}])
+def test_a_stream_has_sglext_in_a_chunk_of_its_own_before_the_usage(live, options):
+    server = live(answers("hello"))
+    chat(server, "0123456789")
+    chunks = chat_events(server, "0123456789", return_cached_tokens_details=True, **options)
+    (found,) = (chunk for chunk in chunks if "sglext" in chunk)
+    assert found["choices"] == [] and found["sglext"]["cached_tokens_details"]["device"] > 0
+    assert chunks.index(found) == len(chunks) - 1 - bool(options)
+    assert ("usage" in chunks[-1]) == bool(options)
+    assert not any("sglext" in chunk for chunk in chat_events(server, "0123456789", **options))
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["plain", "Qwen/Qwen2.5-0.5B-Instruct"])
 def test_the_served_model_is_listed_and_found_by_its_name(live, name):

@@ -432,6 +432,19 @@ def test_a_server_without_a_tokenizer_points_to_the_native_route(live):
     assert "/generate" in error["message"]
 
 
+def test_the_details_of_cached_tokens_are_those_of_all_prompts(live):
+    server = live(says("hello"))
+    fields = {"prompt": ["0123456789>", "abcdefghij>"], "return_cached_tokens_details": True, "n": 2}
+    complete(server, **fields)
+    answer = complete(server, **fields)
+    num_cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert num_cached == 20
+    assert answer["sglext"] == {"cached_tokens_details": {"device": num_cached, "host": 0}}
+    assert complete_events(server, **fields)[-1]["sglext"] == answer["sglext"]
+    del fields["return_cached_tokens_details"]
+    assert not any("sglext" in chunk for chunk in [complete(server, **fields), *complete_events(server, **fields)])
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 def fails_after(length: int) -> dict:
     return {"gives_nan": lambda context: len(context) > length and context[0] == ord("b")}

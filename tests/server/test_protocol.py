@@ -18,13 +18,13 @@ from mooli.server import lingering
 from mooli.server.routing import EventStream, Reply
 
 
-class Body(msgspec.Struct):
+class Body(msgspec.Struct, omit_defaults=True):
     text: str = ""
     count: int | None = None
 
 
 async def echo(service, request) -> Reply:
-    return Reply({"given": request.given})
+    return Reply({"given": request.body or {}})
 
 
 async def refuse(service, request) -> Reply:
@@ -40,8 +40,8 @@ def test_a_connection_takes_one_request_after_another(serve):
 
 def test_requests_sent_together_are_answered_in_order(serve):
     async def handler(service, request) -> Reply:
-        await asyncio.sleep(0.05 if request.given["count"] == 0 else 0)
-        return Reply(request.given)
+        await asyncio.sleep(0.05 if request.body.count == 0 else 0)
+        return Reply(request.body)
 
     server = serve(post("/echo", handler, Body))
     with server.connect() as client:

@@ -21,7 +21,7 @@ from typing import Any
 
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
-from mooli.server.anthropic_types import CountTokensBody, MessagesBody, check_served, conversation
+from mooli.server.anthropic_types import UNSUPPORTED, CountTokensBody, MessagesBody, check_served, conversation
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
 from mooli.server.service import Service
 
@@ -29,23 +29,25 @@ from mooli.server.service import Service
 async def create_message(service: Service, request: Incoming) -> Reply | EventStream:
     """POST /v1/messages. Raises RequestError, ChatTemplateError or EngineError."""
     body: MessagesBody = request.body
-    ids = await _prompt_ids(service, body)
+    ids = await _prompt_ids(service, request)
     room = service.facts.context_length - len(ids)
     params = _sampling(service, body)
     # Without room the rules refuse the prompt itself, with a better reason.
     params["max_new_tokens"] = min(body.max_tokens, room) if room > 0 else body.max_tokens
     inputs = await service.prepare(input_ids=ids, sampling_params=params, rid=f"msg_{uuid.uuid4().hex[:24]}")
     is_cut = 0 < room < body.max_tokens
-    if body.stream:
-        return EventStream(_events(service, inputs, body.model, is_cut))
+    is_stream, model = body.stream, body.model
+    del request, body
+    if is_stream:
+        return EventStream(_events(service, inputs, model, is_cut))
     with service.start(inputs, is_stream=False) as call:
         await call.wait()
-        return Reply(_message(call.generations[0], body.model, is_cut))
+        return Reply(_message(call.generations[0], model, is_cut))
 
 
 async def count_tokens(service: Service, request: Incoming) -> Reply:
     """POST /v1/messages/count_tokens: the tokens of the prompt, cached or not. Raises as `create_message`."""
-    return Reply({"input_tokens": len(await _prompt_ids(service, request.body))})
+    return Reply({"input_tokens": len(await _prompt_ids(service, request))})
 
 
 def _sampling(service: Service, body: MessagesBody) -> dict[str, Any]:
@@ -55,9 +57,10 @@ def _sampling(service: Service, body: MessagesBody) -> dict[str, Any]:
     return {**defaults, **body.sampling_params(), "n": 1}
 
 
-async def _prompt_ids(service: Service, body: CountTokensBody) -> list[int]:
-    check_served(body)
-    messages, continues = conversation(body)
+async def _prompt_ids(service: Service, request: Incoming) -> list[int]:
+    body: CountTokensBody = request.body
+    check_served(request.unsupported)
+    messages, continues = conversation(body, service.config.max_request_items)
     last = {"add_generation_prompt": not continues, "continue_final_message": continues}
     return await service.encode_chat(messages, **{**service.config.chat_template_kwargs, **last})
 
@@ -155,6 +158,7 @@ ROUTES = (
         dialect=Dialect.ANTHROPIC,
         summary="Anthropic's Messages API: the next message of a conversation.",
         body=MessagesBody,
+        unsupported=frozenset(UNSUPPORTED),
         is_generation=True,
     ),
     Route(
@@ -165,5 +169,6 @@ ROUTES = (
         dialect=Dialect.ANTHROPIC,
         summary="Anthropic's Messages API: the tokens of a prompt.",
         body=CountTokensBody,
+        unsupported=frozenset(UNSUPPORTED),
     ),
 )

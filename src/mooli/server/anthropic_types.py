@@ -8,12 +8,13 @@ Source: Anthropic's API reference, Messages and Count Message tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from mooli.server.routing import HttpError
+from mooli.server.json_body import check_count
+from mooli.server.routing import HttpError, ModelName
 
 Block = dict[str, Any]
 """A content block: an object with a `type`. Only {"type": "text", "text": …} is served."""
@@ -28,19 +29,11 @@ class InputMessage(msgspec.Struct, kw_only=True):
 
 
 class CountTokensBody(msgspec.Struct, kw_only=True):
-    """What makes up a prompt. The fields that are `Any` are there to be refused."""
+    """What makes up a prompt."""
 
-    model: str
+    model: ModelName
     messages: Annotated[list[InputMessage], msgspec.Meta(min_length=1)]
     system: str | list[Block] | None = None
-    thinking: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    mcp_servers: Any = None
-    container: Any = None
-    context_management: Any = None
-    output_config: Any = None
-    output_format: Any = None
 
 
 class MessagesBody(CountTokensBody, kw_only=True):
@@ -54,7 +47,6 @@ class MessagesBody(CountTokensBody, kw_only=True):
     top_p: float | None = None
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
-    speed: str | None = None
 
     def sampling_params(self) -> dict[str, Any]:
         """What the body says of sampling, in Mooli's names; `max_tokens` is left to who knows the prompt's length."""
@@ -64,38 +56,51 @@ class MessagesBody(CountTokensBody, kw_only=True):
         return {name: value for name, value in params.items() if value is not None}
 
 
-def check_served(body: CountTokensBody) -> None:
-    """Raise HttpError (400) that names the field if the body asks for what is not served."""
-    neutral = {
-        "thinking": _type_of(body.thinking) == "disabled",
-        "tool_choice": _type_of(body.tool_choice) in ("none", "auto"),
-        "output_config": isinstance(body.output_config, dict) and not any(body.output_config.values()),
-        "speed": getattr(body, "speed", None) == "standard",
-    }
-    names = ("tools", "tool_choice", "thinking", "mcp_servers", "container", "context_management", "output_config",
-             "output_format", "speed")  # fmt: skip
-    for name in names:
-        value = getattr(body, name, None)
-        if value is not None and value != [] and value != {} and not neutral.get(name, False):
+UNSUPPORTED = (
+    "tools", "tool_choice", "thinking", "mcp_servers", "container", "context_management", "output_config",
+    "output_format", "speed",
+)  # fmt: skip
+"""Fields of both bodies whose effect Mooli does not have."""
+
+
+def check_served(given: Mapping[str, Any]) -> None:
+    """Raise HttpError (400) that names the field if one of UNSUPPORTED asks for what is not served."""
+    for name in UNSUPPORTED:
+        value = given.get(name)
+        if value is not None and value != [] and value != {} and not _is_neutral(name, value):
             raise HttpError(400, f"{name} is not supported yet: leave it out.", param=name)
 
 
-def conversation(body: CountTokensBody) -> tuple[list[dict[str, str]], bool]:
+def _is_neutral(name: str, value: object) -> bool:
+    if name == "thinking":
+        return _type_of(value) == "disabled"
+    if name == "tool_choice":
+        return _type_of(value) in ("none", "auto")
+    if name == "output_config":
+        return isinstance(value, dict) and not any(value.values())
+    return name == "speed" and value == "standard"
+
+
+def conversation(body: CountTokensBody, max_items: int) -> tuple[list[dict[str, str]], bool]:
     """Messages for a chat template, and whether the last one is to be continued (it is the assistant's).
 
     Messages of one role in a row become one turn, as the API has it. Raises HttpError (400) for a block that is not
-    text.
+    text, and for more than `max_items` messages and blocks together.
     """
-    turns: list[dict[str, str]] = []
+    blocks = [body.system, *(message.content for message in body.messages)]
+    count = len(body.messages) + sum(len(content) for content in blocks if isinstance(content, list))
+    check_count("messages", count, max_items)
+    turns: list[tuple[str, list[str]]] = []
     if body.system:
-        turns.append({"role": "system", "content": _text(body.system, "system")})
+        turns.append(("system", [_text(body.system, "system")]))
     for index, message in enumerate(body.messages):
         text = _text(message.content, f"messages[{index}].content")
-        if turns and turns[-1]["role"] == message.role:
-            turns[-1]["content"] += PART_SEPARATOR + text
+        if turns and turns[-1][0] == message.role:
+            turns[-1][1].append(text)
         else:
-            turns.append({"role": message.role, "content": text})
-    return turns, turns[-1]["role"] == "assistant"
+            turns.append((message.role, [text]))
+    told = [{"role": role, "content": PART_SEPARATOR.join(texts)} for role, texts in turns]
+    return told, told[-1]["role"] == "assistant"
 
 
 def _text(content: str | Sequence[Block], where: str) -> str:
@@ -116,5 +121,5 @@ def _block_text(block: Block, where: str) -> str:
     return text
 
 
-def _type_of(value: Any) -> Any:
+def _type_of(value: object) -> object:
     return value.get("type") if isinstance(value, dict) else None

@@ -68,6 +68,15 @@ class ServerConfig(Arguments):
         8192, "int", "HTTP requests in progress; more are answered with 429.", low=1
     )
     max_body_bytes: int = argument(32 * 2**20, "size", "Longest body of a request, in bytes.", low=1024)
+    max_body_values: int = argument(
+        500_000, "int", "Most numbers, texts, lists and objects in the body of a request.", low=64
+    )
+    max_request_items: int = argument(
+        4096,
+        "int",
+        "Most prompts, messages with their parts, texts to tokenize or lists of tokens in one request.",
+        low=1,
+    )
     max_header_bytes: int = argument(
         32 * 2**10, "size", "Longest head of a request, in bytes.", low=1024, high=16 * 2**20
     )

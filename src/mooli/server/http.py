@@ -1,7 +1,7 @@
 """One route as an ASGI application: body in, handler, answer or events out.
 
-Owns what happens between a socket and a handler: limits and deadlines of the body, JSON and its types, the watch for a
-client that leaves, the deadline of the whole request, and errors at any moment of it. Never knows what a route does.
+Owns what happens between a socket and a handler: limits and deadlines of the body, the watch for a client that leaves,
+the deadline of the whole request, and errors at any moment of it. Never knows what a route does.
 
 A handler runs in a task of its own. When the client leaves or the time is up, that task is cancelled, and with it ends
 whatever the handler had started. A client that reads slowly holds up that task alone.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ import msgspec
 
 from mooli.server.asgi import Receive, Scope, Send
 from mooli.server.errors import error_event, error_reply, is_for_client, problem_of, reply_messages
+from mooli.server.json_body import read_body
 from mooli.server.limits import BodyRoom, BodyShare
 from mooli.server.routing import EventStream, HttpError, Incoming, Reply, Route
 
@@ -94,6 +94,7 @@ class _Exchange:
             await self._send_error(exc)
             return
         answering = asyncio.ensure_future(self._answer(incoming))
+        del incoming
         watching = asyncio.ensure_future(self._left())
         try:
             await asyncio.wait(
@@ -113,17 +114,21 @@ class _Exchange:
     async def _incoming(self) -> Incoming:
         """Raises HttpError, or _ClientLeft."""
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._scope["headers"]}
-        given: Mapping[str, Any] = {}
-        body = None
+        body: msgspec.Struct | None = None
+        unsupported: Mapping[str, Any] = {}
         if self._route.body is not None:
             with self._room.share() as share:
                 raw = await self._read_body(headers, share)
-                given = _object(raw, headers) if raw or self._route.needs_body else {}
-                body = _checked(given, self._route.body)
+                if raw or self._route.needs_body:
+                    _check_is_json(raw, headers)
+                    most = self._service.config.max_body_values
+                    body, unsupported = await read_body(raw, self._route.body, self._route.unsupported, most)
+                else:
+                    body = self._route.body()
         query = parse_qsl(self._scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
         return Incoming(
-            given=given,
             body=body,
+            unsupported=unsupported,
             query=dict(query),
             path_params=self._scope.get("path_params", {}),
             headers=headers,
@@ -164,7 +169,9 @@ class _Exchange:
     # -- the answer --
     async def _answer(self, incoming: Incoming) -> None:
         try:
-            reply = await self._route.handler(self._service, incoming)
+            handling = self._route.handler(self._service, incoming)
+            del incoming  # the handler alone says how long the body is kept
+            reply = await handling
             if isinstance(reply, Reply):
                 await self._send_reply(reply)
             else:
@@ -226,8 +233,8 @@ async def _end(task: asyncio.Future[None]) -> None:
         await task
 
 
-def _object(raw: bytes, headers: Mapping[str, str]) -> Mapping[str, Any]:
-    """The JSON object that is the body. Raises HttpError.
+def _check_is_json(raw: bytes, headers: Mapping[str, str]) -> None:
+    """Raises HttpError.
 
     The content type must be JSON's: a web page may send forms and plain text anywhere, but JSON only where CORS allows.
     """
@@ -243,26 +250,3 @@ def _object(raw: bytes, headers: Mapping[str, str]) -> Mapping[str, Any]:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise HttpError(415, f"A body with the content encoding {encoding!r} is not read here: send it as it is.")
-    try:
-        value = msgspec.json.decode(raw)
-    except RecursionError:
-        raise HttpError(400, "The body's JSON is nested too deeply.") from None
-    except ValueError as exc:
-        raise HttpError(400, f"The body is not valid JSON: {exc}") from None
-    if not isinstance(value, dict):
-        raise HttpError(400, "The body must be a JSON object.")
-    return value
-
-
-def _checked(given: Mapping[str, Any], body: type[msgspec.Struct]) -> msgspec.Struct:
-    """The body as its type. Raises HttpError that names the field."""
-    try:
-        return msgspec.convert(given, body, strict=True)
-    except msgspec.ValidationError as exc:
-        words, _, path = str(exc).partition(" - at ")
-        match = re.search(r"\$\.?([^`]*)", path)
-        where = match.group(1) if match else ""
-        missing = re.search(r"missing required field `([^`]*)`", words)
-        field = (re.match(r"[^.\[]*", where) or [""])[0] or (missing.group(1) if missing else None)
-        message = f"{where}: {words}" if where else words
-        raise HttpError(400, message.replace("`", ""), param=field or None) from None

@@ -6,7 +6,7 @@ checked where `Engine.generate` checks them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ import msgspec
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.unsupported import BODY_FIELDS, refuse_unsupported
+from mooli.server.json_body import check_count
 from mooli.server.routing import SSE_DONE, Access, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
 from mooli.server.service import ServedCall, Service
 
@@ -43,11 +44,14 @@ class GenerateBody(msgspec.Struct, kw_only=True):
 
 async def generate(service: Service, request: Incoming) -> Reply | EventStream:
     body: GenerateBody = request.body
-    refuse_unsupported(request.given, BODY_FIELDS)
+    refuse_unsupported(request.unsupported, BODY_FIELDS)
     inputs = await _prepare(service, body)
-    if body.stream:
-        return EventStream(_events(service, inputs, body))
-    with _start(service, inputs, body) as call:
+    is_stream = body.stream
+    start = _starter(service, inputs, body)
+    del request, body
+    if is_stream:
+        return EventStream(_events(start))
+    with start() as call:
         async for _ in call.changes():
             pass
     if call.is_single:
@@ -57,6 +61,10 @@ async def generate(service: Service, request: Incoming) -> Reply | EventStream:
 
 async def _prepare(service: Service, body: GenerateBody) -> CallInputs:
     """Checked requests. Raises RequestError."""
+    for name in ("text", "input_ids"):
+        prompts = getattr(body, name)
+        if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
+            check_count(name, len(prompts), service.config.max_request_items)
     if (body.text is None) == (body.input_ids is None):
         raise HttpError(
             400, "give either text or input_ids" + ("" if body.text is None else ", not both"), param="text"
@@ -80,12 +88,19 @@ async def _prepare(service: Service, body: GenerateBody) -> CallInputs:
     )
 
 
-def _start(service: Service, inputs: CallInputs, body: GenerateBody) -> ServedCall:
-    call = service.start(inputs, is_stream=body.stream, is_counted=body.log_metrics)
-    for generation in call.generations:
-        generation.shows_logprob_texts = body.return_text_in_logprobs
-        generation.shows_prompt_ids = body.return_prompt_token_ids
-    return call
+def _starter(service: Service, inputs: CallInputs, body: GenerateBody) -> Callable[[], ServedCall]:
+    """What starts the call; it keeps nothing of the body but what the answer's shape needs."""
+    is_stream, is_counted = body.stream, body.log_metrics
+    shows_texts, shows_prompt_ids = body.return_text_in_logprobs, body.return_prompt_token_ids
+
+    def start() -> ServedCall:
+        call = service.start(inputs, is_stream=is_stream, is_counted=is_counted)
+        for generation in call.generations:
+            generation.shows_logprob_texts = shows_texts
+            generation.shows_prompt_ids = shows_prompt_ids
+        return call
+
+    return start
 
 
 def _whole(generation: Generation) -> dict[str, Any]:
@@ -97,8 +112,8 @@ def _whole(generation: Generation) -> dict[str, Any]:
     return generation.result()
 
 
-async def _events(service: Service, inputs: CallInputs, body: GenerateBody) -> AsyncIterator[bytes]:
-    with _start(service, inputs, body) as call:
+async def _events(start: Callable[[], ServedCall]) -> AsyncIterator[bytes]:
+    with start() as call:
         async for changed in call.changes():
             due = [call.generations[index] for index in changed if call.generations[index].is_due()]
             if due:
@@ -115,6 +130,7 @@ ROUTES = (
         dialect=Dialect.NATIVE,
         summary="Generate from text or token ids (SGLang's native API)",
         body=GenerateBody,
+        unsupported=frozenset(BODY_FIELDS),
         is_generation=True,
     ),
 )

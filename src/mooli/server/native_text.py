@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.server.json_body import check_count
 from mooli.server.openai_chat import conversation_ids
 from mooli.server.openai_fields import require_tokenizer
 from mooli.server.openai_types import ChatBody, ChatMessage
@@ -18,7 +19,7 @@ from mooli.server.routing import Access, Dialect, Handler, HttpError, Incoming, 
 from mooli.server.service import Service
 
 MANY_TOKENS = 4096
-"""So many ids and more are decoded on another thread: streams must not wait for it."""
+"""So many ids and lists of them and more are decoded on another thread: streams must not wait for it."""
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -50,7 +51,11 @@ async def tokenize(service: Service, request: Incoming) -> Reply:
     tokens: list[int] | list[list[int]]
     count: int | list[int]
     if isinstance(body.prompt, list):
-        batch = [await service.tokenize(text, add_special_tokens=body.add_special_tokens) for text in body.prompt]
+        check_count("prompt", len(body.prompt), service.config.max_request_items)
+        batch = []
+        for text in body.prompt:
+            batch.append(await service.tokenize(text, add_special_tokens=body.add_special_tokens))
+            await asyncio.sleep(0)  # short texts are tokenised here, and everybody waits meanwhile
         tokens, count = batch, [len(ids) for ids in batch]
     else:
         tokens = await _ids(service, body)
@@ -74,10 +79,12 @@ async def detokenize(service: Service, request: Incoming) -> Reply:
     body: DetokenizeBody = request.body
     tokenizer = require_tokenizer(service)
     is_batch = bool(body.tokens) and isinstance(body.tokens[0], list)
+    if is_batch:
+        check_count("tokens", len(body.tokens), service.config.max_request_items)
     rows = (
         [_row(ids, f"tokens[{i}]") for i, ids in enumerate(body.tokens)] if is_batch else [_row(body.tokens, "tokens")]
     )
-    if sum(map(len, rows)) < MANY_TOKENS:
+    if len(rows) + sum(map(len, rows)) < MANY_TOKENS:
         texts = _decode(tokenizer, rows, body.skip_special_tokens)
     else:
         texts = await asyncio.to_thread(_decode, tokenizer, rows, body.skip_special_tokens)

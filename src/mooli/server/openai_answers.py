@@ -12,10 +12,41 @@ from typing import Any, Protocol
 
 from mooli.frontend.generation import WEIGHT_VERSION, Generation
 from mooli.frontend.inputs import CallInputs
-from mooli.server.openai_types import GenerationBody
+from mooli.server.openai_types import GenerationBody, StreamOptions
 from mooli.server.routing import SSE_DONE, sse
 from mooli.server.service import Service
 from mooli.types import FinishReason, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerShape:
+    """What a body says of the answer's shape: so much of it is kept while the answer is made.
+
+    has_usage_chunk, is_continuous: of a stream, whether usage comes at its end and in each chunk. returns_ids: token
+    ids too. returns_cache_details: where cached tokens came from, in SGLang's `sglext`.
+    """
+
+    model: str
+    is_stream: bool
+    has_usage_chunk: bool
+    is_continuous: bool
+    returns_ids: bool
+    returns_cache_details: bool
+
+    @classmethod
+    def of(cls, service: Service, body: GenerationBody) -> AnswerShape:
+        options = body.stream_options or StreamOptions()
+        has_usage_chunk = options.include_usage
+        if has_usage_chunk is None:
+            has_usage_chunk = service.config.stream_response_default_include_usage
+        return cls(
+            model=body.model or service.model_name,
+            is_stream=bool(body.stream),
+            has_usage_chunk=has_usage_chunk,
+            is_continuous=bool(options.continuous_usage_stats),
+            returns_ids=bool(body.return_token_ids),
+            returns_cache_details=bool(body.return_cached_tokens_details),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +106,27 @@ OpenChoice = Callable[[int, Generation], Choice]
 """From the place in the answer and the sequence."""
 
 
-def head(service: Service, inputs: CallInputs, body: GenerationBody, kind: str) -> dict[str, Any]:
+def head(inputs: CallInputs, shape: AnswerShape, kind: str) -> dict[str, Any]:
     """What every object of one answer begins with. The id is that of the first sequence, so that it can be aborted."""
     return {
         "id": inputs.requests[0].rid,
         "object": kind,
         "created": int(time.time()),
-        "model": body.model or service.model_name,
+        "model": shape.model,
     }
 
 
-def metadata() -> dict[str, str]:
-    return {"weight_version": WEIGHT_VERSION}
+def tail(generations: Sequence[Generation], shape: AnswerShape) -> dict[str, Any]:
+    """What a whole answer ends with."""
+    fields = {"usage": usage(generations), "metadata": {"weight_version": WEIGHT_VERSION}}
+    return {**fields, "sglext": cache_details(generations)} if shape.returns_cache_details else fields
+
+
+def cache_details(generations: Sequence[Generation]) -> dict[str, Any]:
+    """SGLang's extension: where the cached tokens of `usage` came from."""
+    return {
+        "cached_tokens_details": {"device": usage(generations)["prompt_tokens_details"]["cached_tokens"], "host": 0}
+    }
 
 
 def usage(generations: Sequence[Generation]) -> dict[str, Any]:
@@ -119,17 +159,12 @@ def finish_fields(finish: FinishReason | None) -> dict[str, Any]:
 
 
 async def stream(
-    service: Service, inputs: CallInputs, body: GenerationBody, first_fields: dict[str, Any], open_choice: OpenChoice
+    service: Service, inputs: CallInputs, shape: AnswerShape, first_fields: dict[str, Any], open_choice: OpenChoice
 ) -> AsyncIterator[bytes]:
     """The events of a streamed answer; everything that came since the last piece is in one piece.
 
     first_fields: `head`. Raises RequestFailedError for a sequence that failed, and what `ServedCall.changes` raises.
     """
-    options = body.stream_options
-    has_usage_chunk = service.config.stream_response_default_include_usage
-    if options is not None and options.include_usage is not None:
-        has_usage_chunk = options.include_usage
-    is_continuous = options is not None and bool(options.continuous_usage_stats)
     with service.start(inputs, is_stream=True) as call:
         choices = [open_choice(index, generation) for index, generation in enumerate(call.generations)]
         async for changed in call.changes():
@@ -139,7 +174,7 @@ async def stream(
                 generation.raise_if_failed()
                 for choice in choices[index].take():
                     chunk = {**first_fields, "choices": [choice]}
-                    if is_continuous:
+                    if shape.is_continuous:
                         chunk["usage"] = _usage(
                             prompt_tokens=generation.prompt_tokens,
                             completion_tokens=len(generation.output_ids),
@@ -148,8 +183,12 @@ async def stream(
                     events.append(sse(chunk))
             if events:
                 yield b"".join(events)
-        last = sse({**first_fields, "choices": [], "usage": usage(call.generations)}) if has_usage_chunk else b""
-        yield last + SSE_DONE
+        last = []
+        if shape.returns_cache_details:
+            last.append(sse({**first_fields, "choices": [], "sglext": cache_details(call.generations)}))
+        if shape.has_usage_chunk:
+            last.append(sse({**first_fields, "choices": [], "usage": usage(call.generations)}))
+        yield b"".join([*last, SSE_DONE])
 
 
 async def finished(service: Service, inputs: CallInputs) -> list[Generation]:

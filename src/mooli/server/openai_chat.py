@@ -11,9 +11,17 @@ from typing import Any
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.server.json_body import check_count
 from mooli.server.logprob_shapes import chat_logprobs
-from mooli.server.openai_answers import Delta, Unshown, finish_fields, finished, head, metadata, stream, usage
-from mooli.server.openai_fields import cache_salt, openai_errors, refuse_unsupported, require_tokenizer, sampling_params
+from mooli.server.openai_answers import AnswerShape, Delta, Unshown, finish_fields, finished, head, stream, tail
+from mooli.server.openai_fields import (
+    UNSUPPORTED,
+    cache_salt,
+    openai_errors,
+    refuse_unsupported,
+    require_tokenizer,
+    sampling_params,
+)
 from mooli.server.openai_types import ChatBody, ChatMessage
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
@@ -31,20 +39,22 @@ _OWN_ARGUMENTS = frozenset(
 async def chat_completions(service: Service, request: Incoming) -> Reply | EventStream:
     """Raises HttpError for a request that is wrong, and what `ServedCall.changes` raises."""
     body: ChatBody = request.body
-    refuse_unsupported(request.given, ChatBody)
+    refuse_unsupported(request.unsupported)
     tokenizer = require_tokenizer(service)
     inputs = await _prepare(service, body)
+    shape = AnswerShape.of(service, body)
+    has_logprobs = bool(body.logprobs)
+    del request, body
 
     def open_choice(index: int, generation: Generation) -> ChatChoice:
-        return ChatChoice(service, tokenizer, body, index, generation)
+        return ChatChoice(service, tokenizer, shape, index, generation, has_logprobs=has_logprobs)
 
-    if body.stream:
-        first_fields = head(service, inputs, body, "chat.completion.chunk")
-        return EventStream(stream(service, inputs, body, first_fields, open_choice))
+    if shape.is_stream:
+        first_fields = head(inputs, shape, "chat.completion.chunk")
+        return EventStream(stream(service, inputs, shape, first_fields, open_choice))
     generations = await finished(service, inputs)
     choices = [open_choice(index, generation).whole() for index, generation in enumerate(generations)]
-    first_fields = head(service, inputs, body, "chat.completion")
-    return Reply({**first_fields, "choices": choices, "usage": usage(generations), "metadata": metadata()})
+    return Reply({**head(inputs, shape, "chat.completion"), "choices": choices, **tail(generations, shape)})
 
 
 async def _prepare(service: Service, body: ChatBody) -> CallInputs:
@@ -65,6 +75,8 @@ async def _prepare(service: Service, body: ChatBody) -> CallInputs:
 
 async def conversation_ids(service: Service, body: ChatBody) -> list[int]:
     """The ids of a conversation, up to where the assistant goes on. Raises HttpError."""
+    parts = sum(len(message.content) for message in body.messages if isinstance(message.content, list))
+    check_count("messages", len(body.messages) + parts, service.config.max_request_items)
     messages = [_template_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
     template_arguments = _template_arguments(service, body)
     with openai_errors(prompt="messages", length="max_tokens", top_logprobs="top_logprobs"):
@@ -165,13 +177,20 @@ class ChatChoice:
     """One sequence as the `choices` entries of chunks: who speaks, what is said, why it ended."""
 
     def __init__(
-        self, service: Service, tokenizer: Tokenizer, body: ChatBody, index: int, generation: Generation
+        self,
+        service: Service,
+        tokenizer: Tokenizer,
+        shape: AnswerShape,
+        index: int,
+        generation: Generation,
+        *,
+        has_logprobs: bool,
     ) -> None:
         self._index = index
         self._tokenizer = tokenizer
         self._generation = generation
-        self._has_logprobs = bool(body.logprobs)
-        self._returns_ids = bool(body.return_token_ids)
+        self._has_logprobs = has_logprobs
+        self._returns_ids = shape.returns_ids
         self._shows_tokens = self._has_logprobs or self._returns_ids
         self._unshown = Unshown(
             generation, stream_interval=service.engine_config.stream_interval, shows_tokens=self._shows_tokens
@@ -225,6 +244,7 @@ ROUTES = (
         dialect=Dialect.OPENAI,
         summary="Continue a conversation (OpenAI's chat completions)",
         body=ChatBody,
+        unsupported=frozenset(UNSUPPORTED),
         is_generation=True,
     ),
 )

@@ -13,9 +13,17 @@ from typing import Any
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.server.json_body import check_count
 from mooli.server.logprob_shapes import LegacyLogprobs, joined
-from mooli.server.openai_answers import Unshown, finish_fields, finished, head, metadata, stream, usage
-from mooli.server.openai_fields import cache_salt, openai_errors, refuse_unsupported, require_tokenizer, sampling_params
+from mooli.server.openai_answers import AnswerShape, Unshown, finish_fields, finished, head, stream, tail
+from mooli.server.openai_fields import (
+    UNSUPPORTED,
+    cache_salt,
+    openai_errors,
+    refuse_unsupported,
+    require_tokenizer,
+    sampling_params,
+)
 from mooli.server.openai_types import CompletionBody
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
@@ -26,22 +34,28 @@ DEFAULT_MAX_TOKENS = 16
 async def completions(service: Service, request: Incoming) -> Reply | EventStream:
     """Raises HttpError for a request that is wrong, and what `ServedCall.changes` raises."""
     body: CompletionBody = request.body
-    refuse_unsupported(request.given, CompletionBody)
+    refuse_unsupported(request.unsupported)
     tokenizer = require_tokenizer(service)
     _check_best_of(body)
     inputs = await _prepare(service, body)
     texts = _echoed(service, tokenizer, body, inputs) if body.echo else None
+    shape = AnswerShape.of(service, body)
+    has_logprobs, is_text = body.logprobs is not None, _given_texts(body) is not None
+    del request, body
 
     def open_choice(index: int, generation: Generation) -> CompletionChoice:
         echoed = None if texts is None else texts[index // generation.request.sampling.n]
-        return CompletionChoice(service, tokenizer, body, index, generation, echoed)
+        logprobs = None
+        if has_logprobs:
+            logprobs = LegacyLogprobs(tokenizer, generation.request, echoed=echoed, is_given=is_text)
+        return CompletionChoice(service, shape, index, generation, echoed, logprobs)
 
-    first_fields = head(service, inputs, body, "text_completion")
-    if body.stream:
-        return EventStream(stream(service, inputs, body, first_fields, open_choice))
+    first_fields = head(inputs, shape, "text_completion")
+    if shape.is_stream:
+        return EventStream(stream(service, inputs, shape, first_fields, open_choice))
     generations = await finished(service, inputs)
     choices = [choice for i, generation in enumerate(generations) for choice in open_choice(i, generation).take()]
-    return Reply({**first_fields, "choices": choices, "usage": usage(generations), "metadata": metadata()})
+    return Reply({**first_fields, "choices": choices, **tail(generations, shape)})
 
 
 def _check_best_of(body: CompletionBody) -> None:
@@ -54,6 +68,7 @@ def _check_best_of(body: CompletionBody) -> None:
 
 async def _prepare(service: Service, body: CompletionBody) -> CallInputs:
     """Raises HttpError."""
+    prompt = _prompt_argument(body.prompt, service.config.max_request_items)
     params = sampling_params(body)
     limit = None
     if body.max_tokens is not None:
@@ -70,7 +85,7 @@ async def _prepare(service: Service, body: CompletionBody) -> CallInputs:
         logprobs = {"return_logprob": True, "logprob_start_len": start, "top_logprobs_num": body.logprobs}
     with openai_errors(prompt="prompt", length="max_tokens", top_logprobs="logprobs"):
         inputs = await service.prepare(
-            **_prompt_argument(body.prompt),
+            **prompt,
             sampling_params=params,
             rid=body.rid,
             priority=body.priority,
@@ -89,8 +104,9 @@ def _limit(inputs: CallInputs, max_new_tokens: int) -> None:
             request.sampling = replace(request.sampling, max_new_tokens=max_new_tokens)
 
 
-def _prompt_argument(prompt: str | Sequence[str | int | list[int]]) -> dict[str, Any]:
-    """The prompt under the name that `InputRules.prepare` has for its form. Raises HttpError for mixed lists."""
+def _prompt_argument(prompt: str | Sequence[str | int | list[int]], max_items: int) -> dict[str, Any]:
+    """The prompt under the name that `InputRules.prepare` has for its form. Raises HttpError for mixed lists and for
+    more than `max_items` prompts."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
     if not prompt:
@@ -98,6 +114,8 @@ def _prompt_argument(prompt: str | Sequence[str | int | list[int]]) -> dict[str,
     kind = type(prompt[0])
     if any(type(item) is not kind for item in prompt):
         raise HttpError(400, "prompt mixes texts and token ids in one list: give one kind", param="prompt")
+    if kind is not int:
+        check_count("prompt", len(prompt), max_items)
     return {"prompt": list(prompt)} if kind is str else {"input_ids": list(prompt)}
 
 
@@ -133,20 +151,17 @@ class CompletionChoice:
     def __init__(
         self,
         service: Service,
-        tokenizer: Tokenizer,
-        body: CompletionBody,
+        shape: AnswerShape,
         index: int,
         generation: Generation,
         echoed: str | None,
+        logprobs: LegacyLogprobs | None,
     ) -> None:
         self._index = index
         self._generation = generation
         self._echoed = echoed
-        self._returns_ids = bool(body.return_token_ids)
-        self._logprobs: LegacyLogprobs | None = None
-        if body.logprobs is not None:
-            is_given = _given_texts(body) is not None
-            self._logprobs = LegacyLogprobs(tokenizer, generation.request, echoed=echoed, is_given=is_given)
+        self._returns_ids = shape.returns_ids
+        self._logprobs = logprobs
         self._unshown = Unshown(
             generation,
             stream_interval=service.engine_config.stream_interval,
@@ -186,6 +201,7 @@ ROUTES = (
         dialect=Dialect.OPENAI,
         summary="Continue prompts (OpenAI's completions)",
         body=CompletionBody,
+        unsupported=frozenset(UNSUPPORTED),
         is_generation=True,
     ),
 )

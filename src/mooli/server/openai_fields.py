@@ -6,22 +6,16 @@ answer if it were left aside. Never starts a request.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
-
-import msgspec
 
 from mooli.errors import ChatTemplateError, ContextLengthError, PromptError, RequestError
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.openai_types import GenerationBody
 from mooli.server.routing import HttpError
 from mooli.server.service import Service
-
-logger = logging.getLogger(__name__)
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 """Coding agents look for this code to shorten their history."""
@@ -38,7 +32,7 @@ _SAMPLING_NAMES = {
     },
 }  # fmt: skip
 
-_UNSUPPORTED = (
+UNSUPPORTED = (
     # OpenAI's
     "tools", "tool_choice", "functions", "function_call", "response_format", "modalities", "audio", "prediction",
     "web_search_options", "reasoning_effort", "reasoning", "suffix",
@@ -63,40 +57,23 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 """Values that ask for what is done anyway, besides those of `_is_neutral`."""
 
-_HINTS = frozenset(
-    (
-        "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-        "parallel_tool_calls", "verbosity", "separate_reasoning", "stream_reasoning", "return_cached_tokens_details",
-    )
-)  # fmt: skip
-"""Known fields without an influence on the answer of this server."""
 
-_MAX_NOTED_NAMES = 256
+def refuse_unsupported(given: Mapping[str, Any]) -> None:
+    """Raise HttpError (400) naming the first of UNSUPPORTED that asks for something.
 
-
-def refuse_unsupported(given: Mapping[str, Any], body_type: type[msgspec.Struct]) -> None:
-    """Raise HttpError (400) naming the first field of `given` that asks for what is not supported.
-
-    Names that nobody knows are left aside, as OpenAI's clients expect of newer fields.
+    All other names are left aside, as OpenAI's clients expect of newer fields. Some are known to mean nothing here:
+    user, metadata, store, service_tier, prompt_cache_key, prompt_cache_retention, safety_identifier,
+    parallel_tool_calls, verbosity, separate_reasoning, stream_reasoning.
     """
-    known = set(body_type.__struct_fields__)
-    for name, value in given.items():
-        if name in known or name in _HINTS:
-            continue
-        if name not in _UNSUPPORTED:
-            _note_unknown(name[:64])
-        elif not _is_neutral(value) and value not in _WITHOUT_EFFECT.get(name, ()):
-            raise HttpError(400, f"{name} is not supported by this server: leave it out", param=name)
+    for name in UNSUPPORTED:
+        if name in given:
+            value = given[name]
+            if not _is_neutral(value) and value not in _WITHOUT_EFFECT.get(name, ()):
+                raise HttpError(400, f"{name} is not supported by this server: leave it out", param=name)
 
 
 def _is_neutral(value: Any) -> bool:
     return value is None or value is False or value in ("", "none") or value == [] or value == {}
-
-
-@lru_cache(maxsize=_MAX_NOTED_NAMES)
-def _note_unknown(name: str) -> None:
-    # Cached: once for each name, unless more of them come than anybody would read.
-    logger.debug("the request field %r is not known and left aside", name)
 
 
 def require_tokenizer(service: Service) -> Tokenizer:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from mooli.server.routing import ModelName
+
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
 
@@ -27,7 +29,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 class GenerationBody(msgspec.Struct, kw_only=True):
     """What completions and chats have in common. `model` is not checked: any name is served."""
 
-    model: str | None = None
+    model: ModelName | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -39,7 +41,6 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     stop: str | list[str] | None = None
     seed: int | None = None
     logit_bias: dict[str, float] | None = None
-    user: str | None = None
     # SGLang's extensions
     top_k: int | None = None
     min_p: float | None = None
@@ -55,6 +56,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     extra_key: str | None = None
     return_token_ids: bool | None = None
+    return_cached_tokens_details: bool | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -57,13 +57,24 @@ class HttpError(RequestError):
         self.retry_after_s = retry_after_s
 
 
+ModelName = Annotated[str, msgspec.Meta(max_length=1024)]
+"""In a body. Answers repeat it, a stream in each of its chunks."""
+
+LONG_VALUE = "(a long value)"
+"""Stands in `Incoming.unsupported` for a value that is not kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A request as its handler sees it. given: the JSON object that came ({} without a body); body: the same, checked
-    against the route's `body` type (None if it has none). query: the last value of each name."""
+    """A request as its handler sees it. body: what came, as the route's `body` type (None if it has none); fields
+    that the type does not have are not kept. unsupported: what came under the route's `unsupported` names.
+    query: the last value of each name.
 
-    given: Mapping[str, Any]
+    A handler that is long in answering lets go of it when it has read it: bodies may be large.
+    """
+
     body: Any
+    unsupported: Mapping[str, Any]
     query: Mapping[str, str]
     path_params: Mapping[str, str]
     headers: Mapping[str, str]
@@ -97,7 +108,7 @@ Handler = Callable[["Service", Incoming], Awaitable["Reply | EventStream"]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """One path. body: type of the JSON body; None: a body is neither needed nor read. Without `needs_body` an empty one
-    stands for {}.
+    stands for {}. unsupported: names of fields that `body` does not have, but of which the handler wants to hear.
     is_generation: it makes the engine work, so it is refused while the server drains and counts against its limits."""
 
     path: str
@@ -108,6 +119,7 @@ class Route:
     summary: str
     body: type[msgspec.Struct] | None = None
     needs_body: bool = True
+    unsupported: frozenset[str] = frozenset()
     is_generation: bool = False
 
 
