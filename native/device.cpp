@@ -309,7 +309,7 @@ void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, 
   }
   num_tokens = tokens;
   num_rows = rows;
-  jobs_window = -1;
+  num_attend_plans_ = 0;
 }
 
 // A row's tile in the pool; -1 where its pages do not say, or say one outside the pool.
@@ -350,7 +350,7 @@ bool Device::advance(int count, const int32_t* ids) {
     tile_runs.push_back({r, 1});
   }
   num_tokens = count;
-  jobs_window = -1;
+  num_attend_plans_ = 0;
   return true;
 }
 
@@ -380,43 +380,48 @@ int Device::shared_blocks(const AttendMember& a, const AttendMember& b, int from
 }
 
 // The blocks from `block` on of members that are sorted by their tiles: what all share, then what parts of them do.
-void Device::add_segments(int first, int count, int block, int window) {
+void Device::add_segments(AttendPlan& plan, int first, int count, int block) const {
+  const std::vector<AttendMember>& members = plan.members;
   int end = block;
   if (count == 1) {
     end = last_position(members[first]) / kBlock + 1;
-    if (window > 0) block = std::max(0, positions[members[first].first_token] - window + 1) / kBlock;
+    if (plan.window > 0) block = std::max(0, positions[members[first].first_token] - plan.window + 1) / kBlock;
   } else {
     end += shared_blocks(members[first], members[first + count - 1], block);
   }
-  if (end > block) segments.push_back({first, count, block, end});
+  if (end > block) plan.segments.push_back({first, count, block, end});
   if (count == 1) return;
   for (int i = 0; i < count;) {
     int n = 1;
     while (i + n < count && shared_blocks(members[first + i], members[first + i + n], end) > 0) n++;
-    add_segments(first + i, n, end, window);
+    add_segments(plan, first + i, n, end);
     i += n;
   }
 }
 
-void Device::add_job(int kv_head, int first_member, int num_members, int first_q, int num_q, int window) {
-  const int first_segment = int(segments.size());
-  add_segments(first_member, num_members, 0, window);
+void Device::add_job(AttendPlan& plan, int kv_head, int first_member, int num_members, int first_q, int num_q) const {
+  const int first_segment = int(plan.segments.size());
+  add_segments(plan, first_member, num_members, 0);
   int64_t cost = 0;
-  for (size_t i = size_t(first_segment); i < segments.size(); i++) {
-    const AttendSegment& s = segments[i];
+  for (size_t i = size_t(first_segment); i < plan.segments.size(); i++) {
+    const AttendSegment& s = plan.segments[i];
     for (int m = s.first_member; m < s.first_member + s.num_members; m++)
-      cost += int64_t(s.end_block - s.first_block) * members[m].tokens * num_q;
+      cost += int64_t(s.end_block - s.first_block) * plan.members[m].tokens * num_q;
   }
-  jobs.push_back({kv_head, first_member, num_members, first_q, num_q, first_segment, int(segments.size()) - first_segment, cost});
+  plan.jobs.push_back({kv_head, first_member, num_members, first_q, num_q, first_segment, int(plan.segments.size()) - first_segment, cost});
 }
 
-void Device::prepare_attention(int num_heads, int window) {
-  if (jobs_heads == num_heads && jobs_window == window) return;
-  jobs_heads = num_heads;
-  jobs_window = window;
+const AttendPlan& Device::plan_attention(int num_heads, int window) {
+  for (size_t i = 0; i < num_attend_plans_; i++)
+    if (attend_plans_[i]->num_heads == num_heads && attend_plans_[i]->window == window) return *attend_plans_[i];
+  if (num_attend_plans_ == attend_plans_.size()) attend_plans_.push_back(std::make_unique<AttendPlan>());
+  AttendPlan& plan = *attend_plans_[num_attend_plans_];
+  plan.num_heads = num_heads;
+  plan.window = window;
+  plan.segments.clear();
+  plan.jobs.clear();
+  std::vector<AttendMember>& members = plan.members;
   members.clear();
-  segments.clear();
-  jobs.clear();
   const int group = num_heads / kv_heads, threads = pool.size();
   for (int r = 0; r < num_rows; r++)
     for (int t = 0; t < row_length[r]; t += kQueryTokens)
@@ -440,9 +445,11 @@ void Device::prepare_attention(int num_heads, int window) {
     const int split = end - first == 1 && members[first].tokens == 1 ? parts : 1;
     for (int h = 0; h < kv_heads; h++)
       for (int s = 0; s < split; s++)
-        add_job(h, first, end - first, group * s / split, group * (s + 1) / split - group * s / split, window);
+        add_job(plan, h, first, end - first, group * s / split, group * (s + 1) / split - group * s / split);
   }
-  std::stable_sort(jobs.begin(), jobs.end(), [](const AttendJob& a, const AttendJob& b) { return a.cost > b.cost; });
+  std::stable_sort(plan.jobs.begin(), plan.jobs.end(), [](const AttendJob& a, const AttendJob& b) { return a.cost > b.cost; });
+  num_attend_plans_++;
+  return plan;
 }
 
 }  // namespace mooli

@@ -68,6 +68,13 @@ struct AttendSegment { int first_member, num_members, first_block, end_block; };
 // What one thread attends at a time: members that share a prefix walk it together. first_q, num_q: of the kv head's query
 // heads; first_segment, num_segments: in the order in which blocks must be merged.
 struct AttendJob { int kv_head, first_member, num_members, first_q, num_q, first_segment, num_segments; int64_t cost; };
+// The planned step as attention of one kind computes it: layers of different heads or windows have each their own.
+struct AttendPlan {
+  int num_heads, window;
+  std::vector<AttendMember> members;
+  std::vector<AttendSegment> segments;
+  std::vector<AttendJob> jobs;
+};
 
 class Device {
  public:
@@ -89,7 +96,8 @@ class Device {
   bool advance(int count, const int32_t* ids);
   // Nobody computes ahead when this returns. What had begun must be planned before it can be computed.
   void settle();
-  void prepare_attention(int num_heads, int window);
+  // The plan for one kind of attention, made when it is first asked for in a step, and valid until the next step is planned.
+  const AttendPlan& plan_attention(int num_heads, int window);
   void prepare_rope(RopeTable& rope) const;
 
   size_t tile_bytes() const { return k_tile_bytes(kv_type, head_dim) + v_tile_bytes(kv_type, head_dim); }  // keys and values
@@ -117,10 +125,6 @@ class Device {
   std::vector<std::vector<int32_t>> row_tiles;
   std::vector<int32_t> next_tile;  // of the token that would follow each row; -1 where the row has none for it
   std::vector<TileRun> tile_runs;
-  std::vector<AttendMember> members;
-  std::vector<AttendSegment> segments;
-  std::vector<AttendJob> jobs;
-  int jobs_heads = 0, jobs_window = -1;
   std::vector<std::unique_ptr<RopeTable>> ropes;
 
   // scratch
@@ -147,8 +151,12 @@ class Device {
   bool is_planned_already(int num_tokens, const int32_t* ids, const int32_t* pos, int num_rows, const int32_t* lengths,
                           const int32_t* page_table, int pages_per_row, int num_asked, const int32_t* asked_tokens) const;
   int shared_blocks(const AttendMember& a, const AttendMember& b, int from) const;
-  void add_segments(int first, int count, int block, int window);
-  void add_job(int kv_head, int first_member, int num_members, int first_q, int num_q, int window);
+  void add_segments(AttendPlan& plan, int first, int count, int block) const;
+  void add_job(AttendPlan& plan, int kv_head, int first_member, int num_members, int first_q, int num_q) const;
+
+  // Those of the planned step come first; the others keep their memory for steps to come.
+  std::vector<std::unique_ptr<AttendPlan>> attend_plans_;
+  size_t num_attend_plans_ = 0;
 };
 
 }  // namespace mooli

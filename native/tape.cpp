@@ -73,7 +73,7 @@ int Tape::phase_items(const Op& op, int rows, int phase) const {
     const int together = blocks_of(op, rows).panels;
     return (op.weight->panels() + together - 1) / together;
   }
-  if (op.code == ATTEND) return int(phase == 0 ? device_.tile_runs.size() : device_.jobs.size());
+  if (op.code == ATTEND) return int(phase == 0 ? device_.tile_runs.size() : op.plan->jobs.size());
   return rows;
 }
 
@@ -99,7 +99,7 @@ void Tape::start(int rows) {
       if (op.heads <= 0 || op.heads % device_.kv_heads != 0 ||
           size_t(rows) * op.heads * device_.head_dim * 4 > device_.queries.size())
         throw std::invalid_argument("query heads that do not fit the KV pool or the buffers");
-      device_.prepare_attention(op.heads, op.window);
+      op.plan = &device_.plan_attention(op.heads, op.window);
     }
     if (op.code == ROPE && op.rope != ready) {
       device_.prepare_rope(*op.rope);
@@ -230,8 +230,8 @@ void Tape::compute(int stage, int thread) {
     case ATTEND:
       if (s.phase == 0) store_tokens(op, thread, parts);
       else share(parts, thread, [&](int index) {
-        const AttendJob* job = &device_.jobs[size_t(index)];
-        attend_job(op, *job, size_t(index) + 1 < device_.jobs.size() ? job + 1 : nullptr, rows, device_.work[size_t(thread)]);
+        const AttendJob* job = &op.plan->jobs[size_t(index)];
+        attend_job(op, *job, size_t(index) + 1 < op.plan->jobs.size() ? job + 1 : nullptr, rows, device_.work[size_t(thread)]);
       });
       break;
     case ASKED_ROWS:
@@ -446,8 +446,9 @@ void Tape::store_tokens(const Op& op, int thread, Part* parts) {
   const int rows = op.rows, D = d.head_dim, group = op.heads / d.kv_heads, width = (op.heads + 2 * d.kv_heads) * D;
   const size_t q_bytes = query_bytes(d.kv_type, D);
   auto query = [&](int kv_head, int token) { return d.queries.data() + (size_t(kv_head) * rows + token) * group * q_bytes; };
-  if (d.jobs.size() >= size_t(d.pool.size())) {  // the first block of a thread's first job comes while others are stored
-    const Tiles tiles = first_tiles(op, d.jobs[d.jobs.size() * size_t(thread) / size_t(d.pool.size())]);
+  const std::vector<AttendJob>& jobs = op.plan->jobs;
+  if (jobs.size() >= size_t(d.pool.size())) {  // the first block of a thread's first job comes while others are stored
+    const Tiles tiles = first_tiles(op, jobs[jobs.size() * size_t(thread) / size_t(d.pool.size())]);
     for (int t = 0; t < tiles.count; t++)
       for (size_t i = 0; i < d.tile_bytes(); i += 64) k.prefetch(tiles.start[t] + i);
   }
@@ -471,7 +472,7 @@ void Tape::store_tokens(const Op& op, int thread, Part* parts) {
 // The tiles of a block that a segment's members share.
 Tape::Tiles Tape::tiles_of(const Op& op, const AttendSegment& segment, int block, int kv_head) const {
   const Device& d = device_;
-  const AttendMember& member = d.members[size_t(segment.first_member)];
+  const AttendMember& member = op.plan->members[size_t(segment.first_member)];
   const int last = d.positions[member.first_token + member.tokens - 1];
   Tiles tiles{};
   tiles.count = std::min(kBlockTiles, (last - block * kBlock) / kTile + 1);
@@ -485,17 +486,18 @@ Tape::Tiles Tape::tiles_of(const Op& op, const AttendSegment& segment, int block
 }
 
 Tape::Tiles Tape::first_tiles(const Op& op, const AttendJob& job) const {
-  const AttendSegment& segment = device_.segments[size_t(job.first_segment)];
+  const AttendSegment& segment = op.plan->segments[size_t(job.first_segment)];
   return tiles_of(op, segment, segment.first_block, job.kv_head);
 }
 
 // `following` is the job that this thread most likely does next; null if there is none.
 void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* following, int rows, Device::Work& w) {
   const Device& d = device_;
+  const AttendPlan& plan = *op.plan;
   const Kernels& k = d.kernels;
   const int D = d.head_dim, group = op.heads / d.kv_heads;
   const size_t q_bytes = query_bytes(d.kv_type, D);
-  const AttendMember* members = d.members.data() + job.first_member;
+  const AttendMember* members = plan.members.data() + job.first_member;
   auto query = [&](int token) {
     return d.queries.data() + ((size_t(job.kv_head) * rows + token) * group + job.first_q) * q_bytes;
   };
@@ -517,15 +519,15 @@ void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* follo
   std::fill(lanes, lanes + n * 16, 0.f);
   std::fill(maxima, maxima + n, -1e30f);
 
-  const AttendSegment* segment = d.segments.data() + job.first_segment;
+  const AttendSegment* segment = plan.segments.data() + job.first_segment;
   const AttendSegment* const end = segment + job.num_segments;
   const int tile_lines = int(d.tile_bytes() / 64);
   Tiles now{}, next{};
   if (segment != end) now = tiles_of(op, *segment, segment->first_block, job.kv_head);
   for (; segment != end; segment++) {
     int first = 0, count = 0;
-    for (int m = job.first_member; m < segment->first_member; m++) first += d.members[size_t(m)].tokens * job.num_q;
-    for (int m = 0; m < segment->num_members; m++) count += d.members[size_t(segment->first_member + m)].tokens * job.num_q;
+    for (int m = job.first_member; m < segment->first_member; m++) first += plan.members[size_t(m)].tokens * job.num_q;
+    for (int m = 0; m < segment->num_members; m++) count += plan.members[size_t(segment->first_member + m)].tokens * job.num_q;
     for (int b = segment->first_block; b < segment->end_block; b++) {
       if (b + 1 < segment->end_block) next = tiles_of(op, *segment, b + 1, job.kv_head);
       else if (segment + 1 != end) next = tiles_of(op, segment[1], segment[1].first_block, job.kv_head);

@@ -71,6 +71,7 @@ class Tape : private Region {
     bool is_prepared = false;      // of the linear after it
     const Embedding* table = nullptr;
     RopeTable* rope = nullptr;
+    const AttendPlan* plan = nullptr;  // in the run that was started last
     int width = 0, heads = 0, kv_heads = 0, head_dim = 0, layer = 0, window = 0;
     float number = 0;
     int rows = 0;  // in the run that was started last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from cpu_ops import cpu_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mooli.backends.base import KVSpec
+from mooli.backends.base import AttentionSpec, KVSpec
 from mooli.batch import PageCopy
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
@@ -72,6 +73,31 @@ def test_a_step_that_has_begun_is_the_step_that_is_planned(num_threads: int, pag
             actual.step([0, 1], goes_on=True)
         assert actual.tokens == expected.tokens
         assert backend._device.num_begun_steps == (39 if num_threads > 1 else 0)
+
+
+def test_a_step_that_has_begun_gives_each_layer_its_own_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens(*, goes_on: bool) -> list[int]:
+        with model_runner(2) as (runner, backend):
+            attend = backend.ops.attend
+
+            def windowed(batch: Any, layer: int, qkv: Any, spec: AttentionSpec) -> Any:
+                return attend(batch, layer, qkv, replace(spec, window=(0, 8, 0)[layer]))
+
+            monkeypatch.setattr(backend.ops, "attend", windowed)
+            made = [index % 90 for index in range(140)]  # the window leaves out a whole block of keys
+            computed = 0
+            for _ in range(30):
+                rows = [Row(made[at : at + 100], at, range(8)) for at in range(computed, len(made), 100)]
+                for row in rows:
+                    batch = step([row], 32)
+                    batch.goes_on = goes_on and len(rows) == 1
+                    sampled = runner.execute(batch).token_ids.tolist()
+                computed = len(made)
+                made += sampled
+            assert backend._device.num_begun_steps == (28 if goes_on else 0)
+            return made
+
+    assert tokens(goes_on=True) == tokens(goes_on=False)
 
 
 ACTIONS = st.lists(st.sampled_from(["both", "both", "first", "second", "copy", "use", "token"]), max_size=30)

@@ -6,6 +6,7 @@ The definitions here are written from the formulas, in float64 and with plain lo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gguf
@@ -369,6 +370,58 @@ def test_layers_have_their_own_keys_and_values(backend: Backend, variant: Varian
     run(backend, table, other, lambda b, x: backend.ops.attend(b, 1, x, SPEC))
     actual = attend(backend, table, step([Row([11], 11, pages)], page_size))
     assert_close(actual, attended(qkv[:12], SPEC)[11:], variant.attend)
+
+
+NARROW = AttentionSpec(num_heads=2, num_kv_heads=SPEC.num_kv_heads, head_dim=SPEC.head_dim, scale=0.1)
+KINDS = {
+    "window last": (SPEC, replace(SPEC, window=7)),
+    "window first": (replace(SPEC, window=7), SPEC),
+    "in turns": (replace(SPEC, window=30), SPEC, replace(SPEC, window=30), replace(SPEC, window=1)),
+    "heads and scale": (SPEC, NARROW, replace(NARROW, window=7), replace(SPEC, scale=0.12)),
+}
+
+
+@pytest.mark.parametrize("specs", KINDS.values(), ids=KINDS)
+def test_each_layer_attends_with_its_own_heads_scale_and_window(
+    backend: Backend, variant: Variant, specs: tuple[AttentionSpec, ...]
+) -> None:
+    page_size = backend.default_page_size
+    # Long enough that a window leaves out whole blocks of keys.
+    total, num_shared = 300, 256
+    kv = KVSpec(len(specs), SPEC.num_kv_heads, SPEC.head_dim, page_size, variant.kv_dtype)
+    backend.allocate(kv, 2 * total // page_size + 8, LIMITS)
+    widths = sorted({qkv_size(spec) for spec in specs})
+    tables = {width: backend.load_embedding(raw(random(44 + width, total, width))) for width in widths}
+    pool = Pages(2 * total // page_size + 8, page_size)
+    shared = pool.take(num_shared)
+    one, other, cold = shared + pool.take(44), shared + pool.take(2), pool.take(20)
+    steps = [
+        step([Row(range(128), 0, shared)], page_size),
+        step([Row(range(128, 256), 128, shared)], page_size),
+        step([Row(range(256, 299), 256, one), Row(range(9), 0, cold)], page_size),
+        # A token that continues a row, a chunk, and a row that shares the first pages of another.
+        step([Row([299], 299, one), Row(range(9, 15), 9, cold), Row([3, 5], 256, other)], page_size),
+    ]
+    tails = [[*range(300)], [*range(15)], [*range(256), 3, 5]]
+    for layer, spec in enumerate(specs):
+
+        def every_layer(batch: Any, _: Any, wanted: int = layer) -> Any:
+            x = {width: backend.ops.embed(batch, table) for width, table in tables.items()}
+            mixed = [backend.ops.attend(batch, i, x[qkv_size(kind)], kind) for i, kind in enumerate(specs)]
+            return mixed[wanted]
+
+        actual = [run(backend, tables[widths[0]], batch, every_layer) for batch in steps]
+        table = tables[qkv_size(spec)]
+        parts = [step([Row(range(first, first + 100), 0, shared)], page_size) for first in (0, 100, 200)]
+        qkv = np.concatenate([run(backend, table, part) for part in parts]).astype(np.float64)
+        a, b, c = (attended(qkv[tail], spec) for tail in tails)
+        expected = [a[:128], a[128:256], np.concatenate([a[256:299], b[:9]]), np.concatenate([a[299:], b[9:], c[256:]])]
+        for one_step, wanted in zip(actual, expected, strict=True):
+            assert_close(one_step, wanted, variant.attend)
+
+
+def qkv_size(spec: AttentionSpec) -> int:
+    return (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
 
 
 @pytest.mark.parametrize("kept", [1, 5, 15], ids=lambda kept: f"{kept}-tokens")

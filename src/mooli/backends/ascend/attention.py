@@ -68,7 +68,7 @@ class AscendAttention(PagedAttention):
                 raise RuntimeError(f"only {FIA_DECODE} can be captured, and rows like these go another way")
             batch.memo[HAS_LENGTHS] = True
             return self._static_decode(layer, batch.rows, q, spec)
-        key = ("calls", spec.window, spec.num_heads, spec.head_dim)
+        key = ("calls", spec)
         if key not in batch.memo:
             batch.memo[key] = self.calls(batch.rows, spec)
         calls: Calls = batch.memo[key]
