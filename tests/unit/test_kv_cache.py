@@ -133,6 +133,82 @@ def test_forgetting_takes_back_what_was_inserted() -> None:
     cache.check([])
 
 
+def test_forgetting_spares_what_others_had_computed() -> None:
+    cache = KVCache(8, 4)
+    finished(cache, *range(12))
+    held = opened(cache, *range(21))
+    cache.insert(held, key(*range(12, 20)))
+    cache.forget(held)
+    assert (cache.num_tree_pages, cache.num_free) == (3, 5)
+    assert len(cache.match("", key(*range(21)), 20).pages) == 3
+    cache.check([])
+
+
+def test_forgetting_spares_a_page_that_another_gave_while_it_was_computed() -> None:
+    cache = KVCache(8, 4)
+    first, second = opened(cache, *range(9)), opened(cache, *range(9))
+    cache.insert(first, key(*range(4)))
+    cache.insert(second, key(*range(8)))
+    cache.release(first, key(*range(4, 8)))
+    cache.forget(second)
+    assert cache.num_tree_pages == 1, "the first one's; the second page of both is that of the second"
+    cache.check([])
+
+
+def test_what_is_forgotten_while_another_uses_it_goes_when_that_ends() -> None:
+    cache = KVCache(8, 4)
+    held = opened(cache, *range(12))
+    cache.insert(held, key(*range(12)))
+    user = opened(cache, *range(8), 50)
+    cache.forget(held)
+    assert cache.num_tree_pages == 2
+    cache.check([user])
+    cache.discard(user)
+    assert (cache.num_tree_pages, cache.num_free) == (0, 8)
+    cache.check([])
+
+
+def test_what_is_forgotten_while_it_is_copied_goes_after_the_copy() -> None:
+    cache = KVCache(8, 4)
+    held = opened(cache, *range(8))
+    cache.insert(held, key(*range(8)))
+    user = opened(cache, *range(6), 50)
+    cache.forget(held)
+    assert cache.num_tree_pages == 2
+    cache.drop_copy_source(user)
+    assert cache.num_tree_pages == 1
+    cache.check([user])
+
+
+def test_a_page_that_is_used_again_is_not_taken_for_the_one_that_was_forgotten() -> None:
+    cache = KVCache(4, 4)
+    held = opened(cache, *range(8))
+    cache.insert(held, key(*range(8)))
+    user = opened(cache, *range(8), 50, 51, 52, 53)
+    cache.forget(held)
+    cache.release(user, key(50, 51, 52, 53))
+    assert cache.num_tree_pages == 3, "what is built on it was computed by one that is trusted"
+    cache.evict(3)
+    finished(cache, *range(60, 72))
+    cache.discard(opened(cache, *range(60, 73)))
+    assert cache.num_tree_pages == 3
+    cache.check([])
+
+
+def test_a_request_that_runs_again_forgets_what_it_gave_before() -> None:
+    cache = KVCache(8, 4)
+    finished(cache, *range(4))
+    held = opened(cache, *range(14))
+    given = held.given
+    cache.release(held, key(*range(4, 14)))
+    again = cache.open(cache.match("", key(*range(14)), 13), given)
+    assert again.num_shared == 3
+    cache.drop_copy_source(again)
+    cache.forget(again)
+    assert cache.num_tree_pages == 1, "the partly filled one has gone too"
+    cache.check([])
+
+
 def test_flushing_spares_what_is_in_use() -> None:
     cache = KVCache(8, 4)
     finished(cache, *range(12))

@@ -211,8 +211,49 @@ def test_forgetting_drops_a_branch_up_to_what_others_use() -> None:
     shelf.put(0, 1, 2, 3, 40, 50, 60, 70)
     node, _ = shelf.locked(*range(8))
     shelf.tree.unlock(node)
-    assert shelf.tree.forget(node) == [1]
+    assert shelf.tree.forget(node, {0, 1, 3}) == [1]
     assert shelf.found(0, 1, 2, 3, 40, 50, 60, 70) == ([0, 3], 0)
+    shelf.check()
+
+
+def test_forgetting_goes_up_through_as_many_nodes_as_are_unwanted() -> None:
+    shelf = Shelf()
+    shelf.put(*range(16))
+    upper, _ = shelf.locked(*range(4))
+    middle, _ = shelf.locked(*range(12))
+    for held in (upper, middle):
+        shelf.tree.unlock(held)
+    lower, _ = shelf.locked(*range(16))
+    shelf.tree.unlock(lower)
+    assert len(list(shelf.tree.nodes())) == 4, "a root and three nodes"
+    assert shelf.tree.forget(lower, {1, 2, 3}) == [3, 2, 1]
+    assert shelf.found(*range(16)) == ([0], 0)
+    shelf.check()
+
+
+def test_forgetting_cuts_a_node_at_the_last_page_that_is_wanted() -> None:
+    shelf = Shelf()
+    shelf.put(*range(16))
+    node, _ = shelf.locked(*range(16))
+    shelf.tree.unlock(node)
+    assert shelf.tree.forget(node, {0, 2, 3}) == [3, 2]
+    assert shelf.found(*range(16)) == ([0, 1], 0)
+    shelf.check()
+    assert shelf.tree.evict(9) == [1, 0]
+
+
+def test_forgetting_takes_a_partly_filled_page_below_along() -> None:
+    shelf = Shelf()
+    shelf.put(*range(4))
+    shelf.put(0, 1, 2, 3, 50, 51)
+    shelf.put(0, 1, 2, 3, 60, 61)
+    node, _ = shelf.locked(*range(4))
+    shelf.tree.unlock(node)
+    # [0, 1, 2, 3] was there already: pages 1 and 3 are the surplus of the second and the third.
+    assert shelf.surplus == [1, 3]
+    assert shelf.tree.forget(node, {2}) == [2]
+    assert shelf.found(0, 1, 2, 3, 60, 61) == ([0], 2)
+    shelf.check()
 
 
 def test_the_queue_of_leaves_does_not_grow_with_use() -> None:

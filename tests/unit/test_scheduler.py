@@ -618,3 +618,29 @@ def test_the_error_of_a_request_without_numbers_names_the_type() -> None:
     bench.add(request("a", [1, 2, 3]))
     bench.run()
     assert bench.last("a").finish.message.endswith("or infinity, computed in float16")
+
+
+def test_nan_in_its_own_tokens_drops_nothing_that_others_had_computed() -> None:
+    bench = Bench()
+    base = list(range(40))
+    bench.add(request("trusted", base, 1))
+    bench.run()
+    bench.runner.gives_nan = lambda context: context[-1] == 999
+    bench.add(request("bad", [*base, *range(50, 70), 999], 1))
+    bench.run()
+    assert bench.last("bad").finish.err_type == "NaNError"
+    bench.add(request("after", [*base, *range(50, 71)], 1))
+    bench.run()
+    assert (bench.last("after").finish.type, bench.last("after").cached_tokens) == ("length", 40)
+
+
+def test_nan_drops_what_the_request_computed_before_it_was_preempted_too() -> None:
+    bench = Bench(num_pages=10, page_size=2)
+    bench.runner.gives_nan = lambda context: context[0] == 4 and len(context) == 16
+    bench.add(request("first", [1, 2, 3], 14), request("second", [4, 5, 6], 14))
+    bench.run()
+    second = bench.last("second")
+    assert (second.finish.err_type, second.num_preemptions) == ("NaNError", 1)
+    bench.add(request("again", [4, 5, 6], 1))
+    bench.run()
+    assert bench.last("again").cached_tokens == 0

@@ -15,6 +15,8 @@ beyond the pages it holds, and never touches device memory: copying is asked for
                    the page already, the own one is freed and the page list points at the tree's
     release        like insert, a partly filled last page included; then own pages left are freed, shared ones unlocked
     discard        own pages are freed as they are, shared ones unlocked
+    forget         like discard; and the pages that this request computed and gave to the tree leave it, each as soon as
+                   nobody uses it. What others had computed stays
 """
 
 from __future__ import annotations
@@ -35,12 +37,14 @@ class RequestPages:
 
     node: the locked tree node where the shared pages end; None with the cache disabled.
     copy_source: the locked node whose first page this request's next step copies from.
+    given: the tree's pages that this request computed.
     """
 
     pages: list[int] = field(default_factory=list)
     num_shared: int = 0
     node: Node | None = None
     copy_source: Node | None = None
+    given: set[int] = field(default_factory=set)
 
 
 class KVCache:
@@ -65,6 +69,8 @@ class KVCache:
         """Pages evicted since the start."""
         self._pool = PagePool(num_pages)
         self._tree = RadixTree(page_size)
+        self._untrusted: set[int] = set()
+        """Pages of the tree that leave it as soon as nobody uses them."""
 
     @property
     def num_free(self) -> int:
@@ -97,8 +103,11 @@ class KVCache:
             match.source_page = -1
         return match
 
-    def open(self, match: Match) -> RequestPages:
+    def open(self, match: Match, given: set[int] | None = None) -> RequestPages:
         """Lock what was matched, for a request that begins to run. Ends with `release`, `discard` or `forget`.
+
+        given: of a request that ran before, what it had given then. A page that was evicted since may be another's by
+        now; at worst `forget` drops one too many.
 
         If `match.head_tokens`, the caller copies that many tokens of `match.source_page` to the first page it grows,
         and calls `drop_copy_source` after the step that copied.
@@ -106,7 +115,7 @@ class KVCache:
         if not self.enabled:
             return RequestPages()
         node, source = self._tree.lock_match(match)
-        return RequestPages(list(match.pages), len(match.pages), node, source)
+        return RequestPages(list(match.pages), len(match.pages), node, source, set() if given is None else given)
 
     def following(self, held: RequestPages, key: bytes, num_tokens: int) -> list[int]:
         """Up to `num_tokens` token ids that others had after the same tokens from the start on. Changes nothing.
@@ -120,9 +129,9 @@ class KVCache:
 
     def drop_copy_source(self, held: RequestPages) -> None:
         """The copy has been made, or is no longer wanted: the source may be evicted. Does nothing without a source."""
-        if held.copy_source is not None:
-            self._tree.unlock(held.copy_source)
-            held.copy_source = None
+        source, held.copy_source = held.copy_source, None
+        if source is not None:
+            self._unlock(source)
 
     def grow(self, held: RequestPages, num_tokens: int) -> bool:
         """Append pages until they can hold `num_tokens`, evicting if need be. False, and no change, if it cannot be."""
@@ -147,11 +156,13 @@ class KVCache:
             return
         first = held.num_shared
         last = first + self.pages_for(len(key) // TOKEN_BYTES)
-        inserted = self._tree.insert(held.node, key, held.pages[first:last])
+        own = held.pages[first:last]
+        inserted = self._tree.insert(held.node, key, own)
+        held.given.update(page for page, mine in zip(inserted.pages, own, strict=True) if page == mine)
         held.node = inserted.node
         held.pages[first:last] = inserted.pages
         held.num_shared = last
-        self._pool.free(inserted.surplus)
+        self._free(inserted.surplus)
 
     def release(self, held: RequestPages, key: bytes) -> None:
         """The request ends or is preempted: what it computed stays in the tree, unlocked. `key` as in `insert`."""
@@ -161,17 +172,25 @@ class KVCache:
     def discard(self, held: RequestPages) -> None:
         """The request ends and its own pages are not worth keeping, or not known to be right."""
         self.drop_copy_source(held)
-        self._pool.free(held.pages[held.num_shared :])
-        if held.node is not None:
-            self._tree.unlock(held.node)
-        held.pages, held.num_shared, held.node = [], 0, None
+        self._free(held.pages[held.num_shared :])
+        node, held.node = held.node, None
+        held.pages, held.num_shared = [], 0
+        if node is not None:
+            self._unlock(node)
 
     def forget(self, held: RequestPages) -> None:
-        """Like `discard`, and drops from the tree what it had given to it, as far as nobody else uses it."""
-        node = held.node
+        """Like `discard`, and what it had given to the tree is not to be trusted: it goes as soon as nobody uses it."""
+        self._untrusted |= held.given
         self.discard(held)
-        if node is not None:
-            self._pool.free(self._tree.forget(node))
+
+    def _unlock(self, node: Node) -> None:
+        self._tree.unlock(node)
+        if self._untrusted:
+            self._free(self._tree.forget(node, self._untrusted))
+
+    def _free(self, pages: list[int]) -> None:
+        self._untrusted.difference_update(pages)
+        self._pool.free(pages)
 
     def evict(self, num_pages: int) -> int:
         """Free up to `num_pages` unlocked pages, least recently used first. Returns how many."""
@@ -182,11 +201,11 @@ class KVCache:
     def _evict(self, num_pages: int) -> None:
         dropped = self._tree.evict(num_pages)
         self.num_evicted_pages += len(dropped)
-        self._pool.free(dropped)
+        self._free(dropped)
 
     def flush(self) -> None:
         """Empty the tree of everything that nobody uses."""
-        self._pool.free(self._tree.evict(self._tree.num_pages))
+        self._free(self._tree.evict(self._tree.num_pages))
 
     def check(self, holders: Collection[RequestPages]) -> None:
         """Prove that each page has one owner: free, one of `holders`, or the tree, and that locks are the holders'.

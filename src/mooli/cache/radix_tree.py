@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
@@ -305,26 +305,37 @@ class RadixTree:
             last_used, _, node = heapq.heappop(self._leaves)
             if node.last_used != last_used or not self._is_evictable_leaf(node):
                 continue
-            count = min(num_pages - len(dropped), len(node.pages))
-            dropped += node.pages[: -count - 1 : -1]
-            if count == len(node.pages):
-                self._remove(node)
-                continue
-            del node.pages[-count:]
-            node.key = node.key[: len(node.pages) * self._page_bytes]
-            self.num_pages -= count
-            self.num_evictable -= count
-            self._offer(node)
+            dropped += self._drop_end(node, min(num_pages - len(dropped), len(node.pages)))
         return dropped
 
-    def forget(self, node: Node) -> list[int]:
-        """Drop an unlocked `node` and what above it serves nobody else; return the pages. For KV not to be trusted."""
+    def forget(self, node: Node, unwanted: Set[int]) -> list[int]:
+        """Drop those of the `unwanted` pages that end the way to `node` or a leaf right below it, and are in nobody's
+        use; return them. A page before one that is wanted stays."""
         dropped: list[int] = []
-        while node.parent is not None and self._is_evictable_leaf(node):
-            parent = node.parent
-            dropped += node.pages
+        for leaf in [child for child in node.children.values() if unwanted >= set(child.pages)]:
+            if self._is_evictable_leaf(leaf):
+                dropped += self._drop_end(leaf, len(leaf.pages))
+        step: Node | None = node
+        while step is not None and self._is_evictable_leaf(step):
+            parent = step.parent
+            count = sum(1 for _ in takewhile(unwanted.__contains__, reversed(step.pages)))
+            is_whole = count == len(step.pages)
+            if count:
+                dropped += self._drop_end(step, count)
+            step = parent if is_whole else None
+        return dropped
+
+    def _drop_end(self, node: Node, count: int) -> list[int]:
+        """Take the last `count` pages off an unlocked leaf, the leaf itself with its first; return them, last first."""
+        dropped = node.pages[: -count - 1 : -1]
+        if count == len(node.pages):
             self._remove(node)
-            node = parent
+            return dropped
+        del node.pages[-count:]
+        node.key = node.key[: len(node.pages) * self._page_bytes]
+        self.num_pages -= count
+        self.num_evictable -= count
+        self._offer(node)
         return dropped
 
     def _remove(self, node: Node) -> None:

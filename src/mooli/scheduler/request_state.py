@@ -22,6 +22,7 @@ class RequestState:
     max_tokens: num_tokens at which the request ends with `length`.
     arrival: position in the order of arrival. rank: smaller goes first, and is preempted last.
     drafts: how the guesses at its next tokens have fared.
+    given: the tree's pages that it computed, preempted or not.
     leader: the running request that now computes a prefix this one waits for, until it has `leader_pages` in the tree.
     """
 
@@ -32,6 +33,7 @@ class RequestState:
         "cached_tokens",
         "drafts",
         "enqueued_at",
+        "given",
         "leader",
         "leader_pages",
         "max_tokens",
@@ -64,6 +66,7 @@ class RequestState:
         self.drafts = DraftRecord()
         self.num_preemptions = 0
         self.pages: RequestPages | None = None
+        self.given: set[int] = set()
         self.req_index = -1
         self.leader: RequestState | None = None
         self.leader_pages = 0

@@ -279,7 +279,7 @@ class Scheduler:
         """Begin to run a waiting request on what is cached of it. False, and no change, if there are too few pages."""
         cache = self._cache
         match = cache.match(state.request.namespace, state.key, state.match_limit)
-        held = cache.open(match)
+        held = cache.open(match, state.given)
         num_cached = len(held.pages) * cache.page_size + match.head_tokens
         if self._running and cache.num_available < promised_pages + self._pages_wanted(state, held):
             cache.discard(held)
