@@ -54,7 +54,7 @@ def test_only_probes_and_metrics_are_open():
         ("user", None, "user", {Access.OPEN, Access.KEY, Access.ADMIN}),
         ("user", "admin", None, {Access.OPEN}),
         ("user", "admin", "user", {Access.OPEN, Access.KEY}),
-        ("user", "admin", "admin", {Access.OPEN, Access.ADMIN}),
+        ("user", "admin", "admin", {Access.OPEN, Access.KEY, Access.ADMIN}),
         (None, "admin", None, {Access.OPEN, Access.KEY}),
         (None, "admin", "admin", {Access.OPEN, Access.KEY, Access.ADMIN}),
     ],

@@ -370,7 +370,7 @@ def test_a_key_in_a_file_that_cannot_be_used_is_not_shown(refused, file, text):
 
 
 @pytest.mark.parametrize(
-    "words", [["--api-key", "5ecret"], ["--api-key=5ecret"], ["--api", "5ecret"], ["--admin=5ecret"]]
+    "words", [["--api-key", "5ecret"], ["--api-key=5ecret"], ["--adm", "5ecret"], ["--admin=5ecret"]]
 )
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_command_line_reaches_the_server_without_its_keys(start, words, command):

@@ -34,7 +34,8 @@ async def create_message(service: Service, request: Incoming) -> Reply | EventSt
     params = _sampling(service, body)
     # Without room the rules refuse the prompt itself, with a better reason.
     params["max_new_tokens"] = min(body.max_tokens, room) if room > 0 else body.max_tokens
-    inputs = await service.prepare(input_ids=ids, sampling_params=params, rid=f"msg_{uuid.uuid4().hex[:24]}")
+    rid = f"msg_{uuid.uuid4().hex[:24]}"
+    inputs = await service.prepare(input_ids=ids, sampling_params=params, rid=rid, **request.client.marks)
     is_cut = 0 < room < body.max_tokens
     is_stream, model = body.stream, body.model
     del request, body

@@ -12,3 +12,6 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+CLIENT = "mooli.client"
+"""Where a scope says who sends the request (`mooli.server.routing.Client`)."""

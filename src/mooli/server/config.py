@@ -18,6 +18,9 @@ from mooli.errors import ConfigError
 
 _LEAST_S = 0.001
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+SENDABLE = re.compile(r"[!-~]+")
+"""A key that clients can send."""
+
 _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#\s,]+")
 
 
@@ -57,6 +60,12 @@ class ServerConfig(Arguments):
         "str",
         "Key for what changes the server; default: that in MOOLI_ADMIN_API_KEY, or the API key.",
         is_secret=True,
+    )
+    api_keys_file: str | None = argument(
+        None,
+        "str",
+        "YAML file with several keys, their names, tenants and limits, instead of the two above; SIGHUP has it read"
+        " again.",
     )
     cors_allow_origins: str | None = argument(
         None, "str", "Web pages that may call: origins with commas between, or *. Default: those of this server."
@@ -159,10 +168,15 @@ class ServerConfig(Arguments):
     def _check_keys(self) -> None:
         for name in ("api_key", "admin_api_key"):
             key = getattr(self, name)
-            if key is not None and not re.fullmatch(r"[!-~]+", key):
+            if key is not None and not SENDABLE.fullmatch(key):
                 raise ConfigError(
                     f"{name} is empty, or holds a space or a character outside ASCII: no client could send it;"
                     " leave it out for none"
+                )
+            if key is not None and self.api_keys_file is not None:
+                raise ConfigError(
+                    f"api_keys_file and {name} (or MOOLI_{name.upper()}) are given: put the key into the file, an"
+                    " admin's with admin: true, or leave the file out"
                 )
 
     def _check_tls(self) -> None:
@@ -200,7 +214,7 @@ class ServerConfig(Arguments):
     def warnings(self) -> list[str]:
         """What whoever starts the server should know of these arguments. Holds no key."""
         found = []
-        if not self.is_loopback and self.api_key is None:
+        if not self.is_loopback and self.api_key is None and self.api_keys_file is None:
             found.append(
                 f"host {self.host} can be reached from other machines and there is no api_key: anybody there may use"
                 " this server. Give --api-key (or MOOLI_API_KEY), or listen on 127.0.0.1."

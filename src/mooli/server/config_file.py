@@ -1,10 +1,11 @@
-"""The file behind `--config`: a YAML mapping of argument names to values.
+"""Files that an operator writes, behind `--config` and `--api-keys-file`: YAML mappings.
 
-Owns reading it safely. Never knows which arguments there are, and never shows what it holds: that may be keys.
+Owns reading them safely. Never knows what they are for, and never shows what they hold: that may be keys.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
@@ -12,30 +13,34 @@ import yaml  # type: ignore[import-untyped]
 from mooli.errors import ConfigError
 
 
-def read_config_file(path: str) -> dict[str, Any]:
-    """What the file says, in the order of the file; an empty file says nothing.
+class _GivenTwiceError(yaml.MarkedYAMLError):  # type: ignore[misc]
+    """A key comes twice in one mapping."""
 
-    Raises ConfigError, in one line, for a file that cannot be read, is no mapping with text keys, or has a key twice.
+
+def read_mapping(flag: str, path: str, *, holds: str) -> dict[Any, Any]:
+    """What the file says, in the order of the file; an empty file says nothing. flag, holds: for the messages.
+
+    Raises ConfigError, in one line, for a file that cannot be read, is no mapping, or has a key twice.
     Source: YAML 1.1 as PyYAML's safe loader reads it, without tags that make objects.
     """
     try:
         with open(path, encoding="utf-8") as file:
             value = _load(file.read())
     except OSError as exc:
-        raise ConfigError(f"--config {path}: {exc.strerror or exc}") from exc
+        raise ConfigError(f"{flag} {path}: {exc.strerror or exc}") from exc
     except yaml.MarkedYAMLError as exc:
         mark = exc.problem_mark
         where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
-        raise ConfigError(f"--config {path} is not valid YAML{where}: {exc.problem or exc.context}") from exc
+        words = str(exc.problem or exc.context)
+        if not isinstance(exc, _GivenTwiceError):
+            words = re.sub(r"'[^']{2,}'", "'…'", words)  # of the file's own
+        raise ConfigError(f"{flag} {path} is not valid YAML{where}: {words}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as exc:
-        raise ConfigError(f"--config {path} is not valid YAML: {type(exc).__name__}") from exc
+        raise ConfigError(f"{flag} {path} is not valid YAML: {type(exc).__name__}") from None
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"--config {path} must hold a mapping of arguments to values, not a {type(value).__name__}")
-    for key in value:
-        if not isinstance(key, str):
-            raise ConfigError(f"--config {path}: there is no argument {key!r}")
+        raise ConfigError(f"{flag} {path} must hold a mapping of {holds}, not a {type(value).__name__}")
     return value
 
 
@@ -59,6 +64,6 @@ def _check_keys(node: Any, seen_nodes: set[int]) -> None:
         key, value = child if isinstance(node, yaml.MappingNode) else (None, child)
         if isinstance(key, yaml.ScalarNode):
             if key.value in keys:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+                raise _GivenTwiceError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
             keys.add(key.value)
         _check_keys(value, seen_nodes)

@@ -152,9 +152,11 @@ def _from_file(path: str) -> tuple[dict[str, Any], list[str | None]]:
     values: dict[str, Any] = {}
     warnings: list[str | None] = []
     # Here: YAML takes 20 ms of every start, and few servers have such a file.
-    from mooli.server.config_file import read_config_file
+    from mooli.server.config_file import read_mapping
 
-    for key, value in read_config_file(path).items():
+    for key, value in read_mapping("--config", path, holds="arguments to values").items():
+        if not isinstance(key, str):
+            raise ConfigError(f"--config {path}: there is no argument {key!r}")
         name = key.replace("-", "_")
         if is_sglang_argument(name):
             warnings.append(_decide(f"{key} in {path}", name, value))

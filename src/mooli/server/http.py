@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from mooli.server.asgi import Receive, Scope, Send
+from mooli.server.asgi import CLIENT, Receive, Scope, Send
 from mooli.server.errors import error_event, error_reply, is_for_client, problem_of, reply_messages
 from mooli.server.json_body import read_body
 from mooli.server.limits import BodyRoom, BodyShare
@@ -132,6 +132,7 @@ class _Exchange:
             query=dict(query),
             path_params=self._scope.get("path_params", {}),
             headers=headers,
+            client=self._scope[CLIENT],
         )
 
     async def _read_body(self, headers: Mapping[str, str], share: BodyShare) -> bytes:

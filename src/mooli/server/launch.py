@@ -38,6 +38,7 @@ from mooli.hub.locate import locate_async
 from mooli.logs import set_up_logging
 from mooli.server.app import build_app
 from mooli.server.config import ServerConfig
+from mooli.server.keys import KeyRing
 from mooli.server.metrics import Metrics
 from mooli.server.protocol import make_protocol
 from mooli.server.request_log import RequestLog
@@ -71,15 +72,18 @@ def run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str], 
     _set_up_logging(config, engine_config)
     for warning in config.warnings():
         logger.warning("%s", warning)
+    keys = KeyRing(config)
     _allow_many_connections()
-    return asyncio.run(_run(config, engine_config, argv, child))
+    return asyncio.run(_run(config, engine_config, argv, child, keys))
 
 
-async def _run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str], child: EngineChild) -> int:
+async def _run(
+    config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str], child: EngineChild, keys: KeyRing
+) -> int:
     started_s = time.perf_counter()
     stop = asyncio.Event()
-    with _signals(stop), bound_socket(config) as listener:
-        starting = asyncio.ensure_future(start_service(config, engine_config, argv, started_s, child))
+    with _signals(stop), reloading(keys), bound_socket(config) as listener:
+        starting = asyncio.ensure_future(start_service(config, engine_config, argv, started_s, child, keys))
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -104,6 +108,7 @@ async def start_service(
     argv: Sequence[str],
     started_s: float,
     child: EngineChild,
+    keys: KeyRing,
 ) -> Service:
     """Have `child` build the engine, load the text side meanwhile, and warm both up.
 
@@ -122,8 +127,9 @@ async def start_service(
     try:
         tokenizer = await opening
         service = make_service(
-            config, with_seed(engine_config), client, tokenizer, started_s=started_s, defaults=defaults, argv=argv
-        )
+            config, with_seed(engine_config), client, tokenizer, started_s=started_s, defaults=defaults, argv=argv,
+            keys=keys,
+        )  # fmt: skip
         if not config.skip_server_warmup:
             await _warm_up(service)
     except BaseException:
@@ -154,9 +160,12 @@ def make_service(
     started_s: float,
     defaults: dict[str, object] | None = None,
     argv: Sequence[str] = (),
+    keys: KeyRing | None = None,
 ) -> Service:
-    """What routes work with, its metrics and logs connected to `client`."""
-    metrics = Metrics(engine_config.served_model_name or engine_config.model_path, client.facts, config)
+    """What routes work with, its metrics and logs connected to `client`. keys: those that `config` names, if they are
+    read already."""
+    keys = keys or KeyRing(config)
+    metrics = Metrics(engine_config.served_model_name or engine_config.model_path, client.facts, config, keys)
     step_log = StepLog(client.facts, config.decode_log_interval)
     service = Service(
         config=config,
@@ -169,6 +178,7 @@ def make_service(
         sampling_defaults=defaults or {},
         startup_time_s=time.perf_counter() - started_s,
         launch_command=shlex.join(argv),
+        keys=keys,
     )
 
     def take_report(report: messages.Outputs) -> None:
@@ -276,7 +286,7 @@ class _Uvicorn(uvicorn.Server):
 def _uvicorn_config(service: Service) -> uvicorn.Config:
     config = service.config
     return uvicorn.Config(
-        build_app(service),
+        build_app(service, keys=service.keys),
         http=make_protocol(config),
         loop="asyncio",
         ws="none",
@@ -346,6 +356,20 @@ def _signals(stop: asyncio.Event) -> Iterator[None]:
     finally:
         for number in caught:
             loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def reloading(keys: KeyRing) -> Iterator[None]:
+    """While this lasts, SIGHUP has the keys file read again. Without a file it ends the process, as it always does."""
+    if keys.path is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, keys.reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 def _announce(service: Service, server: HttpServer) -> None:

@@ -6,10 +6,12 @@ in `mooli.server.http`, those of what it asks for in the frontend's input rules.
 
 from __future__ import annotations
 
+import collections
 from typing import TYPE_CHECKING
 
-from mooli.server.asgi import Receive, Scope, Send
+from mooli.server.asgi import CLIENT, Receive, Scope, Send
 from mooli.server.errors import Problem, error_reply
+from mooli.server.keys import Key
 from mooli.server.route_table import RouteTable
 from mooli.server.routing import Access, Dialect, HttpError, Route
 
@@ -59,28 +61,35 @@ class BodyShare:
 
 
 class Admission:
-    """ASGI middleware: refuses what would be more than `max_concurrent_requests` at a time (429), and new generations
-    while the server drains (503). Probes, open to anybody, are counted apart: a busy server is not a dead one."""
+    """ASGI middleware: refuses what would be more than `max_concurrent_requests` of the server or of a key at a time
+    (429), and new generations while the server drains (503). Probes, open to anybody, are counted apart: a busy server
+    is not a dead one."""
 
     def __init__(self, table: RouteTable, service: Service) -> None:
         self._table = table
         self._service = service
         self._num_running = {True: 0, False: 0}
         """By whether the route is open."""
+        self._num_of: collections.Counter[str] = collections.Counter()
+        """By the name of the key, probes left out."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = self._table.route_of(scope)
         is_open = route is not None and route.access is Access.OPEN
-        problem = self._problem(route, is_open)
+        key = None if is_open else scope[CLIENT].key
+        problem = self._problem(route, is_open) or self._key_problem(key)
         if problem is not None:
             for reply in error_reply(Dialect.OPENAI if route is None else route.dialect, problem):
                 await send(reply)
             return
+        name = "" if key is None else key.name
         self._num_running[is_open] += 1
+        self._num_of[name] += 1
         try:
             await self._table(scope, receive, send)
         finally:
             self._num_running[is_open] -= 1
+            self._num_of[name] -= 1
 
     def _problem(self, route: Route | None, is_open: bool) -> Problem | None:
         if route is not None and route.is_generation and self._service.is_draining:
@@ -91,3 +100,16 @@ class Admission:
             return None
         headers = {"Retry-After": str(BUSY_RETRY_S)}
         return Problem(429, f"The server is answering {most} requests already.", code="busy", headers=headers)
+
+    def _key_problem(self, key: Key | None) -> Problem | None:
+        if key is None or key.max_concurrent_requests is None:
+            return None
+        if self._num_of[key.name] < key.max_concurrent_requests:
+            return None
+        return Problem(
+            429,
+            f"This key may have {key.max_concurrent_requests} requests in progress at a time, and has them: try again"
+            " when one of them has ended.",
+            code="key_busy",
+            headers={"Retry-After": str(BUSY_RETRY_S)},
+        )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -23,6 +23,7 @@ from mooli.engine.facts import EngineFacts
 from mooli.engine.messages import Outputs
 from mooli.frontend.generation import Generation
 from mooli.server.config import ServerConfig
+from mooli.server.keys import KeyRing
 from mooli.server.routing import Access, Dialect, Incoming, Reply, Route
 from mooli.server.step_log import GenThroughput
 
@@ -57,8 +58,9 @@ class Metrics:
     Not thread-safe: everything is called in the server's event loop.
     """
 
-    def __init__(self, model_name: str, facts: EngineFacts, config: ServerConfig) -> None:
+    def __init__(self, model_name: str, facts: EngineFacts, config: ServerConfig, keys: KeyRing | None = None) -> None:
         self._requests = _RequestCounts(config)
+        self._keys = keys
         self._http = _HttpCounts()
         self._engine = _EngineState(facts, config.decode_log_interval)
         self._registry = CollectorRegistry(auto_describe=False)
@@ -77,6 +79,8 @@ class Metrics:
 
     def finished(self, generation: Generation, *, is_stream: bool, elapsed_s: float) -> None:
         self._requests.finished(generation, is_stream=is_stream, elapsed_s=elapsed_s)
+        if self._keys is not None and self._keys.named(generation.request.client) is not None:
+            self._requests.of_key[generation.request.client].add(generation)
 
     # -- of HTTP --
     def http_request(self, endpoint: str, method: str) -> None:
@@ -148,6 +152,7 @@ class _RequestCounts:
         self.cached_tokens = 0
         self.decode_tokens = 0
         self.aborted = 0
+        self.of_key: collections.defaultdict[str, _KeyCounts] = collections.defaultdict(_KeyCounts)
 
     @property
     def cache_hit_rate(self) -> float:
@@ -173,6 +178,18 @@ class _RequestCounts:
             self.prompt_lengths.observe(prompt)
             self.uncached_lengths.observe(prompt - cached)
             self.answer_lengths.observe(num_generated)
+
+
+class _KeyCounts:
+    """What one key's holder has asked for and got."""
+
+    def __init__(self) -> None:
+        self.ended = self.prompt_tokens = self.generated_tokens = 0
+
+    def add(self, generation: Generation) -> None:
+        self.ended += 1
+        self.prompt_tokens += generation.prompt_tokens
+        self.generated_tokens += len(generation.output_ids)
 
 
 def _bounds(given: Sequence[float] | None, default: Sequence[float]) -> tuple[float, ...]:
@@ -325,6 +342,20 @@ class _Exposition(Collector):
         yield tokens
         text = "Requests received and not ended: running, queued, or on the way to or from the engine."
         yield GaugeMetricFamily("mooli:num_open_reqs", text, counts.num_open)
+        if counts.of_key:
+            yield from self._key_families(counts.of_key)
+
+    @staticmethod
+    def _key_families(of_key: Mapping[str, _KeyCounts]) -> Iterator[Metric]:
+        for name, text, values in (
+            ("key_requests", "Requests that have ended.", {key: of.ended for key, of in of_key.items()}),
+            ("key_prompt_tokens", "Tokens of prompts.", {key: of.prompt_tokens for key, of in of_key.items()}),
+            ("key_generation_tokens", "Tokens of answers.", {key: of.generated_tokens for key, of in of_key.items()}),
+        ):
+            family = CounterMetricFamily(f"mooli:{name}", f"{text} By the name of their key.", labels=["key"])
+            for key, value in values.items():
+                family.add_metric([key], value)
+            yield family
 
     def _request_histograms(self) -> Iterator[Metric]:
         counts = self._requests

@@ -15,7 +15,7 @@ from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.unsupported import BODY_FIELDS, refuse_unsupported
 from mooli.server.json_body import check_count
-from mooli.server.routing import SSE_DONE, Access, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
+from mooli.server.routing import SSE_DONE, Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
 from mooli.server.service import ServedCall, Service
 
 
@@ -45,7 +45,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
 async def generate(service: Service, request: Incoming) -> Reply | EventStream:
     body: GenerateBody = request.body
     refuse_unsupported(request.unsupported, BODY_FIELDS)
-    inputs = await _prepare(service, body)
+    inputs = await _prepare(service, body, request.client)
     is_stream = body.stream
     start = _starter(service, inputs, body)
     del request, body
@@ -59,7 +59,7 @@ async def generate(service: Service, request: Incoming) -> Reply | EventStream:
     return Reply([generation.result() for generation in call.generations])
 
 
-async def _prepare(service: Service, body: GenerateBody) -> CallInputs:
+async def _prepare(service: Service, body: GenerateBody, client: Client) -> CallInputs:
     """Checked requests. Raises RequestError."""
     for name in ("text", "input_ids"):
         prompts = getattr(body, name)
@@ -85,6 +85,7 @@ async def _prepare(service: Service, body: GenerateBody) -> CallInputs:
         token_ids_logprob=body.token_ids_logprob,
         priority=body.priority,
         cache_salt=body.cache_salt or body.extra_key,
+        **client.marks,
     )
 
 

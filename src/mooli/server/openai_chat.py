@@ -23,7 +23,7 @@ from mooli.server.openai_fields import (
     sampling_params,
 )
 from mooli.server.openai_types import ChatBody, ChatMessage
-from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, Reply, Route
+from mooli.server.routing import Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
 from mooli.types import FinishReason
 
@@ -41,7 +41,7 @@ async def chat_completions(service: Service, request: Incoming) -> Reply | Event
     body: ChatBody = request.body
     refuse_unsupported(request.unsupported)
     tokenizer = require_tokenizer(service)
-    inputs = await _prepare(service, body)
+    inputs = await _prepare(service, body, request.client)
     shape = AnswerShape.of(service, body)
     has_logprobs = bool(body.logprobs)
     del request, body
@@ -57,7 +57,7 @@ async def chat_completions(service: Service, request: Incoming) -> Reply | Event
     return Reply({**head(inputs, shape, "chat.completion"), "choices": choices, **tail(generations, shape)})
 
 
-async def _prepare(service: Service, body: ChatBody) -> CallInputs:
+async def _prepare(service: Service, body: ChatBody, client: Client) -> CallInputs:
     """Raises HttpError."""
     length_name, max_tokens = _length(body)
     logprobs = _logprob_arguments(body)
@@ -69,6 +69,7 @@ async def _prepare(service: Service, body: ChatBody) -> CallInputs:
             rid=body.rid,
             priority=body.priority,
             cache_salt=cache_salt(body),
+            **client.marks,
             **logprobs,
         )
 

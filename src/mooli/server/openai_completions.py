@@ -25,7 +25,7 @@ from mooli.server.openai_fields import (
     sampling_params,
 )
 from mooli.server.openai_types import CompletionBody
-from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, Reply, Route
+from mooli.server.routing import Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
 
 DEFAULT_MAX_TOKENS = 16
@@ -37,7 +37,7 @@ async def completions(service: Service, request: Incoming) -> Reply | EventStrea
     refuse_unsupported(request.unsupported)
     tokenizer = require_tokenizer(service)
     _check_best_of(body)
-    inputs = await _prepare(service, body)
+    inputs = await _prepare(service, body, request.client)
     texts = _echoed(service, tokenizer, body, inputs) if body.echo else None
     shape = AnswerShape.of(service, body)
     has_logprobs, is_text = body.logprobs is not None, _given_texts(body) is not None
@@ -66,7 +66,7 @@ def _check_best_of(body: CompletionBody) -> None:
         )
 
 
-async def _prepare(service: Service, body: CompletionBody) -> CallInputs:
+async def _prepare(service: Service, body: CompletionBody, client: Client) -> CallInputs:
     """Raises HttpError."""
     prompt = _prompt_argument(body.prompt, service.config.max_request_items)
     params = sampling_params(body)
@@ -90,6 +90,7 @@ async def _prepare(service: Service, body: CompletionBody) -> CallInputs:
             rid=body.rid,
             priority=body.priority,
             cache_salt=cache_salt(body),
+            **client.marks,
             **logprobs,
         )
     if limit is not None:

@@ -37,6 +37,8 @@ class RequestLog:
     def started(self, generation: Generation) -> None:
         """A request is on its way to the engine."""
         fields: dict[str, Any] = {"rid": generation.rid, "prompt_tokens": generation.prompt_tokens}
+        if generation.request.client:
+            fields["client"] = generation.request.client
         if self._level >= PARAMETERS:
             fields["sampling_params"] = _plain(asdict(generation.request.sampling))
         if self._level >= CUT_TEXTS:

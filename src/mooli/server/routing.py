@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from mooli.errors import RequestError
+from mooli.server.keys import Key
 
 if TYPE_CHECKING:
     from mooli.server.service import Service
@@ -26,7 +27,7 @@ class Access(enum.Enum):
     KEY = "key"
     """Who has the API key, if there is one."""
     ADMIN = "admin"
-    """Who has the admin key; without one, who has the API key."""
+    """Who has an admin's key; where only --api-key is given, that is one."""
 
 
 class Dialect(enum.Enum):
@@ -65,6 +66,24 @@ LONG_VALUE = "(a long value)"
 
 
 @dataclass(frozen=True, slots=True)
+class Client:
+    """Who sends a request. address: of the other end of its connection, "" where it has none. key: what it brought."""
+
+    address: str = ""
+    key: Key | None = None
+
+    @property
+    def name(self) -> str:
+        """Whose share of the queue its requests take: that of the key's name, or of the address."""
+        return (self.key.name if self.key is not None else "") or self.address
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """What `InputRules.prepare` is told of it."""
+        return {"client": self.name, "tenant": "" if self.key is None else self.key.tenant}
+
+
+@dataclass(frozen=True, slots=True)
 class Incoming:
     """A request as its handler sees it. body: what came, as the route's `body` type (None if it has none); fields
     that the type does not have are not kept. unsupported: what came under the route's `unsupported` names.
@@ -78,6 +97,7 @@ class Incoming:
     query: Mapping[str, str]
     path_params: Mapping[str, str]
     headers: Mapping[str, str]
+    client: Client
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ Lives in the server's event loop; only tokenising of long texts leaves it.
 from __future__ import annotations
 
 import asyncio
+import collections
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from mooli.frontend.inputs import CallInputs, InputRules
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.config import ServerConfig
+from mooli.server.keys import KeyRing
 from mooli.server.metrics import Metrics
 from mooli.server.request_log import RequestLog
 from mooli.server.routing import HttpError
@@ -70,8 +72,10 @@ class Service:
         sampling_defaults: Mapping[str, Any],
         startup_time_s: float,
         launch_command: str,
+        keys: KeyRing,
     ) -> None:
         self.config = config
+        self.keys = keys
         self.engine_config = engine_config
         self.client = client
         self.tokenizer = tokenizer
@@ -90,6 +94,8 @@ class Service:
         self.is_draining = False
         self.num_active = 0
         """Calls that are not closed yet."""
+        self.num_sequences: collections.Counter[str] = collections.Counter()
+        """Of those calls, by the name of the key they came with."""
 
     @property
     def facts(self) -> EngineFacts:
@@ -123,11 +129,31 @@ class Service:
         """Submit. Use the call as a context manager: leaving it aborts what is not finished.
 
         is_counted: False for health checks, which are no traffic.
-        Raises RequestError for an id in use, HttpError (503) when the queue is full, EngineDeadError.
+        Raises RequestError for an id in use, HttpError (503) when the queue is full and (429) when it would be more
+        than the key may have, EngineDeadError.
         """
+        self._check_key(inputs)
         if self.client.num_open + len(inputs.requests) > self.max_open:
             raise HttpError(503, "The request queue is full.", code="queue_full", retry_after_s=1)
         return ServedCall(self, inputs, is_stream=is_stream, is_counted=is_counted)
+
+    def _check_key(self, inputs: CallInputs) -> None:
+        key = self.keys.named(inputs.requests[0].client)
+        if key is None or key.max_sequences is None:
+            return
+        most, num_new = key.max_sequences, len(inputs.requests)
+        if num_new > most:
+            raise HttpError(
+                400, f"this key may have {most} sequences at a time, and the request is for {num_new}: send fewer"
+                " prompts, or a smaller n",
+            )  # fmt: skip
+        if self.num_sequences[key.name] + num_new > most:
+            raise HttpError(
+                429,
+                f"This key may have {most} sequences running and waiting at a time: try again when some have ended.",
+                code="key_busy",
+                retry_after_s=1,
+            )
 
     @staticmethod
     async def _run(num_chars: int, function: Callable[[], T]) -> T:
@@ -169,6 +195,9 @@ class ServedCall:
         sinks = [self._sink(index) for index in range(len(self.generations))]
         self._client.submit(inputs.requests, sinks)
         service.num_active += 1
+        key = service.keys.named(inputs.requests[0].client)
+        self._key_name = "" if key is None else key.name
+        service.num_sequences[self._key_name] += len(self.generations)
         if self._log is not None:
             for generation in self.generations:
                 self._log.started(generation)
@@ -207,6 +236,7 @@ class ServedCall:
         if not self._is_closed:
             self._is_closed = True
             self._service.num_active -= 1
+            self._service.num_sequences[self._key_name] -= len(self.generations)
         rids, self._open = self._open, set()
         if rids:
             self._client.drop(rids, reason)
