@@ -111,7 +111,8 @@ REASONS: dict[str, str] = {
 """What is to be said of some of them."""
 
 SERVER_ARGUMENTS = _words("""
-admin_api_key api_key api_keys_file bucket_e2e_request_latency bucket_inter_token_latency bucket_time_to_first_token
+admin_api_key allowed_hosts api_key api_keys_file
+bucket_e2e_request_latency bucket_inter_token_latency bucket_time_to_first_token
 cors_allow_origins decode_log_interval default_chat_template_kwargs enable_cache_report enable_metrics
 fastapi_root_path host keep_alive_timeout log_level_http log_requests log_requests_format log_requests_level
 max_body_bytes max_body_values max_concurrent_requests max_header_bytes max_queued_requests max_request_items port

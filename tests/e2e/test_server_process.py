@@ -275,7 +275,7 @@ def test_a_client_that_does_not_read_holds_up_nobody(shared):
         slow.settimeout(PATIENCE_S)
         slow.connect(("127.0.0.1", shared.port))
         body = json.dumps(story(256, stream=True, return_logprob=True, top_logprobs_num=50)).encode()
-        head = ["POST /generate HTTP/1.1", "Host: x", "Connection: close", "Content-Type: application/json"]
+        head = ["POST /generate HTTP/1.1", "Host: localhost", "Connection: close", "Content-Type: application/json"]
         head += [f"Content-Length: {len(body)}", "", ""]
         slow.sendall("\r\n".join(head).encode() + body)
         assert shared.generate(STORY, max_new_tokens=64)["meta_info"]["completion_tokens"] == 64

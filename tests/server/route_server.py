@@ -45,7 +45,7 @@ class RouteServer:
     """Serves `routes`. http: a client of it. counts: see `Counts`."""
 
     def __init__(self, routes: list[Route], **arguments: Any) -> None:
-        self.config = ServerConfig.from_kwargs(port=0, **arguments)
+        self.config = ServerConfig.from_kwargs(**{"port": 0, "allowed_hosts": "*", **arguments})
         self.counts = Counts()
         self.service = SimpleNamespace(config=self.config, metrics=self.counts, is_draining=False)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -151,5 +151,10 @@ def serve() -> Iterator[Callable[..., RouteServer]]:
 
 def json_request(path: str, body: bytes = b"{}", *headers: str) -> bytes:
     """A whole POST as it goes over the wire."""
-    head = [f"POST {path} HTTP/1.1", "Host: test", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    head = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
     return "\r\n".join([*head, *headers, "", ""]).encode() + body

@@ -161,6 +161,8 @@ def test_a_model_named_twice_is_refused(refused):
         ("--enable-metrics", "enable_metrics", True),
         ("""--default-chat-template-kwargs '{"a": 1}'""", "chat_template_kwargs", {"a": 1}),
         ("--cors-allow-origins 'http://a, https://b:1'", "cors_origins", ("http://a", "https://b:1")),
+        ("--allowed-hosts 'a, b.example'", "host_names", ("a", "b.example")),
+        ("--api-keys-file keys.yaml", "api_keys_file", "keys.yaml"),
     ],
 )
 def test_flags_have_aliases_abbreviations_and_suffixes(start, line, name, value):
@@ -300,13 +302,18 @@ def test_a_file_gives_arguments_and_the_command_line_wins(start, file):
         preferred_sampling_params: {top_p: 0.5}
         bucket-inter-token-latency: [0.1, 1]
         cors-allow-origins: [http://a, http://b]
+        allowed-hosts: [a, b]
         api-key: secret
         admin-api-key: null
         """
     )
     started = start(["--config", str(path), "--port", "2", "--model-path", "from-line"])
     assert started.server == ServerConfig(
-        port=2, bucket_inter_token_latency=(0.1, 1.0), cors_allow_origins="http://a,http://b", api_key="secret"
+        port=2,
+        bucket_inter_token_latency=(0.1, 1.0),
+        cors_allow_origins="http://a,http://b",
+        allowed_hosts="a,b",
+        api_key="secret",
     )
     assert started.engine.model_path == "from-line"
     assert started.engine.max_total_tokens == 8000

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from fake_engine import CONTEXT, NUM_PAGES, PAGE_SIZE, VOCAB_SIZE, says
 from gate import Gate, wait_until
 from live import LiveServer
 
-from mooli.server import health
+from mooli.server import health, native_control
+from mooli.server.routing import Reply
 from mooli.version import __version__
 
 FOREVER = {"temperature": 0, "max_new_tokens": 100, "ignore_eos": True}
@@ -295,12 +298,24 @@ def cached_tokens(server, text="0123456789>"):
     return server.http.post("/generate", json=body).json()["meta_info"]["cached_tokens"]
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
-def test_flush_cache_forgets_prefixes(live, method):
-    server = live()
+NO_PAGE = {"headers": {"X-Mooli": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("method", "server_arguments", "request_arguments"),
+    [
+        ("GET", {"api_key": "key"}, {}),
+        ("POST", {"api_key": "key"}, {}),
+        ("POST", {"api_key": "key"}, {"data": {"form": 1}}),
+        ("POST", {}, NO_PAGE),
+        ("POST", {}, {"json": {}}),
+    ],
+)
+def test_flush_cache_forgets_prefixes(live, method, server_arguments, request_arguments):
+    server = live(**server_arguments)
     cached_tokens(server)
     assert cached_tokens(server) == 10
-    reply = server.http.request(method, "/flush_cache")
+    reply = server.http.request(method, "/flush_cache", **request_arguments)
     assert reply.status_code == 200
     assert reply.text.startswith("Cache flushed.")
     assert cached_tokens(server) == 0
@@ -309,7 +324,7 @@ def test_flush_cache_forgets_prefixes(live, method):
 
 def test_flush_cache_refuses_while_something_runs(streaming):
     with streaming() as run, ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(run.server.http.post, "/flush_cache")
+        asked = pool.submit(run.server.http.post, "/flush_cache", **NO_PAGE)
 
         def is_answered_after_a_step() -> bool:
             run.gate.let()  # the engine answers between two steps
@@ -324,7 +339,8 @@ def test_flush_cache_refuses_while_something_runs(streaming):
 def test_flush_cache_can_wait_until_nothing_runs(streaming):
     with streaming() as run:
         flushed = []
-        waiter = threading.Thread(target=lambda: flushed.append(run.server.http.post("/flush_cache?timeout=30").text))
+        http = run.server.http
+        waiter = threading.Thread(target=lambda: flushed.append(http.post("/flush_cache?timeout=30", **NO_PAGE).text))
         waiter.start()
         run.gate.open()
         assert list(run.events)[-1]["meta_info"]["finish_reason"]["type"] == "length"
@@ -332,11 +348,37 @@ def test_flush_cache_can_wait_until_nothing_runs(streaming):
     assert flushed[0].startswith("Cache flushed.")
 
 
-@pytest.mark.parametrize("timeout", ["-1", "soon", "nan", "inf"])
-def test_flush_cache_refuses_a_timeout_that_is_none(greeter, timeout):
-    reply = greeter.http.get("/flush_cache", params={"timeout": timeout})
+@pytest.mark.parametrize("timeout", ["-1", "soon", "nan", "inf", "600.5", "1e300"])
+def test_flush_cache_refuses_a_timeout_that_is_none_or_too_long(greeter, timeout):
+    reply = greeter.http.post("/flush_cache", params={"timeout": timeout}, **NO_PAGE)
     assert reply.status_code == 400
-    assert "timeout" in reply.json()["error"]["message"]
+    assert "no number of seconds from 0 to 600" in reply.json()["error"]["message"]
+
+
+def test_however_many_wait_for_a_flush_the_engine_is_asked_as_often(greeter, monkeypatch):
+    """Each of three waits three times as long between two questions."""
+    waits, asked, clock = [], [], [0.0]
+
+    async def ask(service, question) -> bool:
+        asked.append(question)
+        await real_sleep(0)
+        return len(asked) > 9
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        await real_sleep(0)
+
+    async def three() -> list[Reply]:
+        request = SimpleNamespace(query={"timeout": "60"})
+        return await asyncio.gather(*(native_control.flush_cache(greeter.service, request) for _ in range(3)))
+
+    real_sleep = asyncio.sleep
+    monkeypatch.setattr(native_control, "ask", ask)
+    monkeypatch.setattr(native_control, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(native_control, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    assert [reply.status for reply in asyncio.run(three())] == [200] * 3
+    assert waits == pytest.approx([0.15] * 9)
+    assert greeter.service.num_flushing == 0
 
 
 # -- aborts ------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ from mooli.server.config import ServerConfig
         ({"ssl_keyfile_password": "p"}, "ssl_keyfile_password needs ssl_keyfile"),
         ({"cors_allow_origins": "example.com"}, "is no origin"),
         ({"cors_allow_origins": "http://a/path"}, "is no origin"),
+        ({"allowed_hosts": "http://a"}, "'http://a' is no name"),
+        ({"allowed_hosts": "a, b:80"}, "'b:80' is no name"),
         ({"fastapi_root_path": "llm"}, "begin it with /"),
         ({"fastapi_root_path": "/llm/"}, "end it without"),
         ({"bucket_inter_token_latency": []}, "at least one number"),

@@ -1,7 +1,7 @@
 """The whole ASGI application: every route, behind what protects it.
 
-Owns which modules bring routes, and the order of the layers: cross-origin rules, keys, limits, routes. Never answers
-anything itself.
+Owns which modules bring routes, and the order of the layers: cross-origin rules, keys, web pages, limits, routes. Never
+answers anything itself.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mooli.server.keys import KeyRing
 from mooli.server.limits import Admission, BodyRoom
 from mooli.server.route_table import RouteTable
 from mooli.server.routing import Route
+from mooli.server.web_pages import PageCheck
 
 if TYPE_CHECKING:
     from mooli.server.service import Service
@@ -57,8 +58,10 @@ def build_app(service: Service, routes: Sequence[Route] = ROUTES, *, keys: KeyRi
     config = service.config
     room = BodyRoom(LONG_BODIES * config.max_body_bytes)
     table = RouteTable((route, Endpoint(service, route, room)) for route in routes)
+    keys = keys or KeyRing(config)
     app: App = Admission(table, service)
-    app = KeyCheck(app, table, keys or KeyRing(config))
+    app = PageCheck(app, table, config, keys)
+    app = KeyCheck(app, table, keys)
     if config.cors_origins:
         app = CORSMiddleware(
             app,

@@ -21,6 +21,8 @@ _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 SENDABLE = re.compile(r"[!-~]+")
 """A key that clients can send."""
 
+_HOST_NAME = re.compile(r"[a-zA-Z0-9_.-]+|\*")
+
 _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#\s,]+")
 
 
@@ -29,6 +31,10 @@ def _buckets(of: str) -> Any:
         None, "floats", f"Upper bounds of the buckets, in seconds, of the histogram of {of}; default: built in.",
         low=1e-6,
     )  # fmt: skip
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    return tuple(item for part in (text or "").split(",") if (item := part.strip()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,12 @@ class ServerConfig(Arguments):
     )
     cors_allow_origins: str | None = argument(
         None, "str", "Web pages that may call: origins with commas between, or *. Default: those of this server."
+    )
+    allowed_hosts: str | None = argument(
+        None,
+        "str",
+        "Names by which a server without a key may be called, with commas between, or *: any. Addresses, localhost and"
+        " this machine's own name always may; beyond the loopback interface private names too.",
     )
     max_queued_requests: int = argument(
         4096, "int", "Sequences that may wait; more are answered with 503.", low=1, subject="limits"
@@ -154,6 +166,9 @@ class ServerConfig(Arguments):
                 raise ConfigError(
                     f"cors_allow_origins: {origin!r} is no origin: use * or scheme://host:port without a path"
                 )
+        for host in self.host_names:
+            if not _HOST_NAME.fullmatch(host):
+                raise ConfigError(f"allowed_hosts: {host!r} is no name: use * or host names without scheme and port")
         for name in ("bucket_time_to_first_token", "bucket_inter_token_latency", "bucket_e2e_request_latency"):
             bounds = getattr(self, name)
             if bounds is not None and (not bounds or list(bounds) != sorted(set(bounds))):
@@ -161,7 +176,8 @@ class ServerConfig(Arguments):
 
     @classmethod
     def _convert(cls, item: dataclasses.Field[Any], value: Any) -> Any:
-        if item.name == "cors_allow_origins" and isinstance(value, list) and all(isinstance(one, str) for one in value):
+        is_list = item.name in ("cors_allow_origins", "allowed_hosts") and isinstance(value, list)
+        if is_list and all(isinstance(one, str) for one in value):
             return ",".join(value)  # from a file
         return super()._convert(item, value)
 
@@ -194,7 +210,12 @@ class ServerConfig(Arguments):
     @property
     def cors_origins(self) -> tuple[str, ...]:
         """`cors_allow_origins` as a list; empty if there are none."""
-        return tuple(origin for part in (self.cors_allow_origins or "").split(",") if (origin := part.strip()))
+        return _listed(self.cors_allow_origins)
+
+    @property
+    def host_names(self) -> tuple[str, ...]:
+        """`allowed_hosts` as a list; empty if there are none."""
+        return _listed(self.allowed_hosts)
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:

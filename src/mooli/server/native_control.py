@@ -19,6 +19,8 @@ from mooli.server.service import Service
 
 ABORTED = "The request was aborted by /abort_request."
 
+MAX_FLUSH_WAIT_S = 600.0
+
 _FLUSH_INTERVAL_S = 0.05
 
 
@@ -49,12 +51,17 @@ async def ready(service: Service, request: Incoming) -> Reply:
 async def flush_cache(service: Service, request: Incoming) -> Reply:
     """?timeout: seconds to wait for running and waiting requests to end; 0 if not given."""
     deadline_s = time.monotonic() + _timeout_s(request.query.get("timeout"))
-    while True:
-        if await ask(service, "flush_cache"):
-            return _text("Cache flushed.\n")
-        if time.monotonic() >= deadline_s:
-            return _text("The cache is not flushed: requests are running or waiting.\n", status=400)
-        await asyncio.sleep(_FLUSH_INTERVAL_S)
+    service.num_flushing += 1
+    try:
+        while True:
+            if await ask(service, "flush_cache"):
+                return _text("Cache flushed.\n")
+            if time.monotonic() >= deadline_s:
+                return _text("The cache is not flushed: requests are running or waiting.\n", status=400)
+            # However many wait, the engine is asked as often as for one.
+            await asyncio.sleep(_FLUSH_INTERVAL_S * service.num_flushing)
+    finally:
+        service.num_flushing -= 1
 
 
 async def abort_request(service: Service, request: Incoming) -> Reply:
@@ -97,8 +104,12 @@ def _timeout_s(given: str | None) -> float:
         seconds = float(given or 0)
     except ValueError:
         seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise HttpError(400, f"timeout={(given or '')[:40]!r} is no number of seconds", param="timeout")
+    if not 0 <= seconds <= MAX_FLUSH_WAIT_S:
+        raise HttpError(
+            400,
+            f"timeout={(given or '')[:40]!r} is no number of seconds from 0 to {MAX_FLUSH_WAIT_S:g}",
+            param="timeout",
+        )
     return seconds
 
 

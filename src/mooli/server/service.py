@@ -96,6 +96,8 @@ class Service:
         """Calls that are not closed yet."""
         self.num_sequences: collections.Counter[str] = collections.Counter()
         """Of those calls, by the name of the key they came with."""
+        self.num_flushing = 0
+        """Calls that wait until the cache can be flushed."""
 
     @property
     def facts(self) -> EngineFacts:
