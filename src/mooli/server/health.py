@@ -18,6 +18,9 @@ from mooli.server.service import Service
 GENERATE_LIMIT_S = 20.0
 """How long `generation_problem` waits for a sign of the engine."""
 
+KEEP_S = 1.0
+"""How long its answer is good for others: so often, at most, probes make the engine generate."""
+
 _LOOK_INTERVAL_S = 0.05
 
 PROBE_RID_PREFIX = "HEALTH_CHECK"
@@ -50,12 +53,19 @@ def readiness_problem(service: Service) -> str | None:
 async def generation_problem(service: Service) -> str | None:
     """`server_problem`, or that a request of one token brought no sign of the engine within GENERATE_LIMIT_S.
 
-    Any sign counts, as other requests may be before it. The request is not counted in the metrics.
+    Any sign counts, as other requests may be before it. All who ask within KEEP_S share one request, which is not
+    counted in the metrics.
     """
-    problem = server_problem(service)
-    if problem is not None or service.client.num_open >= service.max_open:
-        return problem  # with a full queue only the signs of others can be judged
+    return (
+        server_problem(service)
+        or await service.shared("generation_problem", lambda: _generation_problem(service), keep_s=KEEP_S).result()
+    )
+
+
+async def _generation_problem(service: Service) -> str | None:
     client = service.client
+    if client.num_open >= service.max_open:
+        return None  # with a full queue only the signs of others can be judged
     sampling_params = {
         "max_new_tokens": 1, "min_new_tokens": 0, "temperature": 0.0, "n": 1, "stop": [], "ignore_eos": True,
     }  # fmt: skip

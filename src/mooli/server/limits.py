@@ -23,7 +23,11 @@ DRAINING_RETRY_S = 5
 """About the time until another server, or this one started anew, answers."""
 
 MAX_PROBES = 256
-"""Requests to open routes at a time: more is no probing."""
+"""Requests to one open route at a time: more is no probing."""
+
+
+ALL_OTHERS = ""
+"""Stands for the path of routes that are counted together."""
 
 
 class BodyRoom:
@@ -62,41 +66,41 @@ class BodyShare:
 
 class Admission:
     """ASGI middleware: refuses what would be more than `max_concurrent_requests` of the server or of a key at a time
-    (429), and new generations while the server drains (503). Probes, open to anybody, are counted apart: a busy server
-    is not a dead one."""
+    (429), and new generations while the server drains (503). Probes, open to anybody, are counted apart, each kind for
+    itself: a busy server is not a dead one, whatever strangers ask of it."""
 
     def __init__(self, table: RouteTable, service: Service) -> None:
         self._table = table
         self._service = service
-        self._num_running = {True: 0, False: 0}
-        """By whether the route is open."""
+        self._num_running: collections.Counter[str] = collections.Counter()
+        """By the path of an open route, of all others together under ALL_OTHERS."""
         self._num_of: collections.Counter[str] = collections.Counter()
         """By the name of the key, probes left out."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = self._table.route_of(scope)
-        is_open = route is not None and route.access is Access.OPEN
-        key = None if is_open else scope[CLIENT].key
-        problem = self._problem(route, is_open) or self._key_problem(key)
+        kind = route.path if route is not None and route.access is Access.OPEN else ALL_OTHERS
+        key = scope[CLIENT].key if kind == ALL_OTHERS else None
+        problem = self._problem(route, kind) or self._key_problem(key)
         if problem is not None:
             for reply in error_reply(Dialect.OPENAI if route is None else route.dialect, problem):
                 await send(reply)
             return
         name = "" if key is None else key.name
-        self._num_running[is_open] += 1
+        self._num_running[kind] += 1
         self._num_of[name] += 1
         try:
             await self._table(scope, receive, send)
         finally:
-            self._num_running[is_open] -= 1
+            self._num_running[kind] -= 1
             self._num_of[name] -= 1
 
-    def _problem(self, route: Route | None, is_open: bool) -> Problem | None:
+    def _problem(self, route: Route | None, kind: str) -> Problem | None:
         if route is not None and route.is_generation and self._service.is_draining:
             headers = {"Retry-After": str(DRAINING_RETRY_S), "Connection": "close"}
             return Problem(503, "The server is shutting down.", code="shutting_down", headers=headers)
-        most = MAX_PROBES if is_open else self._service.config.max_concurrent_requests
-        if self._num_running[is_open] < most:
+        most = self._service.config.max_concurrent_requests if kind == ALL_OTHERS else MAX_PROBES
+        if self._num_running[kind] < most:
             return None
         headers = {"Retry-After": str(BUSY_RETRY_S)}
         return Problem(429, f"The server is answering {most} requests already.", code="busy", headers=headers)

@@ -98,13 +98,14 @@ async def show_loads(service: Service, request: Incoming) -> Reply:
 
 
 async def engine_stats(service: Service) -> Mapping[str, int]:
-    """`Scheduler.stats` of now, or of the last step if the engine is in the middle of one that takes long.
+    """`Scheduler.stats` of now, or of the last step if the engine is in the middle of one that takes long. However many
+    ask, the engine has one such question at a time.
 
     Raises EngineDeadError, and HttpError (503) if there has been no step yet.
     """
     client = service.client
     try:
-        stats: Mapping[str, int] = await client.ask("stats", PATIENCE_S)
+        stats: Mapping[str, int] = await service.shared("stats", lambda: client.ask("stats", PATIENCE_S)).result()
     except TimeoutError as exc:
         if client.last_report is None:
             raise HttpError(503, str(exc)) from exc

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -28,6 +28,7 @@ from mooli.server.keys import KeyRing
 from mooli.server.metrics import Metrics
 from mooli.server.request_log import RequestLog
 from mooli.server.routing import HttpError
+from mooli.server.shared_work import SharedWork
 from mooli.server.step_log import StepLog
 from mooli.types import RequestOutput
 
@@ -98,6 +99,7 @@ class Service:
         """Of those calls, by the name of the key they came with."""
         self.num_flushing = 0
         """Calls that wait until the cache can be flushed."""
+        self._shared: dict[str, SharedWork[Any]] = {}
 
     @property
     def facts(self) -> EngineFacts:
@@ -138,6 +140,12 @@ class Service:
         if self.client.num_open + len(inputs.requests) > self.max_open:
             raise HttpError(503, "The request queue is full.", code="queue_full", retry_after_s=1)
         return ServedCall(self, inputs, is_stream=is_stream, is_counted=is_counted)
+
+    def shared(
+        self, name: str, work: Callable[[], Awaitable[T]], *, keep_s: float = 0.0, pause_s: float = 0.0
+    ) -> SharedWork[T]:
+        """The work of that name, which is this one if there is none yet."""
+        return self._shared.setdefault(name, SharedWork(work, keep_s=keep_s, pause_s=pause_s))
 
     def _check_key(self, inputs: CallInputs) -> None:
         key = self.keys.named(inputs.requests[0].client)
