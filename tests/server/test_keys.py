@@ -380,6 +380,7 @@ def test_a_broken_file_changes_nothing_and_is_one_line(keys_file, caplog, text):
     path = keys_file()
     ring = ring_of(path)
     keys_file(text)
+    os.chmod(path, 0o644)
     ring.reload()
     assert found(ring, "key-of-ann") == Key(name="ann", tenant="ann")
     (line,) = caplog.messages

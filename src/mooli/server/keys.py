@@ -109,14 +109,8 @@ class KeyRing:
             logger.info("%s has been read again: %d keys", self.path, len(self._by_name))
 
     def _take(self, entries: Mapping[str, _Entry]) -> None:
-        by_digest: dict[bytes, Key] = {}
-        by_name = {name: _key(name, entry) for name, entry in entries.items()}
-        for name, entry in entries.items():
-            digest = self._digest(entry.key.encode())
-            if digest in by_digest:
-                raise ConfigError(f"{FLAG} {self.path}: {by_digest[digest].name} and {name} have the same key")
-            by_digest[digest] = by_name[name]
-        self._by_digest, self._by_name = by_digest, by_name
+        self._by_name = {name: _key(name, entry) for name, entry in entries.items()}
+        self._by_digest = {self._digest(entry.key.encode()): self._by_name[name] for name, entry in entries.items()}
 
     def _digest(self, given: bytes) -> bytes:
         return hmac.digest(self._secret, given, "sha256")
@@ -154,17 +148,20 @@ def _read(path: str) -> dict[str, _Entry]:
         raise ConfigError(f"{FLAG} {path}: {exc.strerror or exc}") from exc
     if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE_BYTES:
         raise ConfigError(f"{FLAG} {path} is no file of at most {MAX_FILE_BYTES} bytes")
-    if found.st_mode & (stat.S_IROTH | stat.S_IWOTH):
-        logger.warning("every user of this machine can read the keys in %s: chmod o-rwx it", path)
-    entries = {}
+    entries: dict[str, _Entry] = {}
+    holders: dict[str, str] = {}
     for name, value in read_mapping(FLAG, path, holds="names to keys").items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(
                 f"{FLAG} {path}: {str(name)[:80]!r} is no name: use a letter, then letters, digits, dots and dashes"
             )
-        entries[name] = _entry(f"{FLAG} {path}: {name}", value)
+        entry = entries[name] = _entry(f"{FLAG} {path}: {name}", value)
+        if holders.setdefault(entry.key, name) != name:
+            raise ConfigError(f"{FLAG} {path}: {holders[entry.key]} and {name} have the same key")
     if not entries:
         raise ConfigError(f"{FLAG} {path} holds no key: give at least one, as NAME: {{key: KEY}}")
+    if found.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        logger.warning("every user of this machine can read the keys in %s: chmod o-rwx it", path)
     return entries
 
 

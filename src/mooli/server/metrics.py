@@ -351,11 +351,11 @@ class _Exposition(Collector):
     @staticmethod
     def _key_families(of_key: Mapping[str, _KeyCounts]) -> Iterator[Metric]:
         for name, text, values in (
-            ("key_requests", "Requests that have ended.", {key: of.ended for key, of in of_key.items()}),
-            ("key_prompt_tokens", "Tokens of prompts.", {key: of.prompt_tokens for key, of in of_key.items()}),
-            ("key_generation_tokens", "Tokens of answers.", {key: of.generated_tokens for key, of in of_key.items()}),
+            ("key_requests", "Requests that have ended", {key: of.ended for key, of in of_key.items()}),
+            ("key_prompt_tokens", "Tokens of prompts", {key: of.prompt_tokens for key, of in of_key.items()}),
+            ("key_generation_tokens", "Tokens of answers", {key: of.generated_tokens for key, of in of_key.items()}),
         ):
-            family = CounterMetricFamily(f"mooli:{name}", f"{text} By the name of their key.", labels=["key"])
+            family = CounterMetricFamily(f"mooli:{name}", f"{text}, by the name of their key.", labels=["key"])
             for key, value in values.items():
                 family.add_metric([key], value)
             yield family
