@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooli.errors import SamplingParamsError
-from mooli.frontend.stop import StopMatcher
+from mooli.frontend.stop import StopMatcher, StopStrings
 
 
 def naive(text: str, stops: list[str], trim: bool) -> tuple[str, str | None, int]:
@@ -23,7 +23,7 @@ def naive(text: str, stops: list[str], trim: bool) -> tuple[str, str | None, int
 
 
 def run(pieces: list[str], stops: list[str], trim: bool) -> tuple[str, str | None, int]:
-    matcher = StopMatcher(stops, trim=trim)
+    matcher = StopMatcher(StopStrings(stops), trim=trim)
     shown = "".join([matcher.push(piece) for piece in pieces]) + matcher.flush()
     return shown, matcher.matched, matcher.num_pieces
 
@@ -50,7 +50,7 @@ def test_any_cut_of_the_text_gives_what_the_whole_text_gives(text, stops, cuts, 
 
 @given(text=letters, stops=stop_lists, cuts=st.sets(st.integers(0, 14)))
 def test_text_shown_early_is_never_part_of_a_stop_string(text, stops, cuts):
-    matcher = StopMatcher(stops, trim=True)
+    matcher = StopMatcher(StopStrings(stops), trim=True)
     shown = ""
     for piece in cut(text, cuts):
         shown += matcher.push(piece)
@@ -59,7 +59,7 @@ def test_text_shown_early_is_never_part_of_a_stop_string(text, stops, cuts):
 
 @given(text=letters, stops=stop_lists)
 def test_no_more_is_held_back_than_the_longest_possible_beginning_of_a_stop_string(text, stops):
-    matcher = StopMatcher(stops, trim=True)
+    matcher = StopMatcher(StopStrings(stops), trim=True)
     shown = matcher.push(text)
     if matcher.matched is None:
         held = text[len(shown) :]
@@ -72,7 +72,7 @@ def test_a_stop_string_may_span_many_pieces():
 
 
 def test_without_trim_the_stop_string_is_shown_and_nothing_is_held_back():
-    matcher = StopMatcher(["END"], trim=False)
+    matcher = StopMatcher(StopStrings(["END"]), trim=False)
     assert [matcher.push(p) for p in ["a E", "N", "D tail", "x"]] == ["a E", "N", "D", ""]
     assert matcher.matched == "END"
 
@@ -95,7 +95,7 @@ def test_a_stop_string_is_found_inside_its_own_false_start(text, stop):
 
 
 def test_pieces_after_a_match_are_not_counted():
-    matcher = StopMatcher(["!"], trim=True)
+    matcher = StopMatcher(StopStrings(["!"]), trim=True)
     assert [matcher.push(p) for p in ["a", "b!", "c", "!"]] == ["a", "b", "", ""]
     assert (matcher.num_pieces, matcher.flush()) == (2, "")
 
@@ -103,4 +103,4 @@ def test_pieces_after_a_match_are_not_counted():
 @pytest.mark.parametrize("stops", [[""], ["a", ""], [7]])
 def test_an_empty_stop_string_is_refused(stops):
     with pytest.raises(SamplingParamsError, match="non-empty"):
-        StopMatcher(stops, trim=True)
+        StopStrings(stops)

@@ -22,7 +22,7 @@ from mooli.engine.build import Progress, build_engine
 from mooli.engine.loop import EngineLoop
 from mooli.errors import ConfigError, RequestError
 from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
-from mooli.frontend.generation import Generation
+from mooli.frontend.generation import Generation, generations_of
 from mooli.frontend.model_info import model_info
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, with_seed
 from mooli.frontend.tokenizer import Tokenizer
@@ -215,16 +215,12 @@ class Engine:
             raise RequestError(f"stream must be True or False, not {stream!r}")
         inputs = self._rules.prepare(**arguments)
         config = self.server_args
-        generations = [
-            Generation(
-                request,
-                self._tokenizer,
-                index=None if inputs.is_single else index,
-                stream_interval=config.stream_interval,
-                incremental=config.incremental_streaming_output,
-            )
-            for index, request in enumerate(inputs.requests)
-        ]
+        generations = generations_of(
+            inputs,
+            self._tokenizer,
+            stream_interval=config.stream_interval,
+            incremental=config.incremental_streaming_output,
+        )
         return generations, inputs.is_single
 
 

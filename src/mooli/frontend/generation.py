@@ -12,7 +12,8 @@ from typing import Any
 
 from mooli.errors import RequestError, RequestFailedError
 from mooli.frontend.detokenizer import IncrementalDetokenizer
-from mooli.frontend.stop import StopMatcher
+from mooli.frontend.inputs import CallInputs
+from mooli.frontend.stop import StopMatcher, StopStrings
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.types import DraftCounts, FinishReason, Request, RequestOutput, TokenLogprobs
 
@@ -31,10 +32,20 @@ class _Sent:
     chunks: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What of a sequence an answer has: tokens from which on, what belongs to the prompt, and lists of alternatives."""
+
+    first_token: int = 0
+    prompt: bool = True
+    alternatives: bool = True
+
+
 class Generation:
     """What one request has produced so far. Not thread-safe: used by whoever reads the answer.
 
-    tokenizer None: no text, and `text` is left out of answers. index: place in the call's list, shown in chunks of
+    tokenizer None: no text, and `text` is left out of answers. stops: those of the request, made once for all of a call
+    that have the same. index: place in the call's list, shown in chunks of
     calls with several requests, None otherwise. incremental: chunks hold what is new instead of everything so far.
 
     shows_logprob_texts, shows_prompt_ids: set before the first chunk to have the texts of tokens in lists of
@@ -46,6 +57,7 @@ class Generation:
         request: Request,
         tokenizer: Tokenizer | None,
         *,
+        stops: StopStrings | None = None,
         index: int | None = None,
         stream_interval: int = 1,
         incremental: bool = False,
@@ -68,13 +80,14 @@ class Generation:
                 skip_special_tokens=params.skip_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
-        self._matcher = StopMatcher(params.stop, trim=not params.no_stop_trim)
+        self._matcher = StopMatcher(stops or StopStrings(params.stop), trim=not params.no_stop_trim)
         self._last = RequestOutput(request.rid, prompt_tokens=len(request.prompt_ids))
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._sent = _Sent()
         self._start = time.perf_counter()
         self._latency_s = 0.0
+        self._cause: BaseException | None = None
 
     @property
     def rid(self) -> str:
@@ -126,6 +139,11 @@ class Generation:
             self._end(self._flush() or output.finish)
         return None
 
+    def fail(self, message: str, cause: BaseException) -> None:
+        """End with `error`, because `update` has raised `cause`; the caller ends the request in the engine."""
+        self._cause = cause
+        self._end(FinishReason("error", message=message, status_code=500, err_type=type(cause).__name__))
+
     def _flush(self) -> FinishReason | None:
         """Show what was held back; the reason if that completes a stop string."""
         if self._detokenizer is None:
@@ -143,10 +161,19 @@ class Generation:
         return new >= self._stream_interval
 
     def chunk(self) -> dict[str, Any]:
-        """The next chunk of a stream: everything so far, or with `incremental` what no chunk has shown yet."""
-        first = self._sent.tokens if self._incremental else 0
-        result = self._answer(self.text[self._sent.chars :] if self._incremental else self.text, first)
-        if self._sent.chunks == 0 or self.finish is not None:
+        """The next chunk of a stream: everything so far, or with `incremental` what no chunk has shown yet.
+
+        What can be many times as long as the text goes out once: the prompt's ids and log-probabilities, and the lists
+        of alternatives. With `incremental`, the prompt's are in the first chunk and alternatives beside their tokens;
+        otherwise all are in the last chunk, whole, as clients of growing chunks read that one.
+        """
+        is_last = self.finish is not None
+        if self._incremental:
+            text, shown = self.text[self._sent.chars :], _Shown(self._sent.tokens, self._sent.chunks == 0, True)
+        else:
+            text, shown = self.text, _Shown(0, is_last, is_last)
+        result = self._answer(text, shown)
+        if self._sent.chunks == 0 or is_last:
             result["meta_info"]["response_sent_to_client_ts"] = time.time()
         if self._index is not None:
             result["index"] = self._index
@@ -155,7 +182,7 @@ class Generation:
 
     def result(self) -> dict[str, Any]:
         """The whole answer."""
-        result = self._answer(self.text, 0)
+        result = self._answer(self.text, _Shown())
         result["meta_info"]["response_sent_to_client_ts"] = time.time()
         return result
 
@@ -165,7 +192,7 @@ class Generation:
         if finish is None or (finish.type != "error" and finish.status_code is None):
             return
         error = RequestError if finish.type == "abort" and finish.status_code == 400 else RequestFailedError
-        raise error(f"request {self.rid} failed: {finish.message}")
+        raise error(f"request {self.rid} failed: {finish.message}") from self._cause
 
     def _show(self, token_id: int) -> None:
         if self._detokenizer is not None:
@@ -175,15 +202,15 @@ class Generation:
         self.finish = finish
         self._latency_s = time.perf_counter() - self._start
 
-    def _answer(self, text: str, first_token: int) -> dict[str, Any]:
+    def _answer(self, text: str, shown: _Shown) -> dict[str, Any]:
         answer: dict[str, Any] = {} if self._detokenizer is None else {"text": text}
-        answer["output_ids"] = self.output_ids[first_token:]
-        if self.shows_prompt_ids:
+        answer["output_ids"] = self.output_ids[shown.first_token :]
+        if self.shows_prompt_ids and shown.prompt:
             answer["prompt_token_ids"] = self.request.prompt_ids.tolist()
-        answer["meta_info"] = self._meta_info(first_token)
+        answer["meta_info"] = self._meta_info(shown)
         return answer
 
-    def _meta_info(self, first_token: int) -> dict[str, Any]:
+    def _meta_info(self, shown: _Shown) -> dict[str, Any]:
         last = self._last
         meta: dict[str, Any] = {
             "id": self.rid,
@@ -201,12 +228,13 @@ class Generation:
             if last.drafts is not None:
                 meta.update(_draft_info(last.drafts, last.completion_tokens))
         if self.request.return_logprob:
-            meta.update(self._logprob_info(first_token))
+            meta.update(self._logprob_info(shown))
         return meta
 
-    def _logprob_info(self, first_token: int) -> dict[str, Any]:
-        """Prompt lists are always whole; output lists begin at `first_token`."""
-        prompt, output = self._prompt_logprobs, self._logprobs[first_token:]
+    def _logprob_info(self, shown: _Shown) -> dict[str, Any]:
+        output = self._logprobs[shown.first_token :]
+        prompt = self._prompt_logprobs if shown.prompt else []
+        rich = output if shown.alternatives else []
         info: dict[str, Any] = {
             "input_token_logprobs": [self._triple(item.logprob, item.token_id) for item in prompt],
             "output_token_logprobs": [self._triple(item.logprob, item.token_id) for item in output],
@@ -214,10 +242,10 @@ class Generation:
         }
         if self.request.num_top_logprobs:
             info["input_top_logprobs"] = [self._alternatives(item, item.top) for item in prompt]
-            info["output_top_logprobs"] = [self._alternatives(item, item.top) for item in output]
+            info["output_top_logprobs"] = [self._alternatives(item, item.top) for item in rich]
         if self.request.logprob_token_ids:
             info["input_token_ids_logprobs"] = [self._alternatives(item, item.chosen) for item in prompt]
-            info["output_token_ids_logprobs"] = [self._alternatives(item, item.chosen) for item in output]
+            info["output_token_ids_logprobs"] = [self._alternatives(item, item.chosen) for item in rich]
         return info
 
     def _alternatives(self, item: TokenLogprobs, entries: list[tuple[float, int]]) -> list[LogprobTriple] | None:
@@ -228,6 +256,27 @@ class Generation:
         if self._tokenizer is None or not self.shows_logprob_texts:
             return (logprob, token_id, None)
         return (logprob, token_id, self._tokenizer.token_text(token_id))
+
+
+def generations_of(
+    inputs: CallInputs, tokenizer: Tokenizer | None, *, stream_interval: int, incremental: bool
+) -> list[Generation]:
+    """One for each request of a call."""
+    stops: dict[tuple[str, ...], StopStrings] = {}
+    for request in inputs.requests:
+        if request.sampling.stop not in stops:
+            stops[request.sampling.stop] = StopStrings(request.sampling.stop)
+    return [
+        Generation(
+            request,
+            tokenizer,
+            stops=stops[request.sampling.stop],
+            index=None if inputs.is_single else index,
+            stream_interval=stream_interval,
+            incremental=incremental,
+        )
+        for index, request in enumerate(inputs.requests)
+    ]
 
 
 def _draft_info(drafts: DraftCounts, completion_tokens: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import hashlib
 import operator
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -29,6 +29,8 @@ MAX_LOGPROB_TOKEN_IDS = 1024
 MAX_RID_CHARS = 256
 MAX_PRIORITY = 2**31 - 1
 MAX_SALT_CHARS = 4096
+MAX_CALL_STOP_CHARS = 2**22
+"""Of all stop strings of one call, those of each sequence counted."""
 
 
 class Encoder(Protocol):
@@ -93,14 +95,12 @@ class InputRules:
         size = len(prompts)
         given = _per_item("sampling_params", sampling_params, size, is_batch)
         explicit = [isinstance(item, Mapping) and item.get("max_new_tokens") is not None for item in given]
-        params = [
-            parse_sampling_params(item, vocab_size=self.vocab_size, next_seed=self.next_seed, preferred=self.preferred)
-            for item in given
-        ]
+        params = self._sampling(given)
         n = params[0].n
         if any(item.n != n for item in params):
             raise RequestError("n must be the same in all sampling_params of a batch")
         self._check_count(size * n)
+        _check_stop_chars(params, n)
         if self.encoder is None and any(item.stop for item in params):
             raise RequestError(
                 "stop strings need a tokenizer, and skip_tokenizer_init=True leaves it out; use stop_token_ids"
@@ -112,6 +112,7 @@ class InputRules:
             "token_ids_logprob": token_ids_logprob,
         }
         rows = _logprob_rows(logprobs, size, is_batch, n)
+        chosen = self._chosen_ids(rows)
         namespace = self._namespace(cache_salt, tenant)
         rank = 0 if priority is None else _index("priority", priority)
         if not -MAX_PRIORITY <= rank <= MAX_PRIORITY:
@@ -121,7 +122,7 @@ class InputRules:
         for i in range(size):
             where = f"prompt {i}: " if is_batch else ""
             ids, item = self._fit(prompts[i], params[i], explicit[i], where)
-            options = self._logprob_options(rows[i], len(ids), where)
+            options = self._logprob_options(rows[i], chosen[i], len(ids), where)
             for j in range(n):
                 request = Request(
                     rid=rids[i * n + j],
@@ -135,6 +136,26 @@ class InputRules:
                 )
                 requests.append(request)
         return CallInputs(requests, is_single=not is_batch and n == 1)
+
+    def _sampling(self, given: Sequence[Any]) -> list[SamplingParams]:
+        """Checked parameters. Neighbours that were given as one object are looked at once, and share what is long."""
+        params: list[SamplingParams] = []
+        num_drawn = 0
+
+        def draw() -> int:
+            nonlocal num_drawn
+            num_drawn += 1
+            return self.next_seed()
+
+        for i, item in enumerate(given):
+            if i == 0 or item is not given[i - 1]:
+                num_drawn = 0
+                params.append(
+                    parse_sampling_params(item, vocab_size=self.vocab_size, next_seed=draw, preferred=self.preferred)
+                )
+            else:
+                params.append(replace(params[-1], seed=draw()) if num_drawn else params[-1])
+        return params
 
     def _prompts(self, prompt: Any, input_ids: Any) -> tuple[list[NDArray[np.int32]], bool]:
         """The prompts as ids, and whether the call is a batch."""
@@ -226,18 +247,43 @@ class InputRules:
             )
         return ids, replace(params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room))
 
-    def _logprob_options(self, row: dict[str, Any], prompt_length: int, where: str) -> dict[str, Any]:
+    def _chosen_ids(self, rows: Sequence[dict[str, Any]]) -> list[tuple[int, ...]]:
+        """The checked `token_ids_logprob` of each item, one list for all looked at once."""
+        chosen: list[tuple[int, ...]] = []
+        last: Any = None
+        for i, row in enumerate(rows):
+            ids = row["token_ids_logprob"]
+            if i == 0 or ids is not last:
+                where = f"prompt {i}: " if len(rows) > 1 else ""
+                chosen.append(self._checked_logprob_ids(() if ids is None else ids, where))
+            else:
+                chosen.append(chosen[-1])
+            last = ids
+        return chosen
+
+    def _checked_logprob_ids(self, ids: Any, where: str) -> tuple[int, ...]:
+        if not isinstance(ids, (list, tuple)):
+            raise RequestError(f"{where}token_ids_logprob must be a list of ids, not {_type(ids)}")
+        if len(ids) > MAX_LOGPROB_TOKEN_IDS:
+            raise RequestError(
+                f"{where}token_ids_logprob has {len(ids)} ids; at most {MAX_LOGPROB_TOKEN_IDS} are possible"
+            )
+        for token_id in ids:
+            if not 0 <= _index("token_ids_logprob", token_id) < self.vocab_size:
+                raise RequestError(f"{where}token_ids_logprob has {token_id}, not an id of 0 … {self.vocab_size - 1}")
+        return tuple(int(token_id) for token_id in ids)
+
+    def _logprob_options(
+        self, row: dict[str, Any], chosen: tuple[int, ...], prompt_length: int, where: str
+    ) -> dict[str, Any]:
         """Fields of `Request` for one item's log-probability arguments."""
         wanted = row["return_logprob"]
         if not isinstance(wanted, bool):
             raise RequestError(f"{where}return_logprob must be True or False, not {wanted!r}")
         start = -1 if row["logprob_start_len"] is None else _index("logprob_start_len", row["logprob_start_len"])
         num_top = 0 if row["top_logprobs_num"] is None else _index("top_logprobs_num", row["top_logprobs_num"])
-        ids = () if row["token_ids_logprob"] is None else row["token_ids_logprob"]
-        if not isinstance(ids, (list, tuple)):
-            raise RequestError(f"{where}token_ids_logprob must be a list of ids, not {_type(ids)}")
         if not wanted:
-            if start != -1 or num_top or ids:
+            if start != -1 or num_top or chosen:
                 raise RequestError(f"{where}log-probability arguments have no effect without return_logprob=True")
             return {}
         if not -1 <= start < prompt_length:
@@ -248,22 +294,15 @@ class InputRules:
             raise RequestError(
                 f"{where}top_logprobs_num={num_top} is outside 0 … {min(MAX_TOP_LOGPROBS, self.vocab_size)}"
             )
-        if len(ids) > MAX_LOGPROB_TOKEN_IDS:
-            raise RequestError(
-                f"{where}token_ids_logprob has {len(ids)} ids; at most {MAX_LOGPROB_TOKEN_IDS} are possible"
-            )
-        for token_id in ids:
-            if not 0 <= _index("token_ids_logprob", token_id) < self.vocab_size:
-                raise RequestError(f"{where}token_ids_logprob has {token_id}, not an id of 0 … {self.vocab_size - 1}")
         return {
             "return_logprob": True,
             "logprob_start": None if start == -1 else start,
             "num_top_logprobs": num_top,
-            "logprob_token_ids": tuple(int(token_id) for token_id in ids),
+            "logprob_token_ids": chosen,
         }
 
     def _namespace(self, salt: Any, tenant: str) -> str:
-        """Of equal length whatever the salt: it goes to the engine with each request, and stays there with its pages."""
+        """Of equal length whatever the salt: it stays in the engine with its pages."""
         if salt is not None and not isinstance(salt, str):
             raise RequestError(f"cache_salt must be a str, not {_type(salt)}")
         if not salt and not tenant:
@@ -273,6 +312,15 @@ class InputRules:
         parts = (tenant, salt or "")
         digest = hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass"))
         return f"{self.namespace}/{digest.hexdigest()}"
+
+
+def _check_stop_chars(params: Sequence[SamplingParams], n: int) -> None:
+    num_chars = n * sum(len(text) for item in params for text in item.stop)
+    if num_chars > MAX_CALL_STOP_CHARS:
+        raise RequestError(
+            f"stop strings of {num_chars} characters in one call, each sequence's counted, are more than the"
+            f" {MAX_CALL_STOP_CHARS} that are possible: give fewer or shorter ones, or fewer prompts at once"
+        )
 
 
 def _per_item(name: str, value: Any, size: int, is_batch: bool) -> list[Any]:

@@ -15,27 +15,46 @@ from collections.abc import Sequence
 from mooli.errors import SamplingParamsError
 
 
-class StopMatcher:
-    """Watches the text of one sequence for stop strings.
+class StopStrings:
+    """The stop strings of one or more sequences, none empty; duplicates are harmless.
 
-    stops: stop strings, none empty; duplicates are harmless. Empty sequence: every piece passes through.
-    trim: True cuts the text before the stop string, and so holds back an ending that could become one; False shows the
-        text up to and including the stop string, and holds nothing back.
-
-    Each stop string is followed by its Knuth-Morris-Pratt automaton, so the cost is one step a character and stop
-    string, whatever the lengths and however the text is cut.
+    Each is followed by its Knuth-Morris-Pratt automaton, so the cost is one step a character and stop string, whatever
+    the lengths and however the text is cut. An automaton grows as text reaches it: one that no text begins like takes
+    neither time nor memory.
 
     Raises SamplingParamsError when a stop string is empty or not a str.
     """
 
-    def __init__(self, stops: Sequence[str], *, trim: bool) -> None:
+    def __init__(self, stops: Sequence[str]) -> None:
         for stop in stops:
             if not isinstance(stop, str) or not stop:
                 raise SamplingParamsError(f"stop must hold non-empty strings, got {stop!r}; remove it or fill it in")
         # Longest first: where several match at one character, the first found is the one to report.
-        self._stops = sorted(dict.fromkeys(stops), key=len, reverse=True)
-        self._borders = [_border_lengths(stop) for stop in self._stops]
-        self._states = [0] * len(self._stops)
+        self.texts = sorted(dict.fromkeys(stops), key=len, reverse=True)
+        self._borders: list[list[int]] = [[] for _ in self.texts]
+
+    def next_state(self, index: int, state: int, char: str) -> int:
+        """How much of string `index` the text ends with, after `state` characters of it and then `char`."""
+        stop, borders = self.texts[index], self._borders[index]
+        while state and stop[state] != char:
+            state = borders[state - 1]
+        if stop[state] == char:
+            state += 1
+            if state > len(borders):
+                _add_border(stop, borders)
+        return state
+
+
+class StopMatcher:
+    """Watches the text of one sequence for stop strings; with none, every piece passes through.
+
+    trim: True cuts the text before the stop string, and so holds back an ending that could become one; False shows the
+        text up to and including the stop string, and holds nothing back.
+    """
+
+    def __init__(self, stops: StopStrings, *, trim: bool) -> None:
+        self._stops = stops
+        self._states = [0] * len(stops.texts)
         self._trim = trim
         self._held = ""
         self._matched: str | None = None
@@ -60,7 +79,7 @@ class StopMatcher:
         if self._matched is not None:
             return ""
         self._num_pieces += 1
-        if not self._stops:
+        if not self._states:
             return piece
         for index, char in enumerate(piece):
             match = self._advance(char)
@@ -79,32 +98,23 @@ class StopMatcher:
     def flush(self) -> str:
         """The text is over: return what was held back. "" after a match."""
         held, self._held = self._held, ""
-        self._states = [0] * len(self._stops)
+        self._states = [0] * len(self._states)
         return held
 
     def _advance(self, char: str) -> str | None:
         match = None
-        for index, stop in enumerate(self._stops):
-            borders = self._borders[index]
-            state = self._states[index]
-            while state and stop[state] != char:
-                state = borders[state - 1]
-            if stop[state] == char:
-                state += 1
-            self._states[index] = state
+        for index, stop in enumerate(self._stops.texts):
+            state = self._states[index] = self._stops.next_state(index, self._states[index], char)
             if state == len(stop) and match is None:
                 match = stop
         return match
 
 
-def _border_lengths(pattern: str) -> list[int]:
-    """For every prefix of `pattern`, the length of its longest proper prefix that is also its suffix."""
-    borders = [0] * len(pattern)
-    length = 0
-    for index in range(1, len(pattern)):
-        while length and pattern[index] != pattern[length]:
-            length = borders[length - 1]
-        if pattern[index] == pattern[length]:
-            length += 1
-        borders[index] = length
-    return borders
+def _add_border(pattern: str, borders: list[int]) -> None:
+    """`borders` has for every prefix of `pattern` the length of its longest proper prefix that is also its suffix: add
+    it for the next longer prefix."""
+    index = len(borders)
+    length = borders[-1] if borders else 0
+    while length and pattern[index] != pattern[length]:
+        length = borders[length - 1]
+    borders.append(length + 1 if index and pattern[index] == pattern[length] else 0)
