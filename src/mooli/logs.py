@@ -1,6 +1,7 @@
 """How log lines look, and who prints them; and the one line in which a command says what went wrong.
 
-Owns the format. A process of our own sets logging up; inside another program only what it has not set up is added.
+Owns the format, and what need not be printed again. A process of our own sets logging up; inside another program only
+what it has not set up is added.
 """
 
 from __future__ import annotations
@@ -33,3 +34,17 @@ def add_log_level(level: str) -> None:
 def report_error(error: object) -> None:
     """What went wrong, in one line on standard error."""
     print(f"mooli: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+class FirstTimes:
+    """Which failures were not there before, so that one that comes with each request or step is shown in full once."""
+
+    def __init__(self) -> None:
+        self._known: set[tuple[str, type[BaseException]]] = set()
+
+    def is_first(self, what: str, error: BaseException) -> bool:
+        """Whether nothing of this kind has failed in `what`."""
+        kind = (what, type(error))
+        is_first = kind not in self._known
+        self._known.add(kind)
+        return is_first

@@ -104,12 +104,12 @@ class NoProcess:
             self.connection.shutdown(socket.SHUT_RDWR)
 
 
-async def connected(then: bytes = b"") -> tuple[EngineClient, socket.socket]:
+async def connected(then: bytes = b"", child: NoProcess | None = None) -> tuple[EngineClient, socket.socket]:
     """A client whose other end is in the test's hand, and has said that it is ready, and `then`."""
     ours, theirs = socket.socketpair()
     built = fake_build(EngineConfig.from_kwargs(model_path="fake"))
     theirs.sendall(messages.encode(messages.Ready(built.facts.to_dict())) + then)
-    child = NoProcess()
+    child = child or NoProcess()
     child.connection = theirs
     return await EngineClient.connect(START, child, ours), theirs
 

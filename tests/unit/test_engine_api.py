@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import itertools
+import signal
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
-from fake_engine import EOS, says
+from fake_engine import EOS, Gate, says
 
 import mooli
+from mooli.engine.loop import EngineLoop
+from mooli.frontend import call, generation
+from mooli.frontend.call import Bell
+from mooli.frontend.generation import Generation
+from mooli.frontend.stop import StopStrings
 
 GREEDY = {"temperature": 0}
 
@@ -117,6 +127,33 @@ def test_chunks_hold_everything_so_far(make_engine):
     assert "index" not in chunks[0]
 
 
+RICH = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2, "token_ids_logprob": [5]}
+GROWING = ("output_token_logprobs",)
+ONCE = (
+    "input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs", "output_top_logprobs",
+    "output_token_ids_logprobs",
+)  # fmt: skip
+
+
+def test_what_may_be_long_is_in_the_last_of_growing_chunks_only(make_engine):
+    engine = make_engine(says("abc"))
+    whole = engine.generate("say>", GREEDY, **RICH)["meta_info"]
+    *before, last = [chunk["meta_info"] for chunk in engine.generate("say>", GREEDY, stream=True, **RICH)]
+    for name in (*GROWING, *ONCE):
+        assert last[name] == whole[name]
+    assert [len(meta["output_token_logprobs"]) for meta in before] == [meta["completion_tokens"] for meta in before]
+    assert [meta[name] for meta in before for name in ONCE] == [[]] * len(ONCE) * len(before)
+
+
+def test_incremental_chunks_hold_each_entry_once(make_engine):
+    whole = make_engine(says("abc")).generate("say>", GREEDY, **RICH)["meta_info"]
+    engine = make_engine(says("abc"), incremental_streaming_output=True)
+    metas = [chunk["meta_info"] for chunk in engine.generate("say>", GREEDY, stream=True, **RICH)]
+    for name in (*GROWING, *ONCE):
+        assert [entry for meta in metas for entry in meta[name]] == whole[name]
+    assert metas[0]["input_token_logprobs"] == whole["input_token_logprobs"]
+
+
 def test_incremental_chunks_are_disjoint(make_engine):
     engine = make_engine(says("añb👍c"), incremental_streaming_output=True)
     chunks = list(engine.generate("say>", GREEDY, stream=True, return_logprob=True))
@@ -159,6 +196,111 @@ def test_a_stream_nobody_reads_is_aborted(make_engine, how):
     if how != "close":
         stream = None
     gc.collect()
+
+
+@pytest.mark.usefixtures("check_balanced")
+def test_ctrl_c_while_a_stream_waits_ends_its_requests_although_the_traceback_keeps_it(make_engine):
+    gate = Gate()
+    engine = make_engine(says("x" * 100), runner_options={"raises": gate})
+    stream = engine.generate("say>", {"max_new_tokens": 100, **GREEDY}, stream=True)
+    with ctrl_c_in(Bell.wait) as sent, pytest.raises(KeyboardInterrupt) as kept:
+        next(stream)
+    assert sent.is_set()
+    assert engine._loop.num_open == 0
+    assert list(stream) == []
+    gate.is_open.set()
+    assert any(frame.frame.f_locals.get("self") is stream for frame in kept.traceback)
+
+
+@pytest.mark.usefixtures("check_balanced")
+def test_ctrl_c_while_an_answer_is_waited_for_ends_its_requests(make_engine):
+    gate = Gate()
+    engine = make_engine(says("x" * 100), runner_options={"raises": gate})
+    with ctrl_c_in(Bell.wait), pytest.raises(KeyboardInterrupt):
+        engine.generate(["a>", "b>"], {"max_new_tokens": 100, **GREEDY})
+    assert engine._loop.num_open == 0
+    gate.is_open.set()
+
+
+@pytest.mark.usefixtures("check_balanced")
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("place", ["EngineLoop.submit", "Call.__init__", "Stream.__init__"])
+def test_ctrl_c_while_a_call_begins_leaves_nothing_running(make_engine, monkeypatch, place, stream):
+    """At the end of each of these, with the traceback kept."""
+    engine = make_engine(says("x" * 100))
+    owner, name = place.split(".")
+    owner = {"EngineLoop": EngineLoop, "Call": call.Call, "Stream": call.Stream}[owner]
+    method = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        method(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        if place == "Stream.__init__" and not stream:
+            engine.generate("say>", GREEDY)
+            return
+        with pytest.raises(KeyboardInterrupt) as kept:
+            engine.generate("say>", {"max_new_tokens": 100, **GREEDY}, stream=stream)
+    assert eventually(lambda: not engine._loop.call(lambda: make_engine.core.has_work))
+    assert engine._loop.num_open == 0
+    assert kept.traceback
+
+
+@pytest.mark.usefixtures("check_balanced")
+def test_an_exception_in_the_body_of_a_loop_ends_the_stream_that_only_the_loop_had(make_engine):
+    engine = make_engine(says("x" * 100))
+
+    def read():
+        for _ in engine.generate("say>", {"max_new_tokens": 100, **GREEDY}, stream=True):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        read()
+    assert engine._loop.num_open == 0
+    assert kept.traceback
+
+
+@pytest.mark.usefixtures("check_balanced")
+def test_a_stream_that_is_closed_late_does_not_end_a_later_request_of_its_id(make_engine):
+    gate = Gate()
+    engine = make_engine(says("abc"), runner_options={"raises": gate})
+    first = engine.generate("say>", GREEDY, rid="mine", stream=True)
+    gate.is_open.set()
+    assert eventually(lambda: engine._loop.num_open == 0)  # it has ended, and nobody has read that
+    gate.is_open.clear()
+    second = engine.generate("say>", GREEDY, rid="mine", stream=True)
+    first.close()
+    gate.is_open.set()
+    assert list(second)[-1]["text"] == "abc"
+
+
+@contextlib.contextmanager
+def ctrl_c_in(function):
+    """Ctrl-C once this thread is inside `function`."""
+    reader, sent = threading.get_ident(), threading.Event()
+
+    def is_inside():
+        frame = sys._current_frames()[reader]
+        return frame.f_code is function.__code__
+
+    def send():
+        if eventually(is_inside):
+            sent.set()
+            signal.pthread_kill(reader, signal.SIGINT)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    yield sent
+    sender.join()
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
 
 
 def test_a_stream_keeps_its_engine_alive(make_engine):
@@ -223,6 +365,45 @@ def test_special_tokens_are_shown_on_demand(make_engine):
 def test_ignore_eos_goes_on_to_the_length(make_engine):
     answer = make_engine(says("a")).generate("say>", {**GREEDY, "ignore_eos": True, "max_new_tokens": 9})
     assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 9}
+
+
+@pytest.mark.usefixtures("check_balanced")
+def test_a_text_that_cannot_be_made_ends_its_request_and_no_other(make_engine, monkeypatch, caplog):
+    update = Generation.update
+
+    def failing(self, output):
+        if self.request.prompt_ids[0] == ord("!") and self.output_ids:
+            raise ZeroDivisionError("a bug in the text work")
+        return update(self, output)
+
+    monkeypatch.setattr(Generation, "update", failing)
+    engine = make_engine(says("x" * 30))
+    with pytest.raises(mooli.RequestFailedError, match="a bug in the text work") as raised:
+        engine.generate("!>", {**GREEDY, "max_new_tokens": 30})
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    answers = engine.generate(["a>", "!>", "!!>"], {**GREEDY, "max_new_tokens": 30})
+    assert [answer["meta_info"]["finish_reason"]["type"] for answer in answers] == ["length", "error", "error"]
+    last = list(engine.generate("!>", {**GREEDY, "max_new_tokens": 30}, stream=True))[-1]
+    assert last["meta_info"]["finish_reason"]["err_type"] == "ZeroDivisionError"
+    assert sum(record.exc_info is not None for record in caplog.records) == 3  # one for each call
+
+
+def test_stop_strings_are_made_once_a_call_and_grow_with_the_text(make_engine, monkeypatch):
+    made = []
+    monkeypatch.setattr(generation, "StopStrings", lambda stops: made.append(StopStrings(stops)) or made[-1])
+    stop = ["xy" + "z" * 4000, "q" * 4096]
+    answers = make_engine(says("axxyb")).generate(["1>", "2>", "3>"], {**GREEDY, "n": 2, "stop": stop})
+    assert [answer["text"] for answer in answers] == ["axxyb"] * 6
+    assert [stops.texts for stops in made] == [[stop[1], stop[0]]]
+    assert [len(borders) for borders in made[0]._borders] == [0, 2]
+
+
+def test_stop_strings_times_sequences_have_a_limit(make_engine):
+    engine = make_engine(says("x"))
+    params = {"stop": ["a" * 4096] * 32, "max_new_tokens": 1}
+    with pytest.raises(mooli.RequestError, match="stop strings of 5242880 characters in one call"):
+        engine.generate(["1>"] * 40, params)
+    assert len(engine.generate(["1>"] * 8, params)) == 8
 
 
 # -- log-probabilities --

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import socket
 
 import pytest
@@ -15,7 +16,7 @@ from mooli.config import EngineConfig
 from mooli.engine import messages, process
 from mooli.engine.client import EngineClient
 from mooli.errors import MooliError, PromptError
-from mooli.types import FinishReason, RequestOutput
+from mooli.types import FinishReason, Request, RequestOutput
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,7 @@ class Trial:
         self.ends: list[set[str]] = []
         """Of each taker: how its request may end."""
         self.left: dict[str, Taker] = {}
+        self.sent: collections.defaultdict[str, list[Request]] = collections.defaultdict(list)
 
     def submit(self, rid: str, num_prompt: int) -> None:
         """Its first token, which the fake model repeats, tells requests apart."""
@@ -56,22 +58,29 @@ class Trial:
             return
         mark = len(self.takers) % 200 + 1
         taker = Taker()
-        self.client.submit([request(rid, [mark] * num_prompt, max_new_tokens=4)], [taker])
+        sent = request(rid, [mark] * num_prompt, max_new_tokens=4)
+        self.client.submit([sent], [taker])
+        self.sent[rid].append(sent)
         self.takers.append((mark, taker))
         self.ends.append({"length" if num_prompt <= CONTEXT else "refused"})
         self.left[rid] = taker
 
     def leave(self, how: str, rid: str) -> None:
-        taker = self.left.get(rid)
+        taker, sent = self.left.get(rid), self.sent[rid]
+        if how == "end earlier ones":
+            self.client.drop(sent[:-1], "dropped")
+            for earlier in sent[:-1]:
+                self.client.finish(earlier, "stop")
+            return
         if how == "abort":
             self.client.abort([rid], "aborted")
             if taker is not None and taker.end is None:
                 self.ends[[taker for _, taker in self.takers].index(taker)].add("abort")
             return
         if how == "drop":
-            self.client.drop([rid], "dropped")
-        else:
-            self.client.finish({rid: "stop"})
+            self.client.drop(sent[-1:], "dropped")
+        elif sent:
+            self.client.finish(sent[-1], "stop")
         if taker is not None and taker.end is None:
             taker.end = LeftError()  # from here on it asserts that nothing comes
 
@@ -110,7 +119,7 @@ class Trial:
 RIDS = st.sampled_from(["a", "b", "c"])
 MOVES = st.one_of(
     st.tuples(st.just("submit"), RIDS, st.sampled_from([1, 5, CONTEXT + 1])),
-    st.tuples(st.sampled_from(["drop", "finish", "abort"]), RIDS, st.just(0)),
+    st.tuples(st.sampled_from(["drop", "finish", "abort", "end earlier ones"]), RIDS, st.just(0)),
     st.tuples(st.just("up"), st.just(""), st.sampled_from([1, 30, 1000])),
     st.tuples(st.just("turn"), st.just(""), st.just(0)),
     st.tuples(st.just("down"), st.just(""), st.sampled_from([1, 100, 10000])),

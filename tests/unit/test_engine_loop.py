@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -13,11 +14,17 @@ import warnings
 import numpy as np
 import pytest
 
+from mooli.cache.kv_cache import KVCache
+from mooli.engine.core import EngineCore
 from mooli.engine.loop import EngineLoop
-from mooli.errors import EngineClosedError, EngineDeadError, PromptError, RequestError
-from mooli.types import FinishReason, Request, RequestOutput
+from mooli.errors import EngineClosedError, EngineDeadError, EngineError, PromptError, RequestError
+from mooli.runner.fake import FakeRunner
+from mooli.scheduler.scheduler import Scheduler
+from mooli.types import FinishReason, Request, RequestOutput, SamplingParams
 
 TIMEOUT_S = 20
+REFUSED = 13
+"""The prompt that `CountingCore` does not take."""
 
 
 class CountingCore:
@@ -32,7 +39,7 @@ class CountingCore:
 
     def add(self, request):
         self.threads.add(threading.get_ident())
-        if request.rid == "refused":
+        if request.prompt_ids[0] == REFUSED:
             raise PromptError("no room")
         self.live[request.rid] = 0
 
@@ -86,14 +93,19 @@ def make_loop():
 
 
 def request(rid):
-    return Request(rid=rid, prompt_ids=np.array([1], np.int32))
+    return Request(rid=rid, prompt_ids=np.array([REFUSED if rid == "refused" else 1], np.int32))
 
 
 def submit(loop, *rids):
     """The queues that what happens to each request comes to."""
-    queues = [queue.Queue() for _ in rids]
-    loop.submit([request(rid) for rid in rids], [q.put for q in queues])
-    return queues
+    return [queue for _, queue in opened(loop, *rids)]
+
+
+def opened(loop, *rids):
+    """Requests that were submitted, each with its queue."""
+    pairs = [(request(rid), queue.Queue()) for rid in rids]
+    loop.submit([item for item, _ in pairs], [q.put for _, q in pairs])
+    return pairs
 
 
 def until_finish(q):
@@ -153,20 +165,100 @@ def test_an_aborted_request_ends_with_abort(make_loop):
 
 
 @pytest.mark.parametrize(
-    "end", [lambda loop: loop.drop(["a"]), lambda loop: loop.finish({"a": "stop"})], ids=["drop", "finish"]
+    "end", [lambda loop, a: loop.drop([a]), lambda loop, a: loop.finish([(a, "stop")])], ids=["drop", "finish"]
 )
 def test_an_id_can_be_used_again_at_once_and_the_old_end_does_not_reach_it(make_loop, end):
     gate = threading.Semaphore(0)
     core = CountingCore(length=3, gate=gate)
     loop = make_loop(core)
-    submit(loop, "a")
+    ((first, _),) = opened(loop, "a")
     gate.release()
-    end(loop)
+    end(loop, first)
     (q,) = submit(loop, "a")
     gate.release(10)
     items = until_finish(q)
     assert items[-1].finish.type == "length"
     assert [item.new_token_ids for item in items] == [[1], [2], [3]]
+
+
+@pytest.mark.parametrize("end", ["drop", "finish"])
+def test_an_end_that_comes_late_does_not_reach_a_later_request_of_the_id(make_loop, end):
+    gate = threading.Semaphore(0)
+    loop = make_loop(CountingCore(length=2, gate=gate))
+    ((first, first_q),) = opened(loop, "a")
+    commands, is_at_it, go_on = loop._commands, threading.Event(), threading.Event()
+
+    class Slow:
+        """The queue, where the thread that ends the first request is held up for long."""
+
+        get = commands.get
+
+        def put(self, command):
+            if threading.current_thread() is ender:
+                is_at_it.set()
+                assert go_on.wait(TIMEOUT_S)
+            commands.put(command)
+
+    ender = threading.Thread(target=lambda: loop.drop([first]) if end == "drop" else loop.finish([(first, "x")]))
+    loop._commands = Slow()
+    ender.start()
+    assert is_at_it.wait(TIMEOUT_S)
+    gate.release(2)
+    assert eventually(lambda: loop.num_open == 0)
+    (second_q,) = submit(loop, "a")
+    go_on.set()
+    ender.join(TIMEOUT_S)
+    gate.release(10)
+    assert [item.new_token_ids for item in until_finish(second_q)] == [[1], [2]]
+    assert until_finish(first_q)[-1].finish.type == "length"
+
+
+def test_ending_a_request_that_has_ended_does_not_reach_a_later_one_of_its_id(make_loop):
+    gate = threading.Semaphore(0)
+    loop = make_loop(CountingCore(length=2, gate=gate))
+    ((first, q),) = opened(loop, "a")
+    gate.release(2)
+    until_finish(q)
+    (later,) = submit(loop, "a")
+    loop.drop([first])
+    loop.finish([(first, "x")])
+    gate.release(10)
+    assert until_finish(later)[-1].finish.type == "length"
+
+
+def test_threads_that_use_one_id_hear_of_their_own_requests_only(make_loop):
+    """Whoever ends one and whoever begins the next, in any order that the interpreter makes of it."""
+    core = EngineCore(
+        Scheduler(KVCache(64, 4), max_batch_tokens=64, max_running_requests=8, context_length=200, vocab_size=64),
+        FakeRunner(64, 4, 64, next_token=lambda context: context[0]),
+    )
+    loop = make_loop(core)
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(100):
+            first, second = marked(1, 3), marked(2, 40)
+            loop.submit([first], [lambda item: None])
+            dropper = threading.Thread(target=loop.drop, args=([first],))
+            dropper.start()
+            q = queue.Queue()
+            while True:
+                try:
+                    loop.submit([second], [q.put])
+                    break
+                except RequestError:
+                    assert second.rid == first.rid
+            items = until_finish(q)
+            dropper.join(TIMEOUT_S)
+            assert [token_id for item in items for token_id in item.new_token_ids] == [2] * 40
+    finally:
+        sys.setswitchinterval(switch_interval)
+    assert loop.num_open == 0
+
+
+def marked(token_id, length):
+    sampling = SamplingParams(max_new_tokens=length, temperature=0.0)
+    return Request(rid="same", prompt_ids=np.array([token_id] * 5, np.int32), sampling=sampling)
 
 
 def test_an_id_in_use_is_refused_and_nothing_of_that_call_starts(make_loop):
@@ -199,6 +291,70 @@ def test_a_sink_that_fails_ends_its_own_request_only(make_loop):
     assert until_finish(good)[-1].finish.type == "length"
     assert loop.num_open == 0
     assert loop.call(lambda: core.has_work) is False
+
+
+class Panic(BaseException):
+    """What a panic inside a library that is written in Rust is raised as: no Exception."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_a_sink_that_has_failed_is_told_of_the_end_once(make_loop, kind, when):
+    core = CountingCore()
+    loop = make_loop(core)
+    heard, good = queue.Queue(), queue.Queue()
+
+    def fails(item):
+        heard.put(item)
+        if isinstance(item, RequestOutput) and (when == "first" or item.finish is not None):
+            raise kind("a bug in the taker")
+
+    loop.submit([request("bad"), request("good")], [fails, good.put])
+    assert until_finish(good)[-1].finish.type == "length"
+    assert loop.call(lambda: core.has_work) is False
+    items = [heard.get(timeout=TIMEOUT_S) for _ in range(2 if when == "first" else 4)]
+    assert isinstance(items[-1], EngineError)
+    assert heard.empty()
+    assert loop.num_open == 0
+    (again,) = submit(loop, "bad")
+    assert until_finish(again)[-1].finish.type == "length"
+
+
+def test_sinks_that_fail_alike_are_shown_in_full_once(make_loop, caplog):
+    loop = make_loop(CountingCore())
+
+    def fails(item):
+        raise RuntimeError("the reader has gone")
+
+    loop.submit([request(f"r{i}") for i in range(20)], [fails] * 20)
+    (last,) = submit(loop, "last")
+    until_finish(last)
+    told = [record for record in caplog.records if "its taker failed" in record.message]
+    assert len(told) == 20
+    assert sum(record.exc_info is not None for record in told) == 1
+
+
+def test_ctrl_c_in_the_middle_of_a_submit_leaves_what_drop_can_end(make_loop):
+    core = CountingCore(length=10**6)
+    loop = make_loop(core)
+    commands = loop._commands
+
+    class Interrupted:
+        get = commands.get
+
+        def put(self, command):
+            commands.put(command)
+            loop._commands = commands
+            raise KeyboardInterrupt
+
+    loop._commands = Interrupted()
+    mine = request("a")
+    with pytest.raises(KeyboardInterrupt):
+        loop.submit([mine], [lambda item: None])
+    loop.drop([mine])
+    assert loop.call(lambda: None) is None
+    assert eventually(lambda: not loop.call(lambda: core.has_work))
+    assert loop.num_open == 0
 
 
 def test_call_runs_on_the_engines_thread_and_hands_back_result_and_error(make_loop):
@@ -260,23 +416,22 @@ def test_close_from_the_engines_own_thread_does_not_wait_for_itself():
 
 def test_nothing_is_kept_of_requests_that_were_dropped(make_loop):
     gate = threading.Semaphore(0)
-    loop = make_loop(CountingCore(length=10**6, gate=gate))
+    core = CountingCore(length=10**6, gate=gate)
+    loop = make_loop(core)
     for i in range(20):
-        submit(loop, f"r{i}")
-        loop.drop([f"r{i}"])
-    for _ in range(100):
-        gate.release()
-    loop.call(lambda: None)
-    submit(loop, "last")
-    assert eventually(lambda: not loop.num_unheard)
-    loop.drop(["last"])
+        ((dropped, _),) = opened(loop, f"r{i}")
+        loop.drop([dropped])
+    gate.release(100)
+    assert loop.num_open == 0
+    assert loop.call(lambda: None) is None
+    assert eventually(lambda: not loop.call(lambda: core.has_work))
 
 
 def test_a_forked_child_gets_an_error_and_the_parent_goes_on(make_loop):
     loop = make_loop(CountingCore())
     uses = [lambda: submit(loop, "a"), lambda: loop.call(lambda: 1), loop.check_process]
-    silent = [lambda: loop.drop(["open"]), lambda: loop.finish({"open": "x"}), lambda: loop.abort(["open"])]
-    (held,) = submit(loop, "open")
+    silent = [lambda: loop.drop([mine]), lambda: loop.finish([(mine, "x")]), lambda: loop.abort(["open"])]
+    ((mine, held),) = opened(loop, "open")
 
     def in_child():
         told = []

@@ -100,8 +100,8 @@ def test_an_engine_that_is_not_understood_is_ended(bad):
 def test_last_words_are_heard_although_a_write_fails_first():
     async def test() -> None:
         client, theirs = await connected()
-        (taker,) = submit(client, request("a"))
-        last = [RequestOutput("a", [5], FinishReason("length", length=1))]
+        (taker,) = submit(client, request("a"))  # the first, so its name in the engine is "0"
+        last = [RequestOutput("0", [5], FinishReason("length", length=1))]
         theirs.sendall(messages.encode(messages.Outputs(last, {}, StepStats())))
         theirs.sendall(messages.encode(messages.Failed("OutOfMemoryError", "planted")))
         theirs.close()

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import mooli.errors
 from mooli.engine import messages
 from mooli.engine.client import EngineClient
 from mooli.errors import ConfigError, EngineClosedError, EngineDeadError, EngineError, PromptError, RequestError
-from mooli.types import FinishReason, Request, SamplingParams
+from mooli.types import FinishReason, Request, RequestOutput, SamplingParams
 
 
 @pytest.fixture(autouse=True)
@@ -49,19 +50,28 @@ def test_requests_go_in_and_outputs_come_out():
 
 
 def test_every_field_of_a_request_arrives():
-    sampling = SamplingParams(seed=2**64 - 1, stop_token_ids=frozenset({1, 2}), logit_bias=((5, -1.5),), stop=("é",))
+    sampling = SamplingParams(
+        seed=2**64 - 1,
+        max_new_tokens=9,
+        min_new_tokens=3,
+        stop_token_ids=frozenset({1, 2}),
+        logit_bias=((5, -1.5),),
+        stop=("é",),
+    )
     sent = Request(
         rid="r", prompt_ids=np.arange(5, dtype=np.int32), sampling=sampling, eos_ids=frozenset({3}),
         return_logprob=True, logprob_start=2, num_top_logprobs=4, logprob_token_ids=(6, 7), namespace="n", priority=-5,
+        client="c",
     )  # fmt: skip
-    frame = messages.encode(messages.Submit([messages.WireRequest.of(sent)]))
-    ((submitted,),) = [message.requests for message in messages.Frames(messages.ToEngine).push(frame)]
-    got = submitted.to_request()
+    frame = messages.encode(messages.Submit.of([("r", sent)]))
+    (submitted,) = messages.Frames(messages.ToEngine).push(frame)
+    (got,) = submitted.to_requests()
     assert got.prompt_ids.dtype == np.int32
     assert got.prompt_ids.tolist() == sent.prompt_ids.tolist()
     for name in Request.__slots__:
-        if name != "prompt_ids":
+        if name not in ("prompt_ids", "sampling"):
             assert getattr(got, name) == getattr(sent, name), name
+    assert got.sampling == replace(sampling, stop=())  # stop strings are the text side's
 
 
 def test_the_engine_answers_questions():
@@ -92,12 +102,13 @@ def test_a_late_answer_is_not_taken_for_a_later_questions():
 
 def test_aborted_requests_say_so_and_dropped_ones_say_nothing():
     async def test(client: EngineClient) -> None:
+        second = request("b", max_new_tokens=100)
         aborted, dropped, other = submit(
-            client, request("a", max_new_tokens=100), request("b", max_new_tokens=100), request("c", max_new_tokens=9)
+            client, request("a", max_new_tokens=100), second, request("c", max_new_tokens=9)
         )
         await other.started.wait()
         client.abort(["a", "nobody"], "enough")
-        client.drop(["b"], "gone")
+        client.drop([second], "gone")
         num_heard = len(dropped.ids)
         await aborted.ended.wait()
         await other.ended.wait()
@@ -136,7 +147,7 @@ def test_a_request_the_engine_refuses_gets_the_error():
 @pytest.mark.parametrize(
     "wrong",
     [
-        Request(rid="\ud800", prompt_ids=np.zeros(1, np.int32)),
+        Request(rid="a", namespace="\ud800", prompt_ids=np.zeros(1, np.int32)),
         Request(rid="a", prompt_ids=np.zeros(1, np.int32), priority=2**70),
         Request(rid="a", prompt_ids=np.zeros(messages.MAX_SUBMIT_TOKENS + 1, np.int8)),
     ],
@@ -165,6 +176,59 @@ def test_a_taker_that_fails_harms_only_itself():
         assert (await client.ask("stats", 30))["finished"] == 2
 
     with_engine(test)
+
+
+class Panic(BaseException):
+    """What a panic inside a library that is written in Rust is raised as: no Exception."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_a_taker_that_has_failed_is_told_of_the_end_once(kind, when):
+    async def test(client: EngineClient) -> None:
+        heard: list[Any] = []
+        is_told = asyncio.Event()
+
+        def fails(item: Any) -> None:
+            heard.append(item)
+            if not isinstance(item, RequestOutput):
+                is_told.set()
+            elif when == "first" or item.finish is not None:
+                raise kind("a bug in the taker")
+
+        good = Taker()
+        client.submit([request("a"), request("b")], [fails, good])
+        await good.ended.wait()
+        await is_told.wait()
+        assert good.finish.type == "length"
+        assert isinstance(heard[-1], EngineError)
+        assert len(heard) == (2 if when == "first" else 4)
+        assert client.num_open == 0
+        assert client.is_alive
+        stats = await client.ask("stats", 30)
+        assert (stats["running"], stats["finished"]) == (0, 2)
+        (again,) = submit(client, request("a"))
+        await again.ended.wait()
+        assert again.finish.type == "length"
+
+    with_engine(test)
+
+
+def test_what_fails_with_each_step_is_shown_once(caplog):
+    async def test(client: EngineClient) -> None:
+        def fails(item: Any) -> None:
+            raise ZeroDivisionError
+
+        client.on_report = fails
+        good = Taker()
+        requests = [request(f"r{i}") for i in range(10)]
+        client.submit([*requests, request("good", max_new_tokens=9)], [*[fails] * 10, good])
+        await good.ended.wait()
+
+    caplog.set_level("WARNING", logger="mooli")
+    with_engine(test)
+    assert sum(record.exc_info is not None for record in caplog.records) == 2
+    assert sum("its taker failed" in record.message for record in caplog.records) == 10
 
 
 def test_a_report_nobody_can_take_harms_nothing():
@@ -204,6 +268,56 @@ def test_when_the_process_is_killed_every_open_request_is_told_by_what(number):
             submit(client, request("late"))
 
     with_engine(test, SLOW)
+
+
+def test_a_process_that_the_server_kills_is_not_said_to_be_out_of_memory():
+    async def test(client: EngineClient) -> None:
+        (taker,) = submit(client, request("a", max_new_tokens=100))
+        await taker.started.wait()
+        client.kill("gave no sign for 3 s and was killed by the server")
+        with pytest.raises(EngineDeadError, match="no sign for 3 s"):
+            submit(client, request("late"))
+        for error in (await client.died, taker.end):
+            assert isinstance(error, EngineDeadError)
+            assert "gave no sign for 3 s and was killed by the server" in str(error)
+            assert "memory" not in str(error)
+
+    with_engine(test, SLOW)
+
+
+def test_a_process_that_outlives_its_link_is_killed_and_that_is_said():
+    class Lingering(NoProcess):
+        def wait(self, timeout: float | None = None) -> int:
+            if not self.is_killed:
+                raise subprocess.TimeoutExpired("engine", timeout or 0)
+            return -9
+
+    async def test() -> None:
+        client, theirs = await connected(child=Lingering())
+        with theirs:
+            theirs.shutdown(socket.SHUT_RDWR)
+            error = await client.died
+        assert "killed by the server" in str(error)
+        assert "memory" not in str(error)
+        await client.close()
+
+    asyncio.run(within(test()))
+
+
+def test_a_process_that_cannot_be_waited_for_has_ended_all_the_same():
+    class Strange(NoProcess):
+        def wait(self, timeout: float | None = None) -> int:
+            raise RuntimeError("can't start new thread")
+
+    async def test() -> None:
+        client, theirs = await connected(child=Strange())
+        (taker,) = submit(client, request("a"))
+        theirs.close()
+        await taker.ended.wait()
+        assert isinstance(taker.end, EngineDeadError)
+        assert isinstance(await client.died, EngineDeadError)
+
+    asyncio.run(within(test()))
 
 
 def test_a_process_that_breaks_down_says_why():
@@ -327,8 +441,7 @@ def test_when_the_server_is_gone_the_process_ends(moment):
             ours.sendall(messages.encode(messages.Vocabulary(258)))
             read_until(ours, messages.Ready)
         if moment == "running":
-            many = [messages.WireRequest.of(request("a", max_new_tokens=100))]
-            ours.sendall(messages.encode(messages.Submit(many)))
+            ours.sendall(messages.encode(messages.Submit.of([("a", request("a", max_new_tokens=100))])))
             read_until(ours, messages.Outputs)
     assert child.wait(60) == 0
 

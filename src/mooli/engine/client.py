@@ -8,25 +8,23 @@ imports what computes: the server's process holds no weights.
 from __future__ import annotations
 
 import asyncio
-import collections
 import itertools
 import logging
 import socket
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from mooli.engine import messages
 from mooli.engine.endings import EXIT_WAIT_S, error_named, exit_words
 from mooli.engine.facts import EngineFacts
+from mooli.engine.open_requests import OpenRequests, Sink
 from mooli.errors import EngineClosedError, EngineDeadError, EngineError, MooliError, RequestError
+from mooli.logs import FirstTimes
 from mooli.types import Request, RequestOutput
 
 logger = logging.getLogger(__name__)
-
-Sink = Callable[["RequestOutput | MooliError"], None]
-"""Takes what happens to one request, in the event loop. An error, or an output with `finish`, is the last it gets."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,8 +61,8 @@ class EngineClient(asyncio.Protocol):
         self._frames = messages.Frames(messages.ToServer)
         self._transport: asyncio.WriteTransport | None = None
         self._ready: asyncio.Future[None] = loop.create_future()
-        self._sinks: dict[str, Sink] = {}
-        self._unheard: collections.Counter[str] = collections.Counter()
+        self._open = OpenRequests()
+        self._failures = FirstTimes()
         self._questions: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
         self._error: MooliError | None = None
@@ -108,7 +106,7 @@ class EngineClient(asyncio.Protocol):
     @property
     def num_open(self) -> int:
         """Requests submitted whose taker still waits for an output."""
-        return len(self._sinks)
+        return len(self._open)
 
     @property
     def pid(self) -> int:
@@ -121,9 +119,7 @@ class EngineClient(asyncio.Protocol):
         EngineDeadError.
         """
         self._check_alive()
-        for request in requests:
-            if request.rid in self._sinks:
-                raise RequestError(f"rid {request.rid!r} belongs to a request that is still running: use another")
+        self._open.check_free(requests)
         num_tokens = sum(len(request.prompt_ids) for request in requests)
         if num_tokens > messages.MAX_SUBMIT_TOKENS:
             raise RequestError(
@@ -131,35 +127,40 @@ class EngineClient(asyncio.Protocol):
                 f" {messages.MAX_SUBMIT_TOKENS} that are taken at once: send fewer prompts, or a smaller n"
             )
         # Before anything is noted down: what cannot be written must leave no trace.
-        submit = messages.Submit([messages.WireRequest.of(request) for request in requests])
+        entries = self._open.named(requests, sinks)
+        submit = messages.Submit.of((entry.name, entry.request) for entry in entries)
         try:
             frame = messages.encode(submit)
+        except RequestError as exc:
+            raise RequestError(
+                f"the request is too large: {exc}. Send fewer prompts, or shorter lists with each"
+            ) from exc
         except (ValueError, OverflowError) as exc:
             raise RequestError(f"the request cannot be sent to the engine: {exc}") from exc
-        self._sinks.update((request.rid, sink) for request, sink in zip(requests, sinks, strict=True))
+        self._open.add(entries)
         self._send_frame(frame)
 
     def abort(self, rids: Iterable[str], reason: str) -> None:
         """End requests early. Their sinks get an output with finish reason `abort`. Unknown ids are ignored."""
-        names = [rid for rid in rids if rid in self._sinks]
+        names = self._open.names(rids)
         if names:
             self._send(messages.Abort(names, reason))
 
-    def drop(self, rids: Iterable[str], reason: str) -> None:
+    def drop(self, requests: Iterable[Request], reason: str) -> None:
         """Like `abort` for requests whose sinks want nothing more."""
-        names = [rid for rid in rids if self._forget(rid)]
+        names = [name for request in requests if (name := self._forget(request)) is not None]
         if names:
             self._send(messages.Abort(names, reason))
 
-    def finish(self, matched: Mapping[str, str]) -> None:
-        """The text side has ended these requests: rid to stop string. Their sinks want nothing more."""
-        known = {rid: text for rid, text in matched.items() if self._forget(rid)}
-        if known:
-            self._send(messages.Finish(known))
+    def finish(self, request: Request, matched: str) -> None:
+        """The text side has ended this request, at a stop string. Its sink wants nothing more."""
+        name = self._forget(request)
+        if name is not None:
+            self._send(messages.Finish({name: matched}))
 
     @property
     def open_rids(self) -> list[str]:
-        return list(self._sinks)
+        return self._open.rids
 
     async def ask(self, question: str, timeout_s: float) -> Any:
         """One of `messages.QUESTIONS`, answered between two steps.
@@ -190,8 +191,9 @@ class EngineClient(asyncio.Protocol):
             await self._ending
         await asyncio.to_thread(self._stop_process)
 
-    def kill(self) -> None:
-        """End a process that does not answer. What is open ends as if it had died by itself."""
+    def kill(self, why: str) -> None:
+        """End a process that does not answer. `why`, after "the engine process", is what open requests are told."""
+        self._failure = self._failure or EngineDeadError(f"the engine process {why}")
         self._process.kill()
 
     # -- the link, called by asyncio --
@@ -229,11 +231,14 @@ class EngineClient(asyncio.Protocol):
             self.data_received(data)
 
     async def _find_cause(self) -> None:
-        status = await asyncio.to_thread(self._stop_process)
-        failure = self._failure
-        if failure is None:
-            failure = EngineDeadError(f"the engine process {exit_words(status)}")
-        self._error = failure
+        try:
+            status = await asyncio.to_thread(self._stop_process)
+            words = "did not end with its link, and was killed by the server" if status is None else exit_words(status)
+        except Exception as exc:  # no more threads, for example: what is open must hear of the end
+            words = f"has ended, and why cannot be found out: {exc}"
+        if self._failure is None:
+            self._failure = EngineDeadError(f"the engine process {words}")
+        self._error = failure = self._failure
         if self._ready.done():
             logger.error("%s", failure)
         self._end_all(failure)
@@ -255,13 +260,12 @@ class EngineClient(asyncio.Protocol):
         if self._is_cut:
             raise EngineDeadError("the engine process has ended")
 
-    def _forget(self, rid: str) -> bool:
-        """Take a sink away. Exactly one last message about its request is still to come, and must not reach a later
-        request of the same id."""
-        if self._sinks.pop(rid, None) is None:
-            return False
-        self._unheard[rid] += 1
-        return True
+    def _forget(self, request: Request) -> str | None:
+        """Take its sink away; what still comes about it reaches nobody. Its name, if it was open."""
+        name = self._open.name_of(request)
+        if name is not None:
+            self._open.pop(name)
+        return name
 
     def _take(self, message: Any) -> None:
         if isinstance(message, messages.Outputs):
@@ -270,10 +274,11 @@ class EngineClient(asyncio.Protocol):
             self.last_report = message
             try:
                 self.on_report(message)
-            except Exception:
-                logger.warning("a report of the engine was not taken", exc_info=True)
+            except Exception as exc:
+                if self._failures.is_first("reports", exc):
+                    logger.warning("a report of the engine was not taken; this is said once", exc_info=True)
         elif isinstance(message, messages.Refused):
-            self._hand_out(message.rid, error_named(message.error, message.message), is_last=True)
+            self._hand_out(message.name, error_named(message.error, message.message), is_last=True)
         elif isinstance(message, messages.Reply):
             future = self._questions.get(message.number)
             if future is not None and not future.done():
@@ -289,38 +294,42 @@ class EngineClient(asyncio.Protocol):
         else:
             self._failure = error_named(message.error, message.message)
 
-    def _hand_out(self, rid: str, item: RequestOutput | MooliError, *, is_last: bool) -> None:
-        if rid in self._unheard:
-            self._unheard[rid] -= is_last
-            if not self._unheard[rid]:
-                del self._unheard[rid]
+    def _hand_out(self, name: str, item: RequestOutput | MooliError, *, is_last: bool) -> None:
+        entry = self._open.pop(name) if is_last else self._open.get(name)
+        if entry is None:  # dropped
             return
-        sink = self._sinks.pop(rid, None) if is_last else self._sinks.get(rid)
-        if sink is None:
-            return
+        if isinstance(item, RequestOutput):
+            item.rid = entry.request.rid
         try:
-            sink(item)
-        except Exception:
-            logger.warning("request %s is aborted: its taker failed", rid, exc_info=True)
-            self.drop([rid], "The taker of its output failed.")
+            entry.sink(item)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # only its request ends
+            self.drop([entry.request], "The taker of its output failed.")
+            self._open.taker_failed(entry, exc)
 
     def _end_all(self, error: MooliError) -> None:
-        sinks, self._sinks = self._sinks, {}
+        entries = self._open.clear()
         for future in [self._ready, *self._questions.values()]:
             if not future.done():
                 future.set_exception(copy_error(error))
-        for sink in sinks.values():
+                future.exception()  # seen: whoever waited may have gone
+        for entry in entries:
             try:
-                sink(copy_error(error))
-            except Exception:
-                logger.warning("a taker failed at the end of the engine", exc_info=True)
+                entry.sink(copy_error(error))
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as exc:
+                self._open.taker_failed(entry, exc)
 
-    def _stop_process(self) -> int:
+    def _stop_process(self) -> int | None:
+        """Its exit status; None if it had to be killed here."""
         try:
             return self._process.wait(EXIT_WAIT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            return self._process.wait()
+            self._process.wait()
+            return None
 
 
 def copy_error(error: MooliError) -> MooliError:

@@ -71,10 +71,6 @@ class EngineCore:
         """End a request with `stop`, for a stop string found in its text. Otherwise like `abort`."""
         return self._scheduler.finish(rid, matched)
 
-    def take_outputs(self) -> list[RequestOutput]:
-        """What endings since the last step have left to hand out; the next `step` would."""
-        return self._scheduler.take_outputs()
-
     def release_runner(self) -> None:
         """Let go of the runner, whose memory and threads are free once its last owner does. `step` ends requests with
         `error` from here on."""

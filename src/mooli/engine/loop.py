@@ -6,24 +6,20 @@ exactly once: with its last output, or with an error that says why the engine st
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import functools
 import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn, Protocol, TypeVar
 
-from mooli.errors import EngineClosedError, EngineDeadError, MooliError, RequestError
+from mooli.engine.open_requests import OpenRequest, OpenRequests, Sink
+from mooli.errors import EngineClosedError, EngineDeadError, MooliError
 from mooli.types import Request, RequestOutput
 
 logger = logging.getLogger(__name__)
-
-Sink = Callable[["RequestOutput | MooliError"], None]
-"""Takes what happens to one request. Called on the engine's thread, so it must be quick and must not call the loop's
-blocking methods. An error, or an output with `finish`, is the last thing it gets."""
 
 JOIN_TIMEOUT_S = 30.0
 """How long `close` waits for the step that is being computed. The thread is a daemon: it never keeps the process."""
@@ -65,12 +61,12 @@ class EngineLoop:
     def __init__(self, core: Core, *, on_thread_start: Callable[[], None] | None = None) -> None:
         self._core = core
         # SimpleQueue.put is reentrant: a finaliser may abort a request in the middle of another put.
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         # Reentrant for the same reason.
         self._lock = threading.RLock()
-        self._sinks: dict[str, Sink] = {}
-        self._calls: set[concurrent.futures.Future[Any]] = set()
-        self._unheard: collections.Counter[str] = collections.Counter()
+        self._open = OpenRequests()
+        # Queues, as Ctrl-C inside a future's wait can leave its lock taken, and the engine's thread behind it.
+        self._calls: set[queue.SimpleQueue[Callable[[], Any]]] = set()
         self._error: MooliError | None = None
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, args=(on_thread_start,), name="mooli-engine", daemon=True)
@@ -84,39 +80,39 @@ class EngineLoop:
     @property
     def num_open(self) -> int:
         """Requests submitted and not ended."""
-        return len(self._sinks)
-
-    @property
-    def num_unheard(self) -> int:
-        """Requests that were dropped and whose last output is still to come."""
-        return len(self._unheard)
+        return len(self._open)
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> None:
-        """Start requests, all in the same step if there is room.
+        """Start requests, all in the same step if there is room. Sinks are called on the engine's thread, so they must
+        be quick and must not call the loop's blocking methods.
 
-        Raises RequestError if an id is in use by an open request, EngineClosedError or EngineDeadError.
+        Raises RequestError if an id is in use by an open request, EngineClosedError or EngineDeadError. After any
+        other exception, Ctrl-C for one, some may have begun: `drop` ends them.
         """
         self.check_process()
         with self._lock:
             self._check_alive()
-            for request in requests:
-                if request.rid in self._sinks:
-                    raise RequestError(f"rid {request.rid!r} belongs to a request that is still running: use another")
-            self._sinks.update((request.rid, sink) for request, sink in zip(requests, sinks, strict=True))
-            self._commands.put(lambda: self._add(requests))
+            self._open.check_free(requests)
+            entries = self._open.named(requests, sinks)
+            self._open.add(entries)
+            self._commands.put(lambda: self._add(entries))
 
     def abort(self, rids: Iterable[str]) -> None:
         """End requests early. Their sinks get an output with finish reason `abort`. Unknown ids are ignored."""
-        names = list(rids)
-        self._commands.put(lambda: self._abort(names))
+        if not self._is_here:
+            return
+        with self._lock:
+            names = self._open.names(rids)
+            self._commands.put(lambda: self._abort(names))
 
-    def drop(self, rids: Iterable[str]) -> None:
+    def drop(self, requests: Iterable[Request]) -> None:
         """Like `abort` for requests whose sinks want nothing more. Never blocks; finalisers may call it."""
-        self._forget(dict.fromkeys(rids, self._core.abort))
+        self._forget([(request, self._core.abort) for request in requests])
 
-    def finish(self, matched: Mapping[str, str]) -> None:
-        """The text side has ended these requests: rid to stop string. Their sinks want nothing more. Never blocks."""
-        self._forget({rid: functools.partial(self._core.finish, matched=text) for rid, text in matched.items()})
+    def finish(self, matched: Iterable[tuple[Request, str]]) -> None:
+        """The text side has ended these requests, each at a stop string. Their sinks want nothing more. Never
+        blocks."""
+        self._forget([(request, functools.partial(self._core.finish, matched=text)) for request, text in matched])
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two steps and return its result.
@@ -124,23 +120,25 @@ class EngineLoop:
         Raises what it raises, EngineClosedError or EngineDeadError.
         """
         self.check_process()
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        answer: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
 
         def run() -> None:
             try:
-                future.set_result(function())
+                value = function()
             except Exception as exc:  # it is raised in the caller's thread
-                future.set_exception(exc)
+                answer.put(functools.partial(_raise, exc))
+            else:
+                answer.put(lambda: value)
 
         with self._lock:
             self._check_alive()
-            self._calls.add(future)
+            self._calls.add(answer)
             self._commands.put(run)
         try:
-            return future.result()
+            return answer.get()()
         finally:
             with self._lock:
-                self._calls.discard(future)
+                self._calls.discard(answer)
 
     def fail(self, error: EngineDeadError) -> None:
         """End every request with `error`, after the step that is being computed: what computes is broken. A step that
@@ -176,14 +174,18 @@ class EngineLoop:
     def _is_here(self) -> bool:
         return os.getpid() == self._pid
 
-    def _forget(self, ends: Mapping[str, Callable[[str], bool]]) -> None:
+    def _forget(self, ends: Sequence[tuple[Request, Callable[[str], object]]]) -> None:
+        """Their ids can be used again at once; the core ends them after its step."""
         if not self._is_here:
             return
-        # The sinks go now, so that the ids can be used again at once; the core ends the requests after its step.
-        with self._lock:
-            known = {rid: end for rid, end in ends.items() if self._sinks.pop(rid, None) is not None}
-        if known:
-            self._commands.put(lambda: self._end_unheard(known))
+        for request, end in ends:
+            with self._lock:
+                name = self._open.name_of(request)
+            if name is not None:
+                # The command first: what Ctrl-C leaves undone here can be asked for again.
+                self._commands.put(functools.partial(end, name))
+                with self._lock:
+                    self._open.pop(name)
 
     def _check_alive(self) -> None:
         if isinstance(self._error, EngineDeadError):
@@ -217,64 +219,51 @@ class EngineLoop:
                 return False
             command()
 
-    def _add(self, requests: Sequence[Request]) -> None:
-        for request in requests:
+    def _add(self, entries: Sequence[OpenRequest]) -> None:
+        for entry in entries:
             try:
-                self._core.add(request)
+                self._core.add(replace(entry.request, rid=entry.name))
             except MooliError as exc:
-                self._send(request.rid, exc)
+                self._send(entry.name, exc, is_last=True)
 
-    def _abort(self, rids: Sequence[str]) -> None:
-        for rid in rids:
-            self._core.abort(rid)
-
-    def _end_unheard(self, ends: Mapping[str, Callable[[str], bool]]) -> None:
-        """End requests nobody listens to. Their last output is still to come, and must not reach a later request that
-        has the same id."""
-        for rid, end in ends.items():
-            if end(rid):
-                self._unheard[rid] += 1
+    def _abort(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._core.abort(name)
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
-            self._send(output.rid, output)
+            self._send(output.rid, output, is_last=output.finish is not None)
 
-    def _send(self, rid: str, item: RequestOutput | MooliError) -> None:
-        is_last = isinstance(item, MooliError) or item.finish is not None
-        if rid in self._unheard:
-            self._unheard[rid] -= is_last
-            if not self._unheard[rid]:
-                del self._unheard[rid]
-            return
+    def _send(self, name: str, item: RequestOutput | MooliError, *, is_last: bool) -> None:
         with self._lock:
-            sink = self._sinks.pop(rid, None) if is_last else self._sinks.get(rid)
-        if sink is None:
+            entry = self._open.pop(name) if is_last else self._open.get(name)
+        if entry is None:  # dropped
             return
+        if isinstance(item, RequestOutput):
+            item.rid = entry.request.rid
         try:
-            sink(item)
-        except Exception:
-            # The taker is gone, an event loop that was closed for example. Only its request ends.
-            logger.warning("request %s is aborted: its taker failed", rid, exc_info=True)
-            if not is_last:
-                with self._lock:
-                    self._sinks.pop(rid, None)
-                self._end_unheard({rid: self._core.abort})
+            entry.sink(item)
+        except BaseException as exc:  # only its request ends
+            with self._lock:
+                self._open.pop(name)
+            self._core.abort(name)
+            self._open.taker_failed(entry, exc)
 
     def _end(self, error: MooliError) -> None:
         with self._lock:
             self._error = error
-            sinks, self._sinks = self._sinks, {}
-            calls = [future for future in self._calls if not future.done()]
-        for future in calls:
-            future.set_exception(error)
-        for sink in sinks.values():
+            entries = self._open.clear()
+            calls = list(self._calls)
+        for answer in calls:
+            answer.put(functools.partial(_raise, error))
+        for entry in entries:
             try:
-                sink(error)
-            except Exception:
-                logger.warning("a taker failed at the end of the engine", exc_info=True)
+                entry.sink(error)
+            except BaseException as exc:
+                self._open.taker_failed(entry, exc)
 
 
-def _raise(error: EngineDeadError) -> None:
+def _raise(error: Exception) -> NoReturn:
     raise error
 
 

@@ -9,14 +9,17 @@ Source: the MessagePack specification; msgspec's tagged unions.
 
 from __future__ import annotations
 
+import operator
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from mooli.errors import EngineError
+from mooli.errors import EngineError, RequestError
 from mooli.scheduler.stats import StepStats
 from mooli.types import Request, RequestOutput, SamplingParams
 
@@ -46,66 +49,124 @@ class Vocabulary(Message, frozen=True):
     size: int | None
 
 
-class WireRequest(msgspec.Struct, array_like=True, frozen=True):
-    """`Request`, with its prompt as little-endian int32."""
+class WireShared(msgspec.Struct, array_like=True, frozen=True):
+    """What requests of one call have in common, most of them of any size: sent once. sampling: without stop strings,
+    which are the text side's; its seed and lengths are each request's own."""
 
-    rid: str
-    prompt: bytes
     sampling: SamplingParams
     eos_ids: frozenset[int]
     return_logprob: bool
-    logprob_start: int | None
     num_top_logprobs: int
     logprob_token_ids: tuple[int, ...]
     namespace: str
     priority: int
-    client: str = ""
+    client: str
 
-    @classmethod
-    def of(cls, request: Request) -> WireRequest:
-        return cls(
-            rid=request.rid,
-            prompt=np.ascontiguousarray(request.prompt_ids, dtype="<i4").tobytes(),
-            sampling=request.sampling,
-            eos_ids=request.eos_ids,
-            return_logprob=request.return_logprob,
-            logprob_start=request.logprob_start,
-            num_top_logprobs=request.num_top_logprobs,
-            logprob_token_ids=request.logprob_token_ids,
-            namespace=request.namespace,
-            priority=request.priority,
-            client=request.client,
-        )
 
-    def to_request(self) -> Request:
-        return Request(
-            rid=self.rid,
-            prompt_ids=np.frombuffer(self.prompt, dtype="<i4").astype(np.int32, copy=False),
-            sampling=self.sampling,
-            eos_ids=self.eos_ids,
-            return_logprob=self.return_logprob,
-            logprob_start=self.logprob_start,
-            num_top_logprobs=self.num_top_logprobs,
-            logprob_token_ids=self.logprob_token_ids,
-            namespace=self.namespace,
-            priority=self.priority,
-            client=self.client,
-        )
+class WireRequest(msgspec.Struct, array_like=True, frozen=True):
+    """The rest of a `Request`. name: its `rid` in the engine. prompt, shared: where they are in `Submit`."""
+
+    name: str
+    prompt: int
+    shared: int
+    seed: int
+    max_new_tokens: int | None
+    min_new_tokens: int
+    logprob_start: int | None
 
 
 class Submit(Message, frozen=True):
+    """prompts: as little-endian int32."""
+
     requests: list[WireRequest]
+    prompts: list[bytes]
+    shared: list[WireShared]
+
+    @classmethod
+    def of(cls, named: Iterable[tuple[str, Request]]) -> Submit:
+        """What equal neighbours share goes once, as the samples of one prompt and the prompts of one call do."""
+        requests: list[WireRequest] = []
+        prompts: list[bytes] = []
+        shared: list[WireShared] = []
+        last_prompt, last_shared = None, None
+        for name, request in named:
+            if request.prompt_ids is not last_prompt:
+                last_prompt = request.prompt_ids
+                prompts.append(np.ascontiguousarray(last_prompt, dtype="<i4").tobytes())
+            common = _common(request)
+            if common != last_shared:
+                last_shared = common
+                shared.append(_shared(request))
+            sampling = request.sampling
+            requests.append(
+                WireRequest(
+                    name=name,
+                    prompt=len(prompts) - 1,
+                    shared=len(shared) - 1,
+                    seed=sampling.seed,
+                    max_new_tokens=sampling.max_new_tokens,
+                    min_new_tokens=sampling.min_new_tokens,
+                    logprob_start=request.logprob_start,
+                )
+            )
+        return cls(requests, prompts, shared)
+
+    def to_requests(self) -> list[Request]:
+        prompts = [np.frombuffer(prompt, dtype="<i4").astype(np.int32, copy=False) for prompt in self.prompts]
+        return [self._request(wire, prompts[wire.prompt], self.shared[wire.shared]) for wire in self.requests]
+
+    @staticmethod
+    def _request(wire: WireRequest, prompt: NDArray[np.int32], shared: WireShared) -> Request:
+        return Request(
+            rid=wire.name,
+            prompt_ids=prompt,
+            sampling=replace(
+                shared.sampling,
+                seed=wire.seed,
+                max_new_tokens=wire.max_new_tokens,
+                min_new_tokens=wire.min_new_tokens,
+            ),
+            eos_ids=shared.eos_ids,
+            return_logprob=shared.return_logprob,
+            logprob_start=wire.logprob_start,
+            num_top_logprobs=shared.num_top_logprobs,
+            logprob_token_ids=shared.logprob_token_ids,
+            namespace=shared.namespace,
+            priority=shared.priority,
+            client=shared.client,
+        )
+
+
+_OWN_SAMPLING = ("seed", "max_new_tokens", "min_new_tokens", "stop")
+_common = operator.attrgetter(
+    *(f"sampling.{item.name}" for item in fields(SamplingParams) if item.name not in _OWN_SAMPLING),
+    *(name for name in WireShared.__struct_fields__ if name != "sampling"),
+)
+"""A tuple of all that `WireShared` holds, which compares quickly where two requests hold the same objects."""
+
+
+def _shared(request: Request) -> WireShared:
+    return WireShared(
+        sampling=replace(request.sampling, seed=0, max_new_tokens=None, min_new_tokens=0, stop=()),
+        eos_ids=request.eos_ids,
+        return_logprob=request.return_logprob,
+        num_top_logprobs=request.num_top_logprobs,
+        logprob_token_ids=request.logprob_token_ids,
+        namespace=request.namespace,
+        priority=request.priority,
+        client=request.client,
+    )
 
 
 class Abort(Message, frozen=True):
-    """End requests with `abort`; each has one more output. Unknown ids are ignored."""
+    """End requests with `abort`; each has one more output. Unknown names are ignored."""
 
-    rids: list[str]
+    names: list[str]
     reason: str
 
 
 class Finish(Message, frozen=True):
-    """The text side has ended these requests: rid to the stop string it found. Each has one more output."""
+    """The text side has ended these requests: name to the stop string it found. Each has one more output."""
 
     matched: dict[str, str]
 
@@ -148,7 +209,7 @@ class Failed(Message, frozen=True):
 
 
 class Outputs(Message, frozen=True):
-    """What a step brought, after it. stats: `Scheduler.stats` at this moment; step: what it consisted of."""
+    """What a step brought, after it; `rid` is the name. stats: `Scheduler.stats` at this moment; step: what it was."""
 
     outputs: list[RequestOutput]
     stats: dict[str, int]
@@ -156,9 +217,10 @@ class Outputs(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """A submitted request that cannot be served: it has no outputs. error: name of a class of `mooli.errors`."""
+    """A submitted request that cannot be served: it has no outputs from here on. error: name of a class of
+    `mooli.errors`."""
 
-    rid: str
+    name: str
     error: str
     message: str
 
@@ -174,8 +236,13 @@ ToServer = Progress | Ready | Failed | Outputs | Refused | Reply
 
 
 def encode(message: Message) -> bytes:
-    """A whole frame."""
+    """A whole frame. Raises RequestError if it is larger than the other side takes; ValueError or OverflowError if it
+    cannot be written."""
     body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise RequestError(
+            f"{len(body)} bytes are more than the {MAX_FRAME_BYTES} that go to or from the engine at once"
+        )
     return _LENGTH.pack(len(body)) + body
 
 

@@ -29,8 +29,9 @@ from mooli.engine.build import BuiltEngine, Progress, VocabSize, build_engine
 from mooli.engine.child import SERVER_SIGNALS
 from mooli.engine.core import EngineCore
 from mooli.engine.loop import STUCK_S
-from mooli.errors import EngineError, MooliError
+from mooli.errors import EngineError, MooliError, RequestError
 from mooli.logs import set_up_logging
+from mooli.types import RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -177,9 +178,24 @@ def take_turn(link: Link, core: EngineCore, *, wait: bool) -> bool:
             return False
         _carry_out(message, core, link)
     if core.has_work:
-        outputs = core.step()
-        link.send(messages.Outputs(outputs, core.stats(), core.last_step))
+        _send_outputs(core.step(), core, link)
     return True
+
+
+def _send_outputs(outputs: list[RequestOutput], core: EngineCore, link: Link) -> None:
+    """In one frame, or in several where log-probabilities are too many for one. A request that fills more than a frame
+    by itself ends."""
+    try:
+        link.send(messages.Outputs(outputs, core.stats(), core.last_step))
+    except RequestError as exc:
+        if len(outputs) == 1:
+            core.abort(outputs[0].rid)
+            words = f"the log-probabilities of one step are too many: {exc}. Ask for fewer of them"
+            link.send(messages.Refused(outputs[0].rid, RequestError.__name__, words))
+        else:
+            middle = len(outputs) // 2
+            _send_outputs(outputs[:middle], core, link)
+            _send_outputs(outputs[middle:], core, link)
 
 
 def _vocabulary(link: Link) -> messages.Vocabulary:
@@ -204,21 +220,17 @@ def _first_message(link: Link) -> messages.Start | None:
 
 def _carry_out(message: messages.ToEngine, core: EngineCore, link: Link) -> None:
     if isinstance(message, messages.Submit):
-        for wire in message.requests:
+        for request in message.to_requests():
             try:
-                core.add(wire.to_request())
+                core.add(request)
             except MooliError as exc:
-                # What ended before must be heard of before: it may have had the same id.
-                ended = core.take_outputs()
-                if ended:
-                    link.send(messages.Outputs(ended, core.stats(), core.last_step))
-                link.send(messages.Refused(wire.rid, type(exc).__name__, str(exc)))
+                link.send(messages.Refused(request.rid, type(exc).__name__, str(exc)))
     elif isinstance(message, messages.Abort):
-        for rid in message.rids:
-            core.abort(rid, message.reason)
+        for name in message.names:
+            core.abort(name, message.reason)
     elif isinstance(message, messages.Finish):
-        for rid, matched in message.matched.items():
-            core.finish(rid, matched)
+        for name, matched in message.matched.items():
+            core.finish(name, matched)
     elif isinstance(message, messages.Ask):
         link.send(_answer(message, core))
     else:

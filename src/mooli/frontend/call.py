@@ -9,7 +9,9 @@ callers share everything but how they wait.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 from mooli.engine.loop import EngineLoop
 from mooli.errors import MooliError
 from mooli.frontend.generation import Generation
-from mooli.types import RequestOutput
+from mooli.logs import FirstTimes
+from mooli.types import Request, RequestOutput
 
 if TYPE_CHECKING:
     import asyncio
+
+logger = logging.getLogger(__name__)
 
 _Item = tuple[int, "RequestOutput | MooliError"]
 
@@ -47,16 +52,41 @@ class Mailbox:
         return items
 
 
+class Bell:
+    """What a thread waits for; `ring` may be called from any. One lock and no more: Ctrl-C inside the wait of an
+    `Event` can leave its lock taken, and the engine's thread would wait for that."""
+
+    def __init__(self) -> None:
+        self._silent = threading.Lock()
+        self._silent.acquire()
+
+    def ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it rings already
+            self._silent.release()
+
+    def wait(self) -> None:
+        """Until it has rung since the last wait."""
+        self._silent.acquire()
+
+
 class Call:
-    """The requests of one call, submitted when it is made. `wake` tells the reader that there is something to take."""
+    """The requests of one call, submitted when it is made. `wake` tells the reader that there is something to take.
+
+    A call that is collected aborts what is not finished.
+    """
 
     def __init__(self, loop: EngineLoop, generations: Sequence[Generation], wake: Callable[[], None]) -> None:
+        self._open = set(range(len(generations)))
         self._loop = loop
         self._generations = generations
         self._mailbox = Mailbox(wake)
-        self._open = {generation.rid for generation in generations}
-        sinks = [functools.partial(self._mailbox.put, index) for index in range(len(generations))]
-        loop.submit([generation.request for generation in generations], sinks)
+        self._failures = FirstTimes()
+        sinks = [functools.partial(self._mailbox.put, index) for index in self._open]
+        try:
+            loop.submit([generation.request for generation in generations], sinks)
+        except BaseException:  # Ctrl-C, when they had begun
+            self.close()
+            raise
 
     @property
     def is_done(self) -> bool:
@@ -68,7 +98,7 @@ class Call:
         Raises what ended the whole call, after aborting what is left of it.
         """
         changed: set[int] = set()
-        stopped: dict[str, str] = {}
+        stopped: list[tuple[Request, str]] = []
         self.check_process()
         try:
             for index, item in self._mailbox.take():
@@ -76,19 +106,29 @@ class Call:
                 if isinstance(item, MooliError):
                     # One error may end many calls: each raises its own copy, or tracebacks would pile up in it.
                     raise type(item)(*item.args) from item.__cause__
-                stop_string = generation.update(item)
+                stop_string = self._update(generation, item)
                 if stop_string is not None:
-                    stopped[generation.rid] = stop_string
-                if generation.finish is not None:
-                    self._open.discard(generation.rid)
+                    stopped.append((generation.request, stop_string))
                 changed.add(index)
+            if stopped:
+                self._loop.finish(stopped)
+            self._open.difference_update([index for index in changed if self._generations[index].finish is not None])
         except BaseException:
             self.close()
             raise
-        finally:
-            if stopped:
-                self._loop.finish(stopped)
         return [self._generations[index] for index in sorted(changed)]
+
+    def _update(self, generation: Generation, output: RequestOutput) -> str | None:
+        """The stop string that has ended the text, if one has. A text that cannot be made ends its own request only."""
+        try:
+            return generation.update(output)
+        except Exception as exc:
+            words = f"its text could not be made: {type(exc).__name__}: {exc}"
+            shown = exc if self._failures.is_first("text", exc) else None
+            logger.error("request %s ends here: %s", generation.rid, words, exc_info=shown)
+            generation.fail(words, exc)
+            self._loop.drop([generation.request])
+            return None
 
     def check_process(self) -> None:
         """Raise EngineClosedError where nothing will ever come: in a child that was forked meanwhile."""
@@ -107,19 +147,21 @@ class Call:
 
     def close(self) -> None:
         """Abort what is not finished. May be called at any time, from a finaliser too."""
-        rids, self._open = self._open, set()
-        if rids:
-            self._loop.drop(rids)
+        if self._open:
+            self._loop.drop([self._generations[index].request for index in self._open])
+            self._open = set()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def run(loop: EngineLoop, generations: Sequence[Generation]) -> list[dict[str, Any]]:
     """Submit and wait for all answers. Any thread; a running event loop in it is simply blocked."""
-    event = threading.Event()
-    call = Call(loop, generations, event.set)
+    bell = Bell()
+    call = Call(loop, generations, bell.ring)
     try:
         while not call.is_done:
-            event.wait()
-            event.clear()
+            bell.wait()
             call.advance()
         return call.results()
     finally:
@@ -161,31 +203,33 @@ class _Stream:
         self._ready = []
         self._call.close()
 
-    def __del__(self) -> None:
-        self._call.close()
-
 
 class Stream(_Stream):
-    """Iterator over chunks. Closing it, or dropping it, aborts the requests."""
+    """Iterator over chunks. Closing it, dropping it, or an exception while it waits (Ctrl-C, a notebook's Stop) aborts
+    the requests: the traceback would keep the iterator for as long as anybody keeps the traceback."""
 
-    def __init__(self, call: Call, event: threading.Event, owner: object) -> None:
+    def __init__(self, call: Call, bell: Bell, owner: object) -> None:
         super().__init__(call, owner)
-        self._event = event
+        self._bell = bell
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        # First of all: in a forked child even the event's lock may be held for ever.
-        self._call.check_process()
-        while True:
-            self._event.clear()
-            chunk = self._next_ready()
-            if chunk is not None:
-                return chunk
-            if self._call.is_done:
-                raise StopIteration
-            self._event.wait()
+        try:
+            # First of all: in a forked child nothing else must be touched.
+            self._call.check_process()
+            while True:
+                chunk = self._next_ready()
+                if chunk is not None:
+                    return chunk
+                if self._call.is_done:
+                    break
+                self._bell.wait()
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
 
 
 class AsyncStream(_Stream):
@@ -199,18 +243,19 @@ class AsyncStream(_Stream):
         return self
 
     async def __anext__(self) -> dict[str, Any]:
-        while True:
-            self._event.clear()
-            chunk = self._next_ready()
-            if chunk is not None:
-                return chunk
-            if self._call.is_done:
-                raise StopAsyncIteration
-            try:
+        try:
+            while True:
+                self._event.clear()
+                chunk = self._next_ready()
+                if chunk is not None:
+                    return chunk
+                if self._call.is_done:
+                    break
                 await self._event.wait()
-            except BaseException:  # the task was cancelled
-                self.close()
-                raise
+        except BaseException:  # the task was cancelled
+            self.close()
+            raise
+        raise StopAsyncIteration
 
     async def aclose(self) -> None:
         self.close()
@@ -218,8 +263,13 @@ class AsyncStream(_Stream):
 
 def stream_sync(loop: EngineLoop, generations: Sequence[Generation], owner: object) -> Stream:
     """Submit now; the iterator hands out chunks as they come, and keeps `owner` alive."""
-    event = threading.Event()
-    return Stream(Call(loop, generations, event.set), event, owner)
+    bell = Bell()
+    call = Call(loop, generations, bell.ring)
+    try:
+        return Stream(call, bell, owner)
+    except BaseException:  # Ctrl-C: a traceback keeps the call
+        call.close()
+        raise
 
 
 def stream_async(loop: EngineLoop, generations: Sequence[Generation], owner: object) -> AsyncStream:

@@ -121,9 +121,15 @@ async def start_service(
         config=engine_config.to_dict(), model_path=str(model_path), log_level=engine_config.log_level
     )
     opening = asyncio.ensure_future(asyncio.to_thread(_open_text, engine_config, model_path))
-    client = await EngineClient.connect(
-        start, *child.take(), vocab_size=asyncio.ensure_future(_vocab_size(opening)), progress=_Progress().update
-    )
+    vocab_size = asyncio.ensure_future(_vocab_size(opening))
+    try:
+        client = await EngineClient.connect(start, *child.take(), vocab_size=vocab_size, progress=_Progress().update)
+    except BaseException:
+        # The tokenizer is not needed any more, and what it may fail of is nobody's business.
+        for task in (vocab_size, opening):
+            task.cancel()
+        await asyncio.gather(vocab_size, opening, return_exceptions=True)
+        raise
     try:
         tokenizer = await opening
         service = make_service(
@@ -267,7 +273,7 @@ class HttpServer:
             except TimeoutError:
                 if time.monotonic() - client.last_sign_s >= timeout_s:
                     logger.critical("the engine has given no sign for %g s: it is killed", timeout_s)
-                    client.kill()
+                    client.kill(f"gave no sign for {timeout_s:g} s (watchdog_timeout) and was killed by the server")
                     return
             except EngineError:
                 return

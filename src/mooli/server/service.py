@@ -1,7 +1,8 @@
 """What routes work with: one model's text side, and the engine process behind it.
 
 Owns the way from the arguments of a call to its growing answers, and who is counted in the metrics. Text is brought up
-to date when an output comes, whether or not anybody reads: a stop string ends its request at once. Never knows HTTP.
+to date when an output comes, whether or not anybody reads: a stop string ends its request at once, and so does a text
+that cannot be made. Never knows HTTP.
 Lives in the server's event loop; only tokenising of long texts leaves it.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,10 +21,11 @@ from mooli.engine.client import EngineClient
 from mooli.engine.facts import EngineFacts
 from mooli.errors import MooliError, RequestError
 from mooli.frontend.chat_encoding import encode_chat
-from mooli.frontend.generation import Generation
+from mooli.frontend.generation import Generation, generations_of
 from mooli.frontend.inputs import CallInputs, InputRules
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.logs import FirstTimes
 from mooli.server.config import ServerConfig
 from mooli.server.keys import KeyRing
 from mooli.server.metrics import Metrics
@@ -31,6 +34,11 @@ from mooli.server.routing import HttpError
 from mooli.server.shared_work import SharedWork
 from mooli.server.step_log import StepLog
 from mooli.types import RequestOutput
+
+logger = logging.getLogger(__name__)
+
+NO_TEXT = "its text could not be made; the server's log says why"
+"""Of a failure whose words are not for clients."""
 
 LEFT = "The client closed the connection."
 
@@ -87,6 +95,7 @@ class Service:
         self.startup_time_s = startup_time_s
         self.launch_command = launch_command
         self.started_at = time.time()
+        self.failures = FirstTimes()
         self.max_open = client.facts.max_running_requests + config.max_queued_requests
         """Sequences that may run and wait together."""
         self.rules: InputRules = replace(
@@ -190,30 +199,22 @@ class ServedCall:
         self._started_s = time.perf_counter()
         config = service.engine_config
         self.is_single = inputs.is_single
-        self.generations = [
-            Generation(
-                request,
-                service.tokenizer,
-                index=None if inputs.is_single else index,
-                stream_interval=config.stream_interval,
-                incremental=config.incremental_streaming_output,
-            )
-            for index, request in enumerate(inputs.requests)
-        ]
-        self._last_s: dict[str, float] = {}
-        self._open = {generation.rid for generation in self.generations}
-        sinks = [self._sink(index) for index in range(len(self.generations))]
+        self.generations = generations_of(
+            inputs,
+            service.tokenizer,
+            stream_interval=config.stream_interval,
+            incremental=config.incremental_streaming_output,
+        )
+        self._last_s: dict[int, float] = {}
+        self._open = set(range(len(self.generations)))
+        sinks = [self._sink(index) for index in self._open]
         self._client.submit(inputs.requests, sinks)
         service.num_active += 1
         key = service.keys.named(inputs.requests[0].client)
         self._key_name = "" if key is None else key.name
         service.num_sequences[self._key_name] += len(self.generations)
-        if self._log is not None:
-            for generation in self.generations:
-                self._log.started(generation)
-        if self._observer is not None:
-            for request in inputs.requests:
-                self._observer.received(is_stream=is_stream, prompt_tokens=len(request.prompt_ids))
+        for generation in self.generations:
+            self._count_start(generation)
 
     @property
     def is_done(self) -> bool:
@@ -247,12 +248,11 @@ class ServedCall:
             self._is_closed = True
             self._service.num_active -= 1
             self._service.num_sequences[self._key_name] -= len(self.generations)
-        rids, self._open = self._open, set()
-        if rids:
-            self._client.drop(rids, reason)
-            for generation in self.generations:
-                if generation.rid in rids:
-                    self._count_end(generation)
+        left, self._open = sorted(self._open), set()
+        if left:
+            self._client.drop([self.generations[index].request for index in left], reason)
+            for index in left:
+                self._count_end(self.generations[index])
 
     def __enter__(self) -> ServedCall:
         return self
@@ -270,37 +270,69 @@ class ServedCall:
         generation = self.generations[index]
         if isinstance(item, MooliError):
             self._error = self._error or item
-            self._open.discard(generation.rid)
-            self._count_end(generation)
         else:
             num_before = len(generation.output_ids)
-            stop_string = generation.update(item)
-            self._count_tokens(generation, len(generation.output_ids) - num_before)
+            stop_string = self._update(generation, item)
             if stop_string is not None:
-                self._client.finish({generation.rid: stop_string})
-            if generation.finish is not None:
-                self._open.discard(generation.rid)
-                self._count_end(generation)
+                self._client.finish(generation.request, stop_string)
+            self._count_tokens(index, len(generation.output_ids) - num_before)
+        if isinstance(item, MooliError) or generation.finish is not None:
+            self._open.discard(index)
+            self._count_end(generation)
         self._changed[index] = None
         self._wake.set()
 
-    def _count_tokens(self, generation: Generation, num_tokens: int) -> None:
+    def _update(self, generation: Generation, output: RequestOutput) -> str | None:
+        """The stop string that has ended the text, if one has. A text that cannot be made ends its own request only."""
+        try:
+            return generation.update(output)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # what a panic of the tokenizer's library raises is no Exception
+            shown = exc if self._service.failures.is_first("text", exc) else None
+            words = f"{type(exc).__name__}: {exc}"
+            logger.error("request %s ends here, as its text cannot be made: %s", generation.rid, words, exc_info=shown)
+            generation.fail(NO_TEXT, exc)
+            self._client.drop([generation.request], NO_TEXT)
+            return None
+
+    # -- metrics and log: what they fail of is said once, and never ends a request --
+    def _count_start(self, generation: Generation) -> None:
+        try:
+            if self._log is not None:
+                self._log.started(generation)
+            if self._observer is not None:
+                self._observer.received(is_stream=self._is_stream, prompt_tokens=generation.prompt_tokens)
+        except Exception as exc:
+            self._not_counted(exc)
+
+    def _count_tokens(self, index: int, num_tokens: int) -> None:
         if self._observer is None or not num_tokens:
             return
         now = time.perf_counter()
-        last = self._last_s.get(generation.rid)
-        self._last_s[generation.rid] = now
-        if last is None:
-            self._observer.first_token(is_stream=self._is_stream, elapsed_s=now - self._started_s)
-        else:
-            self._observer.next_tokens(num_tokens=num_tokens, elapsed_s=now - last)
+        last = self._last_s.get(index)
+        self._last_s[index] = now
+        try:
+            if last is None:
+                self._observer.first_token(is_stream=self._is_stream, elapsed_s=now - self._started_s)
+            else:
+                self._observer.next_tokens(num_tokens=num_tokens, elapsed_s=now - last)
+        except Exception as exc:
+            self._not_counted(exc)
 
     def _count_end(self, generation: Generation) -> None:
         elapsed_s = time.perf_counter() - self._started_s
-        if self._observer is not None:
-            self._observer.finished(generation, is_stream=self._is_stream, elapsed_s=elapsed_s)
-        if self._log is not None:
-            self._log.finished(generation, elapsed_s)
+        try:
+            if self._observer is not None:
+                self._observer.finished(generation, is_stream=self._is_stream, elapsed_s=elapsed_s)
+            if self._log is not None:
+                self._log.finished(generation, elapsed_s)
+        except Exception as exc:
+            self._not_counted(exc)
+
+    def _not_counted(self, error: Exception) -> None:
+        if self._service.failures.is_first("metrics", error):
+            logger.error("metrics or request log failed; requests go on, and this is said once", exc_info=error)
 
 
 def _num_chars(value: Any) -> int:
