@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import itertools
+import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from engine_link import NoProcess
+from fake_engine import byte_tokenizer
 
 from mooli.config import EngineConfig
-from mooli.errors import ChatTemplateError
+from mooli.engine.child import EngineChild
+from mooli.errors import ChatTemplateError, MooliError, TokenizerError
 from mooli.frontend import text_side
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.server import launch
+from mooli.server.config import ServerConfig
 
 BROKEN = "{% if %}"
+FAKE_CORE = Path(__file__).resolve().parents[1] / "unit" / "fake_core.py"
 
 
 def tokenizer_with(template: str) -> SimpleNamespace:
@@ -31,3 +42,58 @@ def test_a_broken_chat_template_that_is_given_is_refused_at_the_start(monkeypatc
     with pytest.raises(ChatTemplateError, match="does not compile"):
         text_side.open_tokenizer(EngineConfig(model_path="model", chat_template=BROKEN), Path("model"))
     assert launch._open_text(EngineConfig(model_path="model"), Path("model")) is not None
+
+
+@pytest.mark.parametrize(
+    ("engine", "tokenizer"),
+    [
+        ("fake", "bad"),
+        *itertools.product(
+            ["raise:OutOfMemoryError", "exit:3", "no link"], ["good", "bad", "bad when the engine has ended"]
+        ),
+    ],
+)
+def test_a_start_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch, engine: str, tokenizer: str) -> None:
+    child: Any = _NoLink() if engine == "no link" else EngineChild((sys.executable, str(FAKE_CORE)))
+
+    def open_text(*_: object) -> object:
+        if tokenizer == "good":
+            return byte_tokenizer()
+        if tokenizer != "bad" and engine != "no link":
+            child.take()[0].wait(60)
+        raise TokenizerError("planted")
+
+    async def locate(path: str, **_: object) -> Path:
+        return Path(path)
+
+    monkeypatch.setattr(launch, "locate_async", locate)
+    monkeypatch.setattr(launch, "sampling_defaults", lambda path: {})
+    monkeypatch.setattr(launch, "_open_text", open_text)
+    said: list[dict[str, Any]] = []
+
+    async def start() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: said.append(context))
+        engine_config = EngineConfig.from_kwargs(model_path=engine)
+        with child:
+            await launch.start_service(ServerConfig(skip_server_warmup=True), engine_config, (), 0.0, child)
+
+    with pytest.raises((MooliError, OSError)):
+        asyncio.run(start())
+    gc.collect()
+    assert said == []
+
+
+class _NoLink:
+    """A child whose link is gone before anybody has used it."""
+
+    def take(self) -> tuple[NoProcess, socket.socket]:
+        ours, theirs = socket.socketpair()
+        ours.close()
+        theirs.close()
+        return NoProcess(), ours
+
+    def __enter__(self) -> _NoLink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

@@ -297,6 +297,24 @@ def test_extra_key_is_another_name_for_cache_salt(live):
     assert [cached(cache_salt="a"), cached(extra_key="a"), cached(extra_key="b"), cached()] == [0, 10, 0, 0]
 
 
+def test_a_salt_has_a_limit_and_none_stays_in_the_engine(live):
+    server = live()
+    params = {"max_new_tokens": 1}
+    for name in ("cache_salt", "extra_key"):
+        assert "4096" in refusal(server, text="ab>", sampling_params=params, **{name: "s" * 2**23})
+    generate(server, text=["ab>"] * 16, sampling_params=params, cache_salt="s" * 4096)
+    (namespace,) = server.core._scheduler._cache._tree._roots
+    assert len(namespace) < 100
+
+
+def test_long_stop_strings_for_many_sequences_are_refused(live):
+    server = live()
+    params = {"stop": ["a" * 4096] * 32, "max_new_tokens": 1}
+    words = refusal(server, text=["a"] * 400, sampling_params=params)
+    assert "stop strings of 52428800 characters" in words
+    assert len(generate(server, text=["a"] * 8, sampling_params=params)) == 8
+
+
 def test_too_many_sequences_are_refused_before_anything_is_done_for_them(live):
     server = live(max_queued_requests=8)  # and eight that run
     assert "16" in refusal(server, text=["a"] * 17)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from dataclasses import replace
 
 import pytest
-from engine_link import connected, request, submit, within
+from engine_link import connected, request, submit, with_engine, within
+from fake_engine import byte_tokenizer, fake_build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mooli.engine import messages
-from mooli.engine.client import copy_error
+from mooli.config import EngineConfig
+from mooli.engine import messages, process
+from mooli.engine.client import EngineClient, copy_error
 from mooli.engine.endings import error_named, exit_words
-from mooli.errors import EngineDeadError, EngineError, PromptError
+from mooli.errors import EngineDeadError, EngineError, PromptError, RequestError
+from mooli.frontend.inputs import MAX_SALT_CHARS
+from mooli.frontend.text_side import input_rules
 from mooli.scheduler.stats import StepStats
-from mooli.types import FinishReason, RequestOutput, TokenLogprobs
+from mooli.types import FinishReason, Request, RequestOutput, TokenLogprobs
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +85,143 @@ def test_no_bytes_make_anything_but_messages_or_an_error(data):
             assert isinstance(message, messages.Message)
     except EngineError:
         pass
+
+
+# -- what a call may weigh ---------------------------------------------------------------------------------------------
+def prepared(**arguments):
+    """Requests as a server's routes make them."""
+    config = EngineConfig.from_kwargs(model_path="fake", random_seed=1)
+    return input_rules(config, fake_build(config).facts, byte_tokenizer()).prepare(**arguments).requests
+
+
+HEAVY = {
+    "stop": ["s" * 100] * 10,
+    "logit_bias": {str(token_id): 1.0 for token_id in range(200)},
+    "stop_token_ids": list(range(200)),
+    "max_new_tokens": 1,
+}
+
+
+def test_what_the_prompts_of_a_call_share_is_sent_once():
+    requests = prepared(
+        prompt=["ab"] * 4000, sampling_params=HEAVY, cache_salt="s" * MAX_SALT_CHARS, return_logprob=True,
+        token_ids_logprob=list(range(200)), client="c" * 200, tenant="t" * 200,
+    )  # fmt: skip
+    frame = messages.encode(messages.Submit.of((str(i), request) for i, request in enumerate(requests)))
+    assert len(frame) < 4000 * 50 + 10_000
+    assert b"ssss" not in frame
+    (submit,) = messages.Frames(messages.ToEngine).push(frame)
+    got = submit.to_requests()
+    assert [request.rid for request in got] == [str(i) for i in range(4000)]
+    assert [request.sampling.seed for request in got] == [request.sampling.seed for request in requests]
+    assert got[-1].sampling == replace(requests[-1].sampling, stop=())
+    assert got[-1].logprob_token_ids == requests[-1].logprob_token_ids
+    assert len(got[-1].namespace) < 100
+
+
+def test_a_prompt_of_many_samples_is_sent_once():
+    requests = prepared(input_ids=[7] * 100, sampling_params={"n": 128, "max_new_tokens": 1})
+    frame = messages.encode(messages.Submit.of((str(i), request) for i, request in enumerate(requests)))
+    assert len(frame) < 128 * 40 + 1000
+    (submit,) = messages.Frames(messages.ToEngine).push(frame)
+    assert {tuple(request.prompt_ids.tolist()) for request in submit.to_requests()} == {(7,) * 100}
+
+
+def test_each_request_keeps_what_is_its_own():
+    given = [{"max_new_tokens": 3, "stop": "x", "seed": 5}, {"temperature": 0.5}, {"temperature": 0.5}]
+    requests = prepared(
+        prompt=["a", "bcd", "bcd"], sampling_params=given, return_logprob=[True, True, False],
+        logprob_start_len=[0, 1, None], top_logprobs_num=[4, 0, None],
+    )  # fmt: skip
+    (submit,) = messages.Frames(messages.ToEngine).push(
+        messages.encode(messages.Submit.of((request.rid, request) for request in requests))
+    )
+    for sent, got in zip(requests, submit.to_requests(), strict=True):
+        assert got.prompt_ids.tolist() == sent.prompt_ids.tolist()
+        for name in Request.__slots__:
+            if name not in ("prompt_ids", "sampling"):
+                assert getattr(got, name) == getattr(sent, name), name
+        assert got.sampling == replace(sent.sampling, stop=())
+
+
+def test_thousands_of_prompts_with_a_large_salt_go_over_the_link():
+    async def test(client: EngineClient) -> None:
+        requests = prepared(prompt=["ab"] * 4000, sampling_params=HEAVY, cache_salt="s" * MAX_SALT_CHARS)
+        takers = submit(client, *requests)
+        for taker in takers:
+            await taker.ended.wait()
+        assert {taker.finish.type for taker in takers} <= {"length", "stop"}
+        assert client.is_alive
+
+    with_engine(test)
+
+
+def test_a_frame_that_is_too_large_is_refused_before_it_is_sent(monkeypatch):
+    async def test() -> None:
+        client, theirs = await connected()
+        theirs.setblocking(False)
+        with theirs:
+            theirs.recv(1 << 20)  # how it was started
+            monkeypatch.setattr(messages, "MAX_FRAME_BYTES", 2000)
+            with pytest.raises(RequestError, match=r"too large: \d+ bytes are more than the 2000"):
+                submit(client, request("a"), request("b", [5] * 500))
+            assert client.num_open == 0
+            await asyncio.sleep(0)
+            with pytest.raises(BlockingIOError):
+                theirs.recv(1)
+            submit(client, request("a"))
+            assert client.is_alive
+            await client.close()
+
+    asyncio.run(within(test()))
+
+
+def test_outputs_that_are_too_large_for_a_frame_go_in_several(monkeypatch):
+    frames, core = stepped(monkeypatch, 2000, [answer_of(f"r{i}", num_tokens=50) for i in range(30)])
+    assert [output.rid for message in frames for output in message.outputs] == [f"r{i}" for i in range(30)]
+    assert len(frames) > 1
+    assert core.aborted == []
+
+
+def test_an_output_that_is_too_large_for_a_frame_ends_its_request_only(monkeypatch):
+    answers = [answer_of("small", 1), answer_of("large", 5000), answer_of("other", 1)]
+    frames, core = stepped(monkeypatch, 2000, answers)
+    told = [message for message in frames if isinstance(message, messages.Outputs)]
+    assert [output.rid for message in told for output in message.outputs] == ["small", "other"]
+    (refused,) = [message for message in frames if isinstance(message, messages.Refused)]
+    assert (refused.name, refused.error) == ("large", "RequestError")
+    assert "log-probabilities" in refused.message
+    assert core.aborted == ["large"]
+
+
+def answer_of(rid, num_tokens):
+    return RequestOutput(rid, [7] * num_tokens)
+
+
+def stepped(monkeypatch, max_frame_bytes, outputs):
+    """What the engine process says after a step with `outputs`, and the core."""
+
+    class Core:
+        has_work, last_step = True, StepStats(step=1)
+
+        def __init__(self):
+            self.aborted = []
+
+        def step(self):
+            return outputs
+
+        def stats(self):
+            return {"running": 1}
+
+        def abort(self, rid):
+            self.aborted.append(rid)
+
+    monkeypatch.setattr(messages, "MAX_FRAME_BYTES", max_frame_bytes)
+    near, far = socket.socketpair()
+    with near, far:
+        core = Core()
+        assert process.take_turn(process.Link(far), core, wait=False)
+        return list(messages.Frames(messages.ToServer).push(near.recv(1 << 20))), core
 
 
 @pytest.mark.parametrize("bad", [b"\xff\xff\xff\xff", messages.encode(messages.Ready({"no": "facts"}))])
