@@ -181,6 +181,9 @@ class EngineConfig(Arguments):
         "fcfs", "str", "Order of waiting requests: arrival (fcfs) or longest cached prefix first (lpm).",
         choices=("fcfs", "lpm"),
     )  # fmt: skip
+    enable_priority_scheduling: bool = argument(
+        False, "bool", "Let requests of larger priority go first; those that wait make up for it with time."
+    )
     speculative_algorithm: str | None = argument(
         None,
         "str",

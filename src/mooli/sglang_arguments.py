@@ -37,8 +37,7 @@ _HINTS_BY_REASON = {
     _ONE_KERNEL: "prefill_attention_backend decode_attention_backend",
     _NO_HOST_TIME: "num_continuous_decode_steps scheduler_recv_interval",
     "a step that is begun early gives what it would have given later": "disable_overlap_schedule",
-    "larger priorities always go first": "enable_priority_scheduling",
-    "a higher priority always makes the lower ones wait or give way": """
+    "with --enable-priority-scheduling the lower ones wait or give way": """
         disable_priority_preemption priority_scheduling_preemption_threshold
     """,
     "what was used least recently is evicted first": "radix_eviction_policy radix_eviction_policy_config",
@@ -126,7 +125,7 @@ abort_on_priority_when_disabled collect_tokens_histogram constrained_json_disabl
 disable_overlap_schedule disable_priority_preemption enable_deterministic_inference enable_double_sparsity
 enable_dp_attention enable_flexkv enable_hicache enable_hierarchical_cache enable_http2 enable_lmcache enable_lora
 enable_memory_saver enable_mixed_chunk enable_multimodal enable_nan_detection enable_piecewise_cuda_graph
-enable_priority_scheduling enable_response_store enable_torch_compile enable_trace is_embedding
+enable_response_store enable_torch_compile enable_trace is_embedding
 prefill_round_robin_balance schedule_low_priority_values_first show_time_cost sleep_on_idle smg_grpc_mode
 strip_thinking_cache trust_request_chat_template
 """)

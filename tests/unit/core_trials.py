@@ -7,7 +7,7 @@ and the rules compared. `test_random_trials` runs it on the code as it is, `test
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Setting:
 
     is_crowded: all requests come at once and want long outputs, so that pages run out while they run. whole_pages:
     cached prefixes are used by the page. drafts: tokens are guessed, and the model has habits that can be guessed.
+    num_clients: whose the requests are, in turn.
     """
 
     page_size: int
@@ -48,6 +49,8 @@ class Setting:
     is_crowded: bool = False
     whole_pages: bool = False
     drafts: DraftSettings | None = None
+    priorities: bool = False
+    num_clients: int = 1
 
     def engine(self, runner: FakeRunner) -> tuple[EngineCore, Scheduler, KVCache]:
         granularity = self.page_size if self.whole_pages else 1
@@ -61,6 +64,7 @@ class Setting:
             policy=self.policy,
             mixed_prefill_tokens=self.mixed_prefill_tokens,
             drafts=self.drafts,
+            priorities=self.priorities,
         )
         return EngineCore(scheduler, runner), scheduler, cache
 
@@ -219,7 +223,7 @@ class Trial:
 
     def __init__(self, seed: int, setting: Setting | None = None) -> None:
         self.rng = random.Random(seed)
-        self.setting = setting or random_setting(self.rng)
+        self.setting = setting or replace(random_setting(self.rng), priorities=seed % 2 == 1, num_clients=1 + seed % 3)
         stem_tokens = 2 * self.setting.page_size + 6
         self.stems = [[self.rng.randrange(VOCAB) for _ in range(self.rng.randint(0, stem_tokens))] for _ in range(3)]
         self.runner = FakeRunner(
@@ -260,6 +264,7 @@ class Trial:
 
     def _add(self, rid: str) -> None:
         request = random_request(self.rng, rid, self.stems, self.setting.is_crowded)
+        request.client = f"client {int(rid[1:]) % self.setting.num_clients}"
         try:
             self.core.add(request)
         except PromptError:

@@ -71,6 +71,7 @@ def fake_build(config, **runner_options) -> BuiltEngine:
         context_length=config.context_length or CONTEXT,
         vocab_size=VOCAB_SIZE,
         policy=config.schedule_policy,
+        priorities=config.enable_priority_scheduling,
         drafts=draft_settings(config),
     )
     facts = EngineFacts(

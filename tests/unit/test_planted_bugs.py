@@ -452,6 +452,6 @@ def test_random_trials_catch(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("plant", DRAFT_BUGS, ids=lambda plant: plant.__name__)
 def test_random_trials_with_drafts_catch(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds = [seed for seed in range(MAX_TRIALS) if Trial(seed).setting.drafts is not None]
+    seeds = [seed for seed in range(4 * MAX_TRIALS) if Trial(seed).setting.drafts is not None]
     plant(monkeypatch)
     assert first_failing_trial(seeds) is not None, f"{plant.__name__} was not caught in {len(seeds)} trials"

@@ -58,6 +58,8 @@ SETTINGS = st.builds(
     abort_rate=st.sampled_from([0.0, 0.2]),
     is_crowded=st.booleans(),
     whole_pages=st.booleans(),
+    priorities=st.booleans(),
+    num_clients=st.integers(1, 3),
 )
 
 

@@ -11,6 +11,7 @@ from mooli.batch import ScheduleBatch
 from mooli.cache.kv_cache import KVCache
 from mooli.errors import ConfigError, EngineError, PromptError, RequestError
 from mooli.runner.fake import FakeRunner
+from mooli.scheduler.policy import head_start
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import Request, RequestOutput, SamplingParams
 
@@ -287,10 +288,49 @@ def finish_order(bench: Bench) -> list[str]:
 
 @pytest.mark.parametrize("policy", ["fcfs", "lpm"])
 def test_larger_priority_goes_first_and_equals_by_arrival(policy: str) -> None:
-    bench = Bench(max_running_requests=1, policy=policy)
-    priorities = {"a": 0, "b": 5, "c": 0, "d": 5}
+    bench = Bench(max_running_requests=1, policy=policy, priorities=True)
+    priorities = {"a": 0, "b": 5, "c": 0, "d": 5, "e": -1}
     bench.add(*(request(rid, [ord(rid)], 1, priority=p) for rid, p in priorities.items()))
-    assert finish_order(bench) == ["b", "d", "a", "c"]
+    assert finish_order(bench) == ["b", "d", "a", "c", "e"]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_priorities_are_ignored_unless_they_are_to_count(policy: str) -> None:
+    bench = Bench(num_pages=10, page_size=2, policy=policy)
+    bench.add(request("first", [1, 2, 3], 14), request("urgent", [4, 5, 6], 14, priority=9))
+    bench.run()
+    assert (bench.last("first").num_preemptions, bench.last("urgent").num_preemptions) == (0, 1)
+    bench = Bench(max_running_requests=1, policy=policy)
+    bench.add(*(request(rid, [ord(rid)], 1, priority=ord(rid)) for rid in "abc"))
+    assert finish_order(bench) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_a_request_is_overtaken_only_as_long_as_a_priority_is_worth(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mooli.scheduler.policy.PRIORITY_TOKENS", 30)
+    bench = Bench(max_running_requests=1, policy=policy, priorities=True, enabled=False)
+    bench.add(request("first", [1], 1))
+    bench.step()
+    bench.add(request("low", [2], 1))
+    came_at = bench.num_computed
+    number, overtook = 0, []
+    while "low" not in bench.outputs:
+        number += 1
+        overtook.append(bench.num_computed - came_at)
+        bench.add(request(f"high{number}", [7, 8, 9, 10], 1, priority=3))
+        bench.step()
+        assert number < 200, "the low one starves"
+    assert head_start(3) == 60
+    assert 60 <= max(overtook) <= 60 + 2 * 4
+
+
+def test_a_larger_priority_has_a_larger_head_start_that_stays_bounded() -> None:
+    starts = [head_start(priority) for priority in (-(2**31) + 1, -10, -1, 0, 1, 2, 10, 2**31 - 1)]
+    assert starts == sorted(set(starts))
+    assert starts[3] == 0
+    assert starts[-1] <= 31 * starts[4]
 
 
 def test_longest_prefix_first_uses_what_is_cached_before_it_is_evicted() -> None:
@@ -352,7 +392,7 @@ def test_the_latest_request_gives_way_and_resumes_with_the_same_output() -> None
 
 
 def test_the_lowest_priority_gives_way_before_the_latest() -> None:
-    bench = Bench(num_pages=10, page_size=2)
+    bench = Bench(num_pages=10, page_size=2, priorities=True)
     bench.add(request("low", [1, 2, 3], 14), request("high", [4, 5, 6], 14, priority=1))
     bench.run()
     assert bench.last("high").num_preemptions == 0

@@ -179,6 +179,7 @@ def _build(
         context_length=context_length,
         vocab_size=vocab_size,
         policy=config.schedule_policy,
+        priorities=config.enable_priority_scheduling,
         mixed_prefill_tokens=mixed_tokens,
         computed_in=described.get("dtype"),
         drafts=drafts,

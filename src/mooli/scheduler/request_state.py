@@ -21,6 +21,9 @@ class RequestState:
     num_tokens: prompt and what was sampled. num_computed: how many of them have their KV stored; it chases num_tokens.
     max_tokens: num_tokens at which the request ends with `length`.
     arrival: position in the order of arrival. rank: smaller goes first, and is preempted last.
+    due: where it came, in tokens computed by anybody, less the head start of its priority; 0, and head_start None,
+    where priorities do not count.
+    num_found: tokens that were in the cache when it began to run, this time.
     drafts: how the guesses at its next tokens have fared.
     given: the tree's pages that it computed, preempted or not.
     leader: the running request that now computes a prefix this one waits for, until it has `leader_pages` in the tree.
@@ -32,13 +35,16 @@ class RequestState:
         "arrival",
         "cached_tokens",
         "drafts",
+        "due",
         "enqueued_at",
         "given",
+        "head_start",
         "leader",
         "leader_pages",
         "max_tokens",
         "next_prompt_logprob",
         "num_computed",
+        "num_found",
         "num_preemptions",
         "num_prompt_tokens",
         "num_tokens",
@@ -51,17 +57,21 @@ class RequestState:
         "stop_ids",
     )
 
-    def __init__(self, request: Request, arrival: int, max_tokens: int, enqueued_at: int) -> None:
+    def __init__(
+        self, request: Request, arrival: int, max_tokens: int, enqueued_at: int, head_start: int | None = None
+    ) -> None:
         prompt = request.prompt_ids
         params = request.sampling
         self.request = request
         self.arrival = arrival
-        self.rank = (-request.priority, arrival)
+        self.head_start = head_start
+        self.due = 0 if head_start is None else enqueued_at - head_start
+        self.rank = (self.due, arrival)
         self.max_tokens = max_tokens
         self.enqueued_at = enqueued_at
         self.stop_ids = frozenset() if params.ignore_eos else request.eos_ids | params.stop_token_ids
         self.num_prompt_tokens = self.num_tokens = len(prompt)
-        self.num_computed = 0
+        self.num_computed = self.num_found = 0
         self.cached_tokens = -1
         self.drafts = DraftRecord()
         self.num_preemptions = 0

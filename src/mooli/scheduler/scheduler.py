@@ -8,8 +8,8 @@ A step is filled in this order:
 1. running requests that miss one token: streams are never held up by prompts, and if there are any, what follows gets
    no more than `mixed_prefill_tokens`;
 2. running requests that miss more (a prompt in chunks), oldest first;
-3. waiting requests, in the order of the policy, as long as tokens, places and pages are left. The first that does not
-   fit ends the round, so that large requests are not overtaken for ever;
+3. waiting requests, clients in turn and each in the order of the policy, as long as tokens, places and pages are left.
+   The first that does not fit ends the round, so that large requests are not overtaken for ever;
 4. where that left only a few tokens, drafts: guesses at what the rows will sample, verified in the same step.
 
 Why nothing hangs: a request that could not run alone is refused by `add`. Under lack of pages a running request takes
@@ -19,7 +19,6 @@ those of requests of lower rank (preemption), never of higher, so the first in r
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
 from itertools import islice
 from math import isnan
 
@@ -31,10 +30,11 @@ from mooli.scheduler.acceptance import Acceptance, Sample, error
 from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
 from mooli.scheduler.drafts import Drafts, DraftSettings
 from mooli.scheduler.intake import check_request
-from mooli.scheduler.policy import check_policy, fcfs_key, order_lpm
+from mooli.scheduler.policy import head_start
 from mooli.scheduler.prefix_waits import PrefixWaits
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.stats import Counters, StepStats
+from mooli.scheduler.waiting import Waiting
 from mooli.types import FinishReason, Request, RequestOutput
 
 ABORTED = "The request was aborted."
@@ -49,6 +49,7 @@ class Scheduler:
     May be set between steps.
     computed_in: the type of the computation, for the error of a request whose logits it could not hold.
     drafts: how to guess tokens ahead; None for never.
+    priorities: those of requests count, see `head_start`; otherwise they are ignored.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Scheduler:
         mixed_prefill_tokens: int | None = None,
         computed_in: str | None = None,
         drafts: DraftSettings | None = None,
+        priorities: bool = False,
     ) -> None:
         for name, value in (
             ("max_running_requests", max_running_requests),
@@ -86,10 +88,9 @@ class Scheduler:
         self.last_step = StepStats()
         self._cache = cache
         self._vocab_size = vocab_size
-        self._policy = check_policy(policy)
         self._states: dict[str, RequestState] = {}
-        self._waiting: list[RequestState] = []  # in the order of fcfs_key
-        self._num_waiting_tokens = 0
+        self._waiting = Waiting(cache, policy)
+        self._has_priorities = priorities
         self._running: list[RequestState] = []  # in the order of rank
         self._free_indices = list(range(self.max_running_requests - 1, -1, -1))
         max_pages = min(cache.pages_for(context_length), cache.num_pages)
@@ -123,11 +124,12 @@ class Scheduler:
         if request.rid in self._states:
             raise RequestError(f"a request with rid {request.rid!r} is not finished yet; use another rid")
         max_tokens = check_request(request, self._cache, self.context_length, self._vocab_size)
-        state = RequestState(request, self._num_added, max_tokens, self.counters.computed_tokens)
+        start = head_start(request.priority) if self._has_priorities else None
+        state = RequestState(request, self._num_added, max_tokens, self.counters.computed_tokens, start)
         self._num_added += 1
         self.counters.requests += 1
         self._states[request.rid] = state
-        self._enqueue(state)
+        self._waiting.add(state)
 
     def abort(self, rid: str, message: str = ABORTED) -> bool:
         """End a request with `abort`, at any time; what it computed stays cached. False if there is no such request."""
@@ -146,14 +148,6 @@ class Scheduler:
         else:
             self._end(state, finish)
         return True
-
-    def _enqueue(self, state: RequestState) -> None:
-        insort(self._waiting, state, key=fcfs_key)
-        self._num_waiting_tokens += state.num_tokens
-
-    def _dequeue(self, state: RequestState) -> None:
-        self._waiting.remove(state)
-        self._num_waiting_tokens -= state.num_tokens
 
     def take_outputs(self) -> list[RequestOutput]:
         """Outputs that no `update` has returned yet."""
@@ -246,14 +240,14 @@ class Scheduler:
         state.num_preemptions += 1
         state.enqueued_at = self.counters.computed_tokens
         self.counters.preemptions += 1
-        self._enqueue(state)
+        self._waiting.add(state)
 
     def _admit_waiting(self, plan: Plan) -> None:
         if not plan.tokens_left or not self._free_indices:
             return
         self._prefix_waits.begin_step(self._running)
         promised_pages = sum(self._pages_wanted(state, state.pages) for state in self._running)
-        for state in self._candidates():
+        for state in self._waiting.in_turn(self._running, self.counters.computed_tokens):
             if not plan.tokens_left or not self._free_indices:
                 return
             if self._prefix_waits.is_waiting(state):
@@ -262,11 +256,6 @@ class Scheduler:
                 return
             promised_pages += self._pages_wanted(state, state.pages)
             self._prefix_waits.add_leader(state)
-
-    def _candidates(self) -> Iterator[RequestState]:
-        if self._policy == "lpm":
-            return iter(order_lpm(self._waiting, self._cache, self.counters.computed_tokens))
-        return iter(list(self._waiting))
 
     def _pages_wanted(self, state: RequestState, held: RequestPages | None) -> int:
         """Pages a request still needs for all tokens it has and one page of output. Admission leaves that many free, so
@@ -294,9 +283,9 @@ class Scheduler:
             cache.discard(held)
             state.num_computed = 0
             return False
-        self._dequeue(state)
+        self._waiting.remove(state)
         insort(self._running, state, key=_rank)
-        state.pages = held
+        state.pages, state.num_found = held, num_cached
         state.req_index = self._free_indices.pop()
         self._builder.enter(state)
         self._grow(state, held, num_cached + length)
@@ -460,10 +449,12 @@ class Scheduler:
     ) -> None:
         """The one place where a request ends: its pages go, its last output is queued."""
         if state.pages is None:
-            self._dequeue(state)
+            self._waiting.remove(state)
         else:
             self._leave(state, keep=keep)
         del self._states[state.rid]
+        if not self._states:
+            self._waiting.forget_clients()
         self.counters.finished += 1
         self._outputs.append(out or self._output(state, finish))
 
@@ -485,6 +476,7 @@ class Scheduler:
         else:
             self._cache.discard(held)
         self._running.remove(state)
+        self._waiting.charge(state.request.client, state.num_computed - state.num_found)
         self._builder.leave(state.req_index)
         self._free_indices.append(state.req_index)
         state.pages, state.req_index = None, -1
@@ -507,7 +499,7 @@ class Scheduler:
         gauges = {
             "running": len(self._running),
             "waiting": len(self._waiting),
-            "waiting_tokens": self._num_waiting_tokens,
+            "waiting_tokens": self._waiting.num_tokens,
             "total_pages": cache.num_pages,
             "free_pages": cache.num_free,
             "tree_pages": cache.num_tree_pages,
@@ -522,8 +514,7 @@ class Scheduler:
         self._cache.check([state.pages for state in self._running if state.pages is not None])
         if len(self._states) != len(self._waiting) + len(self._running):
             raise EngineError("a request is neither waiting nor running, or both")
-        if self._num_waiting_tokens != sum(state.num_tokens for state in self._waiting):
-            raise EngineError("the count of waiting tokens is not that of the waiting requests")
+        self._waiting.check()
         indices = sorted([*self._free_indices, *(state.req_index for state in self._running)])
         if indices != list(range(self.max_running_requests)):
             raise EngineError("a req_index is lost or used twice")
