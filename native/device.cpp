@@ -192,19 +192,19 @@ void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, in
 
 void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int head) {
   settle();
-  max_tokens = max_tokens_;
+  max_tokens = 0;  // no step may run on buffers whose allocation failed
   const size_t beyond = 256 + kMaxRows * size_t(head) * 4;  // what kernels read behind the last row and do not use
-  activations = Buffer(size_t(max_tokens) * ((max_k + 31) / 32 * 32) * 4 + beyond);
+  activations = Buffer(size_t(max_tokens_) * ((max_k + 31) / 32 * 32) * 4 + beyond);
   const int group_bytes = std::max(kernels.few[Q8].group_bytes, kernels.many[Q8].group_bytes);
-  gated = Buffer(size_t(max_tokens) * ((max_k + 31) / 32) * group_bytes + beyond);
-  queries = Buffer(size_t(max_tokens) * num_heads * head * 4 + beyond);
+  gated = Buffer(size_t(max_tokens_) * ((max_k + 31) / 32) * group_bytes + beyond);
+  queries = Buffer(size_t(max_tokens_) * num_heads * head * 4 + beyond);
   const size_t rows = std::max<size_t>(size_t(kQueryTokens) * num_heads, kJobRows);
   work.resize(pool.size());
   for (auto& w : work) {
     w.rows = Buffer(size_t(kMaxRows) * max_k * 4);
     w.wide = Buffer(panel_bytes(BF16, kChunk));
-    w.sums = Buffer(size_t(kPanelsTogether) * (max_tokens + kMaxRows) * kPanel * 4);
-    w.half = Buffer(size_t(max_tokens) * 16 * 4);
+    w.sums = Buffer(size_t(kPanelsTogether) * (size_t(max_tokens_) + kMaxRows) * kPanel * 4);
+    w.half = Buffer(size_t(max_tokens_) * 16 * 4);
     w.out = Buffer(rows * head * 4);
     w.queries = Buffer(rows * head * 4);
     w.positions.resize(rows);
@@ -213,6 +213,7 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
     w.scores = Buffer(size_t(kMaxRows) * kBlock * 4);
     w.weights = Buffer(size_t(kMaxRows) * kBlock * 4);
   }
+  max_tokens = max_tokens_;
 }
 
 void Device::release() {

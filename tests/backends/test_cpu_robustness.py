@@ -217,6 +217,48 @@ def test_a_pool_larger_than_any_memory_is_an_error_and_a_small_one_then_works(nu
         Model(backend, table(), "float32").logits(good_step())
 
 
+def test_buffers_larger_than_any_memory_are_an_error_and_smaller_ones_then_work() -> None:
+    with cpu_backend() as backend:
+        wide = backend.load_linear([stored(random(1, 1, 2**20))])
+        kv = KVSpec(1, SPEC.num_kv_heads, SPEC.head_dim, 32, "float32")
+        with pytest.raises(OutOfMemoryError, match=r"buffers of a step of 1073741824 tokens.* lower"):
+            backend.allocate(kv, NUM_PAGES, Limits(2**30, 8, 4))
+        with pytest.raises(ValueError):
+            backend.plan(good_step())
+        del wide
+        Model(backend, table(), "float32").logits(good_step())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a pool takes memory at once elsewhere")
+def test_pages_of_a_pool_that_nobody_has_touched_are_not_free_for_other_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("cpu.backend", "host_memory"):
+        monkeypatch.setattr(f"mooli.backends.{module}.claims_folder", lambda: tmp_path / "claims")
+    kv = KVSpec(1, SPEC.num_kv_heads, SPEC.head_dim, 32, "float32")
+    with cpu_backend() as other, cpu_backend() as backend:
+        assert other.memory().claimed_bytes == 0
+        num_pages = 2**40 // backend.kv_bytes_per_page(kv)  # addresses alone
+        backend.allocate(kv, num_pages, LIMITS)
+        claimed = other.memory().claimed_bytes
+        assert 0.9 * 2**40 < claimed < 2**40
+        assert other.memory().available_bytes == 0
+        backend.allocate(kv, NUM_PAGES, LIMITS)
+        assert other.memory().claimed_bytes == 0, "this process holds more than that already"
+        backend.allocate(kv, num_pages, LIMITS)
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_more_threads_than_processors_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with cpu_backend() as backend:
+        most = backend.describe()["num_threads"]
+    with cpu_backend(num_threads=most):
+        assert not caplog.records
+    with cpu_backend(num_threads=most + 1):
+        (record,) = caplog.records
+        assert f"num_threads={most + 1} is more than the {most} processors" in record.message
+
+
 SAMPLING_ARRAYS = [
     "temperature", "top_k", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "seeds",
     "positions", "output_starts", "history_indptr", "bias_indptr",

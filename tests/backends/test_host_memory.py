@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mooli.backends.base import MemoryInfo
+from mooli.backends.claims import Claim, untouched_bytes
 from mooli.backends.host_memory import host_memory
 
 GIB = 1 << 30
@@ -26,7 +30,10 @@ class Host:
         file.write_text(text)
 
     def memory(self) -> MemoryInfo:
-        return host_memory(self.folder / "meminfo", self.folder / "self", self.folder / "groups")
+        folder = self.folder
+        return host_memory(
+            folder / "meminfo", folder / "self", folder / "groups", folder / "process", folder / "claims"
+        )
 
 
 @pytest.fixture
@@ -82,6 +89,80 @@ def test_a_group_over_its_limit_has_nothing_left(host: Host) -> None:
     host.write("groups/memory.max", f"{GIB}\n")
     host.write("groups/memory.current", f"{2 * GIB}\n")
     assert host.memory() == MemoryInfo(GIB, 0)
+
+
+def test_a_limit_of_address_space_counts_less_what_the_process_has_of_it(host: Host) -> None:
+    limits = "Limit                     Soft Limit           Hard Limit           Units     \n"
+    row = "Max address space         {:<20} unlimited            bytes     \n"
+    host.write("process/status", f"Name:\tpython\nVmSize:\t{GIB // 1024} kB\n")
+    host.write("process/limits", limits + row.format("unlimited"))
+    assert host.memory() == MemoryInfo(16 * GIB, 8 * GIB)
+    host.write("process/limits", limits + row.format(4 * GIB))
+    assert host.memory() == MemoryInfo(4 * GIB, 3 * GIB)
+
+
+def test_a_system_that_promises_no_more_than_it_has_is_taken_at_its_word(host: Host) -> None:
+    host.write("meminfo", f"{MEMINFO}CommitLimit: {10 * GIB // 1024} kB\nCommitted_AS: {7 * GIB // 1024} kB\n")
+    assert host.memory() == MemoryInfo(16 * GIB, 8 * GIB)
+    host.write("sys/vm/overcommit_memory", "2\n")
+    assert host.memory() == MemoryInfo(16 * GIB, 3 * GIB)
+
+
+def test_what_engines_have_claimed_and_do_not_hold_yet_is_not_available(host: Host) -> None:
+    claims = host.folder / "claims"
+    claim = Claim(5 * GIB, claims)
+    held = 5 * GIB - host.memory().claimed_bytes
+    assert 0 < held < 4 * GIB, "what this process holds has come out of what the machine says is available"
+    assert host.memory().available_bytes == 8 * GIB - host.memory().claimed_bytes
+    other = Claim(50 * GIB, claims)
+    assert host.memory().available_bytes == 0
+    other.release()
+    other.release()
+    claim.release()
+    assert host.memory() == MemoryInfo(16 * GIB, 8 * GIB)
+    assert list(claims.iterdir()) == []
+
+
+def test_the_claims_of_a_process_are_counted_together_less_what_it_holds(tmp_path: Path) -> None:
+    claims = [Claim(GIB, tmp_path / "claims") for _ in range(2)]
+    status = tmp_path / str(os.getpid()) / "status"
+    status.parent.mkdir()
+    for held, left in ((0, 2 * GIB), (GIB // 2, 3 * GIB // 2), (3 * GIB, 0)):
+        status.write_text(f"Name:\tpython\nRssAnon:\t{held // 1024} kB\nRssFile:\t99 kB\n")
+        assert untouched_bytes(tmp_path / "claims", tmp_path) == left
+    for claim in claims:
+        claim.release()
+
+
+def test_the_claim_of_a_process_that_was_killed_is_void_and_goes(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from mooli.backends.claims import Claim;"
+        f"claim = Claim({GIB}, Path(sys.argv[1])); print('claimed', flush=True); sys.stdin.read()"
+    )
+    folder = tmp_path / "claims"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"claimed\n"
+        assert 0 < untouched_bytes(folder) < GIB
+        child.kill()
+    assert untouched_bytes(folder) == 0
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("spoiled", ["a file", "writable for others", "a link"])
+def test_a_folder_that_others_could_write_to_is_not_believed(tmp_path: Path, spoiled: str) -> None:
+    folder, real = tmp_path / "claims", tmp_path / "real"
+    if spoiled == "a file":
+        folder.write_text("")
+    else:
+        real.mkdir(mode=0o700)
+        folder.symlink_to(real) if spoiled == "a link" else folder.mkdir()
+        folder.chmod(0o777) if spoiled == "writable for others" else None
+    claim = Claim(GIB, folder)
+    assert untouched_bytes(folder) == 0
+    claim.release()
 
 
 def test_without_proc_the_physical_memory_is_asked(host: Host) -> None:

@@ -78,6 +78,11 @@ def test_too_little_memory_says_what_is_needed_what_is_there_and_what_to_do(kwar
         num_pool_pages(needs(**kwargs))
 
 
+def test_what_other_engines_have_claimed_is_told_where_memory_lacks():
+    with pytest.raises(OutOfMemoryError, match=r"0.50 GiB were available \(20.00 GiB more are other engines'\)"):
+        num_pool_pages(needs(available_bytes=GIB // 2, claimed_bytes=20 * GIB))
+
+
 def test_the_context_is_the_models_if_the_pool_holds_it():
     assert context_for(needs(), 1000) == 4096
     assert context_for(needs(), 100) == 1600

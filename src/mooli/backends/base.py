@@ -67,10 +67,14 @@ class KVSpec:
 
 @dataclass(frozen=True, slots=True)
 class MemoryInfo:
-    """Memory of the device, in bytes, with any cgroup limit respected."""
+    """Memory of the device, in bytes, with any cgroup limit respected.
+
+    claimed_bytes: that other engines will still take; not among the available ones.
+    """
 
     total_bytes: int
     available_bytes: int
+    claimed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """How much memory this process may use on the host.
 
-Owns reading /proc/meminfo and the control group limits (v1 and v2). Never decides what to do with the answer.
+Owns reading /proc/meminfo, the control group limits (v1 and v2) and those of the process. Never decides what to do with
+the answer.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from mooli.backends.base import MemoryInfo
+from mooli.backends.claims import claims_folder, untouched_bytes
 from mooli.errors import BackendUnavailableError
 
 
@@ -16,18 +18,23 @@ def host_memory(
     meminfo: Path = Path("/proc/meminfo"),
     process_cgroup: Path = Path("/proc/self/cgroup"),
     cgroup_root: Path = Path("/sys/fs/cgroup"),
+    process: Path = Path("/proc/self"),
+    claims: Path | None = None,
 ) -> MemoryInfo:
-    """Total and available bytes of the machine, lowered to the tightest control group limit above this process.
+    """Total and available bytes of the machine, lowered to the tightest control group limit above this process, and to
+    the process's own limit of address space.
 
     Available counts page cache that the kernel can drop, both on the machine (MemAvailable) and in a group (its limit
-    less its usage, inactive file pages counted as free). Without /proc (macOS) half of the physical memory is taken as
-    available. The paths are parameters for tests. Raises BackendUnavailableError where neither can be read.
+    less its usage, inactive file pages counted as free), but not what engines have claimed and not touched yet (in
+    `claims`, by default the user's). Without /proc (macOS) half of the physical memory is taken as available. The paths
+    are parameters for tests. Raises BackendUnavailableError where neither can be read.
     """
     total, available = _machine_memory(meminfo)
-    for limit, used in _group_limits(process_cgroup, cgroup_root):
+    for limit, used in (*_group_limits(process_cgroup, cgroup_root), *_address_space(process)):
         total = min(total, limit)
         available = min(available, max(0, limit - used))
-    return MemoryInfo(total_bytes=total, available_bytes=min(available, total))
+    claimed = untouched_bytes(claims_folder() if claims is None else claims)
+    return MemoryInfo(total, max(0, min(available, total) - claimed), claimed)
 
 
 def _machine_memory(meminfo: Path) -> tuple[int, int]:
@@ -36,6 +43,8 @@ def _machine_memory(meminfo: Path) -> tuple[int, int]:
         total = fields["MemTotal"] * 1024
         # Kernels before 3.14 have no MemAvailable; free plus cache is the usual stand-in.
         available_kib = fields.get("MemAvailable", fields.get("MemFree", 0) + fields.get("Cached", 0))
+        if _read(meminfo.parent / "sys/vm/overcommit_memory").strip() == "2":  # the system promises no more than it has
+            available_kib = min(available_kib, max(0, fields["CommitLimit"] - fields["Committed_AS"]))
         return total, available_kib * 1024
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -44,6 +53,15 @@ def _machine_memory(meminfo: Path) -> tuple[int, int]:
             f"cannot read the size of memory: neither {meminfo} nor sysconf is there. Run on Linux or macOS."
         ) from exc
     return total, total // 2
+
+
+def _address_space(process: Path) -> list[tuple[int, int]]:
+    """(limit, used) in bytes, if there is a limit (`ulimit -v`)."""
+    for line in _read(process / "limits").splitlines():
+        name, limit = line[:26].strip(), line[26:].split()[:1]
+        if name == "Max address space" and limit and limit[0].isdigit():
+            return [(int(limit[0]), _read_fields(process / "status").get("VmSize", 0) * 1024)]
+    return []
 
 
 def _group_limits(process_cgroup: Path, cgroup_root: Path) -> list[tuple[int, int]]:

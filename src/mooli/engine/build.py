@@ -140,8 +140,11 @@ def _build(
         dtype=_kv_dtype(config, backend),
     )
     bytes_per_page = backend.kv_bytes_per_page(kv_spec)
+    # While weights were loaded, others may have taken or claimed some.
+    memory = backend.memory()
     needs = PoolNeeds(
-        available_bytes=available_bytes,
+        available_bytes=min(available_bytes, memory.available_bytes + backend.weight_bytes()),
+        claimed_bytes=memory.claimed_bytes,
         weight_bytes=backend.weight_bytes(),
         bytes_per_page=bytes_per_page,
         page_size=page_size,

@@ -27,6 +27,7 @@ class PoolNeeds:
     available_bytes: free when the engine started, before weights. weight_bytes: of the packed weights.
     model_context: the longest sequence of the model; `context_length`: what the user asked for, or None.
     max_total_tokens: the user's own size of the pool; memory then has no say but that it must fit.
+    claimed_bytes: what other engines will still take, and so was not available.
     """
 
     available_bytes: int
@@ -38,6 +39,7 @@ class PoolNeeds:
     context_length: int | None = None
     mem_fraction_static: float | None = None
     max_total_tokens: int | None = None
+    claimed_bytes: int = 0
 
 
 def num_pool_pages(needs: PoolNeeds) -> int:
@@ -103,9 +105,10 @@ def _too_little(needs: PoolNeeds, wanted: int, affordable: int, cause: str | Non
     elif needs.mem_fraction_static is None and cause != "max_total_tokens":
         advice.append("set mem_fraction_static to let the engine take more of the memory")
     advice.append("use quantization='int8' or 'int4', a smaller model, or free some memory")
+    claimed = f" ({_gib(needs.claimed_bytes)} more are other engines')" if needs.claimed_bytes else ""
     return OutOfMemoryError(
         f"a KV cache of {tokens} tokens needs {_gib(wanted * needs.bytes_per_page)}, but {holds}:"
-        f" {_gib(needs.available_bytes)} were available and the weights take {_gib(needs.weight_bytes)}."
+        f" {_gib(needs.available_bytes)} were available{claimed} and the weights take {_gib(needs.weight_bytes)}."
         f" What to do: {'; '.join(advice)}."
     )
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mooli import _native
 from mooli.backends.base import Array, KVSpec, Limits, MemoryInfo, SampleResult
+from mooli.backends.claims import Claim, claims_folder
 from mooli.backends.cpu.processors import cpu_quota, default_num_threads, usable_cpus
 from mooli.backends.cpu.tape import CapturedTape, Planned, Result, Rows, TapeOps
 from mooli.backends.dequant import dequantize, with_scales_in_groups
@@ -116,7 +117,14 @@ class CpuBackend:
                 f"MOOLI_ISA={isa} is not available on this processor: use one of {', '.join(_native.available_isas())}"
             )
         cpus = usable_cpus()
-        threads = num_threads or default_num_threads(cpus, cpu_quota())
+        most = default_num_threads(cpus, cpu_quota())
+        threads = num_threads or most
+        if threads > most:
+            logger.warning(
+                "num_threads=%d is more than the %d processors that this process may use: threads will wait for each"
+                " other, and every step takes longer; leave num_threads out for %d",
+                threads, most, most,
+            )  # fmt: skip
         # Pinned only when every usable processor has its thread: two small engines must not crowd on the first ones.
         try:
             self._device = _native.Device(threads, cpus if threads == len(cpus) else [], isa)
@@ -143,6 +151,7 @@ class CpuBackend:
         self._jobs: deque[tuple[int, Any, NDArray[np.uint8]]] = deque()
         """Packing jobs that are not known to be done, and what they write and read: it must live until then."""
         weakref.finalize(self, self._device.drop_packing)
+        self._claim: Claim | None = None
 
     # ------------------------------------------------------------------ facts
 
@@ -226,7 +235,10 @@ class CpuBackend:
     def load_vector(self, vector: RawTensor) -> Vector:
         self._check_type(vector)
         values = dequantize(vector)
-        native = _native.FloatBuffer(len(values))
+        try:
+            native = _native.FloatBuffer(len(values))
+        except MemoryError as exc:
+            raise OutOfMemoryError(f"no memory for a vector of {len(values)} values") from exc
         native.array()[:] = values
         self._weight_bytes += 4 * len(values)
         return self._loaded(Vector(native))
@@ -312,15 +324,21 @@ class CpuBackend:
             raise UnsupportedModelError(
                 f"kv_cache_dtype='int8' takes a head_dim of at most {MAX_INT8_HEAD_DIM} on the cpu, not {spec.head_dim}"
             )
+        size = self.kv_bytes_per_page(spec) * num_pages
         try:
             self._device.allocate_kv(
                 _KV_TYPES[spec.dtype], spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.page_size, num_pages
             )
         except MemoryError as exc:
-            size = self.kv_bytes_per_page(spec) * num_pages
             raise OutOfMemoryError(
-                f"no memory for a KV pool of {size / 2**30:.2f} GiB: lower mem_fraction_static or max_total_tokens"
+                f"the system gives no memory for a KV pool of {size / 2**30:.2f} GiB, of"
+                f" {self.memory().available_bytes / 2**30:.2f} GiB that seem to be left: lower max_total_tokens or"
+                " mem_fraction_static"
             ) from exc
+        self._drop_claim()
+        # The system has given addresses. Memory comes when pages are first written to.
+        self._claim = Claim(self._weight_bytes + size, claims_folder())
+        weakref.finalize(self, self._claim.release)
         self._limits, self._kv = limits, spec
         self._prepare()
 
@@ -337,8 +355,16 @@ class CpuBackend:
         heads = max((spec.num_heads for spec in self.ops.attention_specs), default=1)
         need = (self._limits.max_tokens, self._max_k, heads, self._kv.head_dim)
         if any(a > b for a, b in zip(need, self._scratch, strict=True)):
-            self._scratch = tuple(map(max, need, self._scratch))  # type: ignore[assignment]
-            self._device.allocate_scratch(*self._scratch)
+            wanted: tuple[int, int, int, int] = tuple(map(max, need, self._scratch))  # type: ignore[assignment]
+            try:
+                self._device.allocate_scratch(*wanted)
+            except MemoryError as exc:
+                raise OutOfMemoryError(
+                    f"the system gives no memory for the buffers of a step of {wanted[0]} tokens, of"
+                    f" {self.memory().available_bytes / 2**30:.2f} GiB that seem to be left: lower"
+                    " chunked_prefill_size, max_total_tokens or mem_fraction_static"
+                ) from exc
+            self._scratch = wanted
         return self._limits.max_tokens
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
@@ -424,3 +450,9 @@ class CpuBackend:
         # They refer to this backend: without them it goes, threads and all, with its last user.
         self._captured.clear()
         self._device.release()
+        self._drop_claim()
+
+    def _drop_claim(self) -> None:
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            claim.release()

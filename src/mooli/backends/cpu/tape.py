@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mooli import _native
 from mooli.backends.base import AttentionSpec, RopeSpec
-from mooli.errors import ConfigError, EngineClosedError
+from mooli.errors import ConfigError, EngineClosedError, OutOfMemoryError
 
 LAST_INTEGER_KIND = 2
 """Packed kinds up to this one (native/kernels.h) multiply integers, in row blocks of the same size."""
@@ -312,7 +312,13 @@ class CapturedTape:
         max_tokens = self._prepare()
         capacity = max_tokens if first is None else max(rows, 1)
         floats = _lay_out(entries, first, result, capacity)
-        arena = _native.FloatBuffer(max(floats, 1))
+        try:
+            arena = _native.FloatBuffer(max(floats, 1))
+        except MemoryError as exc:
+            raise OutOfMemoryError(
+                f"the system gives no memory for {floats / 2**28:.2f} GiB of activations ({capacity} tokens a step):"
+                " lower chunked_prefill_size, max_total_tokens or mem_fraction_static"
+            ) from exc
         base = arena.address
         registers = {id(r): r for e in entries for r in (*e.inputs, e.output)}
         registers |= {id(r): r for r in (first, result) if r is not None}

@@ -153,7 +153,7 @@ class TorchBackend:
     def share_of_host(self) -> MemoryInfo:
         """The host's memory, in equal parts where several ranks live in it."""
         whole, size = host_memory(), 1 if self.communicator is None else self.communicator.size
-        return MemoryInfo(whole.total_bytes // size, whole.available_bytes // size)
+        return MemoryInfo(whole.total_bytes // size, whole.available_bytes // size, whole.claimed_bytes // size)
 
     # ------------------------------------------------------------------ facts
 
