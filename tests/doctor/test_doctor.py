@@ -19,7 +19,7 @@ from mooli.doctor import examination, host
 from mooli.doctor.children import StepResult, parse_lines, run_steps
 from mooli.doctor.cuda import parse_nvidia_smi, probe_cuda
 from mooli.doctor.examination import examine
-from mooli.doctor.findings import Finding, Report, Section
+from mooli.doctor.findings import PROBLEM, WARNING, Finding, Report, Section
 from mooli.doctor.host import native_findings, probe_mooli, probe_resources, python_findings
 from mooli.doctor.report import printable, report_json, report_table
 from mooli.doctor.surroundings import Ran, Surroundings, run_program
@@ -86,6 +86,39 @@ def test_the_table_says_what_was_found_why_and_what_to_do():
     assert "host: PROBLEM\n  a   yes\n  bb  none\n  c   x, y\n" in text
     assert "1. [problem] x\n   found: f [31m\n   cause: c\n   cure:  do this\n          then that" in text
     assert text.endswith("1 problem for backend cpu, see above.")
+
+
+@pytest.mark.parametrize(
+    ("findings", "is_there", "mark"),
+    [
+        ([], True, "ok"),
+        ([], False, "not here"),
+        ([("cpu", WARNING)], True, "ok, 1 to note"),
+        ([("cuda", PROBLEM)], True, "problem, only for cuda"),
+        (
+            [("cuda", PROBLEM), ("ascend", PROBLEM), ("cpu", WARNING)],
+            False,
+            "problem, only for ascend, cuda, 1 to note",
+        ),
+        ([("cuda", PROBLEM), ("cpu", PROBLEM)], True, "PROBLEM"),
+    ],
+)
+def test_nothing_is_ok_that_is_not_there_or_does_not_work(findings, is_there, mark):
+    made = [
+        Finding(code=str(i), found="f", cause="c", cure=("x",), backends=(backend,), severity=severity)
+        for i, (backend, severity) in enumerate(findings)
+    ]
+    assert f"\n\nnpu: {mark}\n" in report_table(Report("cpu", [Section("npu", {}, made, is_there)]))
+
+
+def test_a_machine_without_devices_and_torch_says_that_they_are_not_here(quick, monkeypatch):
+    nothing = {name: StepResult(name, error="not found") for name in ("torch", "torch_npu", "numpy")}
+    versions = {f"version:{name}": result for name, result in nothing.items()}
+    monkeypatch.setattr("mooli.doctor.torch_stack.run_steps", lambda *_, **__: versions)
+    report = examine(quick.surroundings())
+    assert {section.name for section in report.sections if not section.is_there} == {"npu", "cann", "torch", "cuda"}
+    assert json.loads(report_json(report))["not_here"] == [s.name for s in report.sections if not s.is_there]
+    assert "\nnpu: not here\n" in report_table(report)
 
 
 @given(st.text(), st.none() | st.integers(1, 50))
@@ -287,6 +320,12 @@ def test_the_command_finds_failures_in_a_log(command, tmp_path):
     assert status == 1
     assert "npu-out-of-memory" in out
     assert "--mem-fraction-static 0.8" in out
+
+
+def test_what_a_log_shows_counts_for_every_backend(command, tmp_path):
+    log = tmp_path / "server.log"
+    log.write_text("NPU out of memory. Tried to allocate 2.00 GiB\n")
+    assert command("--log", str(log))[0] == 1
 
 
 def test_a_log_or_model_that_is_not_there_is_a_problem(command):

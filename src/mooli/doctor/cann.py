@@ -68,7 +68,7 @@ def release_of(version: str | None) -> tuple[int, int] | None:
 def probe_cann(surroundings: Surroundings, *, is_wanted: bool) -> tuple[Section, Cann]:
     """is_wanted: without CANN, that is a problem."""
     cann = find_cann(surroundings)
-    section = Section("cann")
+    section = Section("cann", is_there=cann.toolkit_folder is not None)
     section.facts.update(
         {
             "driver": cann.driver,

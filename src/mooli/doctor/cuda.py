@@ -57,6 +57,7 @@ def probe_cuda(surroundings: Surroundings, *, is_wanted: bool) -> tuple[Section,
             section.findings.append(_tool_fails(ran.ending(), said.splitlines()[-1][:200] if said else "nothing"))
     else:
         section.facts["nvidia-smi"] = None
+    section.is_there = bool(gpus)
     if is_wanted and tool is None:
         section.findings.append(_no_gpu())
     if gpus or is_wanted:

@@ -5,6 +5,7 @@ Owns the order and who learns what from whom. Never looks at the machine itself.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import TypeVar
 
 from mooli.doctor.cann import Cann, probe_cann
 from mooli.doctor.cuda import Gpu, probe_cuda
-from mooli.doctor.failures import explain
-from mooli.doctor.findings import Finding, Report, Section
+from mooli.doctor.failures import FAILURES, explain
+from mooli.doctor.findings import BACKENDS, Finding, Report, Section
 from mooli.doctor.host import probe_host, probe_mooli, probe_resources
 from mooli.doctor.libraries import probe_libraries
 from mooli.doctor.npu import MIB, NpuTable, probe_npu
+from mooli.doctor.own_failures import OWN_FAILURES
 from mooli.doctor.surroundings import Surroundings
 from mooli.doctor.torch_stack import probe_torch
 
@@ -102,11 +104,12 @@ def probe_log(path: Path) -> Section:
                 found=f"{path}: {exc.strerror or exc}",
                 cause="the file is not there, or this user may not read it",
                 cure=("mooli serve … 2>&1 | tee server.log   # then: mooli doctor --log server.log",),
-                backends=("cpu", "torch", "cuda", "ascend"),
+                backends=BACKENDS,
             )
         )
         return section
-    section.findings += explain(text)
+    found = explain(text, (*FAILURES, *OWN_FAILURES))
+    section.findings += [dataclasses.replace(finding, backends=BACKENDS) for finding in found]
     section.facts["known failures"] = len(section.findings)
     return section
 

@@ -6,9 +6,10 @@ Owns the table of patterns. A text may come from an import, from a computation o
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mooli.doctor.findings import Finding
+from mooli.doctor.findings import PROBLEM, Finding
 
 SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
 SET_ENV_NNAL = "source /usr/local/Ascend/nnal/atb/set_env.sh"
@@ -23,6 +24,7 @@ class Failure:
     cause: str
     cure: tuple[str, ...]
     backends: tuple[str, ...] = ("ascend",)
+    severity: str = PROBLEM
 
 
 def _failure(code: str, pattern: str, cause: str, *cure: str, backends: tuple[str, ...] = ("ascend",)) -> Failure:
@@ -189,10 +191,10 @@ FAILURES: tuple[Failure, ...] = (
 """The order is that of the answer: causes come before what follows from them."""
 
 
-def explain(text: str) -> list[Finding]:
-    """A finding for every known failure that `text` shows, each once, with the line that shows it."""
+def explain(text: str, failures: Sequence[Failure] = FAILURES) -> list[Finding]:
+    """A finding for every one of `failures` that `text` shows, each once, with the line that shows it."""
     findings = []
-    for failure in FAILURES:
+    for failure in failures:
         match = failure.pattern.search(text, 0, MAX_TEXT)
         if match:
             findings.append(
@@ -202,6 +204,7 @@ def explain(text: str) -> list[Finding]:
                     cause=failure.cause,
                     cure=failure.cure,
                     backends=failure.backends,
+                    severity=failure.severity,
                 )
             )
     return findings

@@ -39,11 +39,15 @@ class Finding:
 
 @dataclass(slots=True)
 class Section:
-    """What one probe has seen. facts: name to text, number, list or None, in the order in which they are shown."""
+    """What one probe has seen. facts: name to text, number, list or None, in the order in which they are shown.
+
+    is_there: whether this machine has what it is about, such as a GPU.
+    """
 
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    is_there: bool = True
 
 
 @dataclass(slots=True)

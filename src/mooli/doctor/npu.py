@@ -179,7 +179,7 @@ def probe_npu(surroundings: Surroundings, *, is_wanted: bool) -> tuple[Section, 
         table = parse_npu_smi(ran.output)
         section.facts["npu-smi"] = tool
         section.findings += tool_findings(ran, table)
-    is_there = bool(on_bus or files or tool)
+    is_there = section.is_there = bool(on_bus or files or tool)
     section.facts["cards on the PCI bus"] = on_bus
     section.facts["device files"] = ", ".join(files) or "none"
     if table.driver:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mooli.doctor.findings import PROBLEM, Finding, Report
+from mooli.doctor.findings import PROBLEM, Finding, Report, Section
 from mooli.version import __version__
 
 SCHEMA = 1
@@ -27,6 +27,7 @@ def report_json(report: Report) -> str:
             "status": "ok" if report.exit_status == 0 else "problems",
             "exit_status": report.exit_status,
             "sections": {section.name: section.facts for section in report.sections},
+            "not_here": [section.name for section in report.sections if not section.is_there],
             "findings": findings,
         },
         indent=2,
@@ -37,10 +38,7 @@ def report_json(report: Report) -> str:
 def report_table(report: Report) -> str:
     lines = [f"mooli doctor {__version__}, for backend {report.backend}"]
     for section in report.sections:
-        worst = [f for f in section.findings if report.counts(f) and f.severity == PROBLEM]
-        others = len(section.findings) - len(worst)
-        mark = "PROBLEM" if worst else f"ok, {others} to note" if others else "ok"
-        lines += ["", f"{section.name}: {mark}"]
+        lines += ["", f"{section.name}: {_mark(report, section)}"]
         width = max((len(name) for name in section.facts), default=0)
         lines += [f"  {name:<{width}}  {_value(value)}" for name, value in section.facts.items()]
     findings = report.findings
@@ -48,6 +46,18 @@ def report_table(report: Report) -> str:
         lines += ["", *_paragraph(number, finding, report.counts(finding))]
     lines += ["", _summary(report, findings)]
     return "\n".join(lines)
+
+
+def _mark(report: Report, section: Section) -> str:
+    """How a section stands, in a few words."""
+    problems = [finding for finding in section.findings if finding.severity == PROBLEM]
+    if any(report.counts(finding) for finding in problems):
+        return "PROBLEM"
+    backends = sorted({backend for finding in problems for backend in finding.backends})
+    state = "ok" if section.is_there else "not here"
+    state = f"problem, only for {', '.join(backends)}" if backends else state
+    others = len(section.findings) - len(problems)
+    return f"{state}, {others} to note" if others else state
 
 
 def _paragraph(number: int, finding: Finding, counts: bool) -> list[str]:

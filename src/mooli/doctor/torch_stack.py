@@ -161,6 +161,7 @@ def probe_torch(
             section.facts[f"for CANN {row.name}"] = "; ".join(f"torch {a} with torch_npu {b}" for a, b in row.pairs)
         section.findings += pair_findings(torch, torch_npu, cann.toolkit, python)
     if torch is None:
+        section.is_there = False
         section.findings += [_no_torch()] if is_wanted else []
         return section
     ours = numbers_of(torch)
