@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return serve(args, ["mooli", *words])
     if sys.stdout is None:
-        print("mooli: error: standard output is closed: nothing could be printed", file=sys.stderr)
+        report_error("standard output is closed: nothing could be printed")
         return 1
     try:
         status: int = _function(_COMMANDS[args.command].run)(args)
@@ -44,13 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as exc:
+        if not isinstance(exc, BrokenPipeError) and _can_be_written():
+            report_error(exc)
+            return 2
         # A reader that leaves, `head` for example, has what it wanted.
         if not isinstance(exc, BrokenPipeError):
-            print(f"mooli: error: the answer cannot be written: {exc}", file=sys.stderr)
+            report_error(f"the answer cannot be written: {exc}")
         with contextlib.suppress(OSError, ValueError):
             # Otherwise flushing at exit would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _can_be_written() -> bool:
+    """Whether standard output takes what is left in its buffer. A full disk does not, the second time either."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _make_streams_safe() -> None:

@@ -82,7 +82,7 @@ def unknown_family() -> str:
         ("no-api-key", open_to_all),
         ("model-not-found", lambda: str(locate("/no/such/folder"))),
         ("model-not-found", lambda: str(locate("no/such-model"))),
-        ("model-not-supported", unknown_family),
+        ("model-unsupported", unknown_family),
         ("unknown-flag", lambda: unknown_flag("--prot")),
         ("unknown-flag", lambda: unknown_flag("--enable-lora")),
         ("too-many-open-files", lambda: os.strerror(errno.EMFILE)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import signal
@@ -318,6 +319,8 @@ class Full(io.StringIO):
     def write(self, text):
         raise OSError(28, "No space left on device")
 
+    flush = functools.partialmethod(write, "")
+
 
 def test_output_that_cannot_be_written_is_an_error_without_a_traceback(run, monkeypatch):
     monkeypatch.setattr("sys.stdout", Full())
@@ -325,6 +328,15 @@ def test_output_that_cannot_be_written_is_an_error_without_a_traceback(run, monk
     assert status == 1
     assert err.splitlines()[-1].endswith("No space left on device")
     assert "Traceback" not in err
+
+
+def test_another_error_of_the_system_is_not_called_one_of_the_output(run, monkeypatch):
+    def raises(*_, **__):
+        raise PermissionError(13, "Permission denied", "/models/m.gguf")
+
+    monkeypatch.setattr("mooli.answers.Engine", raises)
+    status, out, err = run("generate", *GREEDY, "--prompt", "say>")
+    assert (status, out, err) == (2, "", "mooli: error: [Errno 13] Permission denied: '/models/m.gguf'\n")
 
 
 def test_a_closed_standard_output_is_said_before_anything_is_loaded(run, monkeypatch):

@@ -75,7 +75,7 @@ OWN_FAILURES: tuple[Failure, ...] = (
         "unset MOOLI_OFFLINE HF_HUB_OFFLINE   # if they are set; behind a proxy: export HTTPS_PROXY=…",
     ),
     _failure(
-        "model-not-supported",
+        "model-unsupported",
         r"(?:model family|activation|rope scaling|mixture of experts|sliding window)\b.{0,120}\bis not implemented"
         r"|quantised with .{1,80}, which is not implemented|, which is not read; read are"
         r"|is a pickle file, which can run code",
