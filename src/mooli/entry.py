@@ -22,7 +22,9 @@ def run(main: "Callable[[], int]") -> "NoReturn":
     """Be a process whose work is `main`, which imports what it needs itself; ends with its status."""
     try:
         leave_current_folder()
-        open_standard_streams()
+        fill_standard_descriptors()
+        if sys.stderr is None:  # `print` would write to standard output instead
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the program
         _end_at_interrupt()
         status = main()
     except KeyboardInterrupt:
@@ -47,7 +49,7 @@ def leave_current_folder() -> None:
         del sys.path[0]
 
 
-def open_standard_streams() -> None:
+def fill_standard_descriptors() -> None:
     """Whoever starts a process with a standard descriptor closed gives its number to the next socket, into which
     everything then prints."""
     for number in range(3):
@@ -56,8 +58,6 @@ def open_standard_streams() -> None:
         except OSError:
             # The lowest free number is taken, which is this one. Children shall have it too.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    if sys.stderr is None:  # `print` would write to standard output instead
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the program
 
 
 class Interruptible:

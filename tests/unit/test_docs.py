@@ -156,6 +156,19 @@ def test_every_server_argument_is_documented() -> None:
     assert names == {item.name for item in dataclasses.fields(ServerConfig)}
 
 
+def test_every_environment_variable_that_is_read_is_documented() -> None:
+    section = COMPATIBILITY.split("## Environment variables")[1].split("\n## ")[0]
+    documented = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", section))
+    read: set[str] = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        if "doctor" not in path.parts and "sim" not in path.parts:  # the doctor looks at those of others
+            source = path.read_text(encoding="utf-8")
+            read |= set(re.findall(r"""environ(?:ment)?(?:\.get\(|\[)"([A-Z_]+)\"""", source))
+            read |= set(re.findall(r"""\"((?:MOOLI|HF|MODELSCOPE)_[A-Z_]+)\"""", source))
+    assert {"MOOLI_ISA", "MOOLI_OFFLINE", "NOTIFY_SOCKET", "API_KEY"} <= read
+    assert read <= documented
+
+
 def test_every_method_and_every_argument_of_generate_is_documented() -> None:
     for name in [name for name in vars(Engine) if not name.startswith("_")]:
         assert f"| `{name}`" in COMPATIBILITY, name

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from mooli.entry import open_standard_streams
+from mooli.entry import fill_standard_descriptors
 
 
 def command_of(module: str) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ def start_child(command: Sequence[str], *words: str) -> tuple[subprocess.Popen[b
 
     It must ignore SERVER_SIGNALS and unblock them. Raises OSError if the command cannot be started.
     """
-    open_standard_streams()  # otherwise the socket may take the number of one
+    fill_standard_descriptors()  # otherwise the socket may take the number of one
     ours, theirs = socket.socketpair()
     # Until it can say that it ignores them, the process has them blocked.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SERVER_SIGNALS)

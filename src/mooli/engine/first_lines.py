@@ -24,9 +24,9 @@ def load_package() -> None:
 
 
 def run_module() -> "int | None":
-    from mooli.entry import open_standard_streams
+    from mooli.entry import fill_standard_descriptors
 
-    open_standard_streams()
+    fill_standard_descriptors()
     del sys.argv[0]
     status: int | None = importlib.import_module(sys.argv[0]).main()
     return status
