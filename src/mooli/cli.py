@@ -246,7 +246,9 @@ _COMMANDS = {
         "mooli.hub.command:run_pull",
     ),
     "plan": _Command(
-        "what a model takes of a memory, and what then fits", _flags("mooli.plan:add_plan_args"), "mooli.plan:run_plan"
+        "what a model takes of a memory, and what then fits",
+        _flags("mooli.plan_flags:add_plan_args"),
+        "mooli.plan:run_plan",
     ),
     "doctor": _Command(
         "what this machine has, what is missing, what to do",

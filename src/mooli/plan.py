@@ -17,7 +17,7 @@ from typing import Any
 
 from mooli.arguments import parse_size
 from mooli.backends.ascend.defaults import MAX_RUNNING_REQUESTS
-from mooli.config import DEVICES, DTYPES
+from mooli.config import DTYPES
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, num_pool_pages
 from mooli.errors import ConfigError, OutOfMemoryError
 from mooli.formats.gguf import GGUFFile
@@ -27,6 +27,7 @@ from mooli.models.config import ModelConfig
 from mooli.models.loader import open_model
 from mooli.models.modelslim import described_types, find_description
 from mooli.models.sharding import check_size
+from mooli.plan_flags import DEVICE_NAMES
 from mooli.tensor import TensorType, row_bytes
 
 PAGE_SIZE = 128
@@ -34,9 +35,6 @@ PAGE_SIZE = 128
 
 EXAMPLE_CONTEXTS = (1024, 2048, 4096, 8192, 32768)
 """Lengths, in tokens, for which the number of requests is given besides the context asked for."""
-
-DEVICE_NAMES = {name: kind for name, kind in DEVICES.items() if kind != "reference"} | {"auto": "cpu"}
-"""What `--device` takes to the backend that is counted for."""
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 _QUANTISED_BYTES = {"int8": 34 / 32, "int4": 18 / 32}
@@ -351,36 +349,6 @@ def plan_table(plan: MemoryPlan) -> str:
         for length, count in plan.requests.items()
     ]
     return "\n".join(lines)
-
-
-def add_plan_args(parser: argparse.ArgumentParser) -> None:
-    """The flags of `mooli plan`, named as the engine's."""
-    parser.add_argument(
-        "--model", "--model-path", required=True, help="Model folder, GGUF file, config.json or model name."
-    )
-    parser.add_argument(
-        "--memory",
-        required=True,
-        help="Memory of one device that programs can use, such as 61GiB (what an Ascend card of 64 GB reports).",
-    )
-    parser.add_argument(
-        "--device",
-        "--backend",
-        default="auto",
-        choices=tuple(DEVICE_NAMES),
-        help="What computes, as weights take different room: a CPU (the default), PyTorch, a GPU or an NPU.",
-    )
-    parser.add_argument(
-        "--dtype", default="auto", choices=tuple(DTYPES), help="Default: the checkpoint's; bfloat16 on GPUs and NPUs."
-    )
-    parser.add_argument("--quantization", default="none", choices=("none", "int8", "int4"), help="Default: none.")
-    parser.add_argument(
-        "--kv-cache-dtype", default="auto", choices=("auto", *_BYTES, "int8"), help="Default: that of the computation."
-    )
-    parser.add_argument("--tp", "--tp-size", type=int, default=1, help="Devices that share the model. Default: 1.")
-    parser.add_argument("--context-length", help="Longest text, prompt and answer together. Default: the model's.")
-    parser.add_argument("--mem-fraction-static", type=float, help="Share of the memory for weights and KV cache.")
-    parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def run_plan(args: argparse.Namespace) -> int:

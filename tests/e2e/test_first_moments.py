@@ -279,11 +279,10 @@ except SystemExit as exc:
 HEAVY = ("numpy", "tokenizers", "jinja2", "asyncio", "msgspec", "yaml", "ctypes", "ssl", "uvicorn", "mooli.engine")
 
 
-@pytest.mark.parametrize(
-    "words",
-    ["--version", "version", "--help", "serve --help", "chat --help", "generate --help", "demo --help", "pull --help",
-     "doctor --help", "selftest --help", "bench --help"],
-)  # fmt: skip
+OF_COMMANDS = ("serve", "chat", "generate", "demo", "pull", "plan", "doctor", "selftest", "bench")
+
+
+@pytest.mark.parametrize("words", ["--version", "version", "--help", *(f"{name} --help" for name in OF_COMMANDS)])
 def test_help_and_version_load_nothing_heavy(words: str) -> None:
     done = run(["-c", LOADED.format(heavy=HEAVY), *words.split()])
     assert (done.stderr, bool(done.stdout)) == ("[] 0\n", True)

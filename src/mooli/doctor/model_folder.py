@@ -19,7 +19,8 @@ from mooli.hub import resolve
 from mooli.models.config import DTYPES, ModelConfig
 from mooli.models.loader import open_model
 from mooli.models.modelslim import find_description
-from mooli.plan import DEVICE_NAMES, auto_dtype, read_model, weight_bytes
+from mooli.plan import auto_dtype, read_model, weight_bytes
+from mooli.plan_flags import DEVICE_NAMES
 
 GIB = 2**30
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
