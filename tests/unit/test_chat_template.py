@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from mooli.errors import ChatTemplateError
+from mooli.frontend import template_sandbox
 from mooli.frontend.chat_template import ChatTemplate
 
 LLAMA3_LIKE = """{{- bos_token }}
@@ -209,9 +210,178 @@ def test_a_template_cannot_load_another(template):
         "{% for i in range(9999) %}{{ 'a' * 99999 }}{% endfor %}",
     ],
 )
-def test_a_template_without_end_is_stopped(template):
+def test_a_template_without_end_is_stopped(template, few_steps):
     with pytest.raises(ChatTemplateError):
         ours(template)(chat())
+
+
+GROWS = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+"""A list whose parts are the list before, twice: 60 lists in memory, 2 ** 60 when it is written or compared."""
+
+AGAIN = "{% set other = ns.x %}" + GROWS
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """A template without end is stopped in a moment."""
+    monkeypatch.setattr(template_sandbox, "_MAX_STEPS", 10_000)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "'a' | center(1000000000)",
+        "'a'.ljust(1000000000)",
+        "('a' | attr('center'))(1000000000)",
+        "['a'] | map('center', 1000000000) | list",
+        "'%1000000000d' % 1",
+        "'%*d' % (1000000000, 1)",
+        "'%1000000000d' | format(1)",
+        "'{:1000000000}'.format(1)",
+        "'{:{}}'.format(1, 1000000000)",
+        "('{0}' * 100000).format('a' * 100000)",
+        "('a' * 99999).replace('a', 'b' * 99999)",
+        "('a' * 99999) | replace('', 'b' * 99999)",
+        "('a' * 99999).join([''] * 99999)",
+        "([''] * 99999) | join('a' * 99999)",
+        "('\t' * 9999).expandtabs(999999)",
+        "('a' * 9999).translate({97: 'b' * 999999})",
+        "[1, 2] | tojson(indent=1000000000)",
+        "[1, 2] | tojson(separators=('a' * 1000000, ':'))",
+        "('a\n' * 9999) | indent(99999)",
+        "(1).to_bytes(1000000000, 'big')",
+        "[1] * 10000000000",
+        "['a' * 4000000] * 9999 | string",
+        "([[1] * 999] * 9999) | sum(start=[])",
+        "'a' | urlize",
+        "[1] | batch(1000000000, 1) | list",
+        "7 | round(-1000000000)",
+        "'%1000000000d' is odd",
+        "('<' * 4000000) | escape | escape | escape",
+    ],
+)
+def test_what_would_make_too_much_is_refused_before_it_is_made(expression):
+    with pytest.raises(ChatTemplateError):
+        ours("{% set x = " + expression + " %}")(chat())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "{{ ns.x | string | length }}",
+        "{{ ns.x | tojson | length }}",
+        "{{ '%s' % ns.x }}",
+        "{{ '{!r}'.format(ns.x) }}",
+        "{{ ns.x ~ '' }}",
+        "{{ [ns.x] | join | length }}",
+        "{{ ns.x | upper }}",
+        AGAIN + "{{ ns.x == other }}",
+        AGAIN + "{{ ns.x in [other] }}",
+        AGAIN + "{{ ns.x is eq(other) }}",
+        AGAIN + "{{ [ns.x].index(other) }}",
+        AGAIN + "{{ [ns.x, other] | sort | length }}",
+    ],
+)
+def test_a_value_that_holds_itself_many_times_is_never_unfolded(use, few_steps):
+    with pytest.raises(ChatTemplateError, match="loop rounds and calls"):
+        ours(GROWS + use)(chat())
+
+
+def test_a_key_that_holds_itself_many_times_is_never_hashed(few_steps):
+    pairs = GROWS.replace("x=[1]", "x=(1,)").replace("[ns.x, ns.x]", "(ns.x, ns.x)")
+    for use in ("{ns.x: 1}", "{}[ns.x]", "{}.get(ns.x)", "[ns.x] | unique | list", "dict([(ns.x, 1)])"):
+        with pytest.raises(ChatTemplateError, match="loop rounds and calls"):
+            ours(pairs + "{% set y = " + use + " %}")(chat())
+
+
+BIG = "{% set big = 'a' * 4000000 %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        BIG + "{% macro f() %}{% for i in range(9999) %}{{ big }}{% endfor %}{% endmacro %}{% set y = f() %}",
+        BIG + "{% set y %}{% for i in range(9999) %}{{ big }}{% endfor %}{% endset %}",
+        BIG + "{% for i in range(9999) %}{% set y = big[1:] %}{% endfor %}",
+        BIG + "{% for i in range(9999) %}{% set y = big.count('b') %}{% endfor %}",
+        BIG + "{% for i in range(9999) %}{% set y = 'b' in big %}{% endfor %}",
+        BIG + "{% set y = " + " ~ ".join(["big"] * 50) + " %}",
+        "{% set y %}{% for i in range(99999) %}" + "b" * 10000 + "{% endfor %}{% endset %}",
+        "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}{% set ns.l = ns.l + [1] %}{% endfor %}",
+        "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    ],
+)
+def test_what_a_template_makes_and_reads_is_counted_together(template):
+    with pytest.raises(ChatTemplateError, match=r"characters|bits"):
+        ours(template)(chat())
+
+
+def test_a_render_ends_when_its_time_is_over(monkeypatch):
+    times = iter(range(0, 1000, 2))
+    monkeypatch.setattr(template_sandbox.time, "thread_time", lambda: next(times))
+    with pytest.raises(ChatTemplateError, match="seconds"):
+        ours("{% for i in range(9999) %}{% endfor %}")(chat())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        " " * (1 << 17) + "x",
+        "{{ [" + "1," * 30_000 + "1] }}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ " + "not " * 5000 + "1 }}",
+        "{{ 1" + "+1" * 5000 + " }}",
+        "{{ 'a'" + "|upper" * 5000 + " }}",
+        "{% if 1 %}" * 2000 + "{% endif %}" * 2000,
+        "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+        "{% if 1 %}" + "{% elif 1 %}" * 5000 + "{% endif %}",
+        "".join(f"{{% set a{i} = 1 %}}" for i in range(2500)) + "{% if 1 %}{% endif %}" * 2500,
+        "{{ " + "9" * 5000 + " }}",
+        "{% autoescape 'a' * 1000000000 %}{% endautoescape %}",
+        "{% for x in [[1]] recursive %}{{ loop(x) }}{% endfor %}",
+    ],
+)
+def test_a_source_that_is_too_large_or_too_deep_is_not_compiled(source):
+    with pytest.raises(ChatTemplateError, match="compile"):
+        ChatTemplate(source).compile()
+
+
+def test_nothing_is_computed_while_a_template_is_compiled():
+    ours("{% if false %}{{ 'a' | center(1000000000) }}{{ 2 ** 10 ** 9 }}{{ 'a' | upper }}{% endif %}")(chat())
+    ChatTemplate("{{ 'a' | center(1000000000) | length }}").compile()
+
+
+def test_what_templates_use_is_what_jinja_makes_of_it():
+    template = """{% for m in messages %}{{ m.role|upper ~ ':' ~ loop.index ~ m.content|default('')|trim|replace('a','b')|indent(4) }}
+{{ '%s-%d' % (m.role, loop.index) }}{{ "{}|{:>5}".format(m.role, loop.index) }}{% for k, v in m|dictsort %}{{ k }}{% endfor %}
+{{ m.content.split('\n')[-1].lstrip().title() }}{{ loop.previtem.role if loop.previtem else 'none' }}{{ loop.length }}
+{{ loop.cycle('a', 'b') }}{{ loop.revindex }}{% endfor %}{{ messages|map(attribute='role')|join(',') }}{{ [3, 1, 2]|sort|first }}
+{{ [1, 2]|sum }}{{ [1, 5]|max }}{{ messages|last|length }}{{ 'abc'|reverse }}{{ [1, 2]|reverse|list }}{{ 3.7|round|int }}
+{{ 'a<b'|e }}{{ 'x'|safe + '<' }}{{ ['a', 'b', 'a']|unique|join }}{{ {'a': [1, {'b': none}]} }}{{ {'a': 1}|tojson(indent=2) }}
+{{ none }}{{ 1.5 }}{{ nothing }}{{ 'a b c'|truncate(3) }}{{ 'a b'|wordcount }}{{ 'hi'|center(10) }}{{ -3|abs }}{{ 5 is odd }}
+{{ messages|selectattr('role', 'equalto', 'user')|list|length }}{{ messages|rejectattr('content', 'none')|list|length }}
+{{ dict(a=1).a }}{{ range(3)|list }}{{ 7 // 2 }}{{ 2 ** 5 }}{{ 'a' * 3 }}{{ [1] + [2] }}{{ 'A' is upper }}{{ ('a', 'b')|join('-') }}
+{% macro f(x, n=2) %}{{ x }}{% if n %}{{ f(x, n - 1) }}{% endif %}{{ caller() if caller else '' }}{% endmacro %}{{ f('y') }}
+{% call f('z') %}called{% endcall %}{% filter upper %}text{% endfilter %}{% set q %}set{% endset %}{{ q }}{{ 'a' in q }}"""
+    messages = CHATS["several turns"]
+    assert ours(template)(messages) == published(template)(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_what_a_failing_template_says_is_cut():
+    with pytest.raises(ChatTemplateError) as info:
+        ours("{{ raise_exception('a' * 999999) }}")(chat())
+    assert len(str(info.value)) < 2000
+
+
+def test_arguments_that_are_nested_without_end_are_refused():
+    deep = []
+    for _ in range(500):
+        deep = [deep]
+    for given in ({"documents": deep}, {"tools": [{"a": deep}]}):
+        with pytest.raises(ChatTemplateError, match="deep"):
+            ours("x")(chat(), **given)
+    with pytest.raises(ChatTemplateError, match="deep"):
+        ours("x")(chat(content=deep))
 
 
 @pytest.mark.parametrize(
