@@ -44,10 +44,18 @@ class UnknownArgumentError(ConfigError, TypeError):
 class RequestError(MooliError, ValueError):
     """One request cannot be served as asked. Other requests are not affected.
 
-    `status_code` is the HTTP status a server answers with.
+    `status_code` is the HTTP status a server answers with. `argument` is what is wrong, by its name in Python: an
+    argument of `Engine.generate` or a sampling parameter; None where it is not a single one. `message` is for whoever
+    sent the request, and has names of arguments only where these are meant: a server puts in those of its fields.
+    `advice` is for who holds the engine, and stands behind it in the text.
     """
 
     status_code = 400
+
+    def __init__(self, message: str = "", *, argument: str | None = None, advice: str = "") -> None:
+        super().__init__(f"{message} {advice}" if advice else message)
+        self.message = message
+        self.argument = argument
 
 
 class PromptError(RequestError):
@@ -55,7 +63,30 @@ class PromptError(RequestError):
 
 
 class ContextLengthError(PromptError):
-    """The prompt, or the prompt and the answer it asks for, are longer than the context."""
+    """The prompt, or the prompt and the answer it asks for, are longer than the context.
+
+    prompt_tokens: of the prompt, at least so many where `is_estimate`. max_new_tokens: of the answer, where only both
+    together are too long. prompt_index: in a batch. All are None where they are not known.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        argument: str | None = None,
+        advice: str = "",
+        prompt_tokens: int | None = None,
+        is_estimate: bool = False,
+        context_length: int | None = None,
+        max_new_tokens: int | None = None,
+        prompt_index: int | None = None,
+    ) -> None:
+        super().__init__(message, argument=argument, advice=advice)
+        self.prompt_tokens = prompt_tokens
+        self.is_estimate = is_estimate
+        self.context_length = context_length
+        self.max_new_tokens = max_new_tokens
+        self.prompt_index = prompt_index
 
 
 class SamplingParamsError(RequestError):

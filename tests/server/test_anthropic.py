@@ -226,7 +226,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://example.org/i
         ({"stop_sequences": "x"}, "stop_sequences"),
         ({"stop_sequences": [str(i) for i in range(99)]}, "stop"),
         ({"stream": "yes"}, "stream"),
-        ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "context length"),
+        ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "prompt is too long: 146 tokens > 127 maximum"),
     ],
 )
 @pytest.mark.parametrize("is_stream", [False, True])

@@ -109,12 +109,12 @@ def test_numbers_no_type_can_hold_are_refused(serve, body):
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
-        ({"count": "1"}, "count", "count: Expected int | null, got str"),
-        ({"count": True}, "count", "count: Expected int | null, got bool"),
-        ({"count": 1.5}, "count", "count: Expected int | null, got float"),
-        ({"messages": [{"role": "a"}, {"role": 2}]}, "messages", "messages[1].role: Expected str, got int"),
+        ({"count": "1"}, "count", "count: Expected integer | null, got string"),
+        ({"count": True}, "count", "count: Expected integer | null, got boolean"),
+        ({"count": 1.5}, "count", "count: Expected integer | null, got number"),
+        ({"messages": [{"role": "a"}, {"role": 2}]}, "messages", "messages[1].role: Expected string, got integer"),
         ({"messages": [{}]}, "messages", "messages[0]: Object missing required field role"),
-        ({"bias": {"a": "b"}}, "bias", "bias[...]: Expected float, got str"),
+        ({"bias": {"a": "b"}}, "bias", "bias[...]: Expected number, got string"),
     ],
 )
 def test_a_field_of_the_wrong_type_is_named(serve, body, param, words):

@@ -317,7 +317,18 @@ def test_what_is_wrong_is_refused_and_named(shared_server, fields, param, words)
 def test_more_than_the_context_is_refused_with_the_code_that_agents_look_for(shared_server, fields, param, streams):
     error = refusal(shared_server, PATH, {**fields, "stream": streams})
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
-    assert "max_new_tokens" not in error["message"]
+    assert error["message"].startswith(f"This model's maximum context length is {CONTEXT} tokens. However, you")
+
+
+def test_too_long_a_conversation_is_told_in_the_words_clients_read(shared_server):
+    opening = f"This model's maximum context length is {CONTEXT} tokens. However, "
+    alone = refusal(shared_server, PATH, {"messages": [user("a" * 300)]})["message"]
+    assert alone == f"{opening}your messages resulted in 318 tokens. Please reduce the length of the messages."
+    both = refusal(shared_server, PATH, {"messages": [user("a")], "max_completion_tokens": 110})["message"]
+    assert both == (
+        f"{opening}you requested 129 tokens (19 in the messages, 110 in the completion)."
+        " Please reduce the length of the messages or completion."
+    )
 
 
 @pytest.mark.parametrize(

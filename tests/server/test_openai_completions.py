@@ -166,8 +166,20 @@ def test_more_than_the_context_is_refused_with_the_code_that_agents_look_for(liv
         "prompt",
         "invalid_request_error",
     )
-    assert str(CONTEXT) in error["message"]
-    assert "max_new_tokens" not in error["message"]
+    assert error["message"].startswith(f"This model's maximum context length is {CONTEXT} tokens. However, you")
+
+
+def test_too_long_a_prompt_is_told_in_the_words_clients_read(shared_server):
+    opening = f"This model's maximum context length is {CONTEXT} tokens. However, "
+    alone = refusal(shared_server, PATH, {"prompt": "a" * 300})["message"]
+    assert alone == f"{opening}your prompt resulted in 300 tokens. Please reduce the length of the prompt."
+    both = refusal(shared_server, PATH, {"prompt": "aaaa", "max_tokens": 125})["message"]
+    assert both == (
+        f"{opening}you requested 129 tokens (4 in the prompt, 125 in the completion)."
+        " Please reduce the length of the prompt or completion."
+    )
+    batch = refusal(shared_server, PATH, {"prompt": ["a", "b" * 300]})["message"]
+    assert batch == alone + " This is about prompt 1."
 
 
 # -- echo and log-probabilities ----------------------------------------------------------------------------------------
@@ -374,7 +386,7 @@ def test_cached_tokens_are_told_and_salts_keep_requests_apart(live):
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "max_tokens=4"),
         ({"min_tokens": 17}, "min_tokens", "16"),
         ({"temperature": -1}, "temperature", "temperature=-1"),
-        ({"temperature": "hot"}, "temperature", "float"),
+        ({"temperature": "hot"}, "temperature", "number"),
         ({"top_p": 0}, "top_p", "top_p=0"),
         ({"top_k": 0}, "top_k", "top_k=0"),
         ({"min_p": 2}, "min_p", "min_p=2"),
@@ -383,7 +395,7 @@ def test_cached_tokens_are_told_and_salts_keep_requests_apart(live):
         ({"repetition_penalty": 0}, "repetition_penalty", "repetition_penalty=0"),
         ({"n": 0}, "n", "n=0"),
         ({"n": 10_000_000}, "n", "n=10000000"),
-        ({"stop": ""}, "stop", "stop string"),
+        ({"stop": ""}, "stop", "stop has a string of 0 characters"),
         ({"stop": ["a"] * 33}, "stop", "33"),
         ({"stop_token_ids": [258]}, "stop_token_ids", "258"),
         ({"logit_bias": {"258": 1}}, "logit_bias", "258"),

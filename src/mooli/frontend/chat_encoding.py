@@ -122,6 +122,7 @@ def _encode_around(tokenizer: Tokenizer, masked: str, spans: Sequence[tuple[int,
     if as_masked != tokenizer.encode(masked, add_special_tokens=False):
         raise PromptError(
             "a message holds the text of a special token, which this tokenizer cannot read as ordinary characters in a"
-            " conversation; remove it from the message, or encode with parse_special_in_content=True"
+            " conversation; remove it from the message",
+            advice="or encode with parse_special_in_content=True",
         )
     return ids

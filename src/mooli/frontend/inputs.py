@@ -98,12 +98,14 @@ class InputRules:
         params = self._sampling(given)
         n = params[0].n
         if any(item.n != n for item in params):
-            raise RequestError("n must be the same in all sampling_params of a batch")
+            raise RequestError("n must be the same in all sampling_params of a batch", argument="n")
         self._check_count(size * n)
         _check_stop_chars(params, n)
         if self.encoder is None and any(item.stop for item in params):
             raise RequestError(
-                "stop strings need a tokenizer, and skip_tokenizer_init=True leaves it out; use stop_token_ids"
+                "stop needs a tokenizer, and there is none here: use stop_token_ids",
+                argument="stop",
+                advice="(skip_tokenizer_init=True leaves it out)",
             )
         logprobs = {
             "return_logprob": return_logprob,
@@ -116,12 +118,14 @@ class InputRules:
         namespace = self._namespace(cache_salt, tenant)
         rank = 0 if priority is None else _index("priority", priority)
         if not -MAX_PRIORITY <= rank <= MAX_PRIORITY:
-            raise RequestError(f"priority={str(rank)[:80]} is outside {-MAX_PRIORITY} … {MAX_PRIORITY}")
+            raise RequestError(
+                f"priority={str(rank)[:80]} is outside {-MAX_PRIORITY} … {MAX_PRIORITY}", argument="priority"
+            )
         rids = _rids(rid, size, n, is_batch)
         requests = []
         for i in range(size):
             where = f"prompt {i}: " if is_batch else ""
-            ids, item = self._fit(prompts[i], params[i], explicit[i], where)
+            ids, item = self._fit(prompts[i], params[i], explicit[i], i if is_batch else None)
             options = self._logprob_options(rows[i], chosen[i], len(ids), where)
             for j in range(n):
                 request = Request(
@@ -165,13 +169,16 @@ class InputRules:
             is_batch = isinstance(prompt, (list, tuple))
             texts = list(prompt) if is_batch else [prompt]
             if not texts:
-                raise PromptError("the list of prompts is empty")
+                raise PromptError("the list of prompts is empty", argument="prompt")
             self._check_count(len(texts))
             return [self._encode(text, i if is_batch else None) for i, text in enumerate(texts)], is_batch
         is_array = isinstance(input_ids, np.ndarray) and input_ids.ndim > 0
         is_flat = is_array and input_ids.ndim == 1
         if not isinstance(input_ids, (list, tuple)) and not is_array:
-            raise PromptError(f"input_ids must be a list of ids or a list of lists of ids, not {_type(input_ids)}")
+            raise PromptError(
+                f"input_ids must be a list of ids or a list of lists of ids, not {_type(input_ids)}",
+                argument="input_ids",
+            )
         is_batch = not is_flat and len(input_ids) > 0 and isinstance(input_ids[0], (list, tuple, np.ndarray))
         items = list(input_ids) if is_batch else [input_ids]
         self._check_count(len(items))
@@ -187,16 +194,22 @@ class InputRules:
     def _encode(self, text: Any, index: int | None) -> NDArray[np.int32]:
         where = "" if index is None else f"prompt {index}: "
         if self.encoder is None:
-            raise PromptError("this engine has no tokenizer (skip_tokenizer_init=True): give input_ids")
+            raise PromptError(
+                "a text needs a tokenizer, and there is none here: give input_ids",
+                argument="prompt",
+                advice="(skip_tokenizer_init=True leaves it out)",
+            )
         if not isinstance(text, str):
-            raise PromptError(f"{where}a prompt must be a str, not {_type(text)}; ids go into input_ids")
+            raise PromptError(
+                f"{where}a prompt must be a str, not {_type(text)}; ids go into input_ids", argument="prompt"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as exc:
-            raise PromptError(f"{where}the prompt is not valid Unicode: {exc}") from exc
+            raise PromptError(f"{where}the prompt is not valid Unicode: {exc}", argument="prompt") from exc
         ids = np.asarray(self.encoder.encode(text), dtype=np.int32)
         if not len(ids):
-            raise PromptError(f"{where}the prompt is empty: there must be at least one token")
+            raise PromptError(f"{where}the prompt is empty: there must be at least one token", argument="prompt")
         if ids.max() >= self.vocab_size:
             raise PromptError(f"{where}the tokenizer gave id {ids.max()}, but the model has {self.vocab_size} tokens")
         return ids
@@ -204,9 +217,9 @@ class InputRules:
     def _check_ids(self, ids: Any, index: int | None) -> NDArray[np.int32]:
         where = "" if index is None else f"prompt {index}: "
         if not isinstance(ids, (list, tuple, np.ndarray)) or (isinstance(ids, np.ndarray) and ids.ndim == 0):
-            raise PromptError(f"{where}input_ids must be a list of ids, not {_type(ids)}")
+            raise PromptError(f"{where}input_ids must be a list of ids, not {_type(ids)}", argument="input_ids")
         if not len(ids):
-            raise PromptError(f"{where}input_ids is empty: there must be at least one token")
+            raise PromptError(f"{where}input_ids is empty: there must be at least one token", argument="input_ids")
         checked = np.empty(len(ids), dtype=np.int32)
         for position, token_id in enumerate(ids):
             try:
@@ -215,25 +228,31 @@ class InputRules:
                 number = -1
             if not 0 <= number < self.vocab_size:
                 raise PromptError(
-                    f"{where}input_ids[{position}] is {str(token_id)[:80]}, not an id of 0 … {self.vocab_size - 1}"
+                    f"{where}input_ids[{position}] is {str(token_id)[:80]}, not an id of 0 … {self.vocab_size - 1}",
+                    argument="input_ids",
                 )
             checked[position] = number
         return checked
 
     def _fit(
-        self, ids: NDArray[np.int32], params: SamplingParams, explicit: bool, where: str
+        self, ids: NDArray[np.int32], params: SamplingParams, explicit: bool, index: int | None
     ) -> tuple[NDArray[np.int32], SamplingParams]:
         """The prompt and its parameters, fitted to the context.
 
         An unset `max_new_tokens` takes what the context leaves. One that the request names is refused, or cut with
         `allow_auto_truncate`.
         """
+        where = "" if index is None else f"prompt {index}: "
         if len(ids) >= self.context_length:
             if not self.allow_auto_truncate:
                 raise ContextLengthError(
                     f"{where}the prompt has {len(ids)} tokens and the context length is {self.context_length}: at most"
-                    f" {self.context_length - 1} are possible. Shorten it, start the engine with a larger"
-                    " context_length (or max_total_tokens) if model and memory allow, or set allow_auto_truncate=True."
+                    f" {self.context_length - 1} are possible. Shorten it.",
+                    advice="Or start the engine with a larger context_length (or max_total_tokens) if model and memory"
+                    " allow, or set allow_auto_truncate=True.",
+                    prompt_tokens=len(ids),
+                    context_length=self.context_length,
+                    prompt_index=index,
                 )
             ids = ids[: self.context_length - 1]
         room = self.context_length - len(ids)
@@ -243,7 +262,11 @@ class InputRules:
         if explicit and not self.allow_auto_truncate:
             raise ContextLengthError(
                 f"{where}the prompt has {len(ids)} tokens and max_new_tokens is {wanted}, together more than the"
-                f" context length of {self.context_length}. Set max_new_tokens to at most {room}, or leave it out."
+                f" context length of {self.context_length}. Set max_new_tokens to at most {room}, or leave it out.",
+                prompt_tokens=len(ids),
+                context_length=self.context_length,
+                max_new_tokens=wanted,
+                prompt_index=index,
             )
         return ids, replace(params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room))
 
@@ -263,14 +286,20 @@ class InputRules:
 
     def _checked_logprob_ids(self, ids: Any, where: str) -> tuple[int, ...]:
         if not isinstance(ids, (list, tuple)):
-            raise RequestError(f"{where}token_ids_logprob must be a list of ids, not {_type(ids)}")
+            raise RequestError(
+                f"{where}token_ids_logprob must be a list of ids, not {_type(ids)}", argument="token_ids_logprob"
+            )
         if len(ids) > MAX_LOGPROB_TOKEN_IDS:
             raise RequestError(
-                f"{where}token_ids_logprob has {len(ids)} ids; at most {MAX_LOGPROB_TOKEN_IDS} are possible"
+                f"{where}token_ids_logprob has {len(ids)} ids; at most {MAX_LOGPROB_TOKEN_IDS} are possible",
+                argument="token_ids_logprob",
             )
         for token_id in ids:
             if not 0 <= _index("token_ids_logprob", token_id) < self.vocab_size:
-                raise RequestError(f"{where}token_ids_logprob has {token_id}, not an id of 0 … {self.vocab_size - 1}")
+                raise RequestError(
+                    f"{where}token_ids_logprob has {token_id}, not an id of 0 … {self.vocab_size - 1}",
+                    argument="token_ids_logprob",
+                )
         return tuple(int(token_id) for token_id in ids)
 
     def _logprob_options(
@@ -284,15 +313,19 @@ class InputRules:
         num_top = 0 if row["top_logprobs_num"] is None else _index("top_logprobs_num", row["top_logprobs_num"])
         if not wanted:
             if start != -1 or num_top or chosen:
-                raise RequestError(f"{where}log-probability arguments have no effect without return_logprob=True")
+                raise RequestError(
+                    f"{where}log-probability arguments have no effect without return_logprob", argument="return_logprob"
+                )
             return {}
         if not -1 <= start < prompt_length:
             raise RequestError(
-                f"{where}logprob_start_len={start} is outside -1 … {prompt_length - 1}, the prompt's tokens"
+                f"{where}logprob_start_len={start} is outside -1 … {prompt_length - 1}, the prompt's tokens",
+                argument="logprob_start_len",
             )
         if not 0 <= num_top <= min(MAX_TOP_LOGPROBS, self.vocab_size):
             raise RequestError(
-                f"{where}top_logprobs_num={num_top} is outside 0 … {min(MAX_TOP_LOGPROBS, self.vocab_size)}"
+                f"{where}top_logprobs_num={num_top} is outside 0 … {min(MAX_TOP_LOGPROBS, self.vocab_size)}",
+                argument="top_logprobs_num",
             )
         return {
             "return_logprob": True,
@@ -304,11 +337,13 @@ class InputRules:
     def _namespace(self, salt: Any, tenant: str) -> str:
         """Of equal length whatever the salt: it stays in the engine with its pages."""
         if salt is not None and not isinstance(salt, str):
-            raise RequestError(f"cache_salt must be a str, not {_type(salt)}")
+            raise RequestError(f"cache_salt must be a str, not {_type(salt)}", argument="cache_salt")
         if not salt and not tenant:
             return self.namespace
         if salt and len(salt) > MAX_SALT_CHARS:
-            raise RequestError(f"cache_salt has {len(salt)} characters; at most {MAX_SALT_CHARS} are possible")
+            raise RequestError(
+                f"cache_salt has {len(salt)} characters; at most {MAX_SALT_CHARS} are possible", argument="cache_salt"
+            )
         parts = (tenant, salt or "")
         digest = hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass"))
         return f"{self.namespace}/{digest.hexdigest()}"
@@ -328,9 +363,9 @@ def _per_item(name: str, value: Any, size: int, is_batch: bool) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         return [value] * size
     if not is_batch:
-        raise RequestError(f"{name} is a list, but there is one prompt: give a single value")
+        raise RequestError(f"{name} is a list, but there is one prompt: give a single value", argument=name)
     if len(value) != size:
-        raise RequestError(f"{name} has {len(value)} entries for {size} prompts")
+        raise RequestError(f"{name} has {len(value)} entries for {size} prompts", argument=name)
     return [*value]
 
 
@@ -340,13 +375,15 @@ def _logprob_rows(values: dict[str, Any], size: int, is_batch: bool, n: int) -> 
     for name, value in values.items():
         if name == "token_ids_logprob":
             if value is not None and not isinstance(value, (list, tuple)):
-                raise RequestError(f"token_ids_logprob must be a list of ids, not {_type(value)}")
+                raise RequestError(
+                    f"token_ids_logprob must be a list of ids, not {_type(value)}", argument="token_ids_logprob"
+                )
             # A flat list of ids holds for all items.
             is_per_item = any(item is None or isinstance(item, (list, tuple)) for item in value or ())
         else:
             is_per_item = isinstance(value, (list, tuple))
         if is_per_item and n > 1:
-            raise RequestError(f"{name} cannot be a list together with n={n}: give one value for all")
+            raise RequestError(f"{name} cannot be a list together with n={n}: give one value for all", argument=name)
         columns[name] = _per_item(name, value, size, is_batch) if is_per_item else [value] * size
     return [{name: column[i] for name, column in columns.items()} for i in range(size)]
 
@@ -361,11 +398,13 @@ def _rids(rid: Any, size: int, n: int, is_batch: bool) -> list[str]:
         names = [f"{rid}_{i}" for i in range(size)] if is_batch and isinstance(rid, str) else [rid] * size
     for name in names:
         if not isinstance(name, str) or not 0 < len(name) <= MAX_RID_CHARS:
-            raise RequestError(f"rid must be a str of 1 … {MAX_RID_CHARS} characters, not {str(name)[:80]!r}")
+            raise RequestError(
+                f"rid must be a text of 1 … {MAX_RID_CHARS} characters, not {str(name)[:80]!r}", argument="rid"
+            )
     if n > 1:
         names = [f"{name}_{j}" for name in names for j in range(n)]
     if len(set(names)) != len(names):
-        raise RequestError("rid has the same id twice: every request needs its own")
+        raise RequestError("rid has the same id twice: every request needs its own", argument="rid")
     return names
 
 
@@ -375,7 +414,9 @@ def _index(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise RequestError(f"{name} must be a whole number, not {str(value)[:80]!r} of type {_type(value)}") from None
+        raise RequestError(
+            f"{name} must be a whole number, not {str(value)[:80]!r} of type {_type(value)}", argument=name
+        ) from None
 
 
 def _type(value: Any) -> str:

@@ -92,7 +92,8 @@ def parse_sampling_params(
         result["top_k"] = TOP_K_ALL
     longest = result["max_new_tokens"]
     if longest is not None and result["min_new_tokens"] > longest:
-        raise SamplingParamsError(f"min_new_tokens={result['min_new_tokens']} is more than max_new_tokens={longest}")
+        message = f"min_new_tokens={result['min_new_tokens']} is more than max_new_tokens={longest}"
+        raise _refused("min_new_tokens", message)
     return SamplingParams(**result)
 
 
@@ -117,12 +118,12 @@ def _check_name(name: Any, value: Any) -> None:
     if name in _UNSUPPORTED:
         if value is None or value == "" or value == {} or value == [] or (name == "beam_width" and value == 1):
             return
-        raise SamplingParamsError(f"{name} is not supported yet: remove {name}={_short(value)}")
+        raise _refused(name, f"{name} is not supported yet: remove {name}={_short(value)}")
     if name in _NAMES:
         return
     close = _OTHER_ENGINES.get(name) or next(iter(difflib.get_close_matches(str(name), _NAMES, n=1)), None)
     hint = f"did you mean {close}?" if close else f"there are: {', '.join(sorted(_NAMES))}"
-    raise UnknownSamplingParamError(f"there is no sampling parameter {name!r}; {hint}")
+    raise UnknownSamplingParamError(f"there is no sampling parameter {name!r}; {hint}", argument="sampling_params")
 
 
 def _number(low: float, high: float = math.inf, *, above_low: bool = False) -> Callable[[str, Any], float]:
@@ -137,7 +138,7 @@ def _number(low: float, high: float = math.inf, *, above_low: bool = False) -> C
         if not math.isfinite(number) or not inside:
             opening = "(" if above_low else "["
             closing = "inf)" if high == math.inf else f"{high}]"
-            raise SamplingParamsError(f"{name}={_short(value)} is outside {opening}{low}, {closing}")
+            raise _refused(name, f"{name}={_short(value)} is outside {opening}{low}, {closing}")
         return number
 
     return check
@@ -147,7 +148,7 @@ def _integer(low: int, high: int) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
         number = _index(name, value)
         if not low <= number <= high:
-            raise SamplingParamsError(f"{name}={number} is outside {low} … {high}")
+            raise _refused(name, f"{name}={number} is outside {low} … {high}")
         return number
 
     return check
@@ -155,14 +156,14 @@ def _integer(low: int, high: int) -> Callable[[str, Any], int]:
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise _wrong_type(name, value, "True or False")
+        raise _wrong_type(name, value, "true or false")
     return value
 
 
 def _top_k(name: str, value: Any) -> int:
     number = _index(name, value)
     if number != TOP_K_ALL and number < 1:
-        raise SamplingParamsError(f"top_k={number} must be -1 (the whole vocabulary) or at least 1")
+        raise _refused(name, f"top_k={number} must be -1 (the whole vocabulary) or at least 1")
     return number
 
 
@@ -192,10 +193,11 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
     if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) for text in strings):
         raise _wrong_type("stop", value, "a string or a list of strings")
     if len(strings) > MAX_STOP_STRINGS:
-        raise SamplingParamsError(f"stop has {len(strings)} strings; at most {MAX_STOP_STRINGS} are possible")
+        raise _refused("stop", f"stop has {len(strings)} strings; at most {MAX_STOP_STRINGS} are possible")
     for text in strings:
         if not 0 < len(text) <= MAX_STOP_CHARS:
-            raise SamplingParamsError(f"a stop string has {len(text)} characters; 1 … {MAX_STOP_CHARS} are possible")
+            message = f"stop has a string of {len(text)} characters; 1 … {MAX_STOP_CHARS} are possible"
+            raise _refused("stop", message)
     return tuple(strings)
 
 
@@ -204,26 +206,26 @@ def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
         raise _wrong_type(name, value, "a list of token ids")
     ids = [_index(name, token_id) for token_id in value]
     if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise SamplingParamsError(f"{name} has {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are possible")
+        raise _refused(name, f"{name} has {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are possible")
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
-            raise SamplingParamsError(f"{name} has id {token_id}, outside the vocabulary of {vocab_size} tokens")
+            raise _refused(name, f"{name} has id {token_id}, outside the vocabulary of {vocab_size} tokens")
     return ids
 
 
 def _logit_bias(value: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, Mapping):
-        raise _wrong_type("logit_bias", value, "a dict of token id to number")
+        raise _wrong_type("logit_bias", value, "an object of token id to number")
     if len(value) > MAX_LOGIT_BIAS:
-        raise SamplingParamsError(f"logit_bias has {len(value)} entries; at most {MAX_LOGIT_BIAS} are possible")
+        raise _refused("logit_bias", f"logit_bias has {len(value)} entries; at most {MAX_LOGIT_BIAS} are possible")
     result: dict[int, float] = {}
     for key, bias in value.items():
         try:
             token_id = int(key) if isinstance(key, str) else operator.index(key)  # JSON has string keys only
         except (TypeError, ValueError) as exc:
-            raise _wrong_type("a key of logit_bias", key, "a token id") from exc
+            raise _refused("logit_bias", f"a key of logit_bias must be a token id, not {_short(key)}") from exc
         if not 0 <= token_id < vocab_size:
-            raise SamplingParamsError(f"logit_bias has id {token_id}, outside the vocabulary of {vocab_size} tokens")
+            raise _refused("logit_bias", f"logit_bias has id {token_id}, outside the vocabulary of {vocab_size} tokens")
         result[token_id] = _number(-1e9, 1e9)(f"logit_bias[{token_id}]", bias)
     return tuple(result.items())
 
@@ -234,7 +236,7 @@ def _seed(seed: Any, sampling_seed: Any) -> int | None:
         return None
     name, value = ("seed", seed) if sampling_seed is None else ("sampling_seed", sampling_seed)
     if seed is not None and sampling_seed is not None and seed != sampling_seed:
-        raise SamplingParamsError(f"seed={seed!r} and sampling_seed={sampling_seed!r} differ: give one")
+        raise _refused("seed", f"seed={seed!r} and sampling_seed={sampling_seed!r} differ: give one")
     return _integer(-_INT64, _INT64 - 1)(name, value) % 2**64
 
 
@@ -248,7 +250,12 @@ def _index(name: str, value: Any) -> int:
 
 
 def _wrong_type(name: str, value: Any, wanted: str) -> SamplingParamsError:
-    return SamplingParamsError(f"{name} must be {wanted}, got {_short(value)} of type {type(value).__name__}")
+    return _refused(name, f"{name} must be {wanted}, not {_short(value)}")
+
+
+def _refused(name: str, message: str) -> SamplingParamsError:
+    """name: of the parameter, or of an entry such as logit_bias[5]."""
+    return SamplingParamsError(message, argument=name.partition("[")[0])
 
 
 def _short(value: Any) -> str:

@@ -190,7 +190,8 @@ class Tokenizer:
             if token_id in self.special_ids and not added and token != unknown:
                 raise PromptError(
                     f"the prompt holds {token!r}, which this vocabulary cannot write as ordinary text; remove it from "
-                    "the prompt or encode with parse_special=True"
+                    "the prompt",
+                    advice="or encode with parse_special=True",
                 )
 
 

@@ -49,7 +49,7 @@ BODY_FIELDS: dict[str, Any] = {
 def refuse_unsupported(given: Mapping[str, Any], names: Mapping[str, Any]) -> None:
     """Raise RequestError for the first of `names` that `given` asks something of. Empty values ask for nothing."""
     for name in _asked(given, names):
-        raise RequestError(f"{name} is not supported by Mooli yet: leave it out")
+        raise RequestError(f"{name} is not supported by Mooli yet: leave it out", argument=name)
 
 
 def _asked(given: Mapping[str, Any], names: Mapping[str, Any]) -> Iterable[str]:

@@ -22,8 +22,16 @@ from typing import Any
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.server.anthropic_types import UNSUPPORTED, CountTokensBody, MessagesBody, check_served, conversation
+from mooli.server.openai_fields import require_chat_template
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
 from mooli.server.service import Service
+
+NAMES = {
+    "input_ids": "messages",
+    "max_new_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "continue_final_message": "a last message of the assistant",
+}
 
 
 async def create_message(service: Service, request: Incoming) -> Reply | EventStream:
@@ -61,6 +69,7 @@ def _sampling(service: Service, body: MessagesBody) -> dict[str, Any]:
 async def _prompt_ids(service: Service, request: Incoming) -> list[int]:
     body: CountTokensBody = request.body
     check_served(request.unsupported)
+    require_chat_template(service)
     messages, continues = conversation(body, service.config.max_request_items)
     last = {"add_generation_prompt": not continues, "continue_final_message": continues}
     return await service.encode_chat(messages, **{**service.config.chat_template_kwargs, **last})
@@ -160,6 +169,7 @@ ROUTES = (
         summary="Anthropic's Messages API: the next message of a conversation.",
         body=MessagesBody,
         unsupported=frozenset(UNSUPPORTED),
+        names=NAMES,
         is_generation=True,
     ),
     Route(
@@ -171,5 +181,6 @@ ROUTES = (
         summary="Anthropic's Messages API: the tokens of a prompt.",
         body=CountTokensBody,
         unsupported=frozenset(UNSUPPORTED),
+        names=NAMES,
     ),
 )

@@ -1,6 +1,7 @@
 """What a client is told when something went wrong: status, headers, and body or event in the words of each API.
 
-Owns the way from an exception to an answer. An exception nobody raised on purpose is never shown to a client: it may
+Owns the way from an exception to an answer, in the names of the route's fields: the engine's side knows those of Python
+(`mooli.errors.RequestError`). An exception nobody raised on purpose is never shown to a client: it may
 hold paths, prompts of others, or internals. Never logs, never writes to a socket.
 
 Sources: OpenAI's and Anthropic's API references, errors; RFC 9110, status codes and Retry-After.
@@ -8,6 +9,7 @@ Sources: OpenAI's and Anthropic's API references, errors; RFC 9110, status codes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -21,6 +23,7 @@ from mooli.errors import (
     EngineClosedError,
     EngineDeadError,
     EngineError,
+    PromptError,
     RequestError,
 )
 from mooli.server.routing import SSE_DONE, Dialect, HttpError, sse
@@ -29,6 +32,9 @@ RETRY_AFTER_S = 1
 """Of 429 and 503 that say nothing else."""
 
 INTERNAL = "Internal server error. The server's log says what happened."
+
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""Coding agents look for this code, and for the words beside it, to shorten their history."""
 
 MAX_MESSAGE_CHARS = 2000
 """Messages quote what was sent, which may be long."""
@@ -57,24 +63,70 @@ class Problem:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def problem_of(error: Exception) -> Problem:
-    """The problem an exception stands for. One that is not Mooli's own becomes a 500 that tells nothing."""
+def problem_of(error: Exception, dialect: Dialect, names: Mapping[str, str]) -> Problem:
+    """The problem an exception stands for, in a dialect's words and a route's names. One that is not Mooli's own
+    becomes a 500 that tells nothing."""
+    if isinstance(error, RequestError) and not isinstance(error, HttpError):
+        error = in_names(error, dialect, names)
     if isinstance(error, HttpError):
         status, param, code = error.status_code, error.param, error.code
         wait_s = error.retry_after_s
     else:
         status, param, code, wait_s = _status_of(error), None, None, None
-        if isinstance(error, ContextLengthError):
-            code = "context_length_exceeded"
     if wait_s is None and status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         wait_s = RETRY_AFTER_S
     message = str(error) if is_for_client(error) else INTERNAL
+    if isinstance(error, ChatTemplateError):
+        message, param = _renamed(message, names), names.get("input_ids")
     if len(message) > MAX_MESSAGE_CHARS:
         message = message[:MAX_MESSAGE_CHARS] + "…"
     headers = {} if wait_s is None else {"Retry-After": str(wait_s)}
     if status == HTTPStatus.REQUEST_TIMEOUT:
         headers["Connection"] = "close"  # what comes later would be the rest of the request
     return Problem(status, message, param, code, headers)
+
+
+def in_names(error: RequestError, dialect: Dialect, names: Mapping[str, str]) -> HttpError:
+    """An error of the engine's side for a client who knows arguments by other `names`, without advice that only who
+    holds the engine can follow. What is too long for the context is said in words that a dialect's clients look for."""
+    prompt = names.get("input_ids", "prompt")
+    param = error.argument and names.get(error.argument, error.argument)
+    if isinstance(error, PromptError):
+        param = param or names.get("input_ids")
+    message, code = _renamed(error.message, names), None
+    if isinstance(error, ContextLengthError):
+        code = CONTEXT_LENGTH_EXCEEDED
+        if error.prompt_tokens is not None and error.context_length is not None and dialect is not Dialect.NATIVE:
+            words = _openai_too_long if dialect is Dialect.OPENAI else _anthropic_too_long
+            message = words(error, prompt, error.prompt_tokens, error.context_length)
+    return HttpError(error.status_code, message, param=param, code=code)
+
+
+def _renamed(message: str, names: Mapping[str, str]) -> str:
+    # "prompt" is a word of English as well.
+    arguments = [name for name in names if name != "prompt"]
+    return re.sub(rf"\b({'|'.join(arguments)})\b", lambda match: names[match[0]], message) if arguments else message
+
+
+def _openai_too_long(error: ContextLengthError, prompt: str, num_tokens: int, context_length: int) -> str:
+    about = "at least " if error.is_estimate else ""
+    which = "" if error.prompt_index is None else f" This is about prompt {error.prompt_index}."
+    opening = f"This model's maximum context length is {context_length} tokens. However, "
+    if error.max_new_tokens is None:
+        return (
+            f"{opening}your {prompt} resulted in {about}{num_tokens} tokens. Please reduce the length of the {prompt}."
+            f"{which}"
+        )
+    return (
+        f"{opening}you requested {num_tokens + error.max_new_tokens} tokens ({num_tokens} in the {prompt},"
+        f" {error.max_new_tokens} in the completion). Please reduce the length of the {prompt} or completion.{which}"
+    )
+
+
+def _anthropic_too_long(error: ContextLengthError, prompt: str, num_tokens: int, context_length: int) -> str:
+    # At least one token is for the answer.
+    about = "at least " if error.is_estimate else ""
+    return f"prompt is too long: {about}{num_tokens} tokens > {context_length - 1} maximum"
 
 
 def is_for_client(error: Exception) -> bool:

@@ -206,7 +206,7 @@ class _Exchange:
             logger.error("%s %s failed", self._scope["method"], self._route.path, exc_info=error)
         if self._is_complete:
             return
-        problem = problem_of(error)
+        problem = problem_of(error, self._route.dialect, self._route.names)
         if self.status == CLIENT_LEFT:
             await self._send_messages(error_reply(self._route.dialect, problem))
         else:

@@ -35,6 +35,8 @@ _BYTES = np.arange(256)
 _STEPS = np.isin(_BYTES, [*b"[{"]).astype(np.int8) - np.isin(_BYTES, [*b"]}"]).astype(np.int8)
 _BEGINS_VALUE = np.isin(_BYTES, [*b"[{,"])
 
+_JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+
 _MARKS = re.compile(rb'"([^"]*)"\s*:|"[^"]*"|[\[{]|[\]}]')
 """A key, another string, an opening, a closing; in JSON without escapes."""
 
@@ -85,8 +87,9 @@ def _slices_type(names: frozenset[str]) -> type[msgspec.Struct]:
 
 
 def _wrong_type(words: str) -> HttpError:
-    """msgspec's words, with the path in front as clients write it."""
+    """msgspec's words, with JSON's names of types, and with the path in front as clients write it."""
     words, _, path = words.partition(" - at ")
+    words = re.sub(r"\b(str|int|float|bool)\b", lambda match: _JSON_TYPES[match[0]], words)
     match = re.search(r"\$\.?([^`]*)", path)
     where = match.group(1) if match else ""
     if not where and words.startswith("Expected `object`"):

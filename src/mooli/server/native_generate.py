@@ -72,7 +72,7 @@ async def _prepare(service: Service, body: GenerateBody, client: Client) -> Call
     if body.cache_salt and body.extra_key and body.cache_salt != body.extra_key:
         raise HttpError(400, "cache_salt and extra_key mean the same here and differ: give one", param="extra_key")
     if body.return_text_in_logprobs and service.tokenizer is None:
-        message = "return_text_in_logprobs needs a tokenizer, and this server has none (skip_tokenizer_init)"
+        message = "return_text_in_logprobs needs a tokenizer, and this server has none"
         raise HttpError(400, message, param="return_text_in_logprobs")
     return await service.prepare(
         prompt=body.text,
@@ -132,6 +132,7 @@ ROUTES = (
         summary="Generate from text or token ids (SGLang's native API)",
         body=GenerateBody,
         unsupported=frozenset(BODY_FIELDS),
+        names={"prompt": "text"},
         is_generation=True,
     ),
 )

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from mooli.errors import RequestError
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.server.errors import in_names
 from mooli.server.json_body import check_count
 from mooli.server.logprob_shapes import chat_logprobs
 from mooli.server.openai_answers import AnswerShape, Delta, Unshown, finish_fields, finished, head, stream, tail
 from mooli.server.openai_fields import (
+    COMMON_NAMES,
     UNSUPPORTED,
     cache_salt,
-    openai_errors,
     refuse_unsupported,
+    require_chat_template,
     require_tokenizer,
     sampling_params,
 )
@@ -26,6 +29,8 @@ from mooli.server.openai_types import ChatBody, ChatMessage
 from mooli.server.routing import Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
 from mooli.types import FinishReason
+
+NAMES = {**COMMON_NAMES, "input_ids": "messages", "top_logprobs_num": "top_logprobs"}
 
 _OWN_ARGUMENTS = frozenset(
     (
@@ -62,7 +67,7 @@ async def _prepare(service: Service, body: ChatBody, client: Client) -> CallInpu
     length_name, max_tokens = _length(body)
     logprobs = _logprob_arguments(body)
     ids = await conversation_ids(service, body)
-    with openai_errors(prompt="messages", length=length_name, top_logprobs="top_logprobs"):
+    try:
         return await service.prepare(
             input_ids=ids,
             sampling_params=_sampling(service, body, max_tokens),
@@ -72,16 +77,18 @@ async def _prepare(service: Service, body: ChatBody, client: Client) -> CallInpu
             **client.marks,
             **logprobs,
         )
+    except RequestError as exc:
+        raise in_names(exc, Dialect.OPENAI, {**NAMES, "max_new_tokens": length_name}) from exc
 
 
 async def conversation_ids(service: Service, body: ChatBody) -> list[int]:
     """The ids of a conversation, up to where the assistant goes on. Raises HttpError."""
+    require_chat_template(service)
     parts = sum(len(message.content) for message in body.messages if isinstance(message.content, list))
     check_count("messages", len(body.messages) + parts, service.config.max_request_items)
     messages = [_template_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
     template_arguments = _template_arguments(service, body)
-    with openai_errors(prompt="messages", length="max_tokens", top_logprobs="top_logprobs"):
-        return await service.encode_chat(messages, **template_arguments)
+    return await service.encode_chat(messages, **template_arguments)
 
 
 def _length(body: ChatBody) -> tuple[str, int | None]:
@@ -246,6 +253,7 @@ ROUTES = (
         summary="Continue a conversation (OpenAI's chat completions)",
         body=ChatBody,
         unsupported=frozenset(UNSUPPORTED),
+        names=NAMES,
         is_generation=True,
     ),
 )

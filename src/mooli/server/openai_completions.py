@@ -17,9 +17,9 @@ from mooli.server.json_body import check_count
 from mooli.server.logprob_shapes import LegacyLogprobs, joined
 from mooli.server.openai_answers import AnswerShape, Unshown, finish_fields, finished, head, stream, tail
 from mooli.server.openai_fields import (
+    COMMON_NAMES,
     UNSUPPORTED,
     cache_salt,
-    openai_errors,
     refuse_unsupported,
     require_tokenizer,
     sampling_params,
@@ -83,16 +83,15 @@ async def _prepare(service: Service, body: CompletionBody, client: Client) -> Ca
     if body.logprobs is not None:
         start = 0 if body.echo else -1
         logprobs = {"return_logprob": True, "logprob_start_len": start, "top_logprobs_num": body.logprobs}
-    with openai_errors(prompt="prompt", length="max_tokens", top_logprobs="logprobs"):
-        inputs = await service.prepare(
-            **prompt,
-            sampling_params=params,
-            rid=body.rid,
-            priority=body.priority,
-            cache_salt=cache_salt(body),
-            **client.marks,
-            **logprobs,
-        )
+    inputs = await service.prepare(
+        **prompt,
+        sampling_params=params,
+        rid=body.rid,
+        priority=body.priority,
+        cache_salt=cache_salt(body),
+        **client.marks,
+        **logprobs,
+    )
     if limit is not None:
         _limit(inputs, limit)
     return inputs
@@ -203,6 +202,7 @@ ROUTES = (
         summary="Continue prompts (OpenAI's completions)",
         body=CompletionBody,
         unsupported=frozenset(UNSUPPORTED),
+        names={**COMMON_NAMES, "input_ids": "prompt", "top_logprobs_num": "logprobs"},
         is_generation=True,
     ),
 )

@@ -1,24 +1,20 @@
 """OpenAI's request fields in the native names, and which of them cannot be served.
 
-Owns the lists of names, the translation both ways (values down, errors up), and the refusal of what would change the
-answer if it were left aside. Never starts a request.
+Owns the lists of names, and the refusal of what would change the answer if it were left aside. Never starts a request.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from mooli.errors import ChatTemplateError, ContextLengthError, PromptError, RequestError
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.openai_types import GenerationBody
 from mooli.server.routing import HttpError
 from mooli.server.service import Service
 
-CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
-"""Coding agents look for this code to shorten their history."""
+COMMON_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+"""What both routes call arguments of the native side."""
 
 _SAMPLING_NAMES = {
     "min_tokens": "min_new_tokens",
@@ -79,8 +75,14 @@ def _is_neutral(value: Any) -> bool:
 def require_tokenizer(service: Service) -> Tokenizer:
     """Raises HttpError (400) where there is none."""
     if service.tokenizer is None:
-        raise HttpError(400, "this server has no tokenizer (skip_tokenizer_init): use /generate with input_ids")
+        raise HttpError(400, "this server has no tokenizer: use /generate with input_ids")
     return service.tokenizer
+
+
+def require_chat_template(service: Service) -> None:
+    """Raises HttpError (400) where a conversation cannot be written down."""
+    if require_tokenizer(service).chat_template is None:
+        raise HttpError(400, "this model has no chat template: use /v1/completions or /generate", param="messages")
 
 
 def sampling_params(body: GenerationBody) -> dict[str, Any]:
@@ -98,39 +100,3 @@ def cache_salt(body: GenerationBody) -> str | None:
     if body.extra_key and body.cache_salt and body.extra_key != body.cache_salt:
         raise HttpError(400, "extra_key and cache_salt mean the same here and differ: give one", param="extra_key")
     return body.cache_salt or body.extra_key
-
-
-@contextmanager
-def openai_errors(*, prompt: str, length: str, top_logprobs: str) -> Iterator[None]:
-    """Errors of the native side, told in the names that the client used: HttpError instead of any RequestError.
-
-    prompt, length, top_logprobs: what the route calls these fields.
-    """
-    names = {
-        "input_ids": prompt,
-        "max_new_tokens": length,
-        "min_new_tokens": "min_tokens",
-        "top_logprobs_num": top_logprobs,
-    }
-    try:
-        yield
-    except HttpError:
-        raise
-    except ChatTemplateError as exc:
-        raise HttpError(400, str(exc), param=prompt) from exc
-    except RequestError as exc:
-        message = _renamed(str(exc), names)
-        code = CONTEXT_LENGTH_EXCEEDED if isinstance(exc, ContextLengthError) else None
-        param = prompt if isinstance(exc, PromptError) else _named_field(message, names)
-        raise HttpError(exc.status_code, message, param=param, code=code) from exc
-
-
-def _renamed(message: str, names: Mapping[str, str]) -> str:
-    return re.sub(rf"\b({'|'.join(names)})\b", lambda match: names[match[0]], message)
-
-
-def _named_field(message: str, names: Mapping[str, str]) -> str | None:
-    """The field that a message begins to speak of."""
-    fields = [*names.values(), *_SAMPLING_NAMES, "rid", "priority", "cache_salt"]
-    match = re.search(rf"\b({'|'.join(fields)})\b", message)
-    return None if match is None else match[0]

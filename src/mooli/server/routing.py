@@ -129,6 +129,8 @@ Handler = Callable[["Service", Incoming], Awaitable["Reply | EventStream"]]
 class Route:
     """One path. body: type of the JSON body; None: a body is neither needed nor read. Without `needs_body` an empty one
     stands for {}. unsupported: names of fields that `body` does not have, but of which the handler wants to hear.
+    names: what clients of this route call an argument of `Engine.generate` or a sampling parameter, where it is another
+    word; errors are told in them.
     is_generation: it makes the engine work, so it is refused while the server drains and counts against its limits."""
 
     path: str
@@ -140,6 +142,7 @@ class Route:
     body: type[msgspec.Struct] | None = None
     needs_body: bool = True
     unsupported: frozenset[str] = frozenset()
+    names: Mapping[str, str] = field(default_factory=dict)
     is_generation: bool = False
 
 

@@ -128,14 +128,14 @@ class Service:
         token. Raises ChatTemplateError, PromptError, or RequestError without a tokenizer."""
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise RequestError("this server has no tokenizer (skip_tokenizer_init): use /generate with input_ids")
+            raise RequestError("this server has no tokenizer: use /generate with input_ids")
         return await self._run(_num_chars(messages), lambda: encode_chat(tokenizer, messages, **template_arguments))
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Raises PromptError, or RequestError without a tokenizer."""
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise RequestError("this server has no tokenizer (skip_tokenizer_init)")
+            raise RequestError("this server has no tokenizer")
         return await self._run(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def start(self, inputs: CallInputs, *, is_stream: bool, is_counted: bool = True) -> ServedCall:
