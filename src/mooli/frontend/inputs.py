@@ -354,7 +354,8 @@ def _check_stop_chars(params: Sequence[SamplingParams], n: int) -> None:
     if num_chars > MAX_CALL_STOP_CHARS:
         raise RequestError(
             f"stop strings of {num_chars} characters in one call, each sequence's counted, are more than the"
-            f" {MAX_CALL_STOP_CHARS} that are possible: give fewer or shorter ones, or fewer prompts at once"
+            f" {MAX_CALL_STOP_CHARS} that are possible: give fewer or shorter ones, or fewer prompts at once",
+            argument="stop",
         )
 
 
