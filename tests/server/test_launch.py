@@ -22,6 +22,7 @@ from mooli.frontend import text_side
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.server import launch
 from mooli.server.config import ServerConfig
+from mooli.server.keys import KeyRing
 
 BROKEN = "{% if %}"
 FAKE_CORE = Path(__file__).resolve().parents[1] / "unit" / "fake_core.py"
@@ -74,8 +75,9 @@ def test_a_start_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch, engine
     async def start() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: said.append(context))
         engine_config = EngineConfig.from_kwargs(model_path=engine)
+        config = ServerConfig(skip_server_warmup=True)
         with child:
-            await launch.start_service(ServerConfig(skip_server_warmup=True), engine_config, (), 0.0, child)
+            await launch.start_service(config, engine_config, (), 0.0, child, KeyRing(config))
 
     with pytest.raises((MooliError, OSError)):
         asyncio.run(start())

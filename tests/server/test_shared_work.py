@@ -127,7 +127,7 @@ def test_who_asks_in_a_pause_waits_for_what_comes_after_it():
 
 
 # -- what strangers may ask for ----------------------------------------------------------------------------------------
-REQUEST = Incoming(given={}, body=None, query={}, path_params={}, headers={}, client=Client())
+REQUEST = Incoming(body=None, unsupported={}, query={}, path_params={}, headers={}, client=Client())
 
 
 def at_a_time(
