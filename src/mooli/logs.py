@@ -1,20 +1,34 @@
 """How log lines look, and who prints them; and the one line in which a command says what went wrong.
 
-Owns the format, and what need not be printed again. A process of our own sets logging up; inside another program only
-what it has not set up is added.
+Owns the format, the way of a line to standard error, and what need not be printed again. A process of our own sets
+logging up; inside another program only what it has not set up is added. Never lets what reads the log hold up or end
+what writes it: a line that cannot be written is dropped, and the next one that can be says how many were.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import select
 import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+PATIENCE_S = 0.1
+"""For which the first line that finds its reader stopped waits; lines behind it wait no more."""
+
+_IS_OBJECT = "mooli_is_object"
 
 
 def set_up_logging(level: str) -> None:
     """For a process that is ours: everything to standard error, of Mooli from `level` on (debug, info, …)."""
-    logging.basicConfig(format=LOG_FORMAT)
+    handler = _handler()
+    handler.setFormatter(_LineFormatter(LOG_FORMAT))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("mooli").setLevel(level.upper())
 
 
@@ -48,3 +62,64 @@ class FirstTimes:
         is_first = kind not in self._known
         self._known.add(kind)
         return is_first
+
+
+def log_object(logger: logging.Logger, fields: Mapping[str, Any]) -> None:
+    """A line that is a JSON object and nothing else: `fields`, after the time."""
+    line = json.dumps({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields})
+    logger.info("%s", line, extra={_IS_OBJECT: True})
+
+
+class _LineFormatter(logging.Formatter):
+    """Puts time, level and name before a line, but not before those of `log_object`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage() if getattr(record, _IS_OBJECT, False) else super().format(record)
+
+
+class LineHandler(logging.Handler):
+    """Writes lines to a descriptor, as far as that takes them."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        self._num_lost = 0
+        self._is_cut = False
+        """Whether the last line is there in part."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record).encode(errors="backslashreplace") + b"\n"
+        except Exception:
+            self.handleError(record)
+            return
+        if self._num_lost:
+            line = self._loss() + line
+        try:
+            is_written = self._write(line)
+        except OSError:  # closed, a full disk, …: there is nowhere to say so
+            is_written = False
+        self._num_lost = 0 if is_written else self._num_lost + 1
+
+    def _loss(self) -> bytes:
+        end = b"\n" if self._is_cut else b""
+        return end + b"WARNING mooli.logs: %d lines of the log could not be written\n" % self._num_lost
+
+    def _write(self, line: bytes) -> bool:
+        """Whether all of it is written. A pipe that is ready takes PIPE_BUF bytes at once."""
+        patience_s = 0.0 if self._num_lost else PATIENCE_S
+        rest = memoryview(line)
+        while rest and self._poll.poll(patience_s * 1000):
+            num_bytes = os.write(self._descriptor, rest[: select.PIPE_BUF])
+            self._is_cut = num_bytes < len(rest)
+            rest = rest[num_bytes:]
+        return not rest
+
+
+def _handler() -> logging.Handler:
+    try:
+        return LineHandler(sys.stderr.fileno())
+    except (AttributeError, OSError, ValueError):  # there is none, or it is none of the system's
+        return logging.StreamHandler()
