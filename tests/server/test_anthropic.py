@@ -256,6 +256,33 @@ def test_the_client_raises_what_the_server_says(live):
         assert client.messages.create(model="m", max_tokens=5, messages=HELLO).content[0].text == "Hi"
 
 
+@pytest.mark.parametrize("name", ["plain", "Qwen/Qwen2.5-0.5B-Instruct"])
+def test_the_client_lists_and_finds_the_model(live, name):
+    server = live(engine={"served_model_name": name})
+    with client_of(server) as client:
+        page = client.models.list(limit=5)
+        (listed,) = page.data
+        assert (page.has_more, page.first_id, page.last_id) == (False, name, name)
+        assert (listed.type, listed.id, listed.display_name) == ("model", name, name)
+        assert abs(listed.created_at.timestamp() - time.time()) < 60
+        assert listed.max_input_tokens == CONTEXT - 1
+        assert [model.id for model in client.models.list()] == [name]
+        assert client.models.list(after_id=name).data == []
+        assert client.models.retrieve(name) == listed
+        with pytest.raises(anthropic.NotFoundError, match="another") as raised:
+            client.models.retrieve("another")
+        assert raised.value.body["error"]["type"] == "not_found_error"
+    assert server.http.get("/v1/models").json()["object"] == "list"
+
+
+def test_the_client_sees_too_long_a_prompt_in_its_words(greeter):
+    with (
+        client_of(greeter) as client,
+        pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > "),
+    ):
+        client.messages.create(model="m", max_tokens=5, messages=[{"role": "user", "content": "x" * CONTEXT}])
+
+
 def test_a_request_that_fails_in_the_engine_is_an_error_without_its_insides(live):
     server = live(runner={"raises": lambda batch: RuntimeError("the pool burst")})
     reply = ask(server)

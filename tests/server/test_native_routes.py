@@ -489,6 +489,13 @@ def test_tokenize_reads_a_conversation_as_the_chat_route_does(live):
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "nobody", "content": "a"}]}, "role"),
         ({"messages": []}, "message"),
+        ({"prompt": "a", "chat_template_kwargs": {"b": 1}}, "chat_template_kwargs belongs to messages"),
+        ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt belongs to messages"),
+        ({"prompt": ["a"], "continue_final_message": True}, "continue_final_message belongs to messages"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True},
+            "add_special_tokens belongs to a prompt",
+        ),
     ],
 )
 def test_tokenize_refuses_what_it_cannot_read(greeter, body, words):

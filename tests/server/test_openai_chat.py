@@ -194,6 +194,7 @@ def test_a_second_turn_reuses_the_first(live):
         ({"role": "tool", "content": "42", "tool_call_id": "x"}, "tool: 42"),
         ({"role": "function", "content": "42", "name": "f"}, "function: 42"),
         ({"role": "assistant", "content": "yes", "tool_calls": [], "refusal": None, "audio": None}, "assistant: yes"),
+        ({"role": "assistant", "content": None, "refusal": "I will not"}, "assistant: I will not"),
         (user("<eos>assistant: "), "user: <eos>assistant: "),
     ],
 )

@@ -39,6 +39,18 @@ def test_openai_lists_and_finds_the_model(client):
     assert raised.value.code == "model_not_found"
 
 
+def test_openai_sees_too_long_a_prompt_in_its_words(client):
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length is \d+ tokens. However, ") as raised:
+        client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x" * CONTEXT}])
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_openai_reads_where_cached_tokens_came_from(client):
+    extra = {"return_cached_tokens_details": True}
+    answer = client.chat.completions.create(model="m", messages=MESSAGES, extra_body=extra)
+    assert answer.sglext == {"cached_tokens_details": {"device": 0, "host": 0}}
+
+
 def test_openai_chats(client):
     answer = client.chat.completions.create(model="m", messages=MESSAGES, temperature=0, seed=1, user="me")
     (choice,) = answer.choices

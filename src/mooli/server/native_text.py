@@ -24,11 +24,12 @@ MANY_TOKENS = 4096
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
     """prompt: a text, or a list of texts; or instead messages: a conversation, as the chat route reads it, with the
-    fields that belong to it. add_special_tokens: of a prompt, put the begin and end tokens where the model has them."""
+    fields that belong to it. add_special_tokens: of a prompt, put the begin and end tokens where the model has them,
+    unless false; in a conversation the template has them."""
 
     prompt: str | list[str] | None = None
     messages: list[ChatMessage] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -48,24 +49,36 @@ async def tokenize(service: Service, request: Incoming) -> Reply:
         raise HttpError(
             400, "give either prompt or messages" + ("" if body.prompt is None else ", not both"), param="prompt"
         )
+    _check_belonging(body)
+    with_special = body.add_special_tokens is not False
     tokens: list[int] | list[list[int]]
     count: int | list[int]
     if isinstance(body.prompt, list):
         check_count("prompt", len(body.prompt), service.config.max_request_items)
         batch = []
         for text in body.prompt:
-            batch.append(await service.tokenize(text, add_special_tokens=body.add_special_tokens))
+            batch.append(await service.tokenize(text, add_special_tokens=with_special))
             await asyncio.sleep(0)  # short texts are tokenised here, and everybody waits meanwhile
         tokens, count = batch, [len(ids) for ids in batch]
     else:
-        tokens = await _ids(service, body)
+        if isinstance(body.prompt, str):
+            tokens = await service.tokenize(body.prompt, add_special_tokens=with_special)
+        else:
+            tokens = await _conversation_ids(service, body)
         count = len(tokens)
     return Reply({"tokens": tokens, "count": count, "max_model_len": service.facts.context_length})
 
 
-async def _ids(service: Service, body: TokenizeBody) -> list[int]:
-    if isinstance(body.prompt, str):
-        return await service.tokenize(body.prompt, add_special_tokens=body.add_special_tokens)
+def _check_belonging(body: TokenizeBody) -> None:
+    """Raises HttpError for a field that belongs to the other of prompt and messages, and would do nothing."""
+    others = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+    for name in others if body.messages is None else ("add_special_tokens",):
+        if getattr(body, name):
+            owner = "messages" if body.messages is None else "a prompt"
+            raise HttpError(400, f"{name} belongs to {owner}: leave it out", param=name)
+
+
+async def _conversation_ids(service: Service, body: TokenizeBody) -> list[int]:
     conversation = ChatBody(
         messages=body.messages or [],
         chat_template_kwargs=body.chat_template_kwargs,

@@ -128,12 +128,15 @@ def _template_message(message: ChatMessage, where: str) -> dict[str, Any]:
     for name in ("tool_calls", "function_call", "audio"):
         if getattr(message, name):
             raise HttpError(400, f"{where}.{name} is not supported by this server: leave it out", param="messages")
-    if message.content is None and message.role != "assistant":
+    content = message.content
+    if content is None and message.role == "assistant":
+        content = message.refusal  # said instead
+    elif content is None:
         raise HttpError(400, f"{where}.content is missing", param="messages")
     # Templates know no developer: it is OpenAI's newer name for who writes the system prompt.
     told = {
         "role": "system" if message.role == "developer" else message.role,
-        "content": _text(message.content, f"{where}.content"),
+        "content": _text(content, f"{where}.content"),
     }
     for name in ("name", "tool_call_id", "reasoning_content"):
         value = getattr(message, name)

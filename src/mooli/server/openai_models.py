@@ -1,30 +1,43 @@
 """GET /v1/models and /v1/models/{id}: the one model that is served.
 
-Owns the shape of a model card. Source: OpenAI API reference, models; SGLang's `max_model_len` and `root`.
+Owns the shapes of a model card: OpenAI's, and Anthropic's for who sends the header of Anthropic's clients. Sources:
+OpenAI API reference, models; SGLang's `max_model_len` and `root`; Anthropic's API reference, Models.
 """
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import Any
 
+from mooli.server.errors import error_body, problem_of
 from mooli.server.routing import Access, Dialect, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
 
+ANTHROPIC_HEADER = "anthropic-version"
+
 
 async def list_models(service: Service, request: Incoming) -> Reply:
+    if ANTHROPIC_HEADER in request.headers:
+        return Reply(_anthropic_page(service, request))
     return Reply({"object": "list", "data": [_card(service)]})
 
 
 async def retrieve_model(service: Service, request: Incoming) -> Reply:
+    is_anthropic = ANTHROPIC_HEADER in request.headers
     name = request.path_params["model_id"]
-    if name != service.model_name:
-        raise HttpError(
-            404,
-            f"The model {name[:200]!r} does not exist; this server has {service.model_name!r}",
-            param="model",
-            code="model_not_found",
-        )
-    return Reply(_card(service))
+    if name == service.model_name:
+        return Reply(_anthropic_card(service) if is_anthropic else _card(service))
+    error = HttpError(
+        404,
+        f"The model {name[:200]!r} does not exist; this server has {service.model_name!r}",
+        param="model",
+        code="model_not_found",
+    )
+    if not is_anthropic:
+        raise error
+    # The route's own dialect is OpenAI's.
+    problem = problem_of(error, Dialect.ANTHROPIC, {})
+    return Reply(error_body(Dialect.ANTHROPIC, problem), status=problem.status)
 
 
 def _card(service: Service) -> dict[str, Any]:
@@ -36,6 +49,26 @@ def _card(service: Service) -> dict[str, Any]:
         "root": service.engine_config.model_path,
         "parent": None,
         "max_model_len": service.facts.context_length,
+    }
+
+
+def _anthropic_page(service: Service, request: Incoming) -> dict[str, Any]:
+    """?after_id, ?before_id: nothing is on either side of the one model. A larger ?limit than 1 changes nothing."""
+    is_beyond = any(request.query.get(name) == service.model_name for name in ("after_id", "before_id"))
+    cards = [] if is_beyond else [_anthropic_card(service)]
+    name = cards[0]["id"] if cards else None
+    return {"data": cards, "has_more": False, "first_id": name, "last_id": name}
+
+
+def _anthropic_card(service: Service) -> dict[str, Any]:
+    return {
+        "type": "model",
+        "id": service.model_name,
+        "display_name": service.model_name,
+        "created_at": datetime.fromtimestamp(int(service.started_at), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "lifecycle": "active",
+        "max_input_tokens": service.facts.context_length - 1,
+        "max_tokens": service.facts.context_length - 1,
     }
 
 
