@@ -18,12 +18,16 @@ from numpy.typing import NDArray
 
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.formats.mapped_file import MappedFile
+from mooli.formats.regular_file import open_weights
 from mooli.tensor import BLOCK, GGUF_TYPES, RawTensor, TensorType, row_bytes
 
 _MAGIC = b"GGUF"
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
 _MAX_DEPTH = 4
+_MAX_TENSORS = 1 << 18
+_MAX_PAIRS = 1 << 16
+_MAX_NESTED = 1 << 16
 _MAX_NAME_BYTES = 1 << 16
 _MAX_STRING_BYTES = 1 << 26
 _STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
@@ -183,9 +187,9 @@ def read_gguf(path: str | Path) -> GGUFFile:
 def is_gguf(path: Path) -> bool:
     """Whether the file begins as a GGUF file does, whatever it is called."""
     try:
-        with path.open("rb") as file:
+        with open_weights(path) as file:
             return file.read(4) == _MAGIC
-    except OSError:
+    except (OSError, CheckpointError):
         return False
 
 
@@ -214,6 +218,11 @@ class _Reader:
             raise UnsupportedModelError(f"{self.name} has GGUF version {self.version}; versions 2 and 3 are read")
         self.num_tensors = self._count("number of tensors", 32)
         self.num_pairs = self._count("number of metadata pairs", 13)
+        if self.num_tensors > _MAX_TENSORS or self.num_pairs > _MAX_PAIRS:
+            raise self._wrong(
+                f"{self.num_tensors} tensors and {self.num_pairs} metadata pairs; at most {_MAX_TENSORS} and"
+                f" {_MAX_PAIRS} are read"
+            )
 
     # -- parts of the header, in the order of the file --
     def metadata(self) -> dict[str, Any]:
@@ -307,7 +316,12 @@ class _Reader:
         if kind == _STRING:
             return self._strings(self._count(key, 8), key)
         if kind == _ARRAY:
-            return [self._array(key, depth + 1) for _ in range(self._count(key, 12))]
+            count = self._count(key, 12)
+            if count > _MAX_NESTED:
+                raise self._wrong(
+                    f"metadata {key[:80]!r} is an array of {count} arrays; at most {_MAX_NESTED} are read"
+                )
+            return [self._array(key, depth + 1) for _ in range(count)]
         if kind not in _NUMBERS:
             raise self._wrong(f"metadata {key[:80]!r} is an array of unknown value type {kind}")
         dtype = _NUMBERS[kind]

@@ -6,10 +6,12 @@ Owns the wording of what is wrong with a JSON file. Knows no schema.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mooli.errors import CheckpointError, ModelNotFoundError
+from mooli.errors import CheckpointError
+from mooli.formats.regular_file import read_text_file
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
@@ -26,23 +28,16 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
 
 
 def read_json(path: Path, max_bytes: int = 1 << 26) -> dict[str, Any]:
-    """The JSON object in a file of at most `max_bytes`."""
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise CheckpointError(f"{path.name} has {size} bytes; more than {max_bytes} are not read")
-        return parse_json(path.read_bytes(), path.name)
-    except FileNotFoundError as exc:
-        raise ModelNotFoundError(f"there is no file {path}") from exc
-    except OSError as exc:
-        raise CheckpointError(f"cannot read {path.name}: {exc}") from exc
+    """The JSON object in a file of at most `max_bytes` of a model folder (`read_text_file`)."""
+    return parse_json(read_text_file(path, max_bytes), path.name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)[:80]!r}")
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"duplicate key {twice[:80]!r}")
     return result
 
 

@@ -13,27 +13,27 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from mooli.errors import CheckpointError, ModelNotFoundError
+from mooli.errors import CheckpointError, ModelError
+from mooli.formats.regular_file import open_weights
 
 
 class MappedFile:
     """Bytes of a file without reading them: pages come in when touched and may leave again after `release`.
 
-    Raises ModelNotFoundError if the file is not there, CheckpointError if it is empty or cannot be mapped.
+    Raises ModelNotFoundError if the file is not there, CheckpointError if it is empty, no regular file (`open_weights`)
+    or cannot be mapped.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_weights(path) as file:
                 self.size = file.seek(0, 2)
                 if self.size == 0:
                     raise CheckpointError(f"{path.name} is empty")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError as exc:
-            raise ModelNotFoundError(f"there is no file {path}") from exc
         except (OSError, ValueError) as exc:
-            if isinstance(exc, CheckpointError):
+            if isinstance(exc, ModelError):
                 raise
             raise CheckpointError(f"cannot map {path.name}: {exc}") from exc
 

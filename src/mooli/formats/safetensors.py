@@ -25,7 +25,7 @@ from mooli.tensor import RawTensor, TensorType, row_bytes
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-_MAX_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 1 << 25
 _MAX_DIMS = 32
 _READABLE = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
 _OTHER_BYTES = {

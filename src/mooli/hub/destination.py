@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mooli.errors import CheckpointError, DownloadError
+from mooli.formats.regular_file import read_text_file
 from mooli.formats.safetensors import SINGLE_NAME
 from mooli.hub.local import RepositoryName, hugging_face_repository
 from mooli.hub.repository import CONFIG, RemoteFile, Repository
@@ -203,10 +204,7 @@ def staged_name(file: RemoteFile) -> str:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What a pull wrote into a plain folder; None where there is no such record or it is not one."""
     try:
-        path = folder / RECORD
-        if path.stat().st_size > _MAX_RECORD_BYTES:
-            return None
-        record = json.loads(path.read_bytes())
+        record = json.loads(read_text_file(folder / RECORD, _MAX_RECORD_BYTES))
         files = record["files"]
         if not isinstance(record["model"], str) or not all(
             isinstance(entry["size"], int) and isinstance(entry["mtime_ns"], int) and "digest" in entry

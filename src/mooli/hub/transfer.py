@@ -16,7 +16,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from mooli.errors import DownloadError, ModelNotFoundError
+from mooli.errors import CheckpointError, DownloadError, ModelNotFoundError
+from mooli.formats.regular_file import open_weights
 from mooli.hub.repository import RemoteFile, Repository
 from mooli.hub.web import HttpStatusError, open_url
 
@@ -53,10 +54,10 @@ def matches(path: Path, file: RemoteFile) -> bool:
         if file.digest is None:
             return True
         digest = _new_digest(file)
-        with path.open("rb") as opened:
+        with open_weights(path) as opened:
             while chunk := opened.read(_CHUNK_BYTES):
                 digest.update(chunk)
-    except OSError:
+    except (OSError, CheckpointError):
         return False
     return bool(digest.hexdigest() == file.digest)
 

@@ -28,6 +28,7 @@ from mooli.tensor import TensorType
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 
+_MAX_CONFIG_BYTES = 1 << 24
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16: "bfloat16"}
 
@@ -114,7 +115,7 @@ def _open_folder(
 ) -> tuple[ModelConfig, Checkpoint]:
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(f"{path} has neither config.json nor a .gguf file: it is not a model folder")
-    raw = merge_hf_overrides(read_json(path / "config.json"), overrides)
+    raw = merge_hf_overrides(read_json(path / "config.json", _MAX_CONFIG_BYTES), overrides)
     description = find_description(path)
     if description is not None:
         # The description says it tensor by tensor; some versions of the tool repeat it here.
@@ -122,7 +123,7 @@ def _open_folder(
     generation_path = path / "generation_config.json"
     # An override of the ending ids must win over the generation config, not be joined with it.
     overridden = "eos_token_id" in (overrides or {})
-    generation = read_json(generation_path) if generation_path.is_file() and not overridden else None
+    generation = read_json(generation_path, _MAX_CONFIG_BYTES) if generation_path.is_file() and not overridden else None
     config = ModelConfig.from_hf(raw, generation)
     if load_format == "dummy":
         return config, DummyCheckpoint(config, seed)
