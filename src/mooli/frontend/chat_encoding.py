@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mooli.errors import ChatTemplateError, PromptError
+from mooli.frontend.inputs import refuse_too_long
 from mooli.frontend.tokenizer import Tokenizer
 
 _PRIVATE = range(0xF0000, 0xFFFFE)
@@ -24,6 +25,7 @@ def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     parse_special_in_content: bool = False,
+    context_length: int | None = None,
     **template_arguments: Any,
 ) -> list[int]:
     """The ids of a conversation, by default up to where the assistant is to go on.
@@ -32,18 +34,22 @@ def encode_chat(
     parse_special_in_content: True reads the text of a special token inside a message as that token, as encoding the
         rendered text does. False reads it as ordinary characters, so that no message can end its turn or begin another.
         Messages without such texts have the same ids either way.
+    context_length: refuse a conversation that is certainly longer before it is tokenised; None tokenises any.
 
     Only special tokens are held back: added tokens that a vocabulary does not call special, such as "<think>" of some
     models, are read in messages as well.
 
-    Raises ChatTemplateError if the model has no template or it refuses the messages; PromptError if a message holds a
-    special token's text and this tokenizer cannot read that as ordinary characters.
+    Raises ChatTemplateError if the model has no template or it refuses the messages; ContextLengthError if they are too
+    long; PromptError if a message holds a special token's text and this tokenizer cannot read that as ordinary
+    characters.
     """
     template = tokenizer.chat_template
     if template is None:
         raise ChatTemplateError("the model has no chat template: give one with chat_template")
     text = template.render(messages, **template_arguments)
-    mask = _Mask(tokenizer.special_texts, {char for string in (text, *_strings(messages)) for char in string})
+    if context_length is not None:
+        refuse_too_long(tokenizer, text, context_length)
+    mask = _Mask(tokenizer.special_texts, set(text).union(*_strings(messages)))
     masked_messages = [mask.hide(message) for message in messages]
     if parse_special_in_content or not mask.has_hidden:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -70,6 +76,7 @@ class _Mask:
         self._whole = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         longest_first = sorted(beginnings, key=len, reverse=True)
         self._at_end = re.compile(rf"(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})(?=\s*\Z)")
+        self._longest_beginning = len(longest_first[0]) if longest_first else 0
 
     @property
     def has_hidden(self) -> bool:
@@ -78,7 +85,10 @@ class _Mask:
     def hide(self, value: Any) -> Any:
         """A copy of a message with private characters in the places of special tokens."""
         if isinstance(value, str):
-            return self._at_end.sub(self._stand_in, self._whole.sub(self._stand_in, value))
+            text = self._whole.sub(self._stand_in, value)
+            # Only there can a text begin that has nothing but spaces after it; all else need not be looked through.
+            end = max(0, len(text.rstrip()) - self._longest_beginning)
+            return text[:end] + self._at_end.sub(self._stand_in, text[end:])
         if isinstance(value, Mapping):
             return {name: self.hide(item) for name, item in value.items()}
         if isinstance(value, (list, tuple)):

@@ -18,9 +18,12 @@ from mooli.errors import TokenizerError
 from mooli.formats.gguf import StringArray
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.tokenizer import END_OF_TURN_TOKENS, Tokenizer, tokenizer_errors, with_bos_and_eos
+from mooli.frontend.tokenizer_bounds import check_added_count, check_longest, text_bounds
 
 if TYPE_CHECKING:
     import tokenizers
+
+_MAX_TOKENS = 1 << 22
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
@@ -94,6 +97,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str = "the GGUF 
             bos=vocabulary.text(bos_id) if adds_bos else None,
             eos=vocabulary.text(eos_id) if adds_eos else None,
         )
+    with tokenizer_errors(f"reading the tokens of {source}"):
+        bounds = text_bounds(backend, vocabulary.longest)
     return Tokenizer(
         backend,
         vocab_size=len(vocabulary.tokens),
@@ -101,6 +106,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str = "the GGUF 
         eos_ids={i for key in _END_ID_KEYS if (i := vocabulary.named_id(key)) is not None},
         special_tokens=vocabulary.special_tokens(),
         chat_template=_chat_template(vocabulary),
+        bounds=bounds,
     )
 
 
@@ -113,12 +119,16 @@ class _Vocabulary:
         tokens = self.array("tokens")
         if not tokens:
             raise TokenizerError(f"{source} has no tokenizer.ggml.tokens, so it holds no tokenizer")
+        if len(tokens) > _MAX_TOKENS:
+            raise TokenizerError(f"{source} has {len(tokens)} tokens; at most {_MAX_TOKENS} are read")
         if set(map(type, tokens)) != {str}:
             index = next(i for i, token in enumerate(tokens) if type(token) is not str)
             raise TokenizerError(f"tokenizer.ggml.tokens[{index}] in {source} is {tokens[index]!r}, not a string")
         if "" in tokens:  # which cannot be a token of its own; such entries pad the vocabulary
             tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
         self.tokens: list[str] = tokens
+        self.longest = max(map(len, tokens))
+        check_longest(self.longest)
         self.ids = dict(zip(tokens, range(len(tokens)), strict=True))
         if len(self.ids) != len(self.tokens):
             twice = next(token for index, token in enumerate(self.tokens) if self.ids[token] != index)
@@ -345,6 +355,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
         if kind in special or kind == _USER_DEFINED
     ]
     with tokenizer_errors(f"adding the control tokens of {vocabulary.source}"):
+        check_added_count(len(added))
         for is_special, group in itertools.groupby((token for _, token in added), key=lambda token: token.special):
             (backend.add_special_tokens if is_special else backend.add_tokens)(list(group))
     for index, token in added:

@@ -38,6 +38,10 @@ class Encoder(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def least_tokens(self, text: str) -> int:
+        """A number of ids that `encode` gives at least, found without the work of `encode`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class CallInputs:
@@ -207,6 +211,8 @@ class InputRules:
             text.encode()
         except UnicodeEncodeError as exc:
             raise PromptError(f"{where}the prompt is not valid Unicode: {exc}", argument="prompt") from exc
+        if not self.allow_auto_truncate:
+            refuse_too_long(self.encoder, text, self.context_length, index)
         ids = np.asarray(self.encoder.encode(text), dtype=np.int32)
         if not len(ids):
             raise PromptError(f"{where}the prompt is empty: there must be at least one token", argument="prompt")
@@ -245,15 +251,7 @@ class InputRules:
         where = "" if index is None else f"prompt {index}: "
         if len(ids) >= self.context_length:
             if not self.allow_auto_truncate:
-                raise ContextLengthError(
-                    f"{where}the prompt has {len(ids)} tokens and the context length is {self.context_length}: at most"
-                    f" {self.context_length - 1} are possible. Shorten it.",
-                    advice="Or start the engine with a larger context_length (or max_total_tokens) if model and memory"
-                    " allow, or set allow_auto_truncate=True.",
-                    prompt_tokens=len(ids),
-                    context_length=self.context_length,
-                    prompt_index=index,
-                )
+                raise _too_long(f"{len(ids)} tokens", len(ids), self.context_length, index)
             ids = ids[: self.context_length - 1]
         room = self.context_length - len(ids)
         wanted = params.max_new_tokens
@@ -357,6 +355,33 @@ def _check_stop_chars(params: Sequence[SamplingParams], n: int) -> None:
             f" {MAX_CALL_STOP_CHARS} that are possible: give fewer or shorter ones, or fewer prompts at once",
             argument="stop",
         )
+
+
+def refuse_too_long(encoder: Encoder, text: str, context_length: int, index: int | None = None) -> None:
+    """Raise ContextLengthError for a text that no context of this length can hold, before the work of encoding it.
+
+    index: of the prompt in its batch.
+    """
+    least = encoder.least_tokens(text)
+    if least >= context_length:
+        size = f"{len(text)} characters, which are at least {least} tokens,"
+        raise _too_long(size, least, context_length, index, is_estimate=True)
+
+
+def _too_long(
+    size: str, num_tokens: int, context_length: int, index: int | None, *, is_estimate: bool = False
+) -> ContextLengthError:
+    where = "" if index is None else f"prompt {index}: "
+    return ContextLengthError(
+        f"{where}the prompt has {size} and the context length is {context_length}: at most {context_length - 1} are"
+        " possible. Shorten it.",
+        advice="Or start the engine with a larger context_length (or max_total_tokens) if model and memory allow, or set"
+        " allow_auto_truncate=True.",
+        prompt_tokens=num_tokens,
+        is_estimate=is_estimate,
+        context_length=context_length,
+        prompt_index=index,
+    )
 
 
 def _per_item(name: str, value: Any, size: int, is_batch: bool) -> list[Any]:

@@ -18,10 +18,11 @@ from mooli.config import EngineConfig
 from mooli.engine.facts import EngineFacts
 from mooli.errors import ConfigError, SamplingParamsError
 from mooli.formats.json_file import read_json
+from mooli.formats.regular_file import read_given_file
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.inputs import InputRules
 from mooli.frontend.sampling import parse_sampling_params
-from mooli.frontend.tokenizer import Tokenizer, load_tokenizer
+from mooli.frontend.tokenizer import MAX_TEMPLATE_BYTES, Tokenizer, load_tokenizer
 from mooli.hub import resolve
 
 
@@ -103,9 +104,10 @@ def _template_source(given: str) -> str:
     if "{" in given:
         return given
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
+        text = read_given_file(Path(given).expanduser(), MAX_TEMPLATE_BYTES).decode("utf-8")
+    except (OSError, RuntimeError, ValueError) as exc:
         raise ConfigError(f"chat_template={given!r} is neither a template nor a file that can be read: {exc}") from exc
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _seed_stream(seed: int) -> Callable[[], int]:

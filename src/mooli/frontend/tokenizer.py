@@ -5,7 +5,8 @@ that Hugging Face `transformers` produces. Never downloads, never decides what a
 is made, so that one tokenizer serves all threads.
 
 `tokenizers` is imported inside functions: it is native code of several megabytes, and an engine that is given token ids
-does not need it.
+does not need it. Its batch functions let go of the interpreter while they work, its single ones do not; so a text is a
+batch of one. On one thread: a pool of threads for each core would take the cores that the engine computes on.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mooli.errors import PromptError, TokenizerError
+from mooli.errors import CheckpointError, ModelNotFoundError, PromptError, TokenizerError
+from mooli.formats.json_file import parse_json
+from mooli.formats.regular_file import read_text_file
 from mooli.frontend.chat_template import ChatTemplate
+from mooli.frontend.tokenizer_bounds import TextBounds, check_added_count, check_file, text_bounds
 
 if TYPE_CHECKING:
     import tokenizers
@@ -38,6 +43,16 @@ END_OF_TURN_TOKENS = (
 )
 """Tokens with which chat models end a turn or a text. Files often declare one of them where the model uses two."""
 
+_MAX_TOKENIZER_BYTES = 1 << 26
+_MAX_CONFIG_BYTES = 1 << 24
+MAX_TEMPLATE_BYTES = 1 << 20
+
+_MAX_CHARS = 1 << 23
+"""Longest text that is given to the library, counted as its steps may lengthen it; it takes some 170 bytes for each."""
+
+_MANY_IDS = 256
+"""So many ids and more are decoded without the interpreter; below, letting go of it costs more than it gives."""
+
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -48,6 +63,7 @@ class Tokenizer:
     vocab_size: number of ids, those of unused entries included; None takes it from the backend.
     eos_ids: ids declared as ends; the well-known end-of-turn tokens are added when there is a chat template.
     special_tokens: texts of the named tokens ("bos_token", …), for a chat template given apart from the model.
+    bounds: what the steps of `backend` can make of a text.
     """
 
     def __init__(
@@ -59,6 +75,7 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         special_tokens: Mapping[str, str] | None = None,
         chat_template: ChatTemplate | None = None,
+        bounds: TextBounds | None = None,
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
@@ -74,6 +91,8 @@ class Tokenizer:
         self.special_texts = frozenset(token.content for token in added.values() if token.special)
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
+        self._bounds = bounds or TextBounds()
+        self._max_chars = int(_MAX_CHARS / self._bounds.growth)
         ends = set(eos_ids)
         if chat_template is not None:
             ends |= {i for i, token in added.items() if token.special and token.content in END_OF_TURN_TOKENS}
@@ -93,39 +112,56 @@ class Tokenizer:
         parse_special: True reads the text of a special token, such as "<|im_end|>", as that token. False reads it as
             ordinary characters; use it for text of a user who must not be able to end a turn.
 
-        Raises PromptError when `text` is not a str or holds lone surrogates, which no tokenizer can encode.
+        Raises PromptError when `text` is not a str, is longer than any model's context, holds lone surrogates, which no
+        tokenizer can encode, or when this tokenizer fails on it.
         """
         if not isinstance(text, str):
             raise PromptError(f"a prompt must be a str, got {type(text).__name__}")
         backend = self._backend if parse_special else self._plain_backend()
-        try:
-            encoding = backend.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError as exc:
-            raise PromptError(f"the prompt is not valid Unicode, it holds lone surrogates: {text[:80]!r}") from exc
+        encoding = self._encoding(backend, text, add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         if not parse_special and not self.special_ids.isdisjoint(ids):
             self._refuse_control_ids(encoding)
         return ids
 
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that `encode` gives at least, without tokenising; 0 where this tokenizer allows no such
+        bound. No token stands for more characters than the longest has, and none is left out."""
+        bounds = self._bounds
+        most = bounds.ascii_chars_per_token if text.isascii() else bounds.chars_per_token
+        if most is None:
+            return 0
+        return (sum(map(len, text.split())) if bounds.skips_spaces else len(text)) // most
+
     def special_spans(self, text: str) -> list[tuple[int, int, int]]:
         """Where `encode` reads special tokens in `text`: (id, start, end) in characters, in order."""
         if not any(special in text for special in self.special_texts):
             return []
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        found = zip(encoding.ids, encoding.offsets, strict=True)
-        return [(token_id, start, end) for token_id, (start, end) in found if token_id in self.special_ids]
+        encoding = self._encoding(self._backend, text, add_special_tokens=False, with_places=True)
+        found = [(at, token_id) for at, token_id in enumerate(encoding.ids) if token_id in self.special_ids]
+        return [(token_id, *place) for at, token_id in found if (place := encoding.token_to_chars(at)) is not None]
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
         """Return the text of `ids`; bytes that are no character become U+FFFD, ids without a token add nothing.
 
+        Raises TokenizerError when this tokenizer fails on them.
+
         skip_special_tokens: leave special tokens out.
         spaces_between_special_tokens: accepted because the SGLang API has it; both values give the same text. The
             tokenizers that can be loaded here put no spaces between special tokens, as the fast ones of `transformers`.
         """
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
-        text: str = self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        try:
+            if len(known) < _MANY_IDS:
+                text: str = self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+            else:
+                text = self._backend.decode_batch([known], skip_special_tokens=skip_special_tokens)[0]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:
+            raise TokenizerError(f"the tokenizer of this model cannot write {len(known)} ids as text: {exc}") from exc
         return text
 
     def token_text(self, token_id: int) -> str:
@@ -182,12 +218,29 @@ class Tokenizer:
                 self._plain = _ignoring_special(self._backend)
             return self._plain
 
+    def _encoding(
+        self, backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool, with_places: bool = False
+    ) -> tokenizers.Encoding:
+        if len(text) > self._max_chars:
+            raise PromptError(
+                f"the text has {len(text)} characters; the tokenizer of this model is given at most {self._max_chars}"
+            )
+        encode = backend.encode_batch if with_places else backend.encode_batch_fast
+        try:
+            return encode([text], add_special_tokens=add_special_tokens)[0]
+        except TypeError as exc:
+            raise PromptError(f"the prompt is not valid Unicode, it holds lone surrogates: {text[:80]!r}") from exc
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # A panic of the library is a BaseException, and one prompt must not end the process.
+        except BaseException as exc:
+            raise PromptError(f"the tokenizer of this model cannot read the text: {exc}") from exc
+
     def _refuse_control_ids(self, encoding: tokenizers.Encoding) -> None:
         """Raise if text became a special id; the begin and end tokens around it and unknown characters may be one."""
         unknown = getattr(self._backend.model, "unk_token", None)
-        tokens = zip(encoding.ids, encoding.special_tokens_mask, encoding.tokens, strict=True)
-        for token_id, added, token in tokens:
-            if token_id in self.special_ids and not added and token != unknown:
+        for token_id, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
+            if token_id in self.special_ids and not added and (token := self._piece(token_id)) != unknown:
                 raise PromptError(
                     f"the prompt holds {token!r}, which this vocabulary cannot write as ordinary text; remove it from "
                     "the prompt",
@@ -198,9 +251,11 @@ class Tokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load the tokenizer of a Hugging Face folder or of a GGUF file.
 
-    Raises TokenizerError when there is none, when a file does not parse, or when its kind is not supported.
+    Raises TokenizerError when there is none, when a file does not parse, asks for what no model needs
+    (`tokenizer_bounds`) or when its kind is not supported; ChatTemplateError for a chat template that is none.
     """
     path = Path(path)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # which the library asks for at every batch
     if path.is_dir():
         return _load_folder(path)
     if path.suffix.lower() == ".gguf" and path.is_file():
@@ -254,20 +309,32 @@ def _load_folder(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
 
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         others = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (folder / name).is_file()]
         hint = f"; {others[0]} alone is not supported, convert it with transformers' save_pretrained" if others else ""
         raise TokenizerError(
             f"there is no tokenizer.json in {folder}{hint}; put it there, give another place as tokenizer_path, or use"
             " skip_tokenizer_init=True with input_ids"
         )
-    with tokenizer_errors(f"reading {file}"):
-        backend = Backend.from_file(str(file))
+    data = _read(file, _MAX_TOKENIZER_BYTES, folder)
+    with tokenizer_errors(f"reading {file}"), _no_garbage_collection():
+        parsed = parse_json(data, file.name)
+        check_file(parsed)
+        backend = Backend.from_buffer(data)
+        vocabulary = parsed["model"]["vocab"]
+        size = 1 + max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary)
+        longest = max(
+            map(len, vocabulary if isinstance(vocabulary, dict) else (piece[0] for piece in vocabulary)), default=0
+        )
     config = _read_json(folder / "tokenizer_config.json")
     for key, value in _read_json(folder / "special_tokens_map.json").items():
         config.setdefault(key, value)
 
     _add_configured_tokens(backend, config, AddedToken)
+    with tokenizer_errors(f"reading {file}"):
+        added = backend.get_added_tokens_decoder()
+        size = max(size, 1 + max(added, default=-1))
+        bounds = text_bounds(backend, max(longest, *(len(token.content) for token in added.values()), 0))
     names = {name: text for name in _NAMED_TOKENS if (text := _token_text(config.get(name))) is not None}
     bos, eos = names.get("bos_token"), names.get("eos_token")
     # add_bos_token and add_eos_token of the configuration are not looked at: where there is a tokenizer.json, its
@@ -278,7 +345,15 @@ def _load_folder(folder: Path) -> Tokenizer:
     source = _folder_chat_template(folder, config)
     template = ChatTemplate(source, special_tokens=names) if source else None
     bos_id = backend.token_to_id(bos) if bos is not None else None
-    return Tokenizer(backend, bos_id=bos_id, eos_ids=ends, special_tokens=names, chat_template=template)
+    return Tokenizer(
+        backend,
+        vocab_size=size,
+        bos_id=bos_id,
+        eos_ids=ends,
+        special_tokens=names,
+        chat_template=template,
+        bounds=bounds,
+    )
 
 
 def _add_configured_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], added_token: Any) -> None:
@@ -290,6 +365,8 @@ def _add_configured_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, A
     if not isinstance(declared, dict) or not all(isinstance(token, dict) for token in declared.values()):
         raise TokenizerError("added_tokens_decoder in tokenizer_config.json is not a table of tokens")
     with tokenizer_errors("adding the tokens of tokenizer_config.json"):
+        check_added_count(len(declared))
+        new = []
         for key, token in sorted(declared.items(), key=lambda item: int(item[0])):
             flags = {
                 name: bool(token[name])
@@ -297,13 +374,16 @@ def _add_configured_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, A
                 if name in token
             }
             if backend.token_to_id(token["content"]) is None:
-                new = added_token(token["content"], **flags)
-                backend.add_special_tokens([new]) if flags.get("special") else backend.add_tokens([new])
-                if backend.token_to_id(token["content"]) != int(key):
-                    raise TokenizerError(
-                        f"tokenizer_config.json gives {token['content']!r} the id {key}, which does not follow the ids "
-                        "of tokenizer.json; the two files do not belong together"
-                    )
+                new.append((key, added_token(token["content"], **flags)))
+        # In groups, as each call builds anew what finds all of them in a text.
+        for is_special, group in itertools.groupby((token for _, token in new), key=lambda token: token.special):
+            (backend.add_special_tokens if is_special else backend.add_tokens)(list(group))
+        for key, token in new:
+            if backend.token_to_id(token.content) != int(key):
+                raise TokenizerError(
+                    f"tokenizer_config.json gives {token.content!r} the id {key}, which does not follow the ids "
+                    "of tokenizer.json; the two files do not belong together"
+                )
         named = [config.get(name) for name in _NAMED_TOKENS]
         for key in ("additional_special_tokens", "extra_special_tokens"):
             extra = config.get(key) or []
@@ -330,7 +410,9 @@ def _declared_eos_ids(folder: Path) -> set[int]:
 def _folder_chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-    texts = {name: _read_text(file) for name, file in files.items() if file.is_file()}
+    texts = {
+        name: _read_text(file, MAX_TEMPLATE_BYTES, folder) for name, file in files.items() if os.path.lexists(file)
+    }
     if texts:
         return texts
     template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
@@ -346,21 +428,33 @@ def _folder_chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict
 
 def _read_json(file: Path) -> dict[str, Any]:
     """The table in a JSON file; empty when there is no such file."""
-    if not file.is_file():
+    if not os.path.lexists(file):
         return {}
     try:
-        value = json.loads(_read_text(file))
+        value = json.loads(_read_text(file, _MAX_CONFIG_BYTES, file.parent))
     except (ValueError, RecursionError) as exc:
+        if isinstance(exc, TokenizerError):
+            raise
         raise TokenizerError(f"reading {file} failed: {exc}") from exc
     if not isinstance(value, dict):
         raise TokenizerError(f"{file} holds a {type(value).__name__}, not a table")
     return value
 
 
-def _read_text(file: Path) -> str:
+def _read_text(file: Path, max_bytes: int, folder: Path) -> str:
+    """The text of a file of a model's folder, lines ended by \\n alone."""
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
+        text = _read(file, max_bytes, folder).decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise TokenizerError(f"reading {file} failed: {exc}") from exc
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read(file: Path, max_bytes: int, folder: Path) -> bytes:
+    """The contents of a file of a model's folder."""
+    try:
+        return read_text_file(file, max_bytes, root=folder)
+    except (CheckpointError, ModelNotFoundError) as exc:
         raise TokenizerError(f"reading {file} failed: {exc}") from exc
 
 
