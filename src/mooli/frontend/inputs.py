@@ -375,8 +375,8 @@ def _too_long(
     return ContextLengthError(
         f"{where}the prompt has {size} and the context length is {context_length}: at most {context_length - 1} are"
         " possible. Shorten it.",
-        advice="Or start the engine with a larger context_length (or max_total_tokens) if model and memory allow, or set"
-        " allow_auto_truncate=True.",
+        advice="Or start the engine with a larger context_length (or max_total_tokens) if model and memory allow, or"
+        " set allow_auto_truncate=True.",
         prompt_tokens=num_tokens,
         is_estimate=is_estimate,
         context_length=context_length,

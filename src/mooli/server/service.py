@@ -33,6 +33,7 @@ from mooli.server.request_log import RequestLog
 from mooli.server.routing import HttpError
 from mooli.server.shared_work import SharedWork
 from mooli.server.step_log import StepLog
+from mooli.server.text_threads import TextThreads, num_chars
 from mooli.types import RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,6 @@ NO_TEXT = "its text could not be made; the server's log says why"
 """Of a failure whose words are not for clients."""
 
 LEFT = "The client closed the connection."
-
-LONG_TEXT_CHARS = 4096
-"""Texts from here on are tokenised on another thread: some ten milliseconds of it would hold up every stream."""
 
 T = TypeVar("T")
 
@@ -101,6 +99,7 @@ class Service:
         self.rules: InputRules = replace(
             input_rules(engine_config, client.facts, tokenizer), max_sequences=self.max_open
         )
+        self.text_threads = TextThreads()
         self.is_draining = False
         self.num_active = 0
         """Calls that are not closed yet."""
@@ -121,22 +120,29 @@ class Service:
     async def prepare(self, **arguments: Any) -> CallInputs:
         """`InputRules.prepare`, off the event loop where the text is long. Raises RequestError."""
         given = (arguments.get("prompt"), arguments.get("input_ids"))
-        return await self._run(_num_chars(given), lambda: self.rules.prepare(**arguments))
+        return await self.text_threads.run(num_chars(given), lambda: self.rules.prepare(**arguments))
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_arguments: Any) -> list[int]:
         """Ids of a conversation (`mooli.frontend.chat_encoding.encode_chat`). What users write never becomes a control
-        token. Raises ChatTemplateError, PromptError, or RequestError without a tokenizer."""
+        token. Raises ChatTemplateError, PromptError, ContextLengthError before the text is tokenised where it is
+        certainly too long, or RequestError without a tokenizer."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise RequestError("this server has no tokenizer: use /generate with input_ids")
-        return await self._run(_num_chars(messages), lambda: encode_chat(tokenizer, messages, **template_arguments))
+        limit = None if self.rules.allow_auto_truncate else self.rules.context_length
+        return await self.text_threads.run(
+            num_chars((messages, template_arguments)),
+            lambda: encode_chat(tokenizer, messages, context_length=limit, **template_arguments),
+        )
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Raises PromptError, or RequestError without a tokenizer."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise RequestError("this server has no tokenizer")
-        return await self._run(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return await self.text_threads.run(
+            len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
 
     def start(self, inputs: CallInputs, *, is_stream: bool, is_counted: bool = True) -> ServedCall:
         """Submit. Use the call as a context manager: leaving it aborts what is not finished.
@@ -173,10 +179,6 @@ class Service:
                 code="key_busy",
                 retry_after_s=1,
             )
-
-    @staticmethod
-    async def _run(num_chars: int, function: Callable[[], T]) -> T:
-        return function() if num_chars < LONG_TEXT_CHARS else await asyncio.to_thread(function)
 
 
 class ServedCall:
@@ -333,19 +335,3 @@ class ServedCall:
     def _not_counted(self, error: Exception) -> None:
         if self._service.failures.is_first("metrics", error):
             logger.error("metrics or request log failed; requests go on, and this is said once", exc_info=error)
-
-
-def _num_chars(value: Any) -> int:
-    """Characters in all strings of a value made of JSON types, counted no further than it matters; a number is one."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return 1
-    total = 0
-    for item in value:
-        total += _num_chars(item)
-        if total >= LONG_TEXT_CHARS:
-            break
-    return total

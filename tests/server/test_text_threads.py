@@ -1,0 +1,94 @@
+"""Work on texts: short where it is asked for, long on few threads, huge ones in nobody's way."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from mooli.server.text_threads import (
+    HUGE_TEXT_CHARS,
+    LONG_TEXT_CHARS,
+    NUM_HUGE_THREADS,
+    NUM_LONG_THREADS,
+    TextThreads,
+    num_chars,
+)
+
+WAIT_S = 60
+
+
+def test_short_work_is_done_at_once_and_long_work_on_another_thread() -> None:
+    async def run() -> None:
+        threads, here = TextThreads(), threading.get_ident()
+        assert await threads.run(LONG_TEXT_CHARS - 1, threading.get_ident) == here
+        for length in (LONG_TEXT_CHARS, HUGE_TEXT_CHARS):
+            assert await threads.run(length, threading.get_ident) != here
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("length", "most"), [(LONG_TEXT_CHARS, NUM_LONG_THREADS), (HUGE_TEXT_CHARS, NUM_HUGE_THREADS)])
+def test_only_a_few_work_at_a_time(length: int, most: int) -> None:
+    async def run() -> None:
+        threads, lock, gate = TextThreads(), threading.Lock(), threading.Event()
+        working, highest = 0, 0
+
+        def work() -> None:
+            nonlocal working, highest
+            with lock:
+                working += 1
+                highest = max(highest, working)
+                if working == most:
+                    gate.set()
+            gate.wait(WAIT_S)
+            with lock:
+                working -= 1
+
+        await asyncio.gather(*(threads.run(length, work) for _ in range(20)))
+        assert highest == most
+
+    asyncio.run(run())
+
+
+def test_huge_texts_hold_up_nobody_elses() -> None:
+    async def run() -> None:
+        threads, gate = TextThreads(), threading.Event()
+        huge = [asyncio.create_task(threads.run(HUGE_TEXT_CHARS, lambda: gate.wait(WAIT_S))) for _ in range(50)]
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(threads.run(LONG_TEXT_CHARS, lambda: "long"), WAIT_S) == "long"
+        assert await threads.run(10, lambda: "short") == "short"
+        assert not any(task.done() for task in huge)
+        gate.set()
+        assert all(await asyncio.gather(*huge))
+
+    asyncio.run(run())
+
+
+def test_work_of_a_client_who_left_while_it_waited_is_never_done() -> None:
+    async def run() -> None:
+        threads, gate, done = TextThreads(), threading.Event(), []
+        first = asyncio.create_task(threads.run(HUGE_TEXT_CHARS, lambda: gate.wait(WAIT_S)))
+        second = asyncio.create_task(threads.run(HUGE_TEXT_CHARS, lambda: done.append(2)))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        assert await first
+        await threads.run(HUGE_TEXT_CHARS, lambda: done.append(3))
+        assert done == [3]
+
+    asyncio.run(run())
+
+
+def test_everything_in_a_value_counts() -> None:
+    assert num_chars("abc") == 4
+    assert num_chars([{"role": "user", "content": "abc"}, None, 5]) == 13
+    assert num_chars([[]] * 10_000) > LONG_TEXT_CHARS
+    assert num_chars([""] * 10_000) > LONG_TEXT_CHARS
+    assert HUGE_TEXT_CHARS <= num_chars(["a" * 10**6] * 3) < 2 * 10**6
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert num_chars(deep) >= HUGE_TEXT_CHARS
