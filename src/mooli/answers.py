@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -242,8 +244,9 @@ def _config(args: argparse.Namespace, without_effect: Mapping[str, str], **defau
             raise ConfigError(f"--{name.replace('_', '-')}: {without_effect[name]}; remove it")
     defaults["log_level"] = "warning"
     defaults["incremental_streaming_output"] = True
-    defaults["preferred_sampling_params"] = {"max_new_tokens": args.default_length}
     config = EngineConfig.from_cli_args(args, **defaults)
+    preferred = args.default_sampling | config.preferred_sampling
+    config = dataclasses.replace(config, preferred_sampling_params=json.dumps(preferred))
     parse_sampling_params(_sampling_params(args), vocab_size=2**31, next_seed=lambda: 0)
     return config
 

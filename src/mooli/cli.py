@@ -158,21 +158,18 @@ def _add_answer_args(parser: argparse.ArgumentParser, max_new_tokens: int, *hidd
 
     parser.usage = "%(prog)s [FLAG ...]"
     group = parser.add_argument_group("sampling")
-    # Not an argparse default: what a user asks for must fit the context, a default takes what is left of it.
-    parser.set_defaults(default_length=max_new_tokens)
+    # Not argparse defaults: preferred parameters win over them, and what a user asks for must fit the context, where
+    # a default takes what is left of it.
+    parser.set_defaults(default_sampling={"max_new_tokens": max_new_tokens, "temperature": 0.7, "top_p": 0.95})
     whole: dict[str, Any] = {"type": int, "metavar": "INT"}
     number: dict[str, Any] = {"type": float, "metavar": "FLOAT"}
     left = f"Default: {max_new_tokens}, or what is left of the context."
     group.add_argument("--max-new-tokens", **whole, help=f"Longest answer, in tokens. {left}")
-    group.add_argument("--temperature", **number, default=0.7, help="0 is greedy. Default: %(default)s.")
-    group.add_argument(
-        "--top-p", **number, default=0.95, help="Draw among the likeliest that reach this share. Default: %(default)s."
-    )
-    group.add_argument("--top-k", **whole, default=-1, help="-1: the whole vocabulary. Default: %(default)s.")
-    group.add_argument(
-        "--min-p", **number, default=0.0, help="Least share of the likeliest's probability. Default: %(default)s."
-    )
-    group.add_argument("--repetition-penalty", **number, default=1.0, help="1 is none. Default: %(default)s.")
+    group.add_argument("--temperature", **number, help="0 is greedy. Default: 0.7.")
+    group.add_argument("--top-p", **number, help="Draw among the likeliest that reach this share. Default: 0.95.")
+    group.add_argument("--top-k", **whole, help="-1: the whole vocabulary. Default: -1.")
+    group.add_argument("--min-p", **number, help="Least share of the likeliest's probability. Default: 0.0.")
+    group.add_argument("--repetition-penalty", **number, help="1 is none. Default: 1.0.")
     group.add_argument("--seed", **whole, help="The same seed gives the same answer. Default: drawn.")
     group.add_argument("--stop", action="append", metavar="TEXT", help="Stop at this text; may be given several times.")
     EngineConfig.add_cli_args(parser, defaults={"log_level": "warning"}, hidden=(*_OF_SERVERS, *hidden))

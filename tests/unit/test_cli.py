@@ -82,6 +82,25 @@ def test_sampling_flags_reach_the_model(run):
 
 
 @pytest.mark.parametrize(
+    ("words", "temperature", "length"),
+    [
+        ([], 0.7, 128),
+        (["--preferred-sampling-params", '{"temperature": 0.25}'], 0.25, 128),
+        (["--preferred-sampling-params", '{"temperature": 0.25, "max_new_tokens": 3}'], 0.25, 3),
+        (["--preferred-sampling-params", '{"temperature": 0.25}', "--temperature", "0.5"], 0.5, 128),
+    ],
+    ids=["neither", "preferred", "length too", "a flag wins"],
+)
+def test_preferred_parameters_win_over_the_commands_defaults_and_flags_over_both(run, words, temperature, length):
+    seen = set()
+    line = ("generate", *MODEL, "--context-length", "512", "--prompt", "say>", *words)
+    look = {"next_token": lambda _: ord("a"), "raises": lambda batch: seen.update(batch.sampling.temperature.tolist())}
+    status, out, _ = run(*line, **look)
+    assert (status, out) == (0, "a" * length + "\n")
+    assert list(seen) == [pytest.approx(temperature)]
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["generate"], "model_path is missing"),
