@@ -137,6 +137,23 @@ def test_chunks_hold_everything_so_far(live):
     assert all(chunk["meta_info"]["finish_reason"] is None for chunk in chunks[:-1])
 
 
+def test_long_lists_go_out_once_in_a_stream(live):
+    server = live(says("x" * 60))
+    body = {
+        "text": "say>", "sampling_params": {**FOREVER, "max_new_tokens": 60}, "top_logprobs_num": 50,
+        "token_ids_logprob": [1, 2], "return_prompt_token_ids": True, **PROMPT_LOGPROBS,
+    }  # fmt: skip
+    whole = generate(server, **body)
+    chunks = events(server, **body)
+    for name, entries in whole["meta_info"].items():
+        if name.endswith("logprobs") and name != "output_token_logprobs":
+            assert sum(len(chunk["meta_info"][name]) for chunk in chunks) == len(entries), name
+            assert len(chunks[-1]["meta_info"][name]) == len(entries), name
+    assert len(chunks[-1]["meta_info"]["output_token_logprobs"]) == 60
+    assert [chunk for chunk in chunks if "prompt_token_ids" in chunk] == chunks[-1:]
+    assert chunks[-1]["prompt_token_ids"] == whole["prompt_token_ids"]
+
+
 def test_a_chunk_comes_with_each_token(live):
     with Gate() as gate:
         server = live(says("hey"), runner={"raises": gate})

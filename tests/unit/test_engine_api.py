@@ -17,7 +17,7 @@ from fake_engine import EOS, Gate, says
 
 import mooli
 from mooli.engine.loop import EngineLoop
-from mooli.frontend import call, generation
+from mooli.frontend import call, generation, inputs
 from mooli.frontend.call import Bell
 from mooli.frontend.generation import Generation
 from mooli.frontend.stop import StopStrings
@@ -396,6 +396,22 @@ def test_stop_strings_are_made_once_a_call_and_grow_with_the_text(make_engine, m
     assert [answer["text"] for answer in answers] == ["axxyb"] * 6
     assert [stops.texts for stops in made] == [[stop[1], stop[0]]]
     assert [len(borders) for borders in made[0]._borders] == [0, 2]
+
+
+def test_parameters_given_for_all_prompts_are_looked_at_once_and_seeds_are_drawn_for_each(make_engine, monkeypatch):
+    parsed = []
+    parse = inputs.parse_sampling_params
+    monkeypatch.setattr(inputs, "parse_sampling_params", lambda *args, **kw: parsed.append(1) or parse(*args, **kw))
+    rules = make_engine()._rules
+    ids = list(range(100))
+    shared = rules.prepare(prompt=["a"] * 50, sampling_params={}, return_logprob=True, token_ids_logprob=ids).requests
+    assert len(parsed) == 1
+    assert len({request.sampling.seed for request in shared}) == 50
+    assert len({id(request.logprob_token_ids) for request in shared}) == 1
+    seeded = rules.prepare(prompt=["a"] * 50, sampling_params={"sampling_seed": 5}).requests
+    assert {request.sampling.seed for request in seeded} == {5}
+    own = rules.prepare(prompt=["a", "b", "c"], sampling_params=[{"seed": 5}, {}, {"seed": 5}]).requests
+    assert [request.sampling.seed == 5 for request in own] == [True, False, True]
 
 
 def test_stop_strings_times_sequences_have_a_limit(make_engine):

@@ -140,8 +140,10 @@ class Engine:
         return_logprob: add log-probabilities of the output, and of the prompt from `logprob_start_len` on (-1: none),
             with `top_logprobs_num` alternatives and those of `token_ids_logprob` at each position.
         stream: return an iterator of chunks at once. Each has everything so far, or with the engine's
-            incremental_streaming_output what is new; the last one of a request has a finish_reason. Closing or dropping
-            the iterator aborts what is not finished.
+            incremental_streaming_output what is new; the last one of a request has a finish_reason. Lists of the
+            prompt's log-probabilities and of alternatives come once: in the last chunk, or with
+            incremental_streaming_output in the first and beside their tokens. Closing or dropping the iterator, or
+            Ctrl-C while it waits, aborts what is not finished; one that is kept and not read goes on to its end.
         rid: id of the request, or one for each; drawn if not given. priority: larger goes first.
         cache_salt: requests share cached prefixes only with requests of the same salt.
 

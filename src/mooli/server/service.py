@@ -118,9 +118,8 @@ class Service:
         return self.engine_config.served_model_name or self.engine_config.model_path
 
     async def prepare(self, **arguments: Any) -> CallInputs:
-        """`InputRules.prepare`, off the event loop where the text is long. Raises RequestError."""
-        given = (arguments.get("prompt"), arguments.get("input_ids"))
-        return await self.text_threads.run(num_chars(given), lambda: self.rules.prepare(**arguments))
+        """`InputRules.prepare`, off the event loop where text or lists are long. Raises RequestError."""
+        return await self.text_threads.run(num_chars(arguments), lambda: self.rules.prepare(**arguments))
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_arguments: Any) -> list[int]:
         """Ids of a conversation (`mooli.frontend.chat_encoding.encode_chat`). What users write never becomes a control
