@@ -68,6 +68,10 @@ NB_MODULE(_native, m) {
 
   nb::class_<Slabs>(m, "Slabs").def(nb::init<>());
 
+  m.def("linear_bytes", [](int kind, int n, int k, bool gated, bool biased) {
+    return Linear::bytes(kind, n, k, gated) + (biased ? size_t(Linear::panels(n, gated)) * kPanel * 4 : 0);
+  });
+
   nb::class_<Linear>(m, "Linear")
       .def(nb::init<Slabs&, int, int, int, bool>(), nb::arg("memory"), nb::arg("kind"), nb::arg("n"), nb::arg("k"), nb::arg("gated") = false)
       .def_ro("n", &Linear::n)

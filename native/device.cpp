@@ -109,12 +109,21 @@ const Kernels& select_kernels(const std::string& isa) {
   return kernels_scalar();
 }
 
+namespace {
+int padded(int k) { return (k + kGroup - 1) / kGroup * kGroup; }
+}
+
 Linear::Linear(Slabs& memory, int kind_, int n_, int k_, bool gated_) : kind(Kind(kind_)), n(n_), k(k_), gated(gated_) {
-  if (kind_ < 0 || kind_ >= kNumKinds || n <= 0 || k <= 0) throw std::invalid_argument("bad kind or shape of a linear weight");
-  padded_k = (k + kGroup - 1) / kGroup * kGroup;
+  const size_t all = bytes(kind_, n, k, gated);
+  padded_k = padded(k);
   stride = panel_bytes(kind, padded_k);
+  data = memory.take(all);
+}
+
+size_t Linear::bytes(int kind, int n, int k, bool gated) {
+  if (kind < 0 || kind >= kNumKinds || n <= 0 || k <= 0) throw std::invalid_argument("bad kind or shape of a linear weight");
   // one line beyond the end: the prefetch of the last panel
-  data = memory.take(stride * panels() + 64);
+  return panel_bytes(Kind(kind), padded(k)) * size_t(panels(n, gated)) + 64;
 }
 
 Embedding::Embedding(Format format_, int rows_, int columns_)

@@ -22,7 +22,10 @@ std::vector<std::string> available_isas();              // worst first
 struct Linear {
   Linear(Slabs& memory, int kind, int n, int k, bool gated);
   Linear(const Linear&) = delete;
-  int panels() const { return (gated ? (n + 15) / 16 : (n + kPanel - 1) / kPanel); }
+  // What one takes, without its bias.
+  static size_t bytes(int kind, int n, int k, bool gated);
+  int panels() const { return panels(n, gated); }
+  static int panels(int n, bool gated) { return (gated ? (n + 15) / 16 : (n + kPanel - 1) / kPanel); }
   char* panel(int p) const { return data.data() + size_t(p) * stride; }
   // Where output row `row` of part 0 (gate, or the only one) or 1 (up) lies.
   void locate(int part, int row, int& p, int& column) const {

@@ -1,8 +1,9 @@
 """What a model takes of a memory, in numbers alone: weights, KV cache, tokens and requests that fit. `mooli plan`.
 
-Owns the arithmetic and how it is printed. Reads configurations and the headers of GGUF files, never a weight, and never
-looks at this machine: the same question has the same answer everywhere. The size of the pool is the engine's own rule
-(`mooli.engine.pool_size`).
+Owns the question and how the answer is printed, and restates nothing: models say which weights they have
+(`create_model`), backends what those take (`mooli.backends.sizes`), and the size of the pool is the engine's own rule
+(`mooli.engine.pool_size`). Reads configurations and the headers of GGUF files, never a weight. Of this machine it looks
+at one thing: whether its processor multiplies bfloat16, which float32 weights are packed as on a CPU then.
 """
 
 from __future__ import annotations
@@ -13,46 +14,27 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mooli.arguments import parse_size
-from mooli.backends.ascend.defaults import MAX_RUNNING_REQUESTS
+from mooli.backends.base import Backend, KVSpec
+from mooli.backends.sizes import AscendSizes, CudaSizes, Sizes, TorchSizes
 from mooli.config import DTYPES
-from mooli.engine.pool_size import GIB, PoolNeeds, context_for, num_pool_pages
+from mooli.engine.pool_size import GIB, PoolNeeds, context_for, kv_type, num_pool_pages
 from mooli.errors import ConfigError, OutOfMemoryError
 from mooli.formats.gguf import GGUFFile
 from mooli.hub import resolve
-from mooli.models.checkpoint import canonical_name, expected_shapes
+from mooli.models.checkpoint import ShapesCheckpoint, canonical_name
 from mooli.models.config import ModelConfig
 from mooli.models.loader import open_model
 from mooli.models.modelslim import described_types, find_description
-from mooli.models.sharding import check_size
+from mooli.models.registry import create_model
+from mooli.models.sharding import Place, check_size, part_checkpoint, part_config
 from mooli.plan_flags import DEVICE_NAMES
-from mooli.tensor import TensorType, row_bytes
-
-PAGE_SIZE = 128
-"""Tokens of a page: the one size that every attention path of Ascend takes, and a multiple of the CPU's."""
+from mooli.tensor import TensorType
 
 EXAMPLE_CONTEXTS = (1024, 2048, 4096, 8192, 32768)
 """Lengths, in tokens, for which the number of requests is given besides the context asked for."""
-
-_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
-_QUANTISED_BYTES = {"int8": 34 / 32, "int4": 18 / 32}
-"""Bytes of a weight on the CPU, with its share of the 16-bit scale that 32 weights have in common."""
-
-_TORCH_INT8_BYTES = 36 / 32
-"""Bytes of a weight in int8 on the backends of PyTorch: the scale has 32 bits there."""
-
-_EXACT_IN_8_BITS = (TensorType.Q8_0, TensorType.Q5_0, TensorType.Q4_0)
-_EXACT_AS_THEY_ARE = (TensorType.Q4_1, TensorType.BF16, TensorType.F16)
-"""Stored types of a head whose values the CPU backend keeps; float32 only on some processors."""
-
-_ROW_SCALE_BYTES = 4.0
-"""On NPUs a row of int8 weights has one scale."""
-
-_VECTOR_BYTES = 4.0
-_AUTO_DTYPES = {"torch": "float32", "cuda": "bfloat16", "ascend": "bfloat16"}
-"""What dtype="auto" is on backends that choose it themselves; the CPU takes the checkpoint's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,27 +110,21 @@ def plan_memory(
             " the model"
         )
     check_tp(config, tp)
-    computed = auto_dtype(config, device) if dtype == "auto" else dtype
-    _check_quantization(device, quantization, computed)
-    int8 = {name: kind for name, kind in (stored_types or {}).items() if kind == TensorType.I8}
-    keeps_file = stored_types is not None and not int8 and (device, dtype, quantization) == ("cpu", "auto", None)
-    weights = weight_bytes(
-        config,
-        computed,
-        device=device,
-        quantization=quantization,
-        tp=tp,
-        stored_types=stored_types if keeps_file else int8,
-    )
-    kv_dtype = _kv_dtype(device, dtype, kv_cache_dtype)
-    per_token = kv_bytes_per_token(config, kv_dtype, tp=tp)
+    sizes = sizes_of(device, dtype, quantization)
+    stored_types = stored_types or {}
+    weights = _loaded_bytes(config, sizes, tp, stored_types)
+    kv_dtype = kv_type(kv_cache_dtype, dtype, sizes.auto_dtype)
+    if kv_dtype == "int8" and device != "cpu":
+        raise ConfigError(f"kv_cache_dtype='int8' is not possible on {device}, only on a CPU")
+    page_size = sizes.default_page_size
+    page_bytes = sizes.kv_bytes_per_page(kv_spec(config, kv_dtype, page_size, tp))
     needs = PoolNeeds(
         available_bytes=memory_bytes,
         weight_bytes=weights,
-        bytes_per_page=per_token * PAGE_SIZE,
-        page_size=PAGE_SIZE,
+        bytes_per_page=page_bytes,
+        page_size=page_size,
         model_context=config.max_position_embeddings,
-        max_running_requests=MAX_RUNNING_REQUESTS if device == "ascend" else 48,
+        max_running_requests=sizes.default_max_running_requests,
         context_length=context_length,
         mem_fraction_static=mem_fraction_static,
     )
@@ -157,28 +133,29 @@ def plan_memory(
         num_pages = num_pool_pages(needs)
     except OutOfMemoryError as exc:
         problem = str(exc)
-    num_tokens = num_pages * PAGE_SIZE
     context = context_for(needs, num_pages) if num_pages else context_length or config.max_position_embeddings
+    has_int8 = TensorType.I8 in stored_types.values()
+    keeps_file = bool(stored_types) and not has_int8 and (device, dtype, quantization) == ("cpu", "auto", None)
     lengths = sorted({*(n for n in EXAMPLE_CONTEXTS if n < context), context})
     return MemoryPlan(
         model=model,
         architecture=config.architecture,
         device=device,
-        dtype="file" if keeps_file else computed,
-        quantization=quantization or ("int8" if int8 else None),
+        dtype="file" if keeps_file else auto_dtype(config, device) if dtype == "auto" else dtype,
+        quantization=quantization or ("int8" if has_int8 else None),
         kv_cache_dtype=kv_dtype,
         tp=tp,
         memory_bytes=memory_bytes,
         mem_fraction_static=mem_fraction_static,
         weight_bytes=weights,
-        kv_bytes_per_token=per_token,
-        page_size=PAGE_SIZE,
-        num_tokens=num_tokens,
-        kv_cache_bytes=num_tokens * per_token,
-        left_bytes=memory_bytes - weights - num_tokens * per_token,
+        kv_bytes_per_token=-(-page_bytes // page_size),
+        page_size=page_size,
+        num_tokens=num_pages * page_size,
+        kv_cache_bytes=num_pages * page_bytes,
+        left_bytes=memory_bytes - weights - num_pages * page_bytes,
         model_context=config.max_position_embeddings,
         context_length=context,
-        requests={length: num_pages // -(-length // PAGE_SIZE) for length in lengths},
+        requests={length: num_pages // -(-length // page_size) for length in lengths},
         problem=problem,
     )
 
@@ -192,111 +169,37 @@ def weight_bytes(
     tp: int = 1,
     stored_types: Mapping[str, TensorType] | None = None,
 ) -> int:
-    """Bytes of the weights on one of `tp` devices, rounded up.
-
-    Linear layers, embedding and head are cut in `tp` parts (a key and value head that several devices need is on each
-    of them); norms are on every device. On the CPU a tied embedding is read from the packed head, unless packing
-    changes its values. `stored_types` as `plan_memory` takes it.
-    """
-    total = 0.0
-    shapes = expected_shapes(config)
-    head = shapes.pop("lm_head.weight", shapes["model.embed_tokens.weight"])
-    for name, shape in (*shapes.items(), ("lm_head.weight", head)):
-        is_tied = name == "lm_head.weight" and config.tie_word_embeddings
-        if len(shape) == 1:
-            total += shape[0] * _VECTOR_BYTES
-            continue
-        copies = _kv_copies(config, tp) if name.endswith(("k_proj.weight", "v_proj.weight")) else 1
-        stored = (stored_types or {}).get("model.embed_tokens.weight" if is_tied else name)
-        is_table = name == "model.embed_tokens.weight"
-        if device == "cpu" and is_table and _is_in_the_head(config, dtype, quantization, stored):
-            continue
-        if device == "cpu":
-            matrix = _cpu_matrix(name, shape, dtype, quantization, stored)
-        else:
-            matrix = _device_matrix(name, shape, dtype, device, quantization, stored, is_tied=is_tied)
-        total += matrix * copies / tp
-    return int(total) + (total > int(total))
+    """Bytes of the weights on the first of `tp` devices, as its backend would have them: it is asked, and the model.
+    `stored_types` as `plan_memory` takes it."""
+    return _loaded_bytes(config, sizes_of(device, dtype, quantization), tp, stored_types or {})
 
 
-def _is_in_the_head(config: ModelConfig, dtype: str, quantization: str | None, stored: TensorType | None) -> bool:
-    """Whether the CPU backend reads the embedding from the head: they are tied, and packing changes no value."""
-    if not config.tie_word_embeddings:
-        return False
-    if stored is None:
-        return quantization is None and dtype == config.dtype
-    return stored in _EXACT_IN_8_BITS or (quantization is None and stored in _EXACT_AS_THEY_ARE)
+def sizes_of(device: str, dtype: str, quantization: str | None) -> Sizes:
+    """What knows how the backend of a device holds weights. Raises ConfigError for what that cannot quantise to."""
+    if device == "cpu":
+        from mooli.backends.cpu.packing import CpuSizes  # here: importing the native module is for who asks
+
+        return CpuSizes(dtype, quantization)
+    return {"torch": TorchSizes, "cuda": CudaSizes, "ascend": AscendSizes}[device](dtype, quantization)
 
 
-def _cpu_matrix(
-    name: str, shape: tuple[int, ...], dtype: str, quantization: str | None, stored: TensorType | None
-) -> float:
-    """Bytes as the CPU backend packs it: quantised are the linear layers, and the head to 8 bits."""
-    if stored == TensorType.I8 and quantization is None:
-        return shape[0] * shape[1] * _QUANTISED_BYTES["int8"]
-    if stored is not None and quantization is None:
-        return float(shape[0] * row_bytes(stored, shape[1]))
-    kind = "int8" if quantization and name == "lm_head.weight" else quantization
-    is_table = name == "model.embed_tokens.weight"
-    return shape[0] * shape[1] * (_BYTES[dtype] if kind is None or is_table else _QUANTISED_BYTES[kind])
-
-
-def _device_matrix(
-    name: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    device: str,
-    quantization: str | None,
-    stored: TensorType | None,
-    *,
-    is_tied: bool,
-) -> float:
-    """Bytes as the backends of PyTorch hold it: floats of one type, int8 with a scale for 32 weights, or a row of them
-    on NPUs, whose head stays in floats unless the checkpoint has it in int8."""
-    count = float(shape[0] * shape[1])
-    is_table = name == "model.embed_tokens.weight"
-    if device == "ascend":
-        is_int8 = stored == TensorType.I8 or (quantization == "int8" and name != "lm_head.weight")
-        if is_int8 and not is_table and dtype != "float32":
-            return count + shape[0] * _ROW_SCALE_BYTES
-    elif quantization == "int8" and not is_table:
-        return count * _TORCH_INT8_BYTES
-    return 0.0 if is_tied else count * _BYTES[dtype]
-
-
-def _check_quantization(device: str, quantization: str | None, dtype: str) -> None:
-    """ConfigError, as the backends raise it, for what they cannot quantise to."""
-    if device == "cpu" or quantization is None:
-        return
-    if quantization != "int8":
-        raise ConfigError(
-            f"the {device} backend cannot quantise to {quantization}: use quantization='int8', or backend 'cpu'"
-        )
-    if device == "ascend" and dtype == "float32":
-        raise ConfigError("quantization='int8' computes in float16 or bfloat16 on an NPU: leave dtype='float32' out")
+def _loaded_bytes(config: ModelConfig, sizes: Sizes, tp: int, types: Mapping[str, TensorType]) -> int:
+    place = Place(0, tp)
+    checkpoint = part_checkpoint(config, ShapesCheckpoint(config, types), place)
+    # Of a backend, loading a model uses no more than what `Sizes` has.
+    create_model(part_config(config, place), checkpoint, cast(Backend, sizes))
+    return sizes.weight_bytes()
 
 
 def auto_dtype(config: ModelConfig, device: str) -> str:
     """What dtype="auto" is for a model of this configuration."""
-    return _AUTO_DTYPES.get(device, config.dtype)
+    return sizes_of(device, "auto", None).auto_dtype or config.dtype
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: str, *, tp: int = 1) -> int:
-    """Bytes of keys and values that one token takes on one of `tp` devices."""
-    heads = config.num_layers * config.num_kv_heads * _kv_copies(config, tp) // tp
-    if dtype == "int8":  # a scale beside each head's values, and one base of the keys for 32 tokens in whole lines
-        return heads * (2 * (config.head_dim + 4) + -(-(config.head_dim + 4) // 64) * 2)
-    return int(2 * heads * config.head_dim * _BYTES[dtype])
-
-
-def _kv_dtype(device: str, dtype: str, kv_cache_dtype: str) -> str:
-    if kv_cache_dtype == "int8" and device != "cpu":
-        raise ConfigError(f"kv_cache_dtype='int8' is not possible on {device}, only on a CPU")
-    if kv_cache_dtype != "auto":
-        return kv_cache_dtype
-    if dtype != "auto":
-        return dtype
-    return "float32" if device == "torch" else "bfloat16"
+def kv_spec(config: ModelConfig, dtype: str, page_size: int, tp: int = 1) -> KVSpec:
+    """The pool of one of `tp` devices."""
+    part = part_config(config, Place(0, tp))
+    return KVSpec(config.num_layers, part.num_kv_heads, config.head_dim, page_size, dtype)
 
 
 def check_tp(config: ModelConfig, tp: int) -> None:
@@ -304,10 +207,6 @@ def check_tp(config: ModelConfig, tp: int) -> None:
     if tp < 1:
         raise ConfigError(f"tp_size={tp} is no number of devices")
     check_size(config, tp)
-
-
-def _kv_copies(config: ModelConfig, tp: int) -> int:
-    return max(1, tp // config.num_kv_heads)
 
 
 def read_model(name: str) -> tuple[ModelConfig, dict[str, TensorType] | None]:

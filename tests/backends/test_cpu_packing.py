@@ -23,7 +23,7 @@ from cpu_ops import (
 )
 from numpy.typing import NDArray
 
-from mooli.backends.cpu.backend import Kind
+from mooli.backends.cpu.packing import Kind
 from mooli.backends.dequant import dequantize
 from mooli.tensor import GGUF_TYPES, RawTensor, TensorType
 from steps import Row, step

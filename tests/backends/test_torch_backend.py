@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from mooli.backends import create_backend
 from mooli.backends.base import KVSpec
+from mooli.backends.sizes import INT8_GROUP
 from mooli.backends.torch import CudaBackend, TorchBackend
-from mooli.backends.torch.weights import INT8_GROUP, FloatLinear, Int8Linear
+from mooli.backends.torch.weights import FloatLinear, Int8Linear
 from mooli.errors import BackendUnavailableError, ConfigError, OutOfMemoryError, UnsupportedModelError
 from mooli.tensor import RawTensor, TensorType
 from steps import LIMITS, Choice, Row, sampling_batch, step

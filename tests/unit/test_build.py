@@ -1,17 +1,23 @@
-"""What building an engine makes of the memory it finds, with a small model of random weights."""
+"""What building an engine makes of the memory it finds, and that `mooli plan` says the same beforehand."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from model_files import demo_path
 
+from mooli.backends import create_backend
 from mooli.backends.base import MemoryInfo
 from mooli.backends.cpu import CpuBackend
 from mooli.config import EngineConfig
 from mooli.engine.build import build_engine
+from mooli.engine.facts import EngineFacts
 from mooli.errors import OutOfMemoryError
+from mooli.plan import plan_memory, read_model
+from variants import require
 
 GIB = 2**30
 SMALL = {
@@ -60,3 +66,59 @@ def test_three_engines_of_one_machine_take_no_more_than_it_has(folder: Path, mon
     found = MemoryInfo(machine, GIB // 2, machine - GIB // 2)
     with pytest.raises(OutOfMemoryError, match=r"0.50 GiB were available \(23.50 GiB more are other engines'\)"):
         built_with(folder, monkeypatch, found, found)
+
+
+def planned_and_built(path: Path, monkeypatch: pytest.MonkeyPatch, device: str, **settings: Any) -> EngineFacts:
+    """The facts of an engine that finds 6 GiB, after comparing all that the plan for 6 GiB says."""
+    require(device)
+    backend_class = type(create_backend(device, dtype="float32"))
+    monkeypatch.setattr(backend_class, "memory", lambda backend: MemoryInfo(8 * GIB, 6 * GIB))
+    load_format = "auto" if path.is_file() else "dummy"
+    built = build_engine(
+        EngineConfig.from_kwargs(model_path=str(path), load_format=load_format, device=device, **settings), path
+    )
+    built.close()
+    facts = built.facts
+    model_config, types = read_model(str(path))
+    plan = plan_memory(model_config, 6 * GIB, device=device, stored_types=types, **settings)
+    for planned, actual in (
+        (plan.weight_bytes, facts.weight_bytes),
+        (plan.page_size, facts.page_size),
+        (plan.num_tokens, facts.max_total_num_tokens),
+        (plan.kv_cache_bytes, facts.kv_cache_bytes),
+        (plan.kv_cache_dtype, facts.kv_cache_dtype),
+        (plan.context_length, facts.context_length),
+    ):
+        assert planned == actual
+    return facts
+
+
+@pytest.mark.parametrize("settings", [{}, {"quantization": "int4"}, {"dtype": "bfloat16"}], ids=str)
+def test_a_plan_for_the_demo_model_says_what_its_engine_has(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    path = demo_path()
+    if path is None:
+        pytest.skip("the demo model is not installed")
+    assert planned_and_built(path, monkeypatch, "cpu", **settings).weight_bytes > 2**20
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["head", "tied"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"device": "cpu"},
+        {"device": "cpu", "dtype": "float32", "kv_cache_dtype": "int8"},
+        {"device": "cpu", "quantization": "int8", "context_length": 900},
+        {"device": "torch"},
+        {"device": "torch", "dtype": "bfloat16", "quantization": "int8"},
+    ],
+    ids=str,
+)
+def test_a_plan_says_what_an_engine_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], stored: str, is_tied: bool
+) -> None:
+    config = SMALL | {"torch_dtype": stored, "tie_word_embeddings": is_tied, "attention_bias": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    planned_and_built(tmp_path, monkeypatch, **settings)

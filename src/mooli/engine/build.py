@@ -21,7 +21,7 @@ from mooli.config import NGRAM_DRAFT_TOKENS, EngineConfig
 from mooli.engine.core import EngineCore
 from mooli.engine.facts import EngineFacts, device_words
 from mooli.engine.pace import Pace
-from mooli.engine.pool_size import GIB, PoolNeeds, context_for, num_pool_pages
+from mooli.engine.pool_size import GIB, PoolNeeds, context_for, kv_type, num_pool_pages
 from mooli.engine.team import SoloTeam
 from mooli.errors import ConfigError, EngineDeadError
 from mooli.hub import model_digest
@@ -137,7 +137,7 @@ def _build(
         num_kv_heads=model.config.num_kv_heads,
         head_dim=model_config.head_dim,
         page_size=page_size,
-        dtype=_kv_dtype(config, backend),
+        dtype=kv_type(config.kv_cache_dtype, config.dtype, backend.describe().get("dtype")),
     )
     bytes_per_page = backend.kv_bytes_per_page(kv_spec)
     # While weights were loaded, others may have taken or claimed some.
@@ -252,15 +252,6 @@ def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:
             f" state a longer context with json_model_override_args='{{\"max_position_embeddings\": …}}' if the model"
             " can do that"
         )
-
-
-def _kv_dtype(config: EngineConfig, backend: Backend) -> str:
-    """The type that was asked for; else that of the computation; two bytes where the backend chooses that itself."""
-    if config.kv_cache_dtype != "auto":
-        return config.kv_cache_dtype
-    if config.dtype != "auto":
-        return config.dtype
-    return "float32" if backend.describe().get("dtype") == "float32" else "bfloat16"
 
 
 def draft_settings(config: EngineConfig, default: str = "none") -> DraftSettings | None:

@@ -76,6 +76,16 @@ def num_pool_pages(needs: PoolNeeds) -> int:
     return min(affordable, useful)
 
 
+def kv_type(kv_cache_dtype: str, dtype: str, computed_in: str | None) -> str:
+    """The type of keys and values: what was asked for; else that of the computation, which is `computed_in` where the
+    backend chooses it; else two bytes."""
+    if kv_cache_dtype != "auto":
+        return kv_cache_dtype
+    if dtype != "auto":
+        return dtype
+    return "float32" if computed_in == "float32" else "bfloat16"
+
+
 def context_for(needs: PoolNeeds, num_pages: int) -> int:
     """The longest sequence the engine serves: the model's or the user's limit, if the pool holds it."""
     return min(needs.context_length or needs.model_context, num_pages * needs.page_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -260,6 +260,39 @@ class DummyCheckpoint:
             values += centre - half_width
             data[start : start + step] = _stored(values, self._type)
         return RawTensor(name, self._type, shape, data)
+
+    def release(self, name: str) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class ShapesCheckpoint:
+    """The tensors of a configuration by type and shape: their bytes are all one zero, which takes no memory."""
+
+    def __init__(self, config: ModelConfig, types: Mapping[str, TensorType]) -> None:
+        """types: by name; the others have the configuration's dtype."""
+        self._shapes = expected_shapes(config)
+        self._types = types
+        self._type = _STORED_AS[config.dtype]
+
+    def names(self) -> Iterable[str]:
+        return self._shapes.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def tensor(self, name: str) -> RawTensor:
+        shape = self._shapes[name]
+        kind = self._types.get(name, self._type)
+        rows, columns = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+        data = np.broadcast_to(np.zeros(1, np.uint8), (rows, row_bytes(kind, columns)))
+        scales = np.broadcast_to(np.zeros(1, np.float32), (rows,)) if kind == TensorType.I8 else None
+        return RawTensor(name, kind, shape, data, scales)
 
     def release(self, name: str) -> None:
         """Nothing is kept."""

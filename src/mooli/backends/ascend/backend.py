@@ -23,11 +23,12 @@ from mooli.backends.ascend.graphs import DecodeGraphs, StaticSteps
 from mooli.backends.ascend.kv_pool import AscendKVPool
 from mooli.backends.ascend.ops import AscendOps
 from mooli.backends.ascend.paths import DECODE_ORDER, GRAPHS, PAGE_SIZE, W8A8, Paths, Switches, extend_order
-from mooli.backends.ascend.quant import is_int8, load_w8a8, takes
+from mooli.backends.ascend.quant import load_w8a8
 from mooli.backends.ascend.sampler import AscendSampler
 from mooli.backends.ascend.step import AscendStep, cut, plan_rows
 from mooli.backends.base import KVSpec, Limits, MemoryInfo
 from mooli.backends.parallel import RankGroup
+from mooli.backends.sizes import AscendSizes, is_w8a8, no_w8a8_in_float32
 from mooli.backends.torch.backend import TorchBackend
 from mooli.backends.torch.communicator import Communicator, DeviceCommunicator, GlooCommunicator
 from mooli.backends.torch.graphed_backend import GRAPHS_SWITCH
@@ -66,9 +67,7 @@ class AscendBackend(TorchBackend):
         self._switches = switches
         super().__init__(dtype, quantization, num_threads, rank)
         if quantization == "int8" and self.dtype_name == "float32":
-            raise ConfigError(
-                "quantization='int8' computes in float16 or bfloat16 on an NPU: leave dtype='float32' out"
-            )
+            raise no_w8a8_in_float32()
         self._paths = Paths(npu.versions.release, switches, self.dtype_name)
         self.default_chunked_prefill_size = chunked_prefill_size(self.memory().total_bytes)
         self.match_granularity_tokens = self._paths.match_granularity_tokens()
@@ -94,7 +93,7 @@ class AscendBackend(TorchBackend):
         return self._npu.device
 
     def auto_dtype(self) -> str:
-        return "bfloat16"
+        return AscendSizes.auto_dtype
 
     def use_threads(self, num_threads: int | None) -> None:
         if num_threads is not None:
@@ -151,11 +150,9 @@ class AscendBackend(TorchBackend):
     def pack_linear(
         self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
     ) -> LinearWeight:
-        is_stored = is_int8(tensors) and self.dtype_name != "float32"
-        if not (is_stored or self._quantization == "int8") or not self._switches.is_on(W8A8):
+        if not self._switches.is_on(W8A8):
             return super().pack_linear(tensors, biases, head=head)
-        if (head and not is_stored) or not takes(tensors):
-            # The head is wider than the quantised product takes, and the part of a model that suffers most from it.
+        if not is_w8a8(tensors, self.dtype_name, self._quantization, head=head):
             return self._as_floats(tensors, biases, head=head)
         for tensor in tensors:
             check_type(tensor)

@@ -19,9 +19,6 @@ from mooli.tensor import RawTensor
 FRACTAL_NZ = 29
 """The device's own format of matrices, in 16 x 32 tiles for int8."""
 
-WIDEST = 65535
-"""Most rows and columns that the quantised product takes."""
-
 
 @dataclass(frozen=True, slots=True)
 class W8A8Linear:
@@ -44,16 +41,6 @@ class W8A8Linear:
 
     def num_bytes(self) -> int:
         return sum(tensor_bytes(x) for x in (self.codes, self.scales, self.bias) if x is not None)
-
-
-def takes(tensors: Sequence[RawTensor]) -> bool:
-    """Whether a weight of these tensors, stacked along rows, can be multiplied this way."""
-    return sum(tensor.num_rows for tensor in tensors) <= WIDEST and tensors[0].num_columns <= WIDEST
-
-
-def is_int8(tensors: Sequence[RawTensor]) -> bool:
-    """Whether a checkpoint has them all in int8 with a scale for each row, ready for this product."""
-    return all(tensor.scales is not None for tensor in tensors)
 
 
 def load_w8a8(tensors: Sequence[RawTensor], bias: Tensor | None, device: torch.device) -> W8A8Linear:

@@ -11,7 +11,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +19,15 @@ from numpy.typing import NDArray
 from mooli import _native
 from mooli.backends.base import Array, KVSpec, Limits, MemoryInfo, SampleResult
 from mooli.backends.claims import Claim, claims_folder
+from mooli.backends.cpu.packing import (
+    FLOAT_KINDS,
+    MAX_RUNNING_REQUESTS,
+    TILE,
+    Kind,
+    Packing,
+    is_exact,
+    page_bytes,
+)
 from mooli.backends.cpu.processors import cpu_quota, default_num_threads, usable_cpus
 from mooli.backends.cpu.tape import CapturedTape, Planned, Result, Rows, TapeOps
 from mooli.backends.dequant import dequantize, with_scales_in_groups
@@ -30,9 +38,6 @@ from mooli.tensor import BLOCK, RawTensor, TensorType
 
 logger = logging.getLogger(__name__)
 
-TILE = 32
-"""Tokens of a KV tile; a page is a whole number of tiles."""
-
 MAX_INT8_HEAD_DIM = 512
 """The largest head whose keys and values are kept in eight bits."""
 
@@ -40,31 +45,7 @@ MAX_THREADS = 1024
 """More than the processors of any machine these kernels know."""
 
 
-class Kind(IntEnum):
-    """Packed weight kinds, numbered as in native/kernels.h."""
-
-    Q8 = 0
-    Q4 = 1
-    Q4M = 2
-    BF16 = 3
-    F16 = 4
-    F32 = 5
-
-
 _KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 4}
-_FLOAT_KINDS = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16}
-_BLOCK_KINDS = {TensorType.Q4_0: Kind.Q4, TensorType.Q4_1: Kind.Q4M, TensorType.Q4_K: Kind.Q4M}
-_EXACT_TYPES = {
-    Kind.Q8: {TensorType.Q8_0, TensorType.Q5_0, TensorType.Q4_0},
-    Kind.Q4: {TensorType.Q4_0},
-    Kind.Q4M: {TensorType.Q4_1},
-    Kind.BF16: {TensorType.BF16},
-    Kind.F16: {TensorType.F16},
-    Kind.F32: {TensorType.F32},
-}
-"""What each kind packs without changing a value."""
-
-_FLOAT_TYPES = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16: "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +76,7 @@ class CpuBackend:
     """Matrix kernels have amortised the read of the weights by then, so a longer step computes no more tokens a second:
     it only holds up the streams that run beside the prompt for longer."""
 
-    default_max_running_requests = 48
-    """Decode rows share one pass over the weights; the gain of more rows is small from here on."""
-
+    default_max_running_requests = MAX_RUNNING_REQUESTS
     match_granularity_tokens = 1
 
     def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
@@ -105,8 +84,8 @@ class CpuBackend:
 
         Raises ConfigError for an unknown dtype, quantisation or instruction set (environment variable MOOLI_ISA).
         """
-        if dtype != "auto" and dtype not in _FLOAT_KINDS:
-            raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(_FLOAT_KINDS)}")
+        if dtype != "auto" and dtype not in FLOAT_KINDS:
+            raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(FLOAT_KINDS)}")
         if quantization not in (None, "int8", "int4"):
             raise ConfigError(f"quantization {quantization!r} is not one of None, 'int8', 'int4'")
         if num_threads is not None and not 1 <= num_threads <= MAX_THREADS:
@@ -135,7 +114,7 @@ class CpuBackend:
                 "dtype float16: weights and KV are stored as float16 and multiplied in float32: this processor has no "
                 "float16 dot product for it; bfloat16 or quantization='int8' is faster"
             )
-        self._dtype, self._quantization = dtype, quantization
+        self._packing = Packing(dtype, quantization, self._device.has_bf16_dot)
         self.ops = TapeOps(self._device)
         self._slabs = _native.Slabs()
         self._weight_bytes = 0
@@ -188,7 +167,7 @@ class CpuBackend:
         return self._loaded(self._linear(tensors, biases, head=head))
 
     def _linear(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor], *, head: bool) -> PackedLinear:
-        kind = self._kind(tensors, head=head)
+        kind = self._packing.kind(tensors, head=head)
         weight = self._new_linear(kind, sum(t.num_rows for t in tensors), tensors[0].num_columns, gated=False)
         row = 0
         for tensor in tensors:
@@ -201,7 +180,7 @@ class CpuBackend:
         return self._count(weight, kind)
 
     def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> PackedLinear:
-        kind = self._kind([gate, up], head=False)
+        kind = self._packing.kind([gate, up], head=False)
         weight = self._new_linear(kind, gate.num_rows, gate.num_columns, gated=True)
         for part, tensor in enumerate((gate, up)):
             self._pack(weight, part, 0, tensor)
@@ -227,7 +206,7 @@ class CpuBackend:
 
     def load_tied(self, table: RawTensor) -> tuple[Table, PackedLinear]:
         head = self._linear([table], [], head=True)
-        if table.scales is None and table.type in _EXACT_TYPES[Kind(head.native.kind)]:
+        if is_exact(table, Kind(head.native.kind)):
             self._vocab_size = table.num_rows
             return self._loaded((Table(_native.Embedding(head.native), table.num_columns), head))
         return self._loaded((self._table(table), head))
@@ -255,31 +234,6 @@ class CpuBackend:
         while self._jobs and self._jobs[0][0] <= num_done:
             self._jobs.popleft()
         return len(self._loads)
-
-    def _kind(self, tensors: Sequence[RawTensor], *, head: bool) -> Kind:
-        """The packed kind of tensors stacked in one weight: the finest any of them needs."""
-        for tensor in tensors:
-            self._check_type(tensor)
-        if self._quantization is not None:
-            # The head decides between near-equal logits and is kept at 8 bits.
-            if head or self._quantization == "int8":
-                return Kind.Q8
-            # What already has four bits keeps them: quantising again would only add error.
-            kinds = {_BLOCK_KINDS.get(t.type, Kind.Q4) for t in tensors}
-            return kinds.pop() if len(kinds) == 1 else Kind.Q4
-        kinds = {self._native_kind(t) for t in tensors}
-        if len(kinds) == 1:
-            return kinds.pop()
-        floats = [k for k in kinds if k >= Kind.BF16]
-        return max(floats) if floats else Kind.Q8
-
-    def _native_kind(self, tensor: RawTensor) -> Kind:
-        if tensor.type not in _FLOAT_TYPES:
-            return _BLOCK_KINDS.get(tensor.type, Kind.Q8)
-        if self._dtype != "auto":
-            return _FLOAT_KINDS[self._dtype]
-        kind = _FLOAT_KINDS[_FLOAT_TYPES[tensor.type]]
-        return Kind.BF16 if kind == Kind.F32 and self._device.has_bf16_dot else kind
 
     def _new_linear(self, kind: Kind, rows: int, columns: int, *, gated: bool) -> Any:
         self._max_k = max(self._max_k, columns)
@@ -309,12 +263,7 @@ class CpuBackend:
     # ------------------------------------------------------------------ KV pool
 
     def kv_bytes_per_page(self, spec: KVSpec) -> int:
-        heads = spec.num_layers * spec.num_kv_heads
-        if spec.dtype == "int8":  # values, a scale for each token, and a base of the keys in whole cache lines
-            tile = 2 * TILE * (spec.head_dim + 4) + -(-(spec.head_dim + 4) // 64) * 64
-            return heads * spec.page_size // TILE * tile
-        element = 4 if spec.dtype == "float32" else 2
-        return heads * 2 * spec.head_dim * spec.page_size * element
+        return page_bytes(spec)
 
     def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
         self.check_page_size(spec.page_size)

@@ -19,10 +19,11 @@ from mooli.backends.base import KVSpec, Limits, MemoryInfo, SampleResult
 from mooli.backends.host_memory import host_memory
 from mooli.backends.parallel import RankGroup
 from mooli.backends.reference_sampling import LogprobTuple
+from mooli.backends.sizes import TorchSizes, cannot_quantise, page_bytes
 from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.communicator import Communicator, GlooCommunicator
 from mooli.backends.torch.dtypes import DTYPES, torch_dtype
-from mooli.backends.torch.kv_pool import KVPool, bytes_per_page
+from mooli.backends.torch.kv_pool import KVPool
 from mooli.backends.torch.ops import TorchOps
 from mooli.backends.torch.parallel import PartTable, over_ranks, table_over_ranks
 from mooli.backends.torch.sampling import TorchSampler
@@ -48,9 +49,9 @@ class TorchBackend:
     """PyTorch on this machine's processors. Any page size; every operation in `dtype`, sums in float32."""
 
     name = "torch"
-    default_page_size = 16
+    default_page_size = TorchSizes.default_page_size
     default_chunked_prefill_size = 512
-    default_max_running_requests = 48
+    default_max_running_requests = TorchSizes.default_max_running_requests
     match_granularity_tokens = 1
 
     def __init__(
@@ -70,9 +71,7 @@ class TorchBackend:
         if dtype != "auto" and dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
         if quantization not in (None, "int8"):
-            raise ConfigError(
-                f"the {self.name} backend cannot quantise to {quantization}: use quantization='int8', or backend 'cpu'"
-            )
+            raise cannot_quantise(self.name, quantization)
         self.rank = rank
         self.communicator: Communicator | None = None
         """The other ranks; None while this process computes alone."""
@@ -97,7 +96,7 @@ class TorchBackend:
 
     def auto_dtype(self) -> str:
         """The type of dtype="auto"."""
-        return "float32"
+        return TorchSizes.auto_dtype
 
     def use_threads(self, num_threads: int | None) -> None:
         """Raise ConfigError for a number that cannot be honoured."""
@@ -237,7 +236,7 @@ class TorchBackend:
     # ------------------------------------------------------------------ KV pool
 
     def kv_bytes_per_page(self, spec: KVSpec) -> int:
-        return bytes_per_page(spec)
+        return page_bytes(spec)
 
     def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
         self.check_page_size(spec.page_size)

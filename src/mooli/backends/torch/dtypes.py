@@ -15,8 +15,6 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
-ITEM_BYTES: dict[torch.dtype, int] = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
-
 
 def torch_dtype(name: str) -> torch.dtype:
     """Raises ConfigError for a name that is no floating type of ours."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mooli.backends.base import KVSpec
-from mooli.backends.torch.dtypes import ITEM_BYTES, torch_dtype
+from mooli.backends.sizes import page_bytes
+from mooli.backends.torch.dtypes import torch_dtype
 from mooli.batch import PageCopy
 from mooli.errors import OutOfMemoryError
 
@@ -34,7 +35,7 @@ class KVPool:
         try:
             self.storage = torch.empty(shape, dtype=dtype, device=device)
         except RuntimeError as exc:  # of which torch's own out-of-memory error is one
-            size = num_pages * bytes_per_page(spec)
+            size = num_pages * page_bytes(spec)
             raise OutOfMemoryError(
                 f"no memory on {device} for a KV pool of {size / 2**30:.2f} GiB ({str(exc).splitlines()[0]}): "
                 "lower mem_fraction_static or max_total_tokens"
@@ -66,9 +67,3 @@ class KVPool:
         for item in copies:
             source = self.storage[:, :, item.source, : item.num_tokens]
             self.storage[:, :, item.target, : item.num_tokens].copy_(source)
-
-
-def bytes_per_page(spec: KVSpec) -> int:
-    """Bytes of one page, all layers. Raises ConfigError for an unknown KV type."""
-    item_bytes = ITEM_BYTES[torch_dtype(spec.dtype)]
-    return spec.num_layers * 2 * spec.page_size * spec.num_kv_heads * spec.head_dim * item_bytes

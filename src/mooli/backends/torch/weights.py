@@ -16,14 +16,12 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from mooli.backends.dequant import dequantize
+from mooli.backends.sizes import INT8_GROUP
 from mooli.errors import OutOfMemoryError, UnsupportedModelError
 from mooli.tensor import BLOCK, RawTensor, TensorType
 
 VALUES_AT_A_TIME = 1 << 24
 """Values converted at one time, while loading and where int8 weights are expanded to be multiplied."""
-
-INT8_GROUP = 32
-"""Weights of a row that share a scale under int8, as on the CPU backend."""
 
 
 class LinearWeight(Protocol):

@@ -1,0 +1,137 @@
+"""What the cpu backend makes of a stored tensor: its packed kind, and the bytes of that and of KV pages.
+
+Owns the decision, for the backend and for who only asks. Never packs: that is `CpuBackend`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from mooli import _native
+from mooli.backends.base import KVSpec
+from mooli.backends.sizes import Sizes
+from mooli.tensor import RawTensor, TensorType, row_bytes
+
+TILE = 32
+"""Tokens of a KV tile; a page is a whole number of tiles."""
+
+MAX_RUNNING_REQUESTS = 48
+"""Decode rows share one pass over the weights; the gain of more rows is small from here on."""
+
+
+class Kind(IntEnum):
+    """Packed weight kinds, numbered as in native/kernels.h."""
+
+    Q8 = 0
+    Q4 = 1
+    Q4M = 2
+    BF16 = 3
+    F16 = 4
+    F32 = 5
+
+
+FLOAT_KINDS = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16}
+_BLOCK_KINDS = {TensorType.Q4_0: Kind.Q4, TensorType.Q4_1: Kind.Q4M, TensorType.Q4_K: Kind.Q4M}
+_EXACT_TYPES = {
+    Kind.Q8: {TensorType.Q8_0, TensorType.Q5_0, TensorType.Q4_0},
+    Kind.Q4: {TensorType.Q4_0},
+    Kind.Q4M: {TensorType.Q4_1},
+    Kind.BF16: {TensorType.BF16},
+    Kind.F16: {TensorType.F16},
+    Kind.F32: {TensorType.F32},
+}
+"""What each kind packs without changing a value."""
+
+_FLOAT_TYPES = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16: "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """The settings that decide. dtype: of weights that are not quantised; auto keeps the file's.
+
+    has_bf16_dot: the processor multiplies bfloat16, which float32 weights then become under auto.
+    """
+
+    dtype: str
+    quantization: str | None
+    has_bf16_dot: bool
+
+    def kind(self, tensors: Sequence[RawTensor], *, head: bool) -> Kind:
+        """The packed kind of tensors stacked in one weight: the finest any of them needs."""
+        if self.quantization is not None:
+            # The head decides between near-equal logits and is kept at 8 bits.
+            if head or self.quantization == "int8":
+                return Kind.Q8
+            # What already has four bits keeps them: quantising again would only add error.
+            kinds = {_BLOCK_KINDS.get(t.type, Kind.Q4) for t in tensors}
+            return kinds.pop() if len(kinds) == 1 else Kind.Q4
+        kinds = {self._native_kind(t) for t in tensors}
+        if len(kinds) == 1:
+            return kinds.pop()
+        floats = [k for k in kinds if k >= Kind.BF16]
+        return max(floats) if floats else Kind.Q8
+
+    def _native_kind(self, tensor: RawTensor) -> Kind:
+        if tensor.type not in _FLOAT_TYPES:
+            return _BLOCK_KINDS.get(tensor.type, Kind.Q8)
+        if self.dtype != "auto":
+            return FLOAT_KINDS[self.dtype]
+        kind = FLOAT_KINDS[_FLOAT_TYPES[tensor.type]]
+        return Kind.BF16 if kind == Kind.F32 and self.has_bf16_dot else kind
+
+
+def is_exact(table: RawTensor, kind: Kind) -> bool:
+    """Whether this kind packs the tensor without changing a value, so that an embedding can be read from the head."""
+    return table.scales is None and table.type in _EXACT_TYPES[kind]
+
+
+def page_bytes(spec: KVSpec) -> int:
+    """Bytes of one KV page, all layers."""
+    heads = spec.num_layers * spec.num_kv_heads
+    if spec.dtype == "int8":  # values, a scale for each token, and a base of the keys in whole cache lines
+        tile = 2 * TILE * (spec.head_dim + 4) + -(-(spec.head_dim + 4) // 64) * 64
+        return heads * spec.page_size // TILE * tile
+    element = 4 if spec.dtype == "float32" else 2
+    return heads * 2 * spec.head_dim * spec.page_size * element
+
+
+class CpuSizes(Sizes):
+    """What a model takes on this machine's processor: only that decides what float32 weights become."""
+
+    default_page_size = TILE
+    default_max_running_requests = MAX_RUNNING_REQUESTS
+    auto_dtype = None
+
+    def __init__(self, dtype: str, quantization: str | None) -> None:
+        super().__init__()
+        has_bf16_dot = bool(_native.Device(1, [], os.environ.get("MOOLI_ISA", "")).has_bf16_dot)
+        self._packing = Packing(dtype, quantization, has_bf16_dot)
+
+    def load_linear(
+        self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
+    ) -> None:
+        self._add(tensors, biases, head=head)
+
+    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> None:
+        kind = self._packing.kind([gate, up], head=False)
+        self.num_bytes += _native.linear_bytes(int(kind), gate.num_rows, gate.num_columns, True, bool(biases))
+
+    def load_embedding(self, table: RawTensor) -> None:
+        self.num_bytes += table.num_rows * row_bytes(table.type, table.num_columns)
+
+    def load_tied(self, table: RawTensor) -> tuple[None, None]:
+        if not is_exact(table, self._add([table], (), head=True)):
+            self.load_embedding(table)
+        return None, None
+
+    def kv_bytes_per_page(self, spec: KVSpec) -> int:
+        return page_bytes(spec)
+
+    def _add(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor], *, head: bool) -> Kind:
+        kind = self._packing.kind(tensors, head=head)
+        rows = sum(tensor.num_rows for tensor in tensors)
+        self.num_bytes += _native.linear_bytes(int(kind), rows, tensors[0].num_columns, False, bool(biases))
+        return kind
