@@ -69,7 +69,7 @@ class RouteServer:
 
     async def _serve(self) -> None:
         self._uvicorn.load()
-        protocol = make_protocol(self.config)
+        protocol = make_protocol(self.service)
         listening = await self._loop.create_server(
             lambda: protocol(config=self._uvicorn, server_state=self._state, app_state={}), sock=self._listener
         )

@@ -224,8 +224,11 @@ def test_metrics_hear_of_each_request_once(serve):
     server = serve(post("/echo", echo, Body), post("/fail", raises(PromptError("x"))), post("/items/{name}", echo))
     for path in ("/echo", "/fail", "/items/secret-name", "/nothing"):
         server.http.post(path, json={})
-    assert server.counts.requests == [("/echo", "POST"), ("/fail", "POST"), ("/items/{name}", "POST")]
-    assert [status for *_, status in server.counts.responses] == [200, 400, 200]
+    paths = ["/echo", "/fail", "/items/{name}", "unmatched"]
+    assert server.counts.requests == [(path, "POST") for path in paths]
+    wait_until(lambda: len(server.counts.responses) == 4)
+    statuses = dict(zip(paths, [200, 400, 200, 404], strict=True))
+    assert sorted(server.counts.responses) == sorted((path, "POST", status) for path, status in statuses.items())
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

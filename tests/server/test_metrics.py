@@ -179,7 +179,8 @@ def test_http_requests_are_counted_by_the_path_of_their_route(live):
     assert samples("http_responses_total", endpoint="/v1/messages", status_code="200") == 1
     assert samples("http_responses_total", endpoint="/v1/messages", status_code="400") == 1
     assert samples("http_requests_total", endpoint="/v1/models/{model_id:path}") == 2
-    templates = {route.path for route in ROUTES}
+    assert samples("http_responses_total", endpoint="unmatched", status_code="404", method="GET") == 1
+    templates = {route.path for route in ROUTES} | {"unmatched"}
     seen = {sample.labels["endpoint"] for sample in samples.samples if "endpoint" in sample.labels}
     assert seen <= templates
 
@@ -341,19 +342,52 @@ def request_lines(caplog: pytest.LogCaptureFixture, **config: Any) -> list[str]:
 )
 def test_the_level_says_how_much_of_a_request_is_logged(caplog, level, has_params, has_text):
     received, finished = map(json.loads, request_lines(caplog, log_requests_level=level, log_requests_format="json"))
+    assert received["time"] <= finished["time"] and "request_id" in received and "request_id" in finished
     assert received["event"] == "received" and received["rid"] == finished["rid"] == "r"
     assert finished["prompt_tokens"] == 6 and finished["cached_tokens"] == 2 and finished["completion_tokens"] == 3
-    assert finished["finish"] == {"type": "length", "length": 3} and finished["latency_s"] == 0.25
+    assert finished["finish"] == "length" and finished["latency_s"] == 0.25
     assert ("sampling_params" in received) == has_params
     assert received.get("prompt") == ("abcdef" if has_text else None)
     assert finished.get("output") == ("a\nb" if has_text else None)
-    if has_params:
-        assert received["sampling_params"]["temperature"] == 0.25 and received["sampling_params"]["stop"] == ["z"]
+    assert received.get("sampling_params") == (
+        {"max_new_tokens": 9, "temperature": 0.25, "seed": received["sampling_params"]["seed"], "stop": ["z"]}
+        if has_params
+        else None
+    )
+
+
+@pytest.mark.parametrize(
+    ("finish", "logged"),
+    [
+        (None, {"finish": "abort"}),
+        (FinishReason("abort", message="by hand"), {"finish": "abort", "message": "by hand"}),
+        (FinishReason("error", message="NaN"), {"finish": "error", "message": "NaN"}),
+        (FinishReason("stop", matched="z"), {"finish": "stop", "matched": "z"}),
+    ],
+)
+def test_the_log_says_how_a_request_ended(caplog, finish, logged):
+    caplog.set_level(logging.INFO, "mooli.server.request_log")
+    generation = a_generation()
+    if finish is not None:
+        generation.update(RequestOutput("r", finish=finish, prompt_tokens=6))
+    RequestLog(ServerConfig.from_kwargs(log_requests_format="json")).finished(generation, 1.0)
+    line = json.loads(caplog.messages[0])
+    assert {name: line.get(name) for name in logged} == logged
+
+
+def test_the_lines_of_a_request_have_the_id_of_its_http_request(live, caplog):
+    caplog.set_level(logging.INFO, "mooli.server.request_log")
+    server = live(says("Hello", after="assistant: "), log_requests=True, log_requests_format="json")
+    body = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
+    server.http.post("/v1/messages", json=body, headers={"X-Request-Id": "mine"})
+    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "mooli.server.request_log"]
+    assert [line["event"] for line in lines] == ["received", "finished"]
+    assert {line["request_id"] for line in lines} == {"mine"} and lines[0]["rid"] == lines[1]["rid"] != "mine"
 
 
 def test_the_text_form_keeps_one_line_for_each_event(caplog):
     received, finished = request_lines(caplog)
-    assert received.startswith('request received: rid="r" prompt_tokens=6') and '"abcdef"' in received
+    assert received.startswith('request received: rid="r" request_id="" prompt_tokens=6') and '"abcdef"' in received
     assert "\n" not in finished and r'output="a\nb"' in finished
 
 

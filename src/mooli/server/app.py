@@ -1,7 +1,7 @@
 """The whole ASGI application: every route, behind what protects it.
 
-Owns which modules bring routes, and the order of the layers: cross-origin rules, keys, web pages, limits, routes. Never
-answers anything itself.
+Owns which modules bring routes, and the order of the layers: what is kept of each request, cross-origin rules, keys,
+web pages, limits, routes. Never answers anything itself.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mooli.server.keys import KeyRing
 from mooli.server.limits import Admission, BodyRoom
 from mooli.server.route_table import RouteTable
 from mooli.server.routing import Route
+from mooli.server.traffic import Traffic
 from mooli.server.web_pages import PageCheck
 
 if TYPE_CHECKING:
@@ -68,6 +69,6 @@ def build_app(service: Service, routes: Sequence[Route] = ROUTES, *, keys: KeyRi
             allow_origins=config.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", "X-Request-Id"],
         )
-    return app
+    return Traffic(app, table, service)

@@ -109,7 +109,7 @@ class ServerConfig(Arguments):
         30.0, "float", "Seconds a client has for the head of a request, and again for its body.", low=_LEAST_S
     )
     write_timeout: float = argument(
-        60.0, "float", "Seconds after which a client that takes nothing is cut off.", low=_LEAST_S
+        60.0, "float", "Seconds after which a client that takes nothing, or too little, is cut off.", low=_LEAST_S
     )
     shutdown_timeout: float = argument(
         25.0, "float", "Seconds that running requests have to finish after SIGTERM.", low=_LEAST_S
@@ -132,14 +132,20 @@ class ServerConfig(Arguments):
         False, "bool", "End OpenAI streams with the usage, asked for or not."
     )
     log_level_http: str | None = argument(
-        None, "str", "Log level of the HTTP server; default: warning.", choices=(None, *_LOG_LEVELS), subject="logs"
+        None,
+        "str",
+        "Log level of the HTTP server, whose lines of info are one for each request; default: these, and warnings.",
+        choices=(None, *_LOG_LEVELS),
+        subject="logs",
     )
     log_requests: bool = argument(False, "bool", "Log each request.")
     log_requests_level: int = argument(
         2, "int", "How much of a request: 0 no texts and parameters, 1 no texts, 2 texts cut short, 3 all.",
         low=0, high=3,
     )  # fmt: skip
-    log_requests_format: str = argument("text", "str", "How requests are logged.", choices=("text", "json"))
+    log_requests_format: str = argument(
+        "text", "str", "How requests are logged; json: each line is an object.", choices=("text", "json")
+    )
     decode_log_interval: int = argument(40, "int", "Decode steps between two lines about them.", low=1)
     enable_metrics: bool = argument(
         True, "bool", "Accepted for compatibility: /metrics is always there.", subject="metrics"

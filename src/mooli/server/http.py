@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CLIENT_LEFT = 499
-"""Status in the metrics of a request whose client did not wait for the answer (nginx's number)."""
-
 MIN_BODY_BYTES_PER_S = 64 * 1024
 """A body may take `read_timeout` and a second more for each of these."""
 
@@ -58,28 +55,22 @@ class Endpoint:
         self._room = room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        metrics, path, method = self._service.metrics, self._route.path, scope["method"]
-        exchange = _Exchange(self._service, self._route, self._room, scope, receive, send)
-        metrics.http_request(path, method)
-        try:
-            await exchange.run()
-        finally:
-            metrics.http_response(path, method, exchange.status)
+        await _Exchange(self._service, self._route, self._room, scope, receive, send).run()
 
 
 class _Exchange:
-    """One request and its answer. status: of the answer, CLIENT_LEFT until there is one."""
+    """One request and its answer."""
 
     def __init__(
         self, service: Service, route: Route, room: BodyRoom, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        self.status = CLIENT_LEFT
         self._service = service
         self._route = route
         self._room = room
         self._scope = scope
         self._receive = receive
         self._send = send
+        self._has_begun = False
         self._is_complete = False
 
     async def run(self) -> None:
@@ -207,10 +198,10 @@ class _Exchange:
         if self._is_complete:
             return
         problem = problem_of(error, self._route.dialect, self._route.names)
-        if self.status == CLIENT_LEFT:
-            await self._send_messages(error_reply(self._route.dialect, problem))
-        else:
+        if self._has_begun:
             await self._finish(error_event(self._route.dialect, problem))
+        else:
+            await self._send_messages(error_reply(self._route.dialect, problem))
 
     async def _send_messages(self, messages: tuple[dict[str, Any], dict[str, Any]]) -> None:
         start, body = messages
@@ -220,7 +211,7 @@ class _Exchange:
     async def _start(self, message: dict[str, Any]) -> None:
         await self._send(message)
         # Only now: one that was cancelled while it waited for the socket has sent nothing.
-        self.status = message["status"]
+        self._has_begun = True
 
     async def _finish(self, last: bytes) -> None:
         self._is_complete = True

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from uvicorn.server import ServerState
 
 from mooli.config import EngineConfig
 from mooli.engine import messages
@@ -36,11 +37,13 @@ from mooli.frontend.text_side import check_preferred, open_tokenizer, sampling_d
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.hub.locate import locate_async
 from mooli.logs import set_up_logging
+from mooli.server import traffic
 from mooli.server.app import build_app
 from mooli.server.config import ServerConfig
 from mooli.server.keys import KeyRing
+from mooli.server.limits import SHUTTING_DOWN
 from mooli.server.metrics import Metrics
-from mooli.server.protocol import make_protocol
+from mooli.server.protocol import LimitedProtocol, make_protocol
 from mooli.server.request_log import RequestLog
 from mooli.server.sd_notify import sd_notify
 from mooli.server.service import Service
@@ -58,8 +61,6 @@ DEATH_LINGER_S = 1.0
 
 CLOSE_WAIT_S = 2
 """For connections that are being answered when everything else is done."""
-
-SHUTTING_DOWN = "The server is shutting down."
 
 
 def run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str], child: EngineChild) -> int:
@@ -247,21 +248,31 @@ class HttpServer:
                 task.cancel()
 
     async def _drained(self) -> None:
-        """Once asked to: wait for running requests, then end the others."""
+        """Once asked to: wait until every request that was there is answered to its last byte, then end the others."""
         await self._drain_asked.wait()
         sd_notify("STOPPING=1")
-        service, client = self._service, self._service.client
-        deadline = time.monotonic() + service.config.shutdown_timeout
-        if service.num_active:
-            logger.info("finishing %d requests before the end", service.num_active)
-        while service.num_active and time.monotonic() < deadline and not self._hurry.is_set():
-            await asyncio.sleep(0.02)
-        if service.num_active:
-            logger.warning("%d requests are not finished and end here", service.num_active)
-            client.abort(client.open_rids, SHUTTING_DOWN)
-            deadline = time.monotonic() + CLOSE_WAIT_S
-            while service.num_active and time.monotonic() < deadline:
-                await asyncio.sleep(0.02)
+        service, client, state = self._service, self._service.client, self._uvicorn.server_state
+        timeout_s = service.config.shutdown_timeout
+        admitted = set(state.tasks)
+        if admitted:
+            logger.info("shutting down: requests that have %g s to finish: %d", timeout_s, len(admitted))
+        else:
+            logger.info("shutting down: no request is being answered")
+
+        def is_finished() -> bool:
+            return not (admitted & state.tasks or _has_unsent(state))
+
+        await _wait_for(lambda: is_finished() or self._hurry.is_set(), timeout_s)
+        if is_finished():
+            return
+        logger.warning("requests that are not finished and end here: %d", len(admitted & state.tasks))
+        client.abort(client.open_rids, SHUTTING_DOWN)
+        await _wait_for(lambda: not service.num_active, CLOSE_WAIT_S)
+        for connection in _connections(state):
+            connection.refuse_unanswered()
+        await _wait_for(is_finished, CLOSE_WAIT_S)
+        for connection in _connections(state):
+            connection.transport.abort()
 
     async def _watch(self) -> None:
         """Ask the engine for a sign of life again and again. It answers between two steps; one that says nothing at all
@@ -293,13 +304,13 @@ def _uvicorn_config(service: Service) -> uvicorn.Config:
     config = service.config
     return uvicorn.Config(
         build_app(service, keys=service.keys),
-        http=make_protocol(config),
+        http=make_protocol(service),
         loop="asyncio",
         ws="none",
         lifespan="off",
         interface="asgi3",
         log_config=None,
-        access_log=config.log_level_http in ("debug", "info"),
+        access_log=False,  # the lines of requests are `mooli.server.traffic`'s
         server_header=False,
         root_path=config.fastapi_root_path,
         timeout_keep_alive=int(config.keep_alive_timeout),
@@ -310,6 +321,21 @@ def _uvicorn_config(service: Service) -> uvicorn.Config:
         ssl_cert_reqs=ssl.CERT_NONE if config.ssl_ca_certs is None else ssl.CERT_REQUIRED,
         ssl_keyfile_password=config.ssl_keyfile_password,
     )
+
+
+def _connections(state: ServerState) -> list[LimitedProtocol]:
+    return [connection for connection in state.connections if isinstance(connection, LimitedProtocol)]
+
+
+def _has_unsent(state: ServerState) -> bool:
+    return any(connection.has_unsent for connection in _connections(state))
+
+
+async def _wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    """Until it is true, or for `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
 
 
 @contextlib.contextmanager
@@ -427,3 +453,5 @@ def _with_environment(config: ServerConfig) -> ServerConfig:
 def _set_up_logging(config: ServerConfig, engine_config: EngineConfig) -> None:
     set_up_logging(engine_config.log_level)
     logging.getLogger("uvicorn").setLevel((config.log_level_http or "warning").upper())
+    if config.log_level_http is not None:
+        logging.getLogger(traffic.__name__).setLevel(config.log_level_http.upper())

@@ -22,6 +22,8 @@ BUSY_RETRY_S = 1
 DRAINING_RETRY_S = 5
 """About the time until another server, or this one started anew, answers."""
 
+SHUTTING_DOWN = "The server is shutting down."
+
 MAX_PROBES = 256
 """Requests to one open route at a time: more is no probing."""
 
@@ -98,7 +100,7 @@ class Admission:
     def _problem(self, route: Route | None, kind: str) -> Problem | None:
         if route is not None and route.is_generation and self._service.is_draining:
             headers = {"Retry-After": str(DRAINING_RETRY_S), "Connection": "close"}
-            return Problem(503, "The server is shutting down.", code="shutting_down", headers=headers)
+            return Problem(503, SHUTTING_DOWN, code="shutting_down", headers=headers)
         most = self._service.config.max_concurrent_requests if kind == ALL_OTHERS else MAX_PROBES
         if self._num_running[kind] < most:
             return None

@@ -44,6 +44,9 @@ LENGTH_BUCKETS = tuple(float(2**power) for power in range(4, 21))
 PROBES = ("/health", "/ready", "/ping", "/metrics")
 """Routes whose paths begin so are asked by machines that watch the server: they are no traffic."""
 
+UNMATCHED = "unmatched"
+"""Stands for all paths that no route has: a client may ask for any."""
+
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
 """Any other is counted as OTHER: a client may send whatever word it likes."""
 
@@ -87,7 +90,8 @@ class Metrics:
 
     # -- of HTTP --
     def http_request(self, endpoint: str, method: str) -> None:
-        """A request has begun. endpoint: the path of its route as the route writes it, never as the client does."""
+        """A request has begun. endpoint: the path of its route as the route writes it, never as the client does;
+        UNMATCHED if there is none."""
         if not endpoint.startswith(PROBES):
             self._http.requests[endpoint, _known(method)] += 1
             self._http.num_active += 1

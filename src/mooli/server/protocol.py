@@ -1,46 +1,66 @@
-"""HTTP connections: how long each of their phases may take, and how much may come before a body.
+"""HTTP connections: what is a request, how long each of its phases may take, and how much may come before a body.
 
-Owns the limits that have to be kept before there is a request, or after its answer was handed to the socket: uvicorn's
+Owns the rules that have to be kept before there is a request, or after its answer was handed to the socket: uvicorn's
 own protocol waits without end for the rest of a header, and for a client that reads nothing. Never looks into a body.
 
     first byte ─ read_timeout ─ end of the headers ─ answer ─ keep_alive_timeout ─ first byte of the next request
                                                       └ write_timeout while the client takes nothing
 
-Sources: RFC 9110 (408, 431), RFC 9112 (message parsing).
+Sources: RFC 9110 (408, 431, 501, 505), RFC 9112 (message parsing).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from mooli.server.config import ServerConfig
+from mooli.server.asgi import Scope
+from mooli.server.half_closed import HalfClosedTransport
+from mooli.server.limits import DRAINING_RETRY_S, SHUTTING_DOWN
 from mooli.server.lingering import LingeringTransport
+from mooli.server.request_id import HEADER, draw, request_id_of
+from mooli.server.traffic import REFUSAL_KEY, TrafficLog, address
+
+if TYPE_CHECKING:
+    from mooli.server.service import Service
 
 MAX_HEADERS = 128
 
 MAX_PIPELINED = 8
 """Requests that may wait on a connection for the one before them."""
 
+MIN_TAKEN_BYTES_PER_S = 16 * 1024
+"""What waits for a client may take it `write_timeout` and a second more for each of these."""
+
 _UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
+
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+_ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE)
 
 _TOO_LARGE = "The request's headers are larger than this server takes."
 _TOO_SLOW = "The request's headers did not arrive in time."
 _GARBAGE = "This is not a valid HTTP request."
+_VERSION = "This server speaks HTTP 1.1 and 1.0."
+_CODING = "This server takes no other transfer coding than chunked, once, and in HTTP 1.1 only."
+_NO_HOST = "A request needs exactly one Host header (in HTTP 1.0 at most one), of a host and maybe a port."
+_TARGET = "The target of a request is a path, or an http or https URL, without a fragment."
 
 
-def make_protocol(config: ServerConfig) -> type[asyncio.Protocol]:
-    """The class of connections with the limits of `config`."""
-    limits = {
+def make_protocol(service: Service) -> type[asyncio.Protocol]:
+    """The class of connections with the limits of `service`."""
+    config = service.config
+    attributes = {
         "max_header_bytes": config.max_header_bytes,
         "read_timeout_s": config.read_timeout,
         "write_timeout_s": config.write_timeout,
+        "traffic": TrafficLog(service),
     }
-    return type("Connection", (LimitedProtocol,), limits)
+    return type("Connection", (LimitedProtocol,), attributes)
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -49,10 +69,12 @@ class LimitedProtocol(HttpToolsProtocol):
     max_header_bytes: int
     read_timeout_s: float
     write_timeout_s: float
+    traffic: TrafficLog
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._refusal = 400
+        self._refusal = (400, _GARBAGE)
+        """What is answered to what the parser does not take."""
         self._running: RequestResponseCycle | None = None
         """The request that is being answered, or was last."""
         self._is_in_head = self._is_in_message = False
@@ -62,6 +84,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Bytes since the last that the parser made something of: part of a header, or of nothing."""
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._write_deadline_s = 0.0
+        self._half_closed: HalfClosedTransport | None = None
 
     # -- the connection, called by asyncio --
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -76,6 +100,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._leave_running()
         self._lingering.forget()
+        if self._half_closed is not None:
+            self._half_closed.forget()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -86,11 +112,10 @@ class LimitedProtocol(HttpToolsProtocol):
         try:
             self._feed(data)
         except httptools.HttpParserError:
-            self._refuse()
+            self._refuse(*self._refusal)
             return
         if self._idle_bytes > self.max_header_bytes:
-            self._refusal = 431
-            self._refuse()
+            self._refuse(431, _TOO_LARGE)
         elif self._is_waiting_for_head() and (self._is_in_message or self._idle_bytes):
             self._arm_head_timer()
 
@@ -116,6 +141,36 @@ class LimitedProtocol(HttpToolsProtocol):
                 lines.append(name + b": " + value)
         return b"\r\n".join([*lines, b"", b""])
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. Whether the connection stays open, for answers to what it has sent whole."""
+        if self._is_in_message and self.pipeline and self.pipeline[0][0] is self.cycle:
+            self.pipeline.popleft()  # it will never be whole
+        last = self.pipeline[0][0] if self.pipeline else self._running
+        if self.transport.is_closing() or last is None or last.response_complete or last.more_body or self._is_tls:
+            if self.transport.get_write_buffer_size() and self._write_timer is None:
+                self._watch_writing()
+            return False
+        self._is_in_message = False
+        last.keep_alive = False
+        self._half_closed = HalfClosedTransport(self._lingering, self.loop, self._has_answer_begun)
+        self.transport = self._half_closed  # type: ignore[assignment]
+        for cycle in [self._running, *(cycle for cycle, _ in self.pipeline)]:
+            if cycle is not None:
+                cycle.transport = self._half_closed  # type: ignore[assignment]
+        return True
+
+    @property
+    def _is_tls(self) -> bool:
+        """Then there is no half of a connection: asyncio closes it all."""
+        return self.scheme == "https"
+
+    def _has_answer_begun(self) -> bool | None:
+        """For `HalfClosedTransport`: an answer with chunks may be begun anew between any two of them."""
+        running = self._running
+        if running is None or running.response_complete:
+            return None
+        return (True if running.chunked_encoding else None) if running.response_started else False
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._stop_write_timer()
@@ -136,7 +191,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._count_header(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
+        if self._is_in_head:  # what stands behind a body says nothing about the request
+            super().on_header(name, value)
         self._num_headers += 1
         self._count_header(len(name) + len(value))
 
@@ -145,6 +201,7 @@ class LimitedProtocol(HttpToolsProtocol):
             if self.parser.get_method() == b"CONNECT":
                 raise ValueError("this server is no proxy")
             return
+        self._check_head()
         self._idle_bytes = 0
         super().on_headers_complete()
         self._is_in_head = False
@@ -191,17 +248,59 @@ class LimitedProtocol(HttpToolsProtocol):
         else:
             super().timeout_keep_alive_handler()
 
-    def _refuse(self) -> None:
+    # -- refusals --
+    def refuse_unanswered(self) -> None:
+        """The server ends: say so to who waits for an answer that has not begun."""
+        running = self._running
+        if running is not None and not running.response_started and not self.transport.is_closing():
+            self._refuse(503, SHUTTING_DOWN, b"retry-after: %d\r\n" % DRAINING_RETRY_S)
+
+    def _check_head(self) -> None:
+        """What llhttp lets pass and a proxy may read in another way (RFC 9112, 3.2 and 6.1)."""
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            self._reject(505, _VERSION)
+        hosts = [value for name, value in self.headers if name == b"host"]
+        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+        if codings and (version == "1.0" or len(codings) > 1 or codings[0].lower() != b"chunked"):
+            self._reject(501 if version == "1.1" else 400, _CODING)
+        if len(hosts) > 1 or (not hosts and version == "1.1") or not all(map(_HOST.fullmatch, hosts)):
+            self._reject(400, _NO_HOST)
+        if b"#" in self.url:
+            self._reject(400, _TARGET)
+        if not self.url.startswith((b"/", b"*")):
+            self._take_absolute_target()
+
+    def _take_absolute_target(self) -> None:
+        """Its host counts, and not that of the header."""
+        target = _ABSOLUTE.fullmatch(self.url)
+        if target is None or not _HOST.fullmatch(target[1]):
+            self._reject(400, _TARGET)
+        self.headers[:] = [(name, target[1] if name == b"host" else value) for name, value in self.headers]
+        self.url = target[2] if target[2].startswith(b"/") else b"/" + target[2]
+
+    def _reject(self, status: int, message: str) -> NoReturn:
+        self._refusal = (status, message)
+        raise ValueError(message)
+
+    def _refuse(self, status: int, message: str, headers: bytes = b"") -> None:
         """Answer what is no request, and close."""
         running = self._running
-        if running is not None and running.response_started and not running.response_complete:
+        if running is None or running.response_complete:
+            request_id = draw()
+            self.traffic.refused(address(self.client), status, request_id)
+        elif running.response_started:
             # A second status line would become part of the answer that is being sent.
             self._lingering.close_now()
             return
-        message = {408: _TOO_SLOW, 431: _TOO_LARGE}.get(self._refusal, _GARBAGE)
-        body = json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": None}}).encode()
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[self._refusal] + head + body)
+        else:
+            running.scope["state"][REFUSAL_KEY] = status
+            request_id = request_id_of(cast("Scope", running.scope))
+        kind = "server_error" if status == 503 else "invalid_request_error"
+        body = json.dumps({"error": {"message": message, "type": kind, "code": None}}).encode()
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
+        head += b"%s: %s\r\n%s\r\n" % (HEADER, request_id.encode(), headers)
+        self.transport.write(STATUS_LINE[status] + head + body)
         self._leave_running()
         self._lingering.linger()
 
@@ -216,8 +315,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _count_header(self, num_bytes: int) -> None:
         self._header_bytes += num_bytes
         if self._header_bytes > self.max_header_bytes or self._num_headers > MAX_HEADERS:
-            self._refusal = 431
-            raise ValueError(_TOO_LARGE)
+            self._reject(431, _TOO_LARGE)
 
     def _is_waiting_for_head(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -236,8 +334,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or not self._is_waiting_for_head():
             return
         if self._is_in_head:
-            self._refusal = 408
-            self._refuse()
+            self._refuse(408, _TOO_SLOW)
         else:
             self.transport.close()
 
@@ -245,17 +342,24 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the system has not taken all yet that was written."""
+        return self.transport.get_write_buffer_size() > 0
+
     def _watch_writing(self) -> None:
-        """Cut the connection if nothing leaves it for `write_timeout_s`."""
+        """Cut the connection if nothing leaves it for `write_timeout_s`, or if all that waits takes too long."""
         size = self.transport.get_write_buffer_size()
+        self._write_deadline_s = self.loop.time() + self.write_timeout_s + size / MIN_TAKEN_BYTES_PER_S
         self._write_timer = self.loop.call_later(self.write_timeout_s, self._check_writing, size)
 
     def _check_writing(self, size_before: int) -> None:
-        if self.transport.get_write_buffer_size() >= size_before:
-            self._write_timer = None
+        self._write_timer = None
+        size, left_s = self.transport.get_write_buffer_size(), self._write_deadline_s - self.loop.time()
+        if size >= size_before or left_s <= 0:
             self.transport.abort()
         else:
-            self._watch_writing()
+            self._write_timer = self.loop.call_later(min(self.write_timeout_s, left_s), self._check_writing, size)
 
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:

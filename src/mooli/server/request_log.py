@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from mooli.frontend.generation import Generation
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.logs import log_object
 from mooli.server.config import ServerConfig
+from mooli.server.request_id import REQUEST_ID
+from mooli.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,8 @@ SHOWN_CHARS = 2048
 
 PARAMETERS, CUT_TEXTS, WHOLE_TEXTS = 1, 2, 3
 """The levels from which on there are sampling parameters, the heads of texts, and whole texts."""
+
+_DEFAULTS = SamplingParams()
 
 Shown = TypeVar("Shown", str, "list[int]")
 
@@ -33,32 +38,39 @@ class RequestLog:
         self._level = config.log_requests_level
         self._is_json = config.log_requests_format == "json"
         self._tokenizer = tokenizer
+        self._request_ids: dict[str, str] = {}
+        """Of the HTTP requests, by the `rid` of what is open of them: it ends outside of their tasks."""
 
     def started(self, generation: Generation) -> None:
         """A request is on its way to the engine."""
-        fields: dict[str, Any] = {"rid": generation.rid, "prompt_tokens": generation.prompt_tokens}
+        rid, request_id = generation.rid, REQUEST_ID.get()
+        self._request_ids[rid] = request_id
+        said: dict[str, Any] = {"rid": rid, "request_id": request_id, "prompt_tokens": generation.prompt_tokens}
         if generation.request.client:
-            fields["client"] = generation.request.client
+            said["client"] = generation.request.client
         if self._level >= PARAMETERS:
-            fields["sampling_params"] = _plain(asdict(generation.request.sampling))
+            said["sampling_params"] = _not_default(generation.request.sampling)
         if self._level >= CUT_TEXTS:
-            fields["prompt"] = self._prompt(generation)
-        self._write("received", fields)
+            said["prompt"] = self._prompt(generation)
+        self._write("received", said)
 
     def finished(self, generation: Generation, latency_s: float) -> None:
-        """It has ended. finish None: its client left, or the engine has died."""
-        fields: dict[str, Any] = {
+        """It has ended. Without a reason its client left, or the engine has died."""
+        reason = {"type": "abort"} if generation.finish is None else generation.finish.to_dict()
+        said: dict[str, Any] = {
             "rid": generation.rid,
+            "request_id": self._request_ids.pop(generation.rid, ""),
             "prompt_tokens": generation.prompt_tokens,
             "cached_tokens": generation.cached_tokens,
             "completion_tokens": len(generation.output_ids),
-            "finish": None if generation.finish is None else generation.finish.to_dict(),
+            "finish": reason["type"],
+            **{name: reason[name] for name in ("matched", "message") if name in reason},
             "latency_s": round(latency_s, 6),
         }
         if self._level >= CUT_TEXTS:
             is_text = self._tokenizer is not None
-            fields["output"] = self._cut(generation.text) if is_text else self._cut(generation.output_ids)
-        self._write("finished", fields)
+            said["output"] = self._cut(generation.text) if is_text else self._cut(generation.output_ids)
+        self._write("finished", said)
 
     def _prompt(self, generation: Generation) -> str | list[int]:
         ids = generation.request.prompt_ids
@@ -72,13 +84,19 @@ class RequestLog:
     def _cut(self, text: Shown) -> Shown:
         return text if self._level >= WHOLE_TEXTS else text[:SHOWN_CHARS]
 
-    def _write(self, event: str, fields: dict[str, Any]) -> None:
+    def _write(self, event: str, said: dict[str, Any]) -> None:
         if self._is_json:
-            logger.info("%s", json.dumps({"event": event, **fields}))
+            log_object(logger, {"event": event, **said})
         else:
-            words = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
+            words = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in said.items())
             logger.info("request %s: %s", event, words)
 
 
-def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
-    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in parameters.items()}
+def _not_default(sampling: SamplingParams) -> dict[str, Any]:
+    """What of it differs from a request that says nothing."""
+    given = {item.name: getattr(sampling, item.name) for item in fields(sampling)}
+    return {name: _plain(value) for name, value in given.items() if value != getattr(_DEFAULTS, name)}
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, frozenset) else value
