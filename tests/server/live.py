@@ -22,6 +22,7 @@ from mooli.engine import messages, process
 from mooli.engine.client import EngineClient
 from mooli.server.config import ServerConfig
 from mooli.server.launch import HttpServer, make_service
+from mooli.server.tls import tls_context
 
 
 class EngineThread:
@@ -94,7 +95,7 @@ class LiveServer:
         start = messages.Start({}, "fake", "warning")
         client = await EngineClient.connect(start, self.engine_process, ours)
         self.service = make_service(self.config, self.engine_config, client, tokenizer, started_s=0.0)
-        self.http_server = HttpServer(self.service)
+        self.http_server = HttpServer(self.service, tls=tls_context(self.config))
         self.loop = asyncio.get_running_loop()
         self.status = await self.http_server.run(on_started=self._started.set)
 

@@ -38,6 +38,7 @@ from mooli.frontend.tokenizer import Tokenizer
 from mooli.hub.locate import locate_async
 from mooli.logs import set_up_logging
 from mooli.server import traffic
+from mooli.server.acceptor import Acceptor
 from mooli.server.app import build_app
 from mooli.server.config import ServerConfig
 from mooli.server.keys import KeyRing
@@ -48,6 +49,7 @@ from mooli.server.request_log import RequestLog
 from mooli.server.sd_notify import sd_notify
 from mooli.server.service import Service
 from mooli.server.step_log import StepLog
+from mooli.server.tls import tls_context
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ async def _run(
     config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str], child: EngineChild, keys: KeyRing
 ) -> int:
     started_s = time.perf_counter()
+    tls = tls_context(config)
     stop = asyncio.Event()
     with _signals(stop), reloading(keys), bound_socket(config) as listener:
         starting = asyncio.ensure_future(start_service(config, engine_config, argv, started_s, child, keys))
@@ -94,7 +97,7 @@ async def _run(
                 await starting
             return 0
         service = await starting
-        server = HttpServer(service, listener)
+        server = HttpServer(service, listener, tls)
         draining = asyncio.ensure_future(_drain_on(stop, server))
         try:
             return await server.run(on_started=lambda: _announce(service, server))
@@ -199,11 +202,13 @@ def make_service(
 class HttpServer:
     """Listens, and answers until `drain` is called or the engine dies. `port` is the real one."""
 
-    def __init__(self, service: Service, listener: socket.socket | None = None) -> None:
+    def __init__(
+        self, service: Service, listener: socket.socket | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._service = service
         self._listener = listener or _bind(service.config)
         self.port: int = self._listener.getsockname()[1]
-        self._uvicorn = _Uvicorn(_uvicorn_config(service))
+        self._uvicorn = _Uvicorn(_uvicorn_config(service), tls)
         self._drain_asked = asyncio.Event()
         self._hurry = asyncio.Event()
 
@@ -293,7 +298,23 @@ class HttpServer:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Without signal handlers: when to end is decided here."""
+    """Without signal handlers: when to end is decided here. Connections come from an `Acceptor`."""
+
+    def __init__(self, config: uvicorn.Config, tls: ssl.SSLContext | None) -> None:
+        super().__init__(config)
+        self._tls = tls
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        config, state = self.config, self.server_state
+
+        def make_connection() -> asyncio.Protocol:
+            return config.http_protocol_class(config=config, server_state=state, app_state={})  # type: ignore[call-arg]
+
+        acceptors = [Acceptor(listener, make_connection, self._tls) for listener in sockets or []]
+        for acceptor in acceptors:
+            acceptor.start()
+        self.servers = acceptors  # type: ignore[assignment]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -315,11 +336,6 @@ def _uvicorn_config(service: Service) -> uvicorn.Config:
         root_path=config.fastapi_root_path,
         timeout_keep_alive=int(config.keep_alive_timeout),
         timeout_graceful_shutdown=CLOSE_WAIT_S,
-        ssl_keyfile=config.ssl_keyfile,
-        ssl_certfile=config.ssl_certfile,
-        ssl_ca_certs=config.ssl_ca_certs,
-        ssl_cert_reqs=ssl.CERT_NONE if config.ssl_ca_certs is None else ssl.CERT_REQUIRED,
-        ssl_keyfile_password=config.ssl_keyfile_password,
     )
 
 

@@ -1,0 +1,91 @@
+"""Connections where file descriptors are short: the others wait, one line says so, and nobody is turned away."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import threading
+
+import pytest
+from fake_engine import says
+from gate import wait_until
+from route_server import Connection
+
+from mooli.server import acceptor
+
+ASK = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+LINE = "new connections wait until others end"
+
+
+def connections(server) -> int:
+    return len(server.http_server._uvicorn.server_state.connections)
+
+
+def test_connections_beyond_the_limit_wait_until_others_end(live, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    server = live(says("Hello"))
+    with Connection(server.http_server.port) as probe:
+        wait_until(lambda: connections(server) == 1)
+        lowest = probe.socket.fileno()
+    # Client and server share the process: 20 clients take 20, and four more are left for the server.
+    monkeypatch.setattr(acceptor, "_usable", lambda: lowest + 24)
+    clients = [Connection(server.http_server.port) for _ in range(20)]
+    wait_until(lambda: LINE in caplog.text)
+    assert 1 <= connections(server) < 20
+    answers = []
+    for client in clients:
+        client.send(ASK)
+    for client in clients:
+        answers.append(client.read_to_end())
+        client.close()
+    assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
+    assert caplog.text.count(LINE) == 1
+    assert "Traceback" not in caplog.text
+
+
+class Short:
+    """A listening socket of a process with no descriptor left."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self.is_short = threading.Event()
+        self.num_asked = 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._listener, name)
+
+    def accept(self):
+        self.num_asked += 1
+        if self.is_short.is_set():
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self._listener.accept()
+
+
+def test_no_descriptor_at_all_is_one_line_and_passes(live, monkeypatch, caplog):
+    monkeypatch.setattr(acceptor, "LOOK_AGAIN_S", 0.01)
+    caplog.set_level(logging.INFO)
+    made = []
+
+    class Acceptor(acceptor.Acceptor):
+        def __init__(self, listener, *rest) -> None:
+            made.append(Short(listener))
+            super().__init__(made[0], *rest)
+
+    monkeypatch.setattr("mooli.server.launch.Acceptor", Acceptor)
+    server = live(says("Hello"))
+    (short,) = made
+    short.is_short.set()
+    with Connection(server.http_server.port) as client:
+        client.send(ASK)
+        wait_until(lambda: short.num_asked >= 5)
+        assert caplog.text.count(LINE) == 1 and "Too many open files" in caplog.text
+        short.is_short.clear()
+        assert client.read_to_end().startswith(b"HTTP/1.1 200 ")
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(("limit", "usable"), [(64, 48), (1024, 1008), (20, 15)])
+def test_a_few_descriptors_are_left_for_files(monkeypatch, limit, usable):
+    monkeypatch.setattr(acceptor, "_limit", lambda: limit)
+    assert acceptor._usable() == usable
