@@ -41,11 +41,21 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
 class ServerProcess:
     """Use as a context manager: leaving it ends the server, whatever state it is in.
 
-    port: 0 for a free one; afterwards the real one. lines: what was written to standard error so far.
+    port: 0 for a free one; afterwards the real one. lines: what was written to standard error so far. num_files: the
+    most it may have open.
     """
 
-    def __init__(self, *flags: str, model: str = "demo", port: int = 0, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *flags: str,
+        model: str = "demo",
+        port: int = 0,
+        env: dict[str, str] | None = None,
+        num_files: int | None = None,
+    ) -> None:
         command = [sys.executable, "-m", "mooli.launch_server", "--model-path", model, "--port", str(port)]
+        if num_files is not None:
+            command = ["sh", "-c", f'ulimit -n {num_files}; exec "$@"', "sh", *command]
         self.process = subprocess.Popen(
             [*command, "--max-total-tokens", "4096", *flags],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import json
 import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,8 @@ from pathlib import Path
 import httpx
 import pytest
 from server_process import PATIENCE_S, ServerProcess, Stream, needs_demo, needs_proc, wait_until
+
+from mooli.server.launch import READY_LINE
 
 pytestmark = [needs_demo, needs_proc]
 
@@ -146,6 +151,30 @@ def test_what_is_not_finished_in_time_ends_as_aborted(timeout, num_signals):
         assert "Traceback" not in server.log
 
 
+def test_sigterm_waits_for_a_request_whose_body_is_still_arriving():
+    with ServerProcess(*ONE_BY_ONE, "--shutdown-timeout", str(PATIENCE_S)) as server:
+        body = json.dumps(story(20)).encode()
+        head = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+        with socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as client:
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+            assert b" 100 Continue" in client.recv(1000)  # the request is taken
+            client.sendall(body[:20])
+            server.signal(signal.SIGTERM)
+            wait_until(lambda: server.http.get("/health/ready").status_code == 503, "not ready")
+            client.sendall(body[20:])
+            answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        assert answer.startswith(b"HTTP/1.1 200 ") and b'"completion_tokens":20' in answer
+        assert server.exit_status() == 0
+        assert "shutting down: requests that have 120 s to finish: " in server.log and "Traceback" not in server.log
+
+
+def test_the_log_of_an_idle_server_says_that_it_was_asked_to_end():
+    with ServerProcess() as server:
+        server.signal(signal.SIGTERM)
+        assert server.exit_status() == 0
+        assert server.lines[-1].endswith("shutting down: no request is being answered")
+
+
 def test_ctrl_c_in_a_terminal_reaches_both_processes_and_drains():
     with ServerProcess(*ONE_BY_ONE, "--shutdown-timeout", str(PATIENCE_S)) as server:
         stream = server.stream("/generate", story(100))
@@ -253,6 +282,59 @@ def test_only_the_http_port_is_listened_on(shared):
         if f"socket:[{fields[6]}]" in sockets:
             assert not int(fields[3], 16) & 0x10000, line
             assert len(fields) == 7, f"this socket has a name: {line}"
+
+
+# -- what the machine is short of --------------------------------------------------------------------------------------
+def test_with_few_file_descriptors_clients_wait_and_are_all_served():
+    with ServerProcess(num_files=64) as server, contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), PATIENCE_S)) for _ in range(200)
+        ]
+        wait_until(lambda: "new connections wait" in server.log, "the server has said that it is full")
+        for client in clients:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answers = [b"".join(iter(lambda client=client: client.recv(1 << 16), b"")) for client in clients]
+        assert {answer[:13] for answer in answers} == {b"HTTP/1.1 200 "}
+        assert server.generate(STORY)["meta_info"]["completion_tokens"] == 8
+        assert server.log.count("new connections wait") == 1
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "stopped"])
+def test_a_log_that_nobody_reads_holds_up_nothing(is_gone):
+    read_end, write_end = os.pipe()
+    command = [sys.executable, "-m", "mooli.launch_server", "--model-path", "demo", "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--max-total-tokens", "4096", "--log-requests"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=write_end, start_new_session=True,
+    )  # fmt: skip
+    os.close(write_end)
+    try:
+        with os.fdopen(read_end, "rb", buffering=0) as log:
+            said = b""
+            while READY_LINE.encode() not in said:
+                piece = log.read(1 << 16)
+                assert piece, said
+                said += piece
+            url = re.search(rb"listening on (\S+)", said)[1].decode()
+            if is_gone:
+                log.close()
+            else:
+                fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, 4096)
+            with httpx.Client(base_url=url, timeout=PATIENCE_S) as http:
+                for _ in range(200):
+                    assert http.get("/health").status_code == 200
+                assert http.post("/generate", json=story(2)).status_code == 200
+                if not is_gone:
+                    log.read(1 << 16)
+                    assert http.get("/health").status_code == 200
+                    assert b"lines of the log could not be written" in log.read(1 << 16)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE_S) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 # -- clients -----------------------------------------------------------------------------------------------------------
