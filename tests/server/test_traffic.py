@@ -14,6 +14,7 @@ from gate import wait_until
 from route_server import json_request, post
 
 from mooli.server import traffic
+from mooli.server.auth import KeyCheck
 from mooli.server.routing import Reply
 
 
@@ -90,6 +91,19 @@ def test_too_many_requests_are_counted_and_logged(serve, caplog):
     wait_until(lambda: len(lines(caplog)) == 2)
     assert [status for *_, status in server.counts.responses] == [429, 200]
     assert [line.split()[2:4] for line in lines(caplog)] == [["/wait", "429"], ["/wait", "200"]]
+
+
+def test_a_layer_that_fails_is_an_answer_like_others(serve, caplog, monkeypatch):
+    async def fails(self, scope, receive, send) -> None:
+        raise KeyError("a secret")
+
+    monkeypatch.setattr(KeyCheck, "__call__", fails)
+    server = serve(post("/done", answer))
+    said = server.http.post("/done", headers={"X-Request-Id": "mine"})
+    assert (said.status_code, said.headers["x-request-id"]) == (500, "mine")
+    assert "secret" not in said.text and "a secret" in caplog.text
+    wait_until(lambda: server.counts.responses)
+    assert server.counts.responses == [("/done", "POST", 500)]
 
 
 def test_a_client_that_left_is_counted_once_and_logged(serve, caplog):

@@ -1,7 +1,7 @@
 """What is kept of every HTTP request: its id, one count of it and of its answer, one line in the log.
 
 Owns the outermost layer of the application, which sees each answer whatever refused or gave it. The connection tells of
-what never becomes a request. Never decides what is answered.
+what never becomes a request. Never decides what is answered, but for the failure of a layer itself.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from mooli.logs import log_object
 from mooli.server.asgi import App, Receive, Scope, Send
+from mooli.server.errors import error_reply, problem_of
 from mooli.server.metrics import UNMATCHED
 from mooli.server.request_id import HEADER, REQUEST_ID, request_id_of
 from mooli.server.route_table import RouteTable
+from mooli.server.routing import Dialect
 
 if TYPE_CHECKING:
     from mooli.server.service import Service
@@ -116,6 +118,12 @@ class Traffic:
         self._log.began(endpoint, method)
         try:
             await self._app(scope, receive, answer.send)
+        except Exception as exc:
+            if answer.status:
+                raise
+            logger.error("%s %s failed", method, endpoint, exc_info=exc)
+            for message in error_reply(Dialect.OPENAI, problem_of(exc)):
+                await answer.send(message)
         finally:
             status = answer.status or scope["state"].get(REFUSAL_KEY, CLIENT_LEFT)
             duration_s = time.perf_counter() - started_s
