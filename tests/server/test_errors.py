@@ -14,6 +14,7 @@ from mooli.errors import (
     EngineClosedError,
     EngineDeadError,
     PromptError,
+    RequestError,
     RequestFailedError,
 )
 from mooli.server.routing import Dialect, HttpError, Reply
@@ -111,6 +112,37 @@ def test_an_anthropic_error_has_the_type_of_its_status(serve, status, kind):
 def test_too_long_a_prompt_has_openais_code(serve):
     server = serve(post("/fail", raises(ContextLengthError("too long")), dialect=Dialect.OPENAI))
     assert server.http.post("/fail").json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("dialect", "words"),
+    [
+        (Dialect.NATIVE, "it is too long"),
+        (
+            Dialect.OPENAI,
+            "This model's maximum context length is 100 tokens. However, your messages resulted in at least 150 tokens."
+            " Please reduce the length of the messages. This is about prompt 2.",
+        ),
+        (Dialect.ANTHROPIC, "prompt is too long: at least 150 tokens > 99 maximum"),
+    ],
+)
+def test_too_long_a_prompt_is_told_in_the_words_of_each_api(serve, dialect, words):
+    error = ContextLengthError(
+        "it is too long", advice="Set a flag.", prompt_tokens=150, is_estimate=True, context_length=100, prompt_index=2
+    )
+    assert str(error) == "it is too long Set a flag."
+    server = serve(post("/fail", raises(error), dialect=dialect, names={"input_ids": "messages"}))
+    assert server.http.post("/fail").json()["error"]["message"] == words
+
+
+def test_an_error_has_the_names_of_its_route(serve):
+    names = {"max_new_tokens": "max_tokens", "prompt": "text"}
+    error = RequestError("max_new_tokens=5 of the prompt", argument="max_new_tokens", advice="Give it to the Engine.")
+    shown = serve(post("/fail", raises(error), names=names)).http.post("/fail").json()["error"]
+    assert (shown["message"], shown["param"]) == ("max_tokens=5 of the prompt", "max_tokens")
+    error = PromptError("the prompt is empty", argument="prompt")
+    shown = serve(post("/fail", raises(error), names=names)).http.post("/fail").json()["error"]
+    assert (shown["message"], shown["param"]) == ("the prompt is empty", "text")
 
 
 def test_a_bug_is_logged_and_not_shown(serve, caplog):

@@ -60,8 +60,6 @@ def _read(
     _check_size(raw, max_values)
     try:
         return msgspec.json.decode(raw, type=body_type), _short_values(raw, names)
-    except RecursionError:
-        raise HttpError(400, "The body's JSON is nested too deeply.") from None
     except msgspec.ValidationError as exc:
         raise _wrong_type(str(exc)) from None
     except ValueError as exc:
