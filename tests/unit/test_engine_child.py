@@ -44,20 +44,21 @@ def test_what_cannot_be_started_leaves_nothing() -> None:
 
 
 SIGNALLED = """
-import os, signal, sys
-from mooli.engine.child import EngineChild
-child = EngineChild()
-process, connection = child.take()
+import os, signal, sys, tempfile
+from mooli.engine import child, ranks
+words = (str(os.getpid()), tempfile.mkdtemp()) if sys.argv[1] == "rank" else ()
+process, connection = child.start_child(ranks.COMMAND if words else child.COMMAND, *words)
 for number in (signal.SIGINT, signal.SIGTERM):
     os.kill(process.pid, number)
 connection.close()
-sys.exit(process.wait(60))
+print(process.wait(60) >= 0)
 """
 
 
-def test_signals_before_it_can_ignore_them_are_ignored_too() -> None:
-    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+@pytest.mark.parametrize("kind", ["engine", "rank"])
+def test_signals_before_it_can_ignore_them_are_ignored_too(kind: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, kind], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
 def test_starting_one_leaves_this_process_its_signals() -> None:
