@@ -35,6 +35,7 @@ def test_each_is_refused_or_answered_and_the_server_goes_on(
     attacked: tuple[ServerProcess, list[int]], family: Callable[[], Iterator[Attack]]
 ) -> None:
     server, expected = attacked
-    assert faults(list(family()), server.port) == []
+    found = faults(list(family()), server.port)
+    assert not found, "\n".join(found)
     assert server.generate(CAPITAL)["output_ids"] == expected
     assert "Traceback" not in server.log
