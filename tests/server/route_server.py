@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 
 from mooli.server.app import build_app
 from mooli.server.config import ServerConfig
+from mooli.server.keys import KeyRing
 from mooli.server.protocol import make_protocol
 from mooli.server.routing import Access, Dialect, Route
 
@@ -47,7 +48,9 @@ class RouteServer:
     def __init__(self, routes: list[Route], **arguments: Any) -> None:
         self.config = ServerConfig.from_kwargs(**{"port": 0, "allowed_hosts": "*", **arguments})
         self.counts = Counts()
-        self.service = SimpleNamespace(config=self.config, metrics=self.counts, is_draining=False)
+        self.service = SimpleNamespace(
+            config=self.config, metrics=self.counts, is_draining=False, keys=KeyRing(self.config)
+        )
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._uvicorn = uvicorn.Config(

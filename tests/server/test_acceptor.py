@@ -14,7 +14,7 @@ from route_server import Connection
 
 from mooli.server import acceptor
 
-ASK = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+ASK = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 LINE = "new connections wait until others end"
 
 

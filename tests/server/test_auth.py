@@ -12,6 +12,7 @@ from route_server import Counts, post
 from mooli.errors import ConfigError
 from mooli.server.app import ROUTES, build_app
 from mooli.server.config import ServerConfig
+from mooli.server.keys import KeyRing
 from mooli.server.route_table import RouteTable
 from mooli.server.routing import Access, Dialect, Reply
 
@@ -61,7 +62,8 @@ def test_only_probes_and_metrics_are_open():
 )
 def test_every_route_asks_for_its_key(key, admin_key, given, admitted, root):
     config = ServerConfig.from_kwargs(api_key=key, admin_api_key=admin_key, fastapi_root_path=root)
-    app = build_app(SimpleNamespace(config=config, metrics=Counts(), is_draining=False), EVERY_ROUTE)
+    service = SimpleNamespace(config=config, metrics=Counts(), is_draining=False, keys=KeyRing(config))
+    app = build_app(service, EVERY_ROUTE)
     headers = [] if given is None else [(b"authorization", f"Bearer {given}".encode())]
 
     async def walk() -> dict[tuple[str, str], int]:

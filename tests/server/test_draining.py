@@ -63,8 +63,8 @@ def test_more_work_on_a_connection_that_is_kept_is_refused_and_the_connection_cl
 def test_an_answer_is_waited_for_until_the_system_has_taken_all_of_it(live, monkeypatch):
     """Its last byte was handed over, and its client reads late: later than a server waits for idle connections."""
     monkeypatch.setattr(launch, "CLOSE_WAIT_S", 0)
-    server = live(says("Hello"), max_body_bytes=64 * 2**20)
     ids = [1] * 4_000_000
+    server = live(says("Hello"), max_body_bytes=64 * 2**20, max_body_values=len(ids) + 10, max_request_items=len(ids))
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     slow.settimeout(30)

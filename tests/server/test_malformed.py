@@ -37,7 +37,7 @@ class Body(msgspec.Struct):
 
 
 async def answer(service, request) -> Reply:
-    return Reply({"given": request.given})
+    return Reply({"given": request.body})
 
 
 def broken(draw: random.Random) -> bytes:

@@ -460,7 +460,7 @@ def test_all_that_was_asked_before_the_end_is_answered_but_for_what_is_not_whole
     async def handler(service, request) -> Reply:
         while not gate.is_set():
             await asyncio.sleep(0.01)
-        return Reply(request.given)
+        return Reply(request.body)
 
     server = serve(post("/slow", handler, Body))
     with server.connect() as client:

@@ -16,6 +16,7 @@ from mooli.config import EngineConfig
 from mooli.errors import ConfigError
 from mooli.server import launch
 from mooli.server.config import ServerConfig
+from mooli.server.keys import KeyRing
 from mooli.server.tls import tls_context
 
 # Made for these tests, and used nowhere else.
@@ -106,10 +107,9 @@ def test_what_does_not_fit_is_told_before_the_engine_hears_of_a_model(files, key
         def take(self) -> None:
             raise AssertionError("the engine was told what to load")
 
+    given = config(files, key, certificate, **arguments)
     with pytest.raises(ConfigError, match=says):
-        asyncio.run(
-            launch._run(config(files, key, certificate, **arguments), EngineConfig(model_path="none"), [], Child())
-        )
+        asyncio.run(launch._run(given, EngineConfig(model_path="none"), [], Child(), KeyRing(given)))
 
 
 def test_authorities_that_are_none_are_told(files):

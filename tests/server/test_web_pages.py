@@ -54,7 +54,7 @@ def test_an_address_and_localhost_are_always_this_server(serve, host):
     "host",
     [
         "evil.example", "evil.example:30000", "localhost.evil.example", "127.0.0.1.evil.example", "evil.example.",
-        "localhostevil", "evil.local", "evil.localhost", "xlocalhost", "user@localhost", "1.example", "a",
+        "localhostevil", "evil.local", "evil.localhost", "xlocalhost", "1.example", "a",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(("method", "path"), [("GET", "/v1/models"), ("POST", "/v1/messages"), ("GET", "/metrics")])

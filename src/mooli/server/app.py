@@ -26,7 +26,6 @@ from mooli.server import (
 from mooli.server.asgi import App
 from mooli.server.auth import KeyCheck
 from mooli.server.http import Endpoint
-from mooli.server.keys import KeyRing
 from mooli.server.limits import Admission, BodyRoom
 from mooli.server.route_table import RouteTable
 from mooli.server.routing import Route
@@ -54,15 +53,14 @@ LONG_BODIES = 16
 """So many of the longest bodies may be read at a time."""
 
 
-def build_app(service: Service, routes: Sequence[Route] = ROUTES, *, keys: KeyRing | None = None) -> App:
-    """The ASGI application that serves `service`. keys: those that its configuration names, if they have been read."""
+def build_app(service: Service, routes: Sequence[Route] = ROUTES) -> App:
+    """The ASGI application that serves `service`."""
     config = service.config
     room = BodyRoom(LONG_BODIES * config.max_body_bytes)
     table = RouteTable((route, Endpoint(service, route, room)) for route in routes)
-    keys = keys or KeyRing(config)
     app: App = Admission(table, service)
-    app = PageCheck(app, table, config, keys)
-    app = KeyCheck(app, table, keys)
+    app = PageCheck(app, table, config, service.keys)
+    app = KeyCheck(app, table, service.keys)
     if config.cors_origins:
         app = CORSMiddleware(
             app,

@@ -324,7 +324,7 @@ class _Uvicorn(uvicorn.Server):
 def _uvicorn_config(service: Service) -> uvicorn.Config:
     config = service.config
     return uvicorn.Config(
-        build_app(service, keys=service.keys),
+        build_app(service),
         http=make_protocol(service),
         loop="asyncio",
         ws="none",

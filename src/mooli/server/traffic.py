@@ -122,7 +122,7 @@ class Traffic:
             if answer.status:
                 raise
             logger.error("%s %s failed", method, endpoint, exc_info=exc)
-            for message in error_reply(Dialect.OPENAI, problem_of(exc)):
+            for message in error_reply(Dialect.OPENAI, problem_of(exc, Dialect.OPENAI, {})):
                 await answer.send(message)
         finally:
             status = answer.status or scope["state"].get(REFUSAL_KEY, CLIENT_LEFT)
