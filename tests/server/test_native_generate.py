@@ -330,6 +330,9 @@ def test_long_stop_strings_for_many_sequences_are_refused(live):
     words = refusal(server, text=["a"] * 400, sampling_params=params)
     assert "stop strings of 52428800 characters" in words
     assert len(generate(server, text=["a"] * 8, sampling_params=params)) == 8
+    strict = live(max_stop_chars=10)
+    assert "stop strings of 12 characters" in refusal(strict, text="a", sampling_params={"n": 4, "stop": ["abc"]})
+    generate(strict, text="a", sampling_params={"n": 3, "stop": ["abc"], "max_new_tokens": 1})
 
 
 def test_too_many_sequences_are_refused_before_anything_is_done_for_them(live):

@@ -414,14 +414,6 @@ def test_parameters_given_for_all_prompts_are_looked_at_once_and_seeds_are_drawn
     assert [request.sampling.seed == 5 for request in own] == [True, False, True]
 
 
-def test_stop_strings_times_sequences_have_a_limit(make_engine):
-    engine = make_engine(says("x"))
-    params = {"stop": ["a" * 4096] * 32, "max_new_tokens": 1}
-    with pytest.raises(mooli.RequestError, match="stop strings of 5242880 characters in one call"):
-        engine.generate(["1>"] * 40, params)
-    assert len(engine.generate(["1>"] * 8, params)) == 8
-
-
 # -- log-probabilities --
 
 

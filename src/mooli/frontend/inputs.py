@@ -29,8 +29,6 @@ MAX_LOGPROB_TOKEN_IDS = 1024
 MAX_RID_CHARS = 256
 MAX_PRIORITY = 2**31 - 1
 MAX_SALT_CHARS = 4096
-MAX_CALL_STOP_CHARS = 2**22
-"""Of all stop strings of one call, those of each sequence counted."""
 
 
 class Encoder(Protocol):
@@ -58,7 +56,7 @@ class InputRules:
     encoder: None if the engine has no tokenizer. context_length: most tokens of prompt and answer together.
     namespace: of requests without a salt. preferred: sampling parameters laid under each request's.
     next_seed: seeds for requests that bring none. max_sequences: prompts times `n` of one call; more are refused before
-    anything is done for them.
+    anything is done for them. max_stop_chars: of all stop strings of one call, those of each sequence counted.
     """
 
     encoder: Encoder | None
@@ -70,6 +68,7 @@ class InputRules:
     preferred: Mapping[str, Any]
     allow_auto_truncate: bool = False
     max_sequences: int = sys.maxsize
+    max_stop_chars: int = sys.maxsize
 
     def prepare(
         self,
@@ -104,7 +103,7 @@ class InputRules:
         if any(item.n != n for item in params):
             raise RequestError("n must be the same in all sampling_params of a batch", argument="n")
         self._check_count(size * n)
-        _check_stop_chars(params, n)
+        self._check_stop_chars(n * sum(len(text) for item in params for text in item.stop))
         if self.encoder is None and any(item.stop for item in params):
             raise RequestError(
                 "stop needs a tokenizer, and there is none here: use stop_token_ids",
@@ -193,6 +192,14 @@ class InputRules:
             raise RequestError(
                 f"{num_sequences} sequences in one request are more than the {self.max_sequences} that are taken at"
                 " once: send fewer prompts, or a smaller n"
+            )
+
+    def _check_stop_chars(self, num_chars: int) -> None:
+        if num_chars > self.max_stop_chars:
+            raise RequestError(
+                f"stop strings of {num_chars} characters in one request, each sequence's counted, are more than the"
+                f" {self.max_stop_chars} that are possible: give fewer or shorter ones, or fewer prompts at once",
+                argument="stop",
             )
 
     def _encode(self, text: Any, index: int | None) -> NDArray[np.int32]:
@@ -345,16 +352,6 @@ class InputRules:
         parts = (tenant, salt or "")
         digest = hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass"))
         return f"{self.namespace}/{digest.hexdigest()}"
-
-
-def _check_stop_chars(params: Sequence[SamplingParams], n: int) -> None:
-    num_chars = n * sum(len(text) for item in params for text in item.stop)
-    if num_chars > MAX_CALL_STOP_CHARS:
-        raise RequestError(
-            f"stop strings of {num_chars} characters in one call, each sequence's counted, are more than the"
-            f" {MAX_CALL_STOP_CHARS} that are possible: give fewer or shorter ones, or fewer prompts at once",
-            argument="stop",
-        )
 
 
 def refuse_too_long(encoder: Encoder, text: str, context_length: int, index: int | None = None) -> None:

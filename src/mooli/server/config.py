@@ -98,6 +98,9 @@ class ServerConfig(Arguments):
         "Most prompts, messages with their parts, texts to tokenize or lists of tokens in one request.",
         low=1,
     )
+    max_stop_chars: int = argument(
+        4 * 2**20, "size", "Characters of all stop strings of a request, each sequence's counted.", low=1
+    )
     max_header_bytes: int = argument(
         32 * 2**10, "size", "Longest head of a request, in bytes.", low=1024, high=16 * 2**20
     )

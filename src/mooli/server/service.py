@@ -97,7 +97,9 @@ class Service:
         self.max_open = client.facts.max_running_requests + config.max_queued_requests
         """Sequences that may run and wait together."""
         self.rules: InputRules = replace(
-            input_rules(engine_config, client.facts, tokenizer), max_sequences=self.max_open
+            input_rules(engine_config, client.facts, tokenizer),
+            max_sequences=self.max_open,
+            max_stop_chars=config.max_stop_chars,
         )
         self.text_threads = TextThreads()
         self.is_draining = False
