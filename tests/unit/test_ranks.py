@@ -47,7 +47,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 class Computes:
     """Rank 0's own part of a step."""
 
-    def __init__(self, failure: Exception | None = None) -> None:
+    def __init__(self, failure: BaseException | None = None) -> None:
         self.failure = failure
         self.steps = 0
 
@@ -144,6 +144,15 @@ def test_a_failure_of_this_process_alone_is_rank_0s(start, monkeypatch: pytest.M
     with pytest.raises(EngineDeadError, match="rank 0 of 3 failed: ValueError: planted"):
         RankedRunner(Computes(ValueError("planted")), ranks).execute(a_step())
     with pytest.raises(EngineDeadError, match="rank 0 of 3 failed: ValueError: planted"):
+        RankedRunner(Computes(), ranks).execute(a_step())
+
+
+def test_an_interruption_of_this_process_is_not_said_to_be_a_rank_out_of_memory(start) -> None:
+    ranks = start("obeys")
+    with pytest.raises(KeyboardInterrupt):
+        RankedRunner(Computes(KeyboardInterrupt()), ranks).execute(a_step())
+    ranks._listener.join(60)
+    with pytest.raises(EngineDeadError, match=r"rank 0 of 3 was interrupted by KeyboardInterrupt"):
         RankedRunner(Computes(), ranks).execute(a_step())
 
 

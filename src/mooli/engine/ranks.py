@@ -124,7 +124,10 @@ class Ranks:
                     self._error = EngineDeadError(words)
                     self._kill()
                 raise EngineDeadError(str(self._error)) from exc
-        except BaseException:
+        except BaseException as exc:  # Ctrl-C
+            with self._changed:
+                if self._error is None:  # or the ranks' end would be taken for the cause
+                    self._error = EngineDeadError(f"rank 0 of {self.size} was interrupted by {type(exc).__name__}")
             self._kill()
             raise
 
