@@ -302,8 +302,6 @@ class EngineClient(asyncio.Protocol):
             item.rid = entry.request.rid
         try:
             entry.sink(item)
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except BaseException as exc:  # only its request ends
             self.drop([entry.request], "The taker of its output failed.")
             self._open.taker_failed(entry, exc)
@@ -317,8 +315,6 @@ class EngineClient(asyncio.Protocol):
         for entry in entries:
             try:
                 entry.sink(copy_error(error))
-            except (KeyboardInterrupt, SystemExit):
-                raise
             except BaseException as exc:
                 self._open.taker_failed(entry, exc)
 

@@ -289,8 +289,6 @@ class ServedCall:
         """The stop string that has ended the text, if one has. A text that cannot be made ends its own request only."""
         try:
             return generation.update(output)
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except BaseException as exc:  # what a panic of the tokenizer's library raises is no Exception
             shown = exc if self._service.failures.is_first("text", exc) else None
             words = f"{type(exc).__name__}: {exc}"
