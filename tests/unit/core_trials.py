@@ -240,6 +240,8 @@ class Trial:
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.ended_early: set[str] = set()
         self.page_namespace: dict[int, str] = {}
+        self.running: set[tuple[str, int]] = set()
+        """Who ran after the last step, with how often it had been preempted."""
         self.expects_errors = self.setting.failure_rate > 0 or self.setting.nan_rate > 0
 
     def run(self, num_requests: int) -> None:
@@ -255,6 +257,7 @@ class Trial:
             for out in self.core.step():
                 self._collect(out)
             self.core.check()
+            self.running = self._now_running()
             num_steps += 1
             assert num_steps < 3000, "no progress"
         for rid, request in self.requests.items():
@@ -281,8 +284,13 @@ class Trial:
         if self.core.abort(rid) if self.rng.random() < 0.5 else self.core.finish(rid, "\n"):
             self.ended_early.add(rid)
 
+    def _now_running(self) -> set[tuple[str, int]]:
+        return {(state.rid, state.num_preemptions) for state in self.scheduler._running}
+
     def _before_execute(self, batch: ScheduleBatch) -> Exception | None:
         """While a step is in flight the books must balance, and requests may be ended."""
+        if self.scheduler.last_step.preempted:
+            assert self._now_running() <= self.running, "a request begins in the step in which another gave way"
         if batch.copies or self.rng.random() < 0.2:
             self.core.check()
         assert batch.num_tokens <= self.scheduler.max_batch_tokens

@@ -222,6 +222,18 @@ def test_guesses_take_no_pages_that_another_request_may_need() -> None:
     assert tight.scheduler.counters.correct_drafts
 
 
+def test_guesses_leave_each_running_request_the_page_of_its_next_token() -> None:
+    settings = DraftSettings(6, 30, 1, 12)
+    bench = Bench(num_pages=22, page_size=1, next_token=counting, enabled=False, drafts=settings)
+    bench.add(request("a", [*range(8), 0, 1], 12), request("b", list(range(500, 506)), 12))
+    bench.step()
+    bench.step()
+    assert bench.scheduler.last_step.draft_tokens == 2, "of four free pages two are for the next tokens"
+    bench.step()
+    assert bench.scheduler.counters.preemptions == 0
+    assert bench.batches[-1].num_rows == 2
+
+
 def test_a_wrong_guess_is_not_kept_in_the_cache() -> None:
     """Positions of wrong guesses are computed again, with what was sampled, before anybody can find them."""
     bench = Bench(page_size=1, next_token=lambda context: 50 + len(context) if context[-1] == 3 else counting(context))

@@ -394,7 +394,20 @@ def stop_ids_seen_only_at_the_end(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Acceptance, "take", take)
 
 
+def admits_beside_a_preemption(patch: pytest.MonkeyPatch) -> None:
+    """Who has just given way may take its pages back at once."""
+    original = Scheduler._continue_running
+
+    def continue_running(scheduler: Scheduler, plan: Plan) -> None:
+        original(scheduler, plan)
+        if scheduler._waiting and plan.num_preempted:
+            scheduler._admit_waiting(plan)
+
+    patch.setattr(Scheduler, "_continue_running", continue_running)
+
+
 BUGS: list[Plant] = [
+    admits_beside_a_preemption,
     match_whole_prompt,
     logprob_start_ignored,
     no_lock,

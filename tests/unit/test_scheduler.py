@@ -249,6 +249,29 @@ def test_followers_wait_until_the_whole_shared_prefix_is_there() -> None:
     assert bench.num_computed == 41 + 2
 
 
+def test_a_follower_is_not_looked_up_again_before_its_whole_prefix_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(max_batch_tokens=10)
+    bench.cache.match_granularity_tokens = 4  # so that each step has two tokens left, for which others are tried
+    bench.add(request("leader", list(range(80)), 1), request("follower", list(range(80)), 1))
+    bench.step()
+    bench.step()
+    looked_up = 0
+    match = bench.cache.match
+
+    def counted(namespace: str, key: bytes, max_tokens: int) -> Any:
+        nonlocal looked_up
+        looked_up += 1
+        return match(namespace, key, max_tokens)
+
+    monkeypatch.setattr(bench.cache, "match", counted)
+    for _ in range(6):
+        bench.step()
+    assert (bench.scheduler.num_running, bench.scheduler.num_waiting) == (1, 1)
+    assert looked_up == 0
+    bench.run()
+    assert bench.last("follower").cached_tokens == 76
+
+
 def test_waiting_for_a_prefix_does_not_hold_up_others() -> None:
     bench = Bench(max_batch_tokens=64)
     bench.add(request("a", list(range(20)), 1), request("same", list(range(20)), 1), request("other", [500, 501], 1))
@@ -353,12 +376,15 @@ def test_no_hit_overtakes_a_cold_request_that_has_waited_longer_than_the_hit_is_
     cold_since = bench.num_computed
     bench.add(request("cold", [700, 701], 1))
     came_at: dict[str, int] = {}
-    while "cold" not in bench.outputs:
+    for _ in range(10 * prefix_tokens):
+        if "cold" in bench.outputs:
+            break
         for _ in range(hits_per_step):
             rid = f"hit{len(came_at)}"
             came_at[rid] = bench.num_computed
             bench.add(request(rid, [*prefix, 100 + len(came_at) % 500], 1))
         bench.step()
+    assert "cold" in bench.outputs, "it starves"
     overtook = [rid for rid in bench.outputs if rid.startswith("hit")]
     assert overtook, "hits do go first for a while"
     assert max(came_at[rid] for rid in overtook) <= cold_since + prefix_tokens
@@ -408,6 +434,25 @@ def test_nobody_takes_the_place_of_a_preempted_request() -> None:
     assert bench.last("a").finish is not None, "b and the small one wait for the pages of a, b first"
 
 
+def test_a_preempted_request_goes_on_before_an_older_one_that_never_ran() -> None:
+    bench = Bench(num_pages=13, page_size=4, max_batch_tokens=6, max_running_requests=2)
+    bench.cache.match_granularity_tokens = 4  # so that the prompt leaves tokens to others
+    shared = list(range(40))
+    bench.add(request("leader", shared, 4))
+    bench.step()
+    bench.add(request("twin", [*shared, 500], 1), request("later", [7, 8], 30))
+    for _ in range(60):
+        if bench.scheduler.counters.preemptions:
+            break
+        bench.step()
+    assert bench.scheduler.num_waiting == 2
+    began: list[str] = []
+    for _ in range(60):
+        bench.step()
+        began += [state.rid for state in bench.scheduler._running if state.rid not in ("leader", *began)]
+    assert began == ["later", "twin"]
+
+
 def test_the_oldest_request_gets_a_token_in_every_step_however_crowded() -> None:
     bench = Bench(num_pages=12, page_size=1, max_batch_tokens=8)
     bench.add(*(request(f"r{i}", [i], 11) for i in range(6)))
@@ -415,6 +460,18 @@ def test_the_oldest_request_gets_a_token_in_every_step_however_crowded() -> None
         bench.step()
     assert len(bench.tokens("r0")) == 11
     bench.run()
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+@pytest.mark.parametrize("enabled", [True, False], ids=["cached", "uncached"])
+def test_a_crowd_does_not_spend_its_time_on_giving_way(policy: str, enabled: bool) -> None:
+    """Eight of these run at a time and have pages for five."""
+    bench = Bench(num_pages=64, page_size=4, policy=policy, enabled=enabled)
+    bench.add(*(request(f"r{i}", [i] * 20, 40) for i in range(24)))
+    bench.run(220)
+    needed = 24 * (20 + 40 - 1)
+    assert bench.num_computed <= 1.3 * needed
+    assert bench.scheduler.counters.preemptions <= 24
 
 
 def test_admission_leaves_room_for_those_that_run() -> None:
