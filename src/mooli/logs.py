@@ -7,11 +7,14 @@ what writes it: a line that cannot be written is dropped, and the next one that 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import select
+import stat
 import sys
+import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
@@ -19,7 +22,7 @@ from typing import Any
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 PATIENCE_S = 0.1
-"""For which the first line that finds its reader stopped waits; lines behind it wait no more."""
+"""For which a line waits for who reads it to go on. The lines behind one that was lost wait no more."""
 
 _IS_OBJECT = "mooli_is_object"
 
@@ -82,9 +85,12 @@ class LineHandler(logging.Handler):
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
-        self._descriptor = descriptor
+        self._descriptor = _without_waiting(descriptor)
         self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLOUT)
+        self._poll.register(self._descriptor, select.POLLOUT)
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        self._most_bytes = sys.maxsize if is_file else select.PIPE_BUF
+        """At once: a pipe that is ready takes so many without waiting, a file whatever there is."""
         self._num_lost = 0
         self._is_cut = False
         """Whether the last line is there in part."""
@@ -108,14 +114,23 @@ class LineHandler(logging.Handler):
         return end + b"WARNING mooli.logs: %d lines of the log could not be written\n" % self._num_lost
 
     def _write(self, line: bytes) -> bool:
-        """Whether all of it is written. A pipe that is ready takes PIPE_BUF bytes at once."""
-        patience_s = 0.0 if self._num_lost else PATIENCE_S
+        """Whether all of it is written."""
+        deadline_s = time.monotonic() + (0.0 if self._num_lost else PATIENCE_S)
         rest = memoryview(line)
-        while rest and self._poll.poll(patience_s * 1000):
-            num_bytes = os.write(self._descriptor, rest[: select.PIPE_BUF])
+        while rest and self._poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+            num_bytes = os.write(self._descriptor, rest[: self._most_bytes])
             self._is_cut = num_bytes < len(rest)
             rest = rest[num_bytes:]
         return not rest
+
+
+def _without_waiting(descriptor: int) -> int:
+    """The same pipe opened again, for writes that never wait: another process may fill it after it was found ready.
+    Changing `descriptor` itself would change it for all who share it."""
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        with contextlib.suppress(OSError):  # no /proc, or another user's pipe
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
+    return descriptor
 
 
 def _handler() -> logging.Handler:

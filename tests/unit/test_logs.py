@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +82,16 @@ def test_a_full_pipe_holds_nobody_up_and_says_later_what_was_lost(pipe, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux' /proc")
+def test_a_pipe_that_another_process_fills_at_the_last_moment_holds_nobody_up(pipe):
+    pipe.fill()
+    (handler,) = pipe.logger.handlers
+    handler._poll = SimpleNamespace(poll=lambda timeout_ms: True)
+    pipe.logger.warning("lost")
+    assert os.get_blocking(pipe.write_end)
+    assert set(pipe.read()) == {"x"}
+
+
 def test_a_line_that_was_cut_is_ended_before_the_next(pipe):
     pipe.logger.warning("y" * 1_000_000)
     cut = pipe.read()
@@ -92,6 +103,17 @@ def test_a_line_that_was_cut_is_ended_before_the_next(pipe):
 def test_a_long_line_is_whole_where_somebody_reads(pipe):
     pipe.logger.warning("y" * 20_000)
     assert pipe.read().endswith("y" * 20_000 + "\n")
+
+
+def test_a_long_line_goes_into_a_file_in_one_piece(tmp_path, monkeypatch):
+    pieces = []
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: pieces.append(len(data)) or write(descriptor, data))
+    with open(tmp_path / "log", "wb") as file:
+        logger = logging.Logger("test")
+        logger.addHandler(LineHandler(file.fileno()))
+        logger.warning("y" * 20_000)
+    assert pieces == [20_001] and (tmp_path / "log").read_text() == "y" * 20_000 + "\n"
 
 
 def test_a_pipe_that_nobody_reads_any_more_is_no_error(capfd):
