@@ -457,6 +457,25 @@ def test_the_details_of_cached_tokens_are_those_of_all_prompts(live):
     assert not any("sglext" in chunk for chunk in [complete(server, **fields), *complete_events(server, **fields)])
 
 
+def test_long_prompts_are_echoed_by_another_thread(live, monkeypatch):
+    server = live(says("hello"))
+    tokenizer = server.service.tokenizer
+    decode, names = tokenizer.decode, []
+
+    def noting(ids, **fields):
+        if len(ids) == len(prompts[0]):
+            names.append(threading.current_thread().name)
+        return decode(ids, **fields)
+
+    prompts = [[*b"0123456789>"] * 9] * 50
+    monkeypatch.setattr(tokenizer, "decode", noting)
+    answer = complete(server, prompts, echo=True, max_tokens=1)
+    assert [choice["text"][:-1] for choice in answer["choices"]] == ["0123456789>" * 9] * 50
+    complete(server, prompts[0], echo=True, max_tokens=1)
+    *many, one = names
+    assert len(many) == 50 and one == server._thread.name and one not in many
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 def fails_after(length: int) -> dict:
     return {"gives_nan": lambda context: len(context) > length and context[0] == ord("b")}

@@ -94,13 +94,11 @@ async def detokenize(service: Service, request: Incoming) -> Reply:
     is_batch = bool(body.tokens) and isinstance(body.tokens[0], list)
     if is_batch:
         check_count("tokens", len(body.tokens), service.config.max_request_items)
-    rows = (
-        [_row(ids, f"tokens[{i}]") for i, ids in enumerate(body.tokens)] if is_batch else [_row(body.tokens, "tokens")]
-    )
-    if len(rows) + sum(map(len, rows)) < MANY_TOKENS:
-        texts = _decode(tokenizer, rows, body.skip_special_tokens)
+    rows: list[Any] = body.tokens if is_batch else [body.tokens]
+    if len(rows) + sum(len(ids) for ids in rows if isinstance(ids, list)) < MANY_TOKENS:
+        texts = _decode(tokenizer, rows, body.skip_special_tokens, is_batch)
     else:
-        texts = await asyncio.to_thread(_decode, tokenizer, rows, body.skip_special_tokens)
+        texts = await asyncio.to_thread(_decode, tokenizer, rows, body.skip_special_tokens, is_batch)
     return Reply({"text": texts if is_batch else texts[0]})
 
 
@@ -110,10 +108,10 @@ def _row(ids: Any, where: str) -> list[int]:
     return ids
 
 
-def _decode(tokenizer: Tokenizer, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
-    """Raises HttpError for an id that the vocabulary does not have."""
-    for ids in rows:
-        for token_id in ids:
+def _decode(tokenizer: Tokenizer, rows: list[Any], skip_special_tokens: bool, is_batch: bool) -> list[str]:
+    """Raises HttpError for what is no list of ids, and for an id that the vocabulary does not have."""
+    for i, ids in enumerate(rows):
+        for token_id in _row(ids, f"tokens[{i}]" if is_batch else "tokens"):
             if not 0 <= token_id < tokenizer.vocab_size:
                 raise HttpError(
                     400,

@@ -6,6 +6,7 @@ Source: OpenAI API reference, completions; the echo of log-probabilities is what
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,8 +28,12 @@ from mooli.server.openai_fields import (
 from mooli.server.openai_types import CompletionBody
 from mooli.server.routing import Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
+from mooli.types import Request
 
 DEFAULT_MAX_TOKENS = 16
+
+MANY_TOKENS = 4096
+"""Prompts of so many tokens and more are echoed by another thread: streams must not wait for it."""
 
 
 async def completions(service: Service, request: Incoming) -> Reply | EventStream:
@@ -38,7 +43,7 @@ async def completions(service: Service, request: Incoming) -> Reply | EventStrea
     tokenizer = require_tokenizer(service)
     _check_best_of(body)
     inputs = await _prepare(service, body, request.client)
-    texts = _echoed(service, tokenizer, body, inputs) if body.echo else None
+    texts = await _echoed(service, tokenizer, body, inputs) if body.echo else None
     shape = AnswerShape.of(service, body)
     has_logprobs, is_text = body.logprobs is not None, _given_texts(body) is not None
     del request, body
@@ -119,20 +124,25 @@ def _prompt_argument(prompt: str | Sequence[str | int | list[int]], max_items: i
     return {"prompt": list(prompt)} if kind is str else {"input_ids": list(prompt)}
 
 
-def _echoed(service: Service, tokenizer: Tokenizer, body: CompletionBody, inputs: CallInputs) -> list[str]:
+async def _echoed(service: Service, tokenizer: Tokenizer, body: CompletionBody, inputs: CallInputs) -> list[str]:
     """The text of each prompt: the words of the client where it sent words, otherwise what its ids say."""
     requests = inputs.requests[:: inputs.requests[0].sampling.n]
     given = _given_texts(body)
     skip = body.skip_special_tokens is not False
     longest = service.rules.context_length - 1
-    texts = []
-    for index, request in enumerate(requests):
+
+    def text(index: int, request: Request) -> str:
         may_be_cut = service.rules.allow_auto_truncate and len(request.prompt_ids) >= longest
         if given is not None and not may_be_cut:
-            texts.append(given[index])
-        else:
-            texts.append(tokenizer.decode(request.prompt_ids.tolist(), skip_special_tokens=skip))
-    return texts
+            return given[index]
+        return tokenizer.decode(request.prompt_ids.tolist(), skip_special_tokens=skip)
+
+    def texts() -> list[str]:
+        return [text(index, request) for index, request in enumerate(requests)]
+
+    if sum(len(request.prompt_ids) for request in requests) < MANY_TOKENS:
+        return texts()
+    return await asyncio.to_thread(texts)
 
 
 def _given_texts(body: CompletionBody) -> list[str] | None:
