@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 
 import numpy as np
 import pytest
-from fake_engine import byte_tokenizer
+from fake_engine import byte_tokenizer, says
+from gate import Gate
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.server import logprob_shapes
 from mooli.server.logprob_shapes import LOWEST, LegacyLogprobs, chat_logprobs, legacy_text
 from mooli.types import Request, TokenLogprobs
 
@@ -61,3 +65,81 @@ def test_halves_of_characters_stay_apart():
         "a",
         "<eos>",
     ]
+
+
+LOGPROBS = {"logprobs": 3, "echo": True, "max_tokens": 9, "temperature": 0}
+CHAT_LOGPROBS = {"logprobs": True, "top_logprobs": 3, "max_tokens": 9, "temperature": 0}
+NATIVE_LOGPROBS = {
+    "return_logprob": True, "top_logprobs_num": 3, "logprob_start_len": 0, "return_text_in_logprobs": True,
+    "sampling_params": {"max_new_tokens": 9, "temperature": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["say>", "or>"], "rid": ["a", "b"], **LOGPROBS}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "say>"}], "rid": "a", **CHAT_LOGPROBS}),
+        ("/generate", {"text": ["say>", "or>"], "rid": ["a", "b"], **NATIVE_LOGPROBS}),
+    ],
+)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_many_log_probabilities_are_written_by_another_thread_and_the_same(live, monkeypatch, path, body, is_stream):
+    server = live(says("hello"))
+    to_thread, num_written = asyncio.to_thread, []
+
+    async def noting(function, *args):
+        num_written.append(function)
+        return await to_thread(function, *args)
+
+    def lists() -> list:
+        """Of each sequence, the log-probabilities in the order of its tokens."""
+        server.http.post("/flush_cache").raise_for_status()
+        reply = server.http.post(path, json={**body, "stream": is_stream})
+        assert reply.status_code == 200, reply.text
+        pieces = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+        return logprobs_of(pieces if is_stream else [reply.json()])
+
+    monkeypatch.setattr(asyncio, "to_thread", noting)
+    here = lists()
+    assert num_written == []
+    monkeypatch.setattr(logprob_shapes, "MANY_ENTRIES", 1)
+    assert lists() == here and here
+    assert num_written
+
+
+def logprobs_of(pieces: list) -> list:
+    """From whole answers or chunks, cut wherever: by sequence, lists put together or the last of growing ones."""
+    found: dict[int, list] = {}
+    for piece in pieces:
+        for place, item in enumerate(piece if isinstance(piece, list) else piece.get("choices", [piece])):
+            index = item.get("index", place)
+            if "meta_info" in item:
+                names = [name for name in item["meta_info"] if "logprobs" in name]
+                found[index] = [item["meta_info"][name] for name in names]
+            elif item["logprobs"]:
+                shown = item["logprobs"]
+                tokens = shown.get("content") or [*zip(*(shown[name] for name in sorted(shown)), strict=True)]
+                found[index] = found.get(index, []) + tokens
+    return [found[index] for index in sorted(found)]
+
+
+def test_a_sequence_that_ends_while_another_is_written_has_one_last_chunk(live, monkeypatch):
+    monkeypatch.setattr(logprob_shapes, "MANY_ENTRIES", 1)
+    to_thread = asyncio.to_thread
+
+    async def when_all_have_ended(function, *args):
+        gate.open()
+        while server.service.client.num_open:
+            await asyncio.sleep(0.001)
+        return await to_thread(function, *args)
+
+    monkeypatch.setattr(asyncio, "to_thread", when_all_have_ended)
+    with Gate() as gate:
+        server = live(says("hello"), runner={"raises": gate})
+        params = [{"max_new_tokens": 1, "temperature": 0}, {"max_new_tokens": 5, "temperature": 0}]
+        body = {"text": ["a>", "b>"], **NATIVE_LOGPROBS, "sampling_params": params, "stream": True}
+        gate.let()
+        reply = server.http.post("/generate", json=body)
+    pieces = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+    assert [piece["text"] for piece in pieces if piece["meta_info"]["finish_reason"] is not None] == ["h", "hello"]

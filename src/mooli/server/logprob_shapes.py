@@ -1,14 +1,15 @@
 """Log-probabilities in the two shapes of OpenAI's API.
 
-Owns the shapes, the texts of single tokens in them, and where each token begins in the text. Never decides which
-positions are wanted. Source: OpenAI API reference, `logprobs` of the completion object and of the chat completion
+Owns the shapes, the texts of single tokens in them, where each token begins in the text, and which thread writes many
+of them. Never decides which positions are wanted. Source: OpenAI API reference, `logprobs` of the completion object and of the chat completion
 object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from mooli.frontend.detokenizer import IncrementalDetokenizer
 from mooli.frontend.tokenizer import Tokenizer
@@ -16,6 +17,16 @@ from mooli.types import Request, TokenLogprobs
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot write; OpenAI's API has the same."""
+
+MANY_ENTRIES = 4096
+"""So many log-probabilities and more are put into shape by another thread: streams must not wait for it."""
+
+T = TypeVar("T")
+
+
+async def written(function: Callable[[], T], num_entries: int) -> T:
+    """What `function` makes of `num_entries` log-probabilities, which do not change meanwhile."""
+    return function() if num_entries < MANY_ENTRIES else await asyncio.to_thread(function)
 
 
 class TextOffsets:

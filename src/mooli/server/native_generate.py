@@ -15,6 +15,7 @@ from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.unsupported import BODY_FIELDS, refuse_unsupported
 from mooli.server.json_body import check_count
+from mooli.server.logprob_shapes import written
 from mooli.server.routing import SSE_DONE, Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
 from mooli.server.service import ServedCall, Service
 
@@ -55,8 +56,8 @@ async def generate(service: Service, request: Incoming) -> Reply | EventStream:
         async for _ in call.changes():
             pass
     if call.is_single:
-        return Reply(_whole(call.generations[0]))
-    return Reply([generation.result() for generation in call.generations])
+        return Reply(await _whole(call.generations[0]))
+    return Reply([await _shown(generation, generation.result) for generation in call.generations])
 
 
 async def _prepare(service: Service, body: GenerateBody, client: Client) -> CallInputs:
@@ -104,21 +105,40 @@ def _starter(service: Service, inputs: CallInputs, body: GenerateBody) -> Callab
     return start
 
 
-def _whole(generation: Generation) -> dict[str, Any]:
+async def _shown(generation: Generation, answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`result` or `chunk` of a sequence. One that has not ended goes on, so that is looked at here; its chunks have few
+    log-probabilities beside those of its last."""
+    if generation.finish is None:
+        return answer()
+    request = generation.request
+    num_each = 1 + request.num_top_logprobs + len(request.logprob_token_ids)
+    return await written(answer, (len(generation.prompt_logprobs) + len(generation.logprobs)) * num_each)
+
+
+async def _whole(generation: Generation) -> dict[str, Any]:
     """The answer to a single prompt. Raises HttpError if the engine refused it or failed; an abort on demand is an
     answer like any other."""
     finish = generation.finish
     if finish is not None and finish.status_code is not None:
         raise HttpError(finish.status_code, f"request {generation.rid} failed: {finish.message}")
-    return generation.result()
+    return await _shown(generation, generation.result)
 
 
 async def _events(start: Callable[[], ServedCall]) -> AsyncIterator[bytes]:
     with start() as call:
+        ended: set[int] = set()
         async for changed in call.changes():
-            due = [call.generations[index] for index in changed if call.generations[index].is_due()]
-            if due:
-                yield b"".join([sse(generation.chunk()) for generation in due])
+            events = []
+            for index in changed:
+                generation = call.generations[index]
+                # One may have gone on, to its end even, while another was written.
+                if index in ended or not generation.is_due():
+                    continue
+                if generation.finish is not None:
+                    ended.add(index)
+                events.append(sse(await _shown(generation, generation.chunk)))
+            if events:
+                yield b"".join(events)
     yield SSE_DONE
 
 

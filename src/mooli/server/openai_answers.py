@@ -97,7 +97,7 @@ class Unshown:
 class Choice(Protocol):
     """One sequence in the shape of its route."""
 
-    def take(self) -> list[dict[str, Any]]:
+    async def take(self) -> list[dict[str, Any]]:
         """The `choices` entries of the chunks that are due, in order."""
         ...
 
@@ -172,7 +172,7 @@ async def stream(
             for index in changed:
                 generation = call.generations[index]
                 generation.raise_if_failed()
-                for choice in choices[index].take():
+                for choice in await choices[index].take():
                     chunk = {**first_fields, "choices": [choice]}
                     if shape.is_continuous:
                         chunk["usage"] = _usage(

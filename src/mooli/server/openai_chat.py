@@ -14,7 +14,7 @@ from mooli.frontend.inputs import CallInputs
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.errors import in_names
 from mooli.server.json_body import check_count
-from mooli.server.logprob_shapes import chat_logprobs
+from mooli.server.logprob_shapes import chat_logprobs, written
 from mooli.server.openai_answers import AnswerShape, Delta, Unshown, finish_fields, finished, head, stream, tail
 from mooli.server.openai_fields import (
     COMMON_NAMES,
@@ -58,7 +58,7 @@ async def chat_completions(service: Service, request: Incoming) -> Reply | Event
         first_fields = head(inputs, shape, "chat.completion.chunk")
         return EventStream(stream(service, inputs, shape, first_fields, open_choice))
     generations = await finished(service, inputs)
-    choices = [open_choice(index, generation).whole() for index, generation in enumerate(generations)]
+    choices = [await open_choice(index, generation).whole() for index, generation in enumerate(generations)]
     return Reply({**head(inputs, shape, "chat.completion"), "choices": choices, **tail(generations, shape)})
 
 
@@ -207,7 +207,7 @@ class ChatChoice:
             generation, stream_interval=service.engine_config.stream_interval, shows_tokens=self._shows_tokens
         )
 
-    def take(self) -> list[dict[str, Any]]:
+    async def take(self) -> list[dict[str, Any]]:
         """The entries that are due: the first says who speaks, the last why it ended."""
         delta = self._unshown.take()
         if delta is None:
@@ -218,26 +218,28 @@ class ChatChoice:
             entries.append({**self._entry("delta", role), **self._prompt_ids()})
         if delta.text or (self._shows_tokens and delta.token_ids):
             said = {"content": delta.text, "reasoning_content": None}
-            entries.append({**self._entry("delta", said), **self._token_fields(delta)})
+            entries.append({**self._entry("delta", said), **await self._token_fields(delta)})
         if delta.finish is not None:
             entries.append(self._entry("delta", {"reasoning_content": None}, delta.finish))
         return entries
 
-    def whole(self) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """The choice of an answer that has ended; instead of `take`."""
         delta = self._unshown.take()
         if delta is None:
             raise ValueError("a choice is whole when its sequence has ended, and once")
         message = {"role": "assistant", "content": delta.text, "reasoning_content": None}
-        return {**self._entry("message", message, delta.finish), **self._prompt_ids(), **self._token_fields(delta)}
+        fields = await self._token_fields(delta)
+        return {**self._entry("message", message, delta.finish), **self._prompt_ids(), **fields}
 
     def _entry(self, name: str, words: dict[str, Any], finish: FinishReason | None = None) -> dict[str, Any]:
         return {"index": self._index, name: words, "logprobs": None, **finish_fields(finish)}
 
-    def _token_fields(self, delta: Delta) -> dict[str, Any]:
+    async def _token_fields(self, delta: Delta) -> dict[str, Any]:
         fields: dict[str, Any] = {}
         if self._has_logprobs:
-            fields["logprobs"] = chat_logprobs(self._tokenizer, delta.logprobs)
+            num_entries = len(delta.logprobs) * (1 + self._generation.request.num_top_logprobs)
+            fields["logprobs"] = await written(lambda: chat_logprobs(self._tokenizer, delta.logprobs), num_entries)
         if self._returns_ids:
             fields["token_ids"] = delta.token_ids
         return fields

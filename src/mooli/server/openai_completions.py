@@ -15,8 +15,8 @@ from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.json_body import check_count
-from mooli.server.logprob_shapes import LegacyLogprobs, joined
-from mooli.server.openai_answers import AnswerShape, Unshown, finish_fields, finished, head, stream, tail
+from mooli.server.logprob_shapes import LegacyLogprobs, joined, written
+from mooli.server.openai_answers import AnswerShape, Delta, Unshown, finish_fields, finished, head, stream, tail
 from mooli.server.openai_fields import (
     COMMON_NAMES,
     UNSUPPORTED,
@@ -59,7 +59,7 @@ async def completions(service: Service, request: Incoming) -> Reply | EventStrea
     if shape.is_stream:
         return EventStream(stream(service, inputs, shape, first_fields, open_choice))
     generations = await finished(service, inputs)
-    choices = [choice for i, generation in enumerate(generations) for choice in open_choice(i, generation).take()]
+    choices = [choice for i, generation in enumerate(generations) for choice in await open_choice(i, generation).take()]
     return Reply({**first_fields, "choices": choices, **tail(generations, shape)})
 
 
@@ -178,17 +178,15 @@ class CompletionChoice:
             shows_tokens=self._returns_ids or self._logprobs is not None,
         )
 
-    def take(self) -> list[dict[str, Any]]:
+    async def take(self) -> list[dict[str, Any]]:
         delta = self._unshown.take()
         if delta is None:
             return []
-        text, logprobs = delta.text, None
+        is_echoed = delta.is_first and self._echoed is not None
+        text = f"{self._echoed}{delta.text}" if is_echoed else delta.text
+        logprobs = None
         if self._logprobs is not None:
-            logprobs = self._logprobs.more(delta.logprobs)
-        if delta.is_first and self._echoed is not None:
-            text = self._echoed + text
-            if self._logprobs is not None and logprobs is not None:
-                logprobs = joined(self._logprobs.prompt(self._generation.prompt_logprobs), logprobs)
+            logprobs = await self._lists(self._logprobs, delta, is_echoed)
         choice: dict[str, Any] = {
             "index": self._index,
             "text": text,
@@ -200,6 +198,14 @@ class CompletionChoice:
             if delta.is_first:
                 choice["prompt_token_ids"] = self._generation.request.prompt_ids.tolist()
         return [choice]
+
+    async def _lists(self, shape: LegacyLogprobs, delta: Delta, is_echoed: bool) -> dict[str, list[Any]]:
+        num_each = 1 + self._generation.request.num_top_logprobs
+        if not is_echoed:
+            return await written(lambda: shape.more(delta.logprobs), len(delta.logprobs) * num_each)
+        prompt = self._generation.prompt_logprobs
+        num_entries = (len(prompt) + len(delta.logprobs)) * num_each
+        return await written(lambda: joined(shape.prompt(prompt), shape.more(delta.logprobs)), num_entries)
 
 
 ROUTES = (
