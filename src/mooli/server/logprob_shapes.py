@@ -1,8 +1,8 @@
 """Log-probabilities in the two shapes of OpenAI's API.
 
 Owns the shapes, the texts of single tokens in them, where each token begins in the text, and which thread writes many
-of them. Never decides which positions are wanted. Source: OpenAI API reference, `logprobs` of the completion object and of the chat completion
-object.
+of them. Never decides which positions are wanted. Source: OpenAI API reference, `logprobs` of the completion object and
+of the chat completion object.
 """
 
 from __future__ import annotations
