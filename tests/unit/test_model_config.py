@@ -153,6 +153,7 @@ def test_a_sliding_window_of_qwen2_counts_where_it_reaches_every_layer(
 UNSUPPORTED = {
     "another family": ({**LLAMA, "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM, Mistral"),
     "another model type": ({**SMALL, "model_type": "mamba"}, "mamba"),
+    "a table for a name": ({**LLAMA, "architectures": [{"a": 1}]}, "'a': 1"),
     "yarn": ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
     "dynamic": ({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic'"),
     "half a head rotated": ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,6 +128,25 @@ def test_named_chat_templates_of_a_file_are_read():
     metadata = gguf_metadata(trained_byte_level("qwen2"), "qwen2")
     metadata |= {"tokenizer.chat_templates": ["tool_use"], "tokenizer.chat_template.tool_use": "tools"}
     assert tokenizer_from_gguf(metadata).chat_template.render([{"role": "user"}], tools=[]) == "tools"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokenizer.ggml.model", np.array([1, 2])),
+        ("tokenizer.ggml.add_bos_token", np.array([1, 2])),
+        ("tokenizer.ggml.add_eos_token", "yes"),
+        ("tokenizer.ggml.bos_token_id", float("inf")),
+        ("tokenizer.ggml.eos_token_id", np.array([1, 2])),
+        ("tokenizer.ggml.tokens", ["a" * 5000]),
+        ("tokenizer.chat_templates", 5),
+        ("tokenizer.chat_templates", ["a"] * 65),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_value_of_another_kind_is_an_error_of_the_tokenizer(key, value):
+    with pytest.raises(TokenizerError, match=key.rsplit(".", 1)[-1] if "tokens" not in key else "5000 characters"):
+        tokenizer_from_gguf({**gguf_metadata(trained_byte_level("qwen2"), "qwen2"), key: value})
 
 
 # SentencePiece

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _MAX_TOKENS = 1 << 22
+_MAX_TEMPLATES = 64
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
@@ -76,6 +77,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str = "the GGUF 
     """
     vocabulary = _Vocabulary(metadata, source)
     model = metadata.get("tokenizer.ggml.model")
+    if model is not None and not isinstance(model, str):
+        raise TokenizerError(f"tokenizer.ggml.model in {source} is a {type(model).__name__}, not a name")
     if model == "gpt2":
         backend, adds_bos = _byte_level_bpe(vocabulary)
     elif model == "llama":
@@ -174,8 +177,10 @@ class _Vocabulary:
             return None
         try:
             index = int(value)
-        except (TypeError, ValueError) as exc:
-            raise TokenizerError(f"tokenizer.ggml.{name} in {self.source} is {value!r}, not a token id") from exc
+        except (TypeError, ValueError, OverflowError) as exc:
+            raise TokenizerError(
+                f"tokenizer.ggml.{name} in {self.source} is {str(value)[:80]!r}, not a token id"
+            ) from exc
         if not 0 <= index < len(self.tokens):
             raise TokenizerError(
                 f"tokenizer.ggml.{name} in {self.source} is {index}; the vocabulary has {len(self.tokens)} tokens"
@@ -196,7 +201,12 @@ class _Vocabulary:
         return None if token_id is None else self.tokens[token_id]
 
     def flag(self, name: str, *, default: bool) -> bool:
-        return bool(self.metadata.get(f"tokenizer.ggml.{name}", default))
+        value = self.metadata.get(f"tokenizer.ggml.{name}", default)
+        if not isinstance(value, int):
+            raise TokenizerError(
+                f"tokenizer.ggml.{name} in {self.source} is a {type(value).__name__}, not true or false"
+            )
+        return bool(value)
 
     def _check_entries(self, name: str, entries: list[Any], kind: type | tuple[type, ...]) -> None:
         if len(entries) != len(self.tokens):
@@ -308,7 +318,7 @@ def _sentencepiece_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     from tokenizers import decoders, models, normalizers
 
     architecture = vocabulary.metadata.get("general.architecture", "llama")
-    if architecture != "llama":
+    if not isinstance(architecture, str) or architecture != "llama":
         raise TokenizerError(
             f"the SentencePiece tokenizer of architecture {architecture!r} in {vocabulary.source} is not supported; "
             "only that of Llama and Mistral is"
@@ -368,7 +378,11 @@ def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
 def _chat_template(vocabulary: _Vocabulary) -> ChatTemplate | None:
     sources: dict[str, Any] = {}
     names = vocabulary.metadata.get("tokenizer.chat_templates")
-    for name in [] if names is None else names:
+    if names is not None and (not isinstance(names, Sequence) or isinstance(names, str) or len(names) > _MAX_TEMPLATES):
+        raise TokenizerError(
+            f"tokenizer.chat_templates in {vocabulary.source} is not a list of at most {_MAX_TEMPLATES} names"
+        )
+    for name in names or ():
         if (named := vocabulary.metadata.get(f"tokenizer.chat_template.{name}")) is not None:
             sources[str(name)] = named
     if (default := vocabulary.metadata.get("tokenizer.chat_template")) is not None:

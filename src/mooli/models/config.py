@@ -312,15 +312,15 @@ def _head_dim(hidden_size: int, num_heads: int) -> int:
 def _hf_architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     if isinstance(names, (list, tuple)) and names:
-        if names[0] in FAMILIES:
+        if isinstance(names[0], str) and names[0] in FAMILIES:
             return str(names[0])
-        raise _unknown_family(str(names[0]), FAMILIES)
+        raise _unknown_family(str(names[0])[:80], FAMILIES)
     for architecture, family in FAMILIES.items():
         if config.get("model_type") == family:
             return architecture
     if "model_type" not in config:
         raise CheckpointError("config.json has neither architectures nor model_type")
-    raise _unknown_family(str(config["model_type"]), FAMILIES)
+    raise _unknown_family(str(config["model_type"])[:80], FAMILIES)
 
 
 def _hf_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float]:
