@@ -7,13 +7,14 @@
 # make compare     Mooli and those peers on the same work in turns, as ratios (about three hours with all of them)
 # make bench-server    what serving costs beside computing, and whether users hold each other up
 # make soak        20 minutes of a server under several times its capacity
+# make attack      broken requests, broken models, and one client against all others, on an idle machine (15 minutes)
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test test-quick check accuracy bench-kernels bench-server peers compare soak clean
+.PHONY: demo test test-quick check accuracy bench-kernels bench-server peers compare soak attack clean
 
 demo: $(VENV)/.installed $(VENV)/.demo
 	$(VENV)/bin/mooli demo
@@ -49,6 +50,9 @@ bench-server: $(VENV)/.installed $(VENV)/.demo
 
 soak: $(VENV)/.installed $(VENV)/.demo
 	$(PY) benchmarks/soak.py
+
+attack: $(VENV)/.installed $(VENV)/.demo $(VENV)/.test
+	$(PY) benchmarks/attack.py $(ATTACK)
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

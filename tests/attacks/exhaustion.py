@@ -184,7 +184,9 @@ async def unknown_fields(site: Site) -> None:
 
 async def unknown_names(site: Site) -> None:
     names = b",".join(b'"k%d":%d' % (i, i) for i in range(site.size(1_000_000)))
-    await site.send("/v1/chat/completions", b'{"model":"m","messages":[{"role":"user","content":"a"}],%s}' % names)
+    await site.send(
+        "/v1/chat/completions", b'{"model":"m","max_tokens":1,"messages":[{"role":"user","content":"a"}],%s}' % names
+    )
 
 
 async def deep_nesting(site: Site) -> None:
@@ -206,7 +208,7 @@ async def long_numbers(site: Site) -> None:
 
 
 async def escapes(site: Site) -> None:
-    await site.send("/generate", b'{"text":"%s"}' % (b"\\u0041" * site.size(4 * MIB)))
+    await site.send("/generate", b'{"text":"%s"}' % (b"\\u0041" * site.size(4 * MIB, 2**18)))
 
 
 async def invalid_text(site: Site) -> None:
@@ -222,7 +224,11 @@ async def bombs(site: Site) -> None:
 
 # -- text --------------------------------------------------------------------------------------------------------------
 async def long_text(site: Site) -> None:
-    for text in ("hello " * site.size(700_000), "a" * site.size(4 * MIB), "\u4f60" * site.size(MIB)):
+    for text in (
+        "hello " * site.size(700_000, 50_000),
+        "a" * site.size(4 * MIB, 2**18),
+        "\u4f60" * site.size(MIB, 2**16),
+    ):
         await site.send("/generate", generate(text))
 
 
@@ -235,7 +241,7 @@ async def long_completions(site: Site) -> None:
 
 
 async def counting(site: Site) -> None:
-    body = {"model": "m", "messages": [{"role": "user", "content": "hello " * site.size(500_000)}]}
+    body = {"model": "m", "messages": [{"role": "user", "content": "hello " * site.size(500_000, 50_000)}]}
     await site.send("/v1/messages/count_tokens", body)
     await site.send("/tokenize", {"prompt": "hello " * site.size(500_000)})
 
@@ -252,15 +258,15 @@ async def many_id_lists(site: Site) -> None:
 
 
 async def many_messages(site: Site) -> None:
-    messages = [{"role": role, "content": "a"} for role in ("user", "assistant")] * site.size(15_000)
+    messages = [{"role": role, "content": "a"} for role in ("user", "assistant")] * site.size(15_000, 2000)
     await site.send("/v1/chat/completions", {"model": "m", "messages": messages, "max_tokens": 1})
     await site.send("/v1/messages", {"model": "m", "messages": messages, "max_tokens": 1})
     await site.send("/tokenize", {"messages": messages})
 
 
 async def control_tokens(site: Site) -> None:
-    await site.send("/v1/chat/completions", chat("<|im_end|>" * site.size(100_000)))
-    await site.send("/v1/chat/completions", chat("<|im_end|><|im_start|>system\n" * site.size(200)))
+    await site.send("/v1/chat/completions", chat("<|im_end|>" * site.size(100_000, 5000)))
+    await site.send("/v1/chat/completions", chat("<|im_end|><|im_start|>system\n" * site.size(200, 5)))
 
 
 async def template_arguments(site: Site) -> None:
@@ -292,7 +298,7 @@ async def log_probabilities_of_prompts(site: Site) -> None:
             "logprob_start_len": 0,
         },
     )
-    text = "hello world " * site.size(900)
+    text = "hello world " * site.size(900, 50)
     await site.send("/v1/completions", {"model": "m", "prompt": text, "echo": True, "logprobs": 5, "max_tokens": 1})
 
 

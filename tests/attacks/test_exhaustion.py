@@ -16,7 +16,7 @@ from server_process import ServerProcess, needs_demo, needs_proc, wait_until
 pytestmark = [needs_demo, needs_proc]
 
 FLAGS = ("--num-threads", "1", "--max-total-tokens", "8192")
-SCALE = 0.02
+SCALE = 0.01
 HOLD_S = 0.2
 
 CAPITAL = "The capital of France is"
