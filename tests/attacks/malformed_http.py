@@ -84,12 +84,15 @@ SMUGGLED = get(path=b"/health_generate")
 # -- the request line --------------------------------------------------------------------------------------------------
 def request_lines() -> Iterator[Attack]:
     lines = {
+        "no version": b"GET /health",
         "no target": b"GET HTTP/1.1",
         "nothing but a method": b"GET",
         "a colon": b":",
         "two versions": b"GET /health HTTP/1.1 HTTP/1.1",
         "two targets": b"GET /health /generate HTTP/1.1",
         "version 9.9": b"GET /health HTTP/9.9",
+        "version 2.0": b"GET /health HTTP/2.0",
+        "version 0.9": b"GET / HTTP/0.9",
         "version 1.10": b"GET /health HTTP/1.10",
         "version 1": b"GET /health HTTP/1",
         "version 01.1": b"GET / HTTP/01.1",
@@ -285,6 +288,9 @@ def headers() -> Iterator[Attack]:
 
     # who is meant
     for name, hosts in {
+        "none": [],
+        "two": [b"Host: a", b"Host: b"],
+        "the same twice": [b"Host: localhost"] * 2,
         "two and a space": [b"Host: localhost", b"Host : b"],
     }.items():
         yield _refused(f"host: {name}", get(*hosts, host=None))
@@ -397,7 +403,9 @@ def lengths() -> Iterator[Attack]:
             yield _refused(f"length: {name}, {len(body)}", head(b"POST /generate HTTP/1.1", *lines) + body + SMUGGLED)
     for value in (
         b"cow",
+        b"cow, chunked",
         b"identity",
+        b"identity, chunked",
         b"chunked, identity",
         b"chunked, cow",
         b"chunked, chunked",
@@ -408,6 +416,8 @@ def lengths() -> Iterator[Attack]:
         b'"chunked"',
         b"chunked;q=1",
         b"gzip",
+        b"gzip, chunked",
+        b"deflate, chunked",
         b"chunk ed",
         b"",
         b",",
@@ -417,6 +427,8 @@ def lengths() -> Iterator[Attack]:
         yield _refused(f"coding: {value!r}", chunked(chunk(b"{}"), b"0\r\n\r\n", SMUGGLED, encoding=line))
     for name, lines in {
         "and another": [b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"],
+        "behind another": [b"Transfer-Encoding: identity", b"Transfer-Encoding: chunked"],
+        "behind a cow": [b"Transfer-Encoding: cow", b"Transfer-Encoding: chunked"],
         "twice": [b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"],
     }.items():
         sent = head(b"POST /generate HTTP/1.1", *lines) + chunk(b"{}") + b"0\r\n\r\n"
@@ -554,6 +566,7 @@ def bodies() -> Iterator[Attack]:
         "deep content": chat % (b'[{"role":"user","content":' + b"[" * 2000 + b"]" * 2000 + b"}]"),
         "tools that are none": b'{"model":"m","messages":[{"role":"user","content":"a"}],"tools":[1]}',
         "template arguments of a list": one_chat % b"[]",
+        "deep template arguments": one_chat[:-3] + b'{"a":' + b"[" * 500 + b"]" * 500 + b"}}",
     }.items():
         yield _answered(f"chat: {name}", post(body, path=b"/v1/chat/completions"))
     for kind in (
@@ -601,6 +614,9 @@ def conduct() -> Iterator[Attack]:
         "half a chunk": chunked(b"5\r\n{"),
     }.items():
         yield _refused(f"sends {name} and waits", part)
+    yield _served("half-closes behind a whole request", whole, None)
+    yield _served("half-closes behind a GET", get(), None)
+    yield _served("half-closes behind a chunked request", chunked(chunk(BODY), b"0\r\n\r\n"), None)
     yield _refused("half-closes in a chunk", chunked(b"5\r\n{"), None)
     yield _refused("half-closes before the last chunk", chunked(chunk(BODY)), None)
     yield _served("drips every byte", *(whole[i : i + 1] for i in range(len(whole))))
@@ -610,6 +626,7 @@ def conduct() -> Iterator[Attack]:
     for num in (2, 4, 8):
         yield _served(f"{num} requests in one piece", get() * num, num=num)
         yield _served(f"{num} requests with bodies in one piece", whole * num, num=num)
+        yield _served(f"{num} requests, half-closed", get() * num, None, num=num)
     for num in (50, 1000):
         yield Attack(f"{num} requests in one piece, none read", (get() * num,), Expected.NOTHING)
     for tail in (
