@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 from malformed_http import Attack, Expected
 
+REFUSALS = (501, 505)
+"""Of the statuses from 500 those that are the client's doing: a coding or a version that the server does not know."""
+
 PATIENCE_S = 90
 """A server that has neither answered nor closed by then hangs."""
 
@@ -129,10 +132,10 @@ def _receive(client: socket.socket, attack: Attack) -> tuple[list[Answer], bool]
 def _verdict(attack: Attack, answers: list[Answer], is_closed: bool) -> str | None:
     statuses = [answer.status for answer in answers]
     said = f"answered {statuses}" + (" and closed" if is_closed else "")
-    if any(status >= 500 for status in statuses):
+    if any(status >= 500 and status not in REFUSALS for status in statuses):
         return said
     if attack.expected is Expected.REFUSED:
-        return None if len(statuses) <= 1 and all(400 <= status < 500 for status in statuses) else said
+        return None if len(statuses) <= 1 and all(status >= 400 for status in statuses) else said
     if attack.expected is Expected.FAULT:
         return None if len(statuses) == 1 and 400 <= statuses[0] < 500 else said
     if attack.expected is Expected.SERVED:
