@@ -51,7 +51,9 @@ class OpenRequests:
         """Raises RequestError if an id belongs to a request that is open."""
         for request in requests:
             if request.rid in self._by_rid:
-                raise RequestError(f"rid {request.rid!r} belongs to a request that is still running: use another")
+                raise RequestError(
+                    f"rid {request.rid!r} belongs to a request that is still running: use another", argument="rid"
+                )
 
     def named(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[OpenRequest]:
         """Requests with their names, which are not open before `add`."""

@@ -197,7 +197,7 @@ class InputRules:
     def _check_stop_chars(self, num_chars: int) -> None:
         if num_chars > self.max_stop_chars:
             raise RequestError(
-                f"stop strings of {num_chars} characters in one request, each sequence's counted, are more than the"
+                f"stop has strings of {num_chars} characters in one request, each sequence's counted, more than the"
                 f" {self.max_stop_chars} that are possible: give fewer or shorter ones, or fewer prompts at once",
                 argument="stop",
             )

@@ -245,6 +245,9 @@ class HttpServer:
             ends: list[asyncio.Future[Any]] = [serving, draining, client.died]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not client.died.done():
+                for ended in (serving, draining):
+                    if ended.done():
+                        await ended  # what has failed in it is the end's cause
                 return 0
             await asyncio.sleep(DEATH_LINGER_S)
             return 1
