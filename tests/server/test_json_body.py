@@ -240,6 +240,13 @@ PARTS = [{"type": "text", "text": "a"}] * 2
         ("/v1/completions", {"prompt": [[97]] * 4}, "prompt", 4),
         ("/v1/chat/completions", {"messages": [user("a")] * 4}, "messages", 4),
         ("/v1/chat/completions", {"messages": [user(PARTS)] * 2}, "messages", 6),
+        (
+            "/v1/chat/completions",
+            {"messages": [user("a")], "chat_template_kwargs": {"a": [[1], {"b": 2}]}},
+            "chat_template_kwargs",
+            5,
+        ),
+        ("/tokenize", {"messages": [user("a")], "chat_template_kwargs": {"a": [1] * 3}}, "chat_template_kwargs", 4),
         ("/v1/messages", {"model": "m", "max_tokens": 1, "messages": [user("a")] * 4}, "messages", 4),
         ("/v1/messages/count_tokens", {"model": "m", "messages": [user(PARTS)], "system": PARTS}, "messages", 5),
     ],

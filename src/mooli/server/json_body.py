@@ -146,6 +146,17 @@ def _field_at(plain: bytes, end: int) -> str | None:
     return field
 
 
+def num_entries(value: Any) -> int:
+    """Of all lists and objects in a JSON value together."""
+    count, rest = 0, [value]
+    while rest:
+        item = rest.pop()
+        inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        count += len(inner)
+        rest.extend(inner)
+    return count
+
+
 def check_count(name: str, count: int, most: int) -> None:
     """Raises HttpError (400) for a list that is longer than one request may have it."""
     if count > most:

@@ -13,7 +13,7 @@ from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.errors import in_names
-from mooli.server.json_body import check_count
+from mooli.server.json_body import check_count, num_entries
 from mooli.server.logprob_shapes import chat_logprobs, written
 from mooli.server.openai_answers import AnswerShape, Delta, Unshown, finish_fields, finished, head, stream, tail
 from mooli.server.openai_fields import (
@@ -164,6 +164,7 @@ def _text(content: str | list[dict[str, Any]] | None, where: str) -> str:
 
 def _template_arguments(service: Service, body: ChatBody) -> dict[str, Any]:
     given = body.chat_template_kwargs or {}
+    check_count("chat_template_kwargs", num_entries(given), service.config.max_request_items)
     for name in given:
         if name in _OWN_ARGUMENTS:
             raise HttpError(
