@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from mooli.errors import ChatTemplateError, PromptError
-from mooli.frontend.chat_encoding import encode_chat
+from mooli.frontend import chat_encoding
+from mooli.frontend.chat_encoding import _Mask, encode_chat
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.tokenizer import Tokenizer
 
@@ -146,3 +149,38 @@ def test_a_tokenizer_that_reads_parts_differently_refuses_control_tokens_in_a_me
 def test_a_model_without_a_template_is_an_error():
     with pytest.raises(ChatTemplateError, match="no chat template"):
         encode_chat(byte_level(template=None), user("a"))
+
+
+def by_expressions(special_texts, text):
+    """What is hidden in `text` and how often, found in a way that is plain and slow."""
+    specials = sorted(special_texts, key=len, reverse=True)
+    beginnings = sorted({s[:end] for s in specials for end in range(1, len(s))}, key=len, reverse=True)
+    whole = re.sub("|".join(map(re.escape, specials)) or "(?!)", "\U000f0000", text)
+    return re.sub(rf"(?:{'|'.join(map(re.escape, beginnings)) or '(?!)'})(?=\s*\Z)", "\U000f0000", whole)
+
+
+TEXTS_OF_FEW_LETTERS = st.text(alphabet="<|>ab \n", max_size=12)
+
+
+@given(st.frozensets(st.text(alphabet="<|>ab \n", min_size=1, max_size=5), max_size=5), TEXTS_OF_FEW_LETTERS)
+@settings(max_examples=300, deadline=None)
+def test_what_is_hidden_is_the_longest_token_wherever_one_begins(special_texts, text):
+    mask = _Mask(special_texts, set())
+    hidden = mask.hide(text)
+    assert mask.show(hidden) == text
+    assert re.sub("[\U000f0000-\U000ffffd]", "\U000f0000", hidden) == by_expressions(special_texts, text)
+
+
+def test_thousands_of_special_tokens_are_prepared_once(monkeypatch):
+    texts = frozenset(f"<|unused_{i}|>" for i in range(5000))
+    mask = _Mask(texts, set())
+    assert mask.show(mask.hide("a<|unused_77|>b<|unused_")) == "a<|unused_77|>b<|unused_"
+    monkeypatch.setattr(chat_encoding, "_Specials", None)
+    assert _Mask(frozenset(texts), set()).hide("a") == "a"
+
+
+def test_a_conversation_that_uses_every_private_character_is_an_error_of_the_prompt():
+    every = "".join(map(chr, chat_encoding._PRIVATE))
+    with pytest.raises(PromptError, match="private use"):
+        encode_chat(TOKENIZER, user(every + END))
+    assert encode_chat(TOKENIZER, user(every[1:] + END))

@@ -9,7 +9,9 @@ Never renders and never splits words itself: that is `ChatTemplate`'s and `Token
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from mooli.errors import ChatTemplateError, PromptError
@@ -18,6 +20,9 @@ from mooli.frontend.tokenizer import Tokenizer
 
 _PRIVATE = range(0xF0000, 0xFFFFE)
 """Characters without a meaning (Unicode's supplementary private use area A)."""
+
+_HEAD_CHARS = 3
+"""By so many characters most texts that only look like a special token are told from one."""
 
 
 def encode_chat(
@@ -67,16 +72,11 @@ class _Mask:
     part of the message for example, could complete it.
     """
 
-    def __init__(self, special_texts: Iterable[str], used: set[str]) -> None:
+    def __init__(self, special_texts: frozenset[str], used: set[str]) -> None:
         """`used`: characters that cannot stand for something else."""
-        specials = sorted(special_texts, key=len, reverse=True)
-        beginnings = {special[:end] for special in specials for end in range(1, len(special))}
+        self._specials = _specials(special_texts)
         self._hidden: dict[str, str] = {}
         self._free = (chr(code) for code in _PRIVATE if chr(code) not in used)
-        self._whole = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-        longest_first = sorted(beginnings, key=len, reverse=True)
-        self._at_end = re.compile(rf"(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})(?=\s*\Z)")
-        self._longest_beginning = len(longest_first[0]) if longest_first else 0
 
     @property
     def has_hidden(self) -> bool:
@@ -85,10 +85,7 @@ class _Mask:
     def hide(self, value: Any) -> Any:
         """A copy of a message with private characters in the places of special tokens."""
         if isinstance(value, str):
-            text = self._whole.sub(self._stand_in, value)
-            # Only there can a text begin that has nothing but spaces after it; all else need not be looked through.
-            end = max(0, len(text.rstrip()) - self._longest_beginning)
-            return text[:end] + self._at_end.sub(self._stand_in, text[end:])
+            return self._specials.replace_at_end(self._specials.replace(value, self._stand_in), self._stand_in)
         if isinstance(value, Mapping):
             return {name: self.hide(item) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -99,10 +96,74 @@ class _Mask:
         """The text with everything put back."""
         return text.translate({ord(char): special for special, char in self._hidden.items()})
 
-    def _stand_in(self, match: re.Match[str]) -> str:
-        if match[0] not in self._hidden:
-            self._hidden[match[0]] = next(self._free)
-        return self._hidden[match[0]]
+    def _stand_in(self, special: str) -> str:
+        if special not in self._hidden:
+            char = next(self._free, None)
+            if char is None:
+                raise PromptError(
+                    "the messages hold texts of special tokens and so many characters for private use that none is left"
+                    " to tell them apart; remove either from the messages"
+                )
+            self._hidden[special] = char
+        return self._hidden[special]
+
+
+class _Specials:
+    """Finds special tokens in texts, in a time that does not grow with their number: there may be thousands."""
+
+    def __init__(self, texts: frozenset[str]) -> None:
+        self._sorted = sorted(texts)
+        self._longest = max(map(len, texts), default=0)
+        self._head_chars = min(_HEAD_CHARS, min(map(len, texts), default=0))
+        self._lengths: dict[str, list[int]] = {}
+        for text in texts:
+            self._lengths.setdefault(text[: self._head_chars], []).append(len(text))
+        self._lengths = {head: sorted(set(lengths), reverse=True) for head, lengths in self._lengths.items()}
+        self._texts = texts
+        firsts = "".join(sorted({text[0] for text in texts}))
+        self._first = re.compile(f"[{re.escape(firsts)}]" if firsts else r"(?!)")
+
+    def replace(self, text: str, stand_in: Callable[[str], str]) -> str:
+        """`text` with `stand_in` of each special token in its place, the longest of those that begin there."""
+        return self._replace(text, 0, stand_in, self._at)
+
+    def replace_at_end(self, text: str, stand_in: Callable[[str], str]) -> str:
+        """The same with what only begins one and is followed by nothing but spaces."""
+        end = len(text.rstrip())
+        return self._replace(
+            text, max(0, end - self._longest), stand_in, lambda text, at: self._beginning(text, at, end)
+        )
+
+    def _replace(
+        self, text: str, position: int, stand_in: Callable[[str], str], length_at: Callable[[str, int], int]
+    ) -> str:
+        pieces = [text[:position]]
+        for match in self._first.finditer(text, position):
+            at = match.start()
+            if at >= position and (length := length_at(text, at)):
+                pieces += [text[position:at], stand_in(text[at : at + length])]
+                position = at + length
+        return "".join([*pieces, text[position:]])
+
+    def _at(self, text: str, at: int) -> int:
+        """Length of the longest special token at `at`; 0 if there is none."""
+        lengths = self._lengths.get(text[at : at + self._head_chars], ())
+        return next((length for length in lengths if text[at : at + length] in self._texts), 0)
+
+    def _beginning(self, text: str, at: int, end: int) -> int:
+        """Length of the longest beginning of a special token that goes from `at` to `end` or beyond; 0 if none."""
+        for stop in range(min(len(text), at + self._longest - 1), max(at, end - 1), -1):
+            piece = text[at:stop]
+            index = bisect_left(self._sorted, piece)
+            index += self._sorted[index : index + 1] == [piece]  # the whole of one is no beginning of it
+            if index < len(self._sorted) and self._sorted[index].startswith(piece):
+                return stop - at
+        return 0
+
+
+@lru_cache(maxsize=4)
+def _specials(texts: frozenset[str]) -> _Specials:
+    return _Specials(texts)
 
 
 def _strings(value: Any) -> Iterator[str]:
