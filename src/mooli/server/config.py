@@ -95,8 +95,8 @@ class ServerConfig(Arguments):
     max_request_items: int = argument(
         4096,
         "int",
-        "Most prompts, messages with their parts, entries of template arguments, texts to tokenize or lists of tokens in"
-        " one request.",
+        "Most prompts, messages with their parts, entries of template arguments, texts to tokenize or lists of tokens"
+        " in one request.",
         low=1,
     )
     max_stop_chars: int = argument(
