@@ -201,6 +201,7 @@ WRONG = [
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
     ({"eos_token_id": "</s>"}, "eos_token_id must be a whole number"),
     ({"eos_token_id": [1, None]}, "no eos_token_id"),
+    ({"eos_token_id": list(range(1025))}, "1025 eos_token_id"),
 ]
 
 

@@ -224,6 +224,8 @@ def test_special_tokens_map_fills_in_what_the_configuration_lacks(tmp_path):
         ),
         ("tokenizer_config.json", '{"chat_template": [1]}', "chat_template"),
         ("generation_config.json", "\ufffe{", "generation_config.json failed"),
+        ("generation_config.json", json.dumps({"eos_token_id": list(range(1025))}), "1025 eos_token_id"),
+        ("generation_config.json", "[" * 100_000, "generation_config.json failed"),
     ],
 )
 def test_a_broken_folder_is_an_error_that_names_the_file(tmp_path, name, content, says):

@@ -47,6 +47,8 @@ _MAX_TOKENIZER_BYTES = 1 << 26
 _MAX_CONFIG_BYTES = 1 << 24
 MAX_TEMPLATE_BYTES = 1 << 20
 
+_MAX_EOS_IDS = 1024
+
 _MAX_CHARS = 1 << 23
 """Longest text that is given to the library, counted as its steps may lengthen it; it takes some 170 bytes for each."""
 
@@ -404,6 +406,10 @@ def _declared_eos_ids(folder: Path) -> set[int]:
     declared = _read_json(folder / "generation_config.json") or _read_json(folder / "config.json")
     value = declared.get("eos_token_id")
     values = value if isinstance(value, list) else [value]
+    if len(values) > _MAX_EOS_IDS:  # they go to the engine with every request
+        raise TokenizerError(
+            f"the files of {folder} declare {len(values)} eos_token_id; at most {_MAX_EOS_IDS} are read"
+        )
     return {v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0}
 
 

@@ -53,6 +53,7 @@ _READ_FROM_HF = _OVERRIDABLE_GGUF | frozenset(
 )
 _END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 _CONTROL_TOKEN = 3
+_MAX_EOS_IDS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,6 +391,8 @@ def _hf_dtype(config: Mapping[str, Any]) -> str:
 
 def _id_list(value: Any, source: str) -> tuple[int, ...]:
     entries = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if len(entries) > _MAX_EOS_IDS:  # they go to the engine with every request
+        raise CheckpointError(f"{source} has {len(entries)} eos_token_id; at most {_MAX_EOS_IDS} are read")
     return tuple(Fields({"eos_token_id": entry}, source).integer("eos_token_id") for entry in entries)
 
 
