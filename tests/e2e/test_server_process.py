@@ -296,7 +296,7 @@ def test_with_few_file_descriptors_clients_wait_and_are_all_served():
         answers = [b"".join(iter(lambda client=client: client.recv(1 << 16), b"")) for client in clients]
         assert {answer[:13] for answer in answers} == {b"HTTP/1.1 200 "}
         assert server.generate(STORY)["meta_info"]["completion_tokens"] == 8
-        assert server.log.count("new connections wait") == 1
+        assert server.log.count("new connections wait") < 10
         assert "Traceback" not in server.log
 
 

@@ -18,18 +18,27 @@ ASK = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 LINE = "new connections wait until others end"
 
 
+@pytest.fixture(autouse=True)
+def say_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptor, "SAY_AGAIN_S", 3600.0)
+
+
 def connections(server) -> int:
     return len(server.http_server._uvicorn.server_state.connections)
+
+
+def leave_few(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client and server share the process: 20 clients take 20 descriptors, and four more are left for the server."""
+    with Connection(server.http_server.port) as probe:
+        wait_until(lambda: connections(server) == 1)
+        lowest = probe.socket.fileno()
+    monkeypatch.setattr(acceptor, "_usable", lambda: lowest + 24)
 
 
 def test_connections_beyond_the_limit_wait_until_others_end(live, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     server = live(says("Hello"))
-    with Connection(server.http_server.port) as probe:
-        wait_until(lambda: connections(server) == 1)
-        lowest = probe.socket.fileno()
-    # Client and server share the process: 20 clients take 20, and four more are left for the server.
-    monkeypatch.setattr(acceptor, "_usable", lambda: lowest + 24)
+    leave_few(server, monkeypatch)
     clients = [Connection(server.http_server.port) for _ in range(20)]
     wait_until(lambda: LINE in caplog.text)
     assert 1 <= connections(server) < 20
@@ -42,6 +51,19 @@ def test_connections_beyond_the_limit_wait_until_others_end(live, monkeypatch, c
     assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
     assert caplog.text.count(LINE) == 1
     assert "Traceback" not in caplog.text
+
+
+def test_connections_that_are_kept_for_nothing_make_room(live, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    server = live(says("Hello"))
+    leave_few(server, monkeypatch)
+    clients = []
+    for _ in range(20):
+        clients.append(Connection(server.http_server.port))
+        clients[-1].send(ASK.replace(b"Connection: close\r\n", b"")).read_until(b"\r\n\r\n")
+    assert LINE in caplog.text
+    for client in clients:
+        client.close()
 
 
 class Short:

@@ -32,17 +32,20 @@ SAY_AGAIN_S = 60.0
 
 
 class Acceptor:
-    """Takes connections from `listener` from `start` on. tls: None for plain HTTP."""
+    """Takes connections from `listener` from `start` on. tls: None for plain HTTP. make_room: asked to end connections
+    that nobody needs while others wait."""
 
     def __init__(
         self,
         listener: socket.socket,
         make_protocol: Callable[[], asyncio.Protocol],
         tls: ssl.SSLContext | None,
+        make_room: Callable[[], None],
     ) -> None:
         self._listener = listener
         self._make_protocol = make_protocol
         self._tls = tls
+        self._make_room = make_room
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -106,6 +109,7 @@ class Acceptor:
         if self._has_room():
             self._loop.add_reader(self._listener.fileno(), self._take)
         else:
+            self._make_room()
             self._timer = self._loop.call_later(LOOK_AGAIN_S, self._look_again)
 
     def _has_room(self) -> bool:

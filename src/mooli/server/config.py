@@ -142,7 +142,7 @@ class ServerConfig(Arguments):
         choices=(None, *_LOG_LEVELS),
         subject="logs",
     )
-    log_requests: bool = argument(False, "bool", "Log each request.")
+    log_requests: bool = argument(False, "bool", "Log each sequence that the engine gets, and its end.")
     log_requests_level: int = argument(
         2, "int", "How much of a request: 0 no texts and parameters, 1 no texts, 2 texts cut short, 3 all.",
         low=0, high=3,

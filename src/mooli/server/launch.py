@@ -313,7 +313,11 @@ class _Uvicorn(uvicorn.Server):
         def make_connection() -> asyncio.Protocol:
             return config.http_protocol_class(config=config, server_state=state, app_state={})  # type: ignore[call-arg]
 
-        acceptors = [Acceptor(listener, make_connection, self._tls) for listener in sockets or []]
+        def make_room() -> None:
+            for connection in _connections(state):
+                connection.close_if_idle()
+
+        acceptors = [Acceptor(listener, make_connection, self._tls, make_room) for listener in sockets or []]
         for acceptor in acceptors:
             acceptor.start()
         self.servers = acceptors  # type: ignore[assignment]

@@ -255,6 +255,11 @@ class LimitedProtocol(HttpToolsProtocol):
         if running is not None and not running.response_started and not self.transport.is_closing():
             self._refuse(503, SHUTTING_DOWN, b"retry-after: %d\r\n" % DRAINING_RETRY_S)
 
+    def close_if_idle(self) -> None:
+        """Between two requests, when a client has to expect it."""
+        if self.cycle is not None and self.cycle.response_complete and not self._is_in_message:
+            self.transport.close()
+
     def _check_head(self) -> None:
         """What llhttp lets pass and a proxy may read in another way (RFC 9112, 3.2 and 6.1)."""
         version = self.parser.get_http_version()
