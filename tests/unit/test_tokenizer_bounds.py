@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from made_tokenizers import CONTROL, TEXTS, gguf_metadata, sentencepiece_metadata, trained_byte_level, write_folder
+from model_files import demo_path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
@@ -22,6 +23,7 @@ from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.gguf_tokenizer import tokenizer_from_gguf
 from mooli.frontend.inputs import InputRules
 from mooli.frontend.tokenizer import Tokenizer, load_tokenizer
+from mooli.frontend.tokenizer_bounds import byte_level_alphabet
 
 FOLD = "a" * 1000
 
@@ -270,6 +272,33 @@ def test_it_holds_for_byte_fallback_and_for_tokens_that_take_the_spaces_around_t
 def test_where_text_may_vanish_nothing_is_said(tmp_path, part, value):
     tokenizer = load_tokenizer(folder_with(tmp_path, **{part: state(value)}))
     assert tokenizer.least_tokens("a" * 100_000) == 0
+
+
+def test_characters_that_a_vocabulary_leaves_out_are_not_counted():
+    alphabet = byte_level_alphabet()
+    vocab = {
+        char: index for index, (char, byte) in enumerate(alphabet.items()) if byte not in (4, 0xF1, 0xC0, ord("z"))
+    }
+    backend = Backend(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(backend, bounds=tokenizer_bounds.text_bounds(backend, 1))
+    assert tokenizer.encode("\x04z") == []
+    least_is_right(tokenizer, ["\x04zzz" * 1000, "a\x04z" * 1000, "\U00040000" * 1000, *TEXTS.values(), *LONG])
+    assert tokenizer.least_tokens("a\x04z" * 1000) == 1000
+    backend.normalizer = normalizers.Replace("a", "z")
+    assert tokenizer_bounds.text_bounds(backend, 1).chars_per_token is None
+    del vocab[next(char for char, byte in alphabet.items() if byte == 0x80)]
+    backend.model, backend.normalizer = models.BPE(vocab, []), normalizers.NFC()
+    assert tokenizer_bounds.text_bounds(backend, 1).chars_per_token is None
+
+
+def test_a_real_file_says_how_many_there_are_at_least():
+    path = demo_path()
+    if path is None:
+        pytest.skip("the demo model is not here")
+    tokenizer = load_tokenizer(path)
+    least_is_right(tokenizer, [*TEXTS.values(), *LONG])
+    assert tokenizer.least_tokens("word " * 10_000) > 100
 
 
 def test_nothing_is_said_where_all_unknown_is_one_token():

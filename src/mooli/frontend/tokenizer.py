@@ -25,7 +25,7 @@ from mooli.errors import CheckpointError, ModelNotFoundError, PromptError, Token
 from mooli.formats.json_file import parse_json
 from mooli.formats.regular_file import read_text_file
 from mooli.frontend.chat_template import ChatTemplate
-from mooli.frontend.tokenizer_bounds import TextBounds, check_added_count, check_file, text_bounds
+from mooli.frontend.tokenizer_bounds import TextBounds, byte_level_alphabet, check_added_count, check_file, text_bounds
 
 if TYPE_CHECKING:
     import tokenizers
@@ -103,7 +103,7 @@ class Tokenizer:
         self.is_byte_level = kinds == ["ByteLevel"]
         self._has_byte_fallback = "ByteFallback" in kinds
         self._keeps_spaces = "Strip" in kinds or "Metaspace" in kinds
-        self._byte_of = _byte_level_alphabet() if self.is_byte_level else {}
+        self._byte_of = byte_level_alphabet() if self.is_byte_level else {}
         self._bytes_cache: dict[int, bytes] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
@@ -128,12 +128,13 @@ class Tokenizer:
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that `encode` gives at least, without tokenising; 0 where this tokenizer allows no such
-        bound. No token stands for more characters than the longest has, and none is left out."""
+        bound. No token stands for more characters than the longest has, and none but `vanishing` is left out."""
         bounds = self._bounds
         most = bounds.ascii_chars_per_token if text.isascii() else bounds.chars_per_token
         if most is None:
             return 0
-        return (sum(map(len, text.split())) if bounds.skips_spaces else len(text)) // most
+        num_chars = sum(map(len, text.split())) if bounds.skips_spaces else len(text)
+        return max(0, num_chars - sum(map(text.count, bounds.vanishing))) // most
 
     def special_spans(self, text: str) -> list[tuple[int, int, int]]:
         """Where `encode` reads special tokens in `text`: (id, start, end) in characters, in order."""
@@ -501,13 +502,3 @@ def _decoder_kinds(backend: tokenizers.Tokenizer) -> list[str]:
     state = json.loads(backend.decoder.__getstate__())
     steps = state["decoders"] if state["type"] == "Sequence" else [state]
     return [step["type"] for step in steps]
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table): printable Latin-1 characters
-    stand for themselves, the others are counted up from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in set(printable))
-    alphabet.update((chr(0x100 + index), byte) for index, byte in enumerate(others))
-    return alphabet

@@ -49,12 +49,14 @@ _PARTS = ("normalizers", "pretokenizers", "processors", "decoders")
 class TextBounds:
     """growth: characters that one becomes at most, Unicode's forms and a byte-level alphabet not counted.
     ascii_chars_per_token, chars_per_token: characters of an ASCII text, of any text, that one token stands for at most;
-    None where a text may shrink without end. skips_spaces: but for whitespace, of which a token may take any number."""
+    None where a text may shrink without end. skips_spaces: but for whitespace, of which a token may take any number.
+    vanishing: characters that the vocabulary leaves out."""
 
     growth: float = 1.0
     ascii_chars_per_token: int | None = None
     chars_per_token: int | None = None
     skips_spaces: bool = False
+    vanishing: str = ""
 
 
 def check_file(file: Mapping[str, Any]) -> None:
@@ -78,12 +80,14 @@ def text_bounds(backend: tokenizers.Tokenizer, longest_token: int) -> TextBounds
     _check_model(backend.model)
     steps = [step for part in (backend.normalizer, backend.pre_tokenizer) if part for step in _steps(_state(part))]
     growth, shrink = _growth(steps), _shrink(steps)
-    if shrink is None or not _writes_everything(backend, steps):
+    vanishing = _vanishing(backend, steps)
+    if shrink is None or vanishing is None:
         return TextBounds(growth)
     composed = _MOST_COMPOSED if any(step["type"] in _COMPOSES for step in steps) else 1
     longest = math.ceil(max(1, longest_token) * shrink)
     added = backend.get_added_tokens_decoder().values()
-    return TextBounds(growth, longest, longest * composed, any(token.lstrip or token.rstrip for token in added))
+    skips_spaces = any(token.lstrip or token.rstrip for token in added)
+    return TextBounds(growth, longest, longest * composed, skips_spaces, vanishing)
 
 
 def check_longest(num_chars: int) -> None:
@@ -183,20 +187,35 @@ def _shrink(steps: Iterable[dict[str, Any]]) -> float | None:
     return shrink
 
 
-def _writes_everything(backend: tokenizers.Tokenizer, steps: Iterable[dict[str, Any]]) -> bool:
-    """Whether each character becomes a token or part of one: nothing is left out, or taken together as unknown."""
-    from tokenizers import models, pre_tokenizers
+def _vanishing(backend: tokenizers.Tokenizer, steps: Iterable[dict[str, Any]]) -> str | None:
+    """Characters that become no token and no part of one; None where others may be left out, or taken together as
+    unknown."""
+    from tokenizers import models
 
     if not isinstance(backend.model, models.BPE):
-        return False
-    needed: Iterable[str]
-    if any(step["type"] == "ByteLevel" for step in steps):
-        needed = pre_tokenizers.ByteLevel.alphabet()
-    elif backend.model.byte_fallback:
-        needed = (f"<0x{byte:02X}>" for byte in range(256))
-    else:
-        return False
-    return all(backend.token_to_id(token) is not None for token in needed)
+        return None
+    if not any(step["type"] == "ByteLevel" for step in steps):
+        bytes_as_tokens = (f"<0x{byte:02X}>" for byte in range(256))
+        has_all = backend.model.byte_fallback and all(backend.token_to_id(t) is not None for t in bytes_as_tokens)
+        return "" if has_all else None
+    # A vocabulary lacks the bytes that its training texts did not have. A character of several bytes is still seen by
+    # those after its first.
+    missing = {byte for char, byte in byte_level_alphabet().items() if backend.token_to_id(char) is None}
+    if not missing.isdisjoint(range(0x80, 0xC0)):
+        return None
+    vanishing = "".join(map(chr, sorted(byte for byte in missing if byte < 0x80)))
+    made = "".join(step["content"] for step in steps if step["type"] == "Replace")
+    return vanishing if set(made).isdisjoint(vanishing) else None
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table): printable Latin-1 characters
+    stand for themselves, the others are counted up from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    alphabet.update((chr(0x100 + index), byte) for index, byte in enumerate(others))
+    return alphabet
 
 
 def _check_added_ids(steps: Iterable[dict[str, Any]]) -> None:
