@@ -6,7 +6,15 @@ import asyncio
 import threading
 
 import pytest
+from engine_link import START, fake_child
+from fake_engine import byte_tokenizer
 
+from mooli.config import EngineConfig
+from mooli.engine.client import EngineClient
+from mooli.errors import ContextLengthError
+from mooli.frontend.tokenizer_bounds import TextBounds
+from mooli.server.config import ServerConfig
+from mooli.server.launch import make_service
 from mooli.server.text_threads import (
     HUGE_TEXT_CHARS,
     LONG_TEXT_CHARS,
@@ -92,3 +100,25 @@ def test_everything_in_a_value_counts() -> None:
     for _ in range(100_000):
         deep = [deep]
     assert num_chars(deep) >= HUGE_TEXT_CHARS
+
+
+def test_a_prompt_that_is_too_long_is_refused_without_waiting_for_a_thread() -> None:
+    async def run() -> None:
+        client = await EngineClient.connect(START, *fake_child())
+        tokenizer = byte_tokenizer()
+        tokenizer._bounds = TextBounds(1.0, 1, 1)
+        config = EngineConfig.from_kwargs(model_path="fake", random_seed=1)
+        service = make_service(ServerConfig(), config, client, tokenizer, started_s=0.0)
+        gate = threading.Event()
+        others = [asyncio.create_task(service.text_threads.run(n, gate.wait)) for n in (5000, 5000, 99999)]
+        await asyncio.sleep(0)
+        with pytest.raises(ContextLengthError, match="at least 100000 tokens"):
+            await asyncio.wait_for(service.prepare(prompt="a" * 100_000), WAIT_S)
+        gate.set()
+        assert all(await asyncio.gather(*others))
+        messages = [{"role": "user", "content": "a" * 5000}]
+        with pytest.raises(ContextLengthError, match="at least 5018 tokens"):
+            await service.encode_chat(messages)
+        await client.close()
+
+    asyncio.run(run())

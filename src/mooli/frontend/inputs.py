@@ -164,6 +164,14 @@ class InputRules:
                 params.append(replace(params[-1], seed=draw()) if num_drawn else params[-1])
         return params
 
+    def check_length(self, text: str, index: int | None = None) -> None:
+        """Raise ContextLengthError for a text that is certainly too long; far cheaper than to encode it.
+
+        index: of the prompt in its batch.
+        """
+        if self.encoder is not None and not self.allow_auto_truncate:
+            refuse_too_long(self.encoder, text, self.context_length, index)
+
     def _prompts(self, prompt: Any, input_ids: Any) -> tuple[list[NDArray[np.int32]], bool]:
         """The prompts as ids, and whether the call is a batch."""
         if (prompt is None) == (input_ids is None):
@@ -218,8 +226,7 @@ class InputRules:
             text.encode()
         except UnicodeEncodeError as exc:
             raise PromptError(f"{where}the prompt is not valid Unicode: {exc}", argument="prompt") from exc
-        if not self.allow_auto_truncate:
-            refuse_too_long(self.encoder, text, self.context_length, index)
+        self.check_length(text, index)
         ids = np.asarray(self.encoder.encode(text), dtype=np.int32)
         if not len(ids):
             raise PromptError(f"{where}the prompt is empty: there must be at least one token", argument="prompt")

@@ -121,6 +121,9 @@ class Service:
 
     async def prepare(self, **arguments: Any) -> CallInputs:
         """`InputRules.prepare`, off the event loop where text or lists are long. Raises RequestError."""
+        prompt = arguments.get("prompt")
+        if isinstance(prompt, str):
+            self.rules.check_length(prompt)  # here: it need not wait for a thread
         return await self.text_threads.run(num_chars(arguments), lambda: self.rules.prepare(**arguments))
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_arguments: Any) -> list[int]:
