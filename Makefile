@@ -1,5 +1,6 @@
 # make demo        install into .venv and answer three prompts with a real model, on the CPU
 # make test        install what the tests need and run them all
+# make test-quick  the unit tests that need no torch and little time: ten seconds of a processor
 # make check       formatting, lint, types, and the direction of imports
 # make accuracy    how far the packed weights are from the dequantised float32 model, on real text
 # make bench-kernels   speed on this machine, as a share of its measured limits
@@ -21,6 +22,9 @@ demo: $(VENV)/.installed $(VENV)/.demo
 
 test: $(VENV)/.installed $(VENV)/.demo $(VENV)/.test
 	$(PY) -m pytest tests -n 2 --dist worksteal
+
+test-quick: $(VENV)/.installed $(VENV)/.demo $(VENV)/.test
+	$(PY) -m pytest tests/unit --quick
 
 check: $(VENV)/.installed $(VENV)/.check
 	$(VENV)/bin/ruff format --check src tests benchmarks

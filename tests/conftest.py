@@ -1,11 +1,16 @@
 """What holds for all tests: libraries use one thread, no model is fetched, `steps` and `variants` can be imported, no
 test finds the log level of another, tests of the ascend backend run on a simulated NPU, and neither chance nor the
-surroundings decide a test."""
+surroundings decide a test.
+
+With `--quick` only what needs no torch and little time is run: no file that imports a heavy library, no test that is
+marked as slow, none of the backends on torch.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +36,39 @@ settings.register_profile("same", derandomize=True, deadline=None, database=None
 settings.load_profile("same")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+_HEAVY = re.compile(r"^(import|from) (torch|transformers|gguf|made_tokenizers)\b", re.MULTILINE)
+"""Libraries that take seconds to import, and the modules here that import them."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only what needs no torch and little time")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    is_left_out = config.getoption("--quick") and collection_path.suffix == ".py"
+    return True if is_left_out and _HEAVY.search(collection_path.read_text(encoding="utf-8")) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--quick"):
+        return
+    slow = [item for item in items if _is_slow(item)]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not _is_slow(item)]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)
+    needs_torch = call is not None and not {"torch", "ascend"}.isdisjoint(map(str, call.params.values()))
+    return needs_torch or item.get_closest_marker("slow") is not None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--quick") and "torch" in sys.modules:
+        print("\na quick test has imported torch: mark it as slow", file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,7 @@ FRAGMENTS = st.sampled_from(
 HOSTILE = st.lists(st.one_of(FRAGMENTS, st.text(max_size=3)), max_size=8).map("".join)
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(), min_size=1, max_size=3))
 @settings(max_examples=200, deadline=None)
 def test_ordinary_messages_have_the_ids_of_the_rendered_text(texts):
@@ -79,6 +80,7 @@ def test_ordinary_messages_have_the_ids_of_the_rendered_text(texts):
     assert encode_chat(TOKENIZER, messages) == plain(TOKENIZER, messages)
 
 
+@pytest.mark.slow
 @given(HOSTILE, HOSTILE)
 @settings(max_examples=300, deadline=None)
 def test_no_message_makes_a_control_token_and_none_loses_a_character(first, second):
@@ -92,6 +94,7 @@ def test_no_message_makes_a_control_token_and_none_loses_a_character(first, seco
         assert ids == plain(TOKENIZER, messages)
 
 
+@pytest.mark.slow
 @given(st.lists(HOSTILE, min_size=1, max_size=4))
 @settings(max_examples=200, deadline=None)
 def test_parts_of_a_message_cannot_be_put_together_to_a_control_token(texts):

@@ -76,6 +76,7 @@ def ids_of_byte(tokenizer, byte):
     return [byte + 1] if tokenizer.is_byte_fallback(byte + 1) else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=250, deadline=None)
 @given(data=st.data(), skip=st.booleans(), cuts=st.sets(st.integers(0, 40)))

@@ -321,6 +321,7 @@ def test_nan_after_right_guesses_ends_the_request_with_what_came_before_it() -> 
 
 
 # -- trials ------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_random_trials_have_right_and_wrong_guesses_and_endings_among_them() -> None:
     right = wrong = preempted = ended_inside = 0
     for seed in range(60):

@@ -18,6 +18,8 @@ from mooli.engine.client import EngineClient
 from mooli.errors import MooliError, PromptError
 from mooli.types import FinishReason, Request, RequestOutput
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quiet(caplog):

@@ -25,6 +25,8 @@ from mooli.engine.client import EngineClient
 from mooli.errors import ConfigError, EngineClosedError, EngineDeadError, EngineError, PromptError, RequestError
 from mooli.types import FinishReason, Request, RequestOutput, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quiet(caplog):

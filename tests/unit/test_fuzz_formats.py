@@ -17,6 +17,8 @@ from mooli.errors import ModelError, UnsupportedModelError
 from mooli.formats.gguf import GGUFFile
 from mooli.formats.safetensors import SafetensorsFile
 
+pytestmark = pytest.mark.slow
+
 FILES_PER_CASE = 200
 MAX_PEAK_BYTES = 2_000_000
 HUGE = (

@@ -47,6 +47,7 @@ def few_bytes() -> Iterator[bytes]:
         yield from map(bytes, itertools.product(EDGES, repeat=length))
 
 
+@pytest.mark.slow
 def test_a_text_is_good_if_python_decodes_it() -> None:
     for text in few_bytes():
         assert num_good([text]) == is_utf8(text), text

@@ -143,6 +143,7 @@ def test_int8_on_an_npu_is_a_byte_a_weight_and_a_scale_a_row(qwen):
     assert plan.weight_bytes == linears + 4 * rows + 2 * 2 * 152064 * 3584 + 4 * norms + 2 * biases
 
 
+@pytest.mark.slow
 def test_what_the_device_cannot_quantise_to_is_refused_as_its_backend_does(qwen):
     with pytest.raises(ConfigError) as planned:
         plan_memory(qwen, 61 * GIB, device="ascend", quantization="int4")
@@ -158,6 +159,7 @@ def test_more_requests_run_on_an_npu_unless_it_is_told_otherwise(qwen):
     assert (cpu.num_tokens, npu.num_tokens) == (48 * 32768, 64 * 32768)
 
 
+@pytest.mark.slow
 def test_a_quantised_checkpoint_is_counted_as_its_description_says(tmp_path):
     tensors, description = quantised()
     config, types = read_model(str(write(tmp_path, tensors, description)))

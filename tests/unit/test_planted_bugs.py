@@ -18,6 +18,8 @@ from mooli.scheduler.prefix_waits import PrefixWaits
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.scheduler import Scheduler
 
+pytestmark = pytest.mark.slow
+
 MAX_TRIALS = 300
 
 Plant = Callable[[pytest.MonkeyPatch], None]

@@ -271,6 +271,7 @@ def _common_tokens(a: list[int], b: list[int]) -> int:
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     page_size=st.integers(1, 5),

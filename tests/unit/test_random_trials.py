@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from mooli.batch import ScheduleBatch
 from mooli.scheduler.batch_builder import BatchBuilder, Plan
 
-TRIALS_PER_BLOCK = 100
+TRIALS_PER_BLOCK = 50
 
 
-@pytest.mark.parametrize("block", range(21))
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.slow) for block in range(1, 42))])
 def test_every_output_equals_the_request_run_alone_and_pages_balance_after_every_step(block: int) -> None:
     for seed in range(block * TRIALS_PER_BLOCK, (block + 1) * TRIALS_PER_BLOCK):
         run_trial(seed)
 
 
+@pytest.mark.slow
 def test_a_batch_made_from_the_last_one_is_the_batch_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = penalised = 0
     make_next = BatchBuilder._next
@@ -63,6 +64,7 @@ SETTINGS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 1 << 32), setting=SETTINGS, num_requests=st.integers(1, 10))
 def test_no_setting_changes_an_output_or_loses_a_page(seed: int, setting: Setting, num_requests: int) -> None:

@@ -18,6 +18,8 @@ from mooli.engine import rank_messages
 from mooli.engine.ranks import RankedRunner, Ranks
 from mooli.errors import ConfigError, EngineDeadError, EngineError
 
+pytestmark = pytest.mark.slow
+
 FAKE_RANK = str(Path(__file__).with_name("fake_rank.py"))
 CONFIG = EngineConfig.from_kwargs(model_path="none", device="torch", tp_size=3)
 
