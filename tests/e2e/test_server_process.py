@@ -154,7 +154,7 @@ def test_what_is_not_finished_in_time_ends_as_aborted(timeout, num_signals):
 def test_sigterm_waits_for_a_request_whose_body_is_still_arriving():
     with ServerProcess(*ONE_BY_ONE, "--shutdown-timeout", str(PATIENCE_S)) as server:
         body = json.dumps(story(20)).encode()
-        head = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+        head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
         with socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as client:
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
             assert b" 100 Continue" in client.recv(1000)  # the request is taken
@@ -292,7 +292,7 @@ def test_with_few_file_descriptors_clients_wait_and_are_all_served():
         ]
         wait_until(lambda: "new connections wait" in server.log, "the server has said that it is full")
         for client in clients:
-            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         answers = [b"".join(iter(lambda client=client: client.recv(1 << 16), b"")) for client in clients]
         assert {answer[:13] for answer in answers} == {b"HTTP/1.1 200 "}
         assert server.generate(STORY)["meta_info"]["completion_tokens"] == 8
