@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 PARENT_CHECK_MS = 1000
 """A link can outlive the engine's process, in a process forked from it: so its id is looked at too."""
+
+MOST_REMOVALS = 100
+"""Tries to remove the folder in which the ranks met, a hundredth of a second apart."""
 
 T = TypeVar("T", bound=rank_messages.RankMessage)
 
@@ -144,8 +148,17 @@ def _end_with_engine(connection: socket.socket, engine_pid: int, folder: Path) -
     """End this process when the engine's ends, whatever this one waits for, and leave no folder behind."""
     while not _is_engine_gone(connection, engine_pid, PARENT_CHECK_MS):
         pass
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     os._exit(1)
+
+
+def _remove(folder: Path) -> None:
+    """Torch may write the file in it once more between a look into the folder and its removal, so that this fails."""
+    for _ in range(MOST_REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.01)
 
 
 def _is_engine_gone(connection: socket.socket, engine_pid: int, wait_ms: int) -> bool:
@@ -168,7 +181,7 @@ def main() -> None:
     # The folder is the engine's to remove when all ranks have ended: torch reads and writes the file in it once more
     # when a rank leaves its group, and where the file goes in between it waits for it and then aborts the process.
     if _is_engine_gone(connection, engine_pid, 0):
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
     logging.shutdown()
     # Libraries of devices may wait for other ranks when they are unloaded.
     os._exit(status)
