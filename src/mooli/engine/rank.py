@@ -180,7 +180,8 @@ def main() -> None:
     status = run(connection)
     # The folder is the engine's to remove when all ranks have ended: torch reads and writes the file in it once more
     # when a rank leaves its group, and where the file goes in between it waits for it and then aborts the process.
-    if _is_engine_gone(connection, engine_pid, 0):
+    # A rank that has failed may see the end of the engine's part in the group before the end of its process.
+    if _is_engine_gone(connection, engine_pid, PARENT_CHECK_MS if status else 0):
         _remove(folder)
     logging.shutdown()
     # Libraries of devices may wait for other ranks when they are unloaded.
