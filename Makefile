@@ -7,6 +7,7 @@
 # make peers       install the engines that Mooli is compared with into .peers (about 5 GB, builds llama.cpp)
 # make compare     Mooli and those peers on the same work in turns, as ratios (about three hours with all of them)
 # make bench-server    what serving costs beside computing, and whether users hold each other up
+# make sanitize    the native tests under the compiler's sanitizers: addresses, undefined behaviour, threads
 # make soak        20 minutes of a server under several times its capacity
 # make attack      broken requests, broken models, and one client against all others, on an idle machine (15 minutes)
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test test-quick check accuracy bench-kernels bench-server peers compare soak attack clean
+.PHONY: demo test test-quick check accuracy bench-kernels bench-server peers compare sanitize soak attack clean
 
 demo: $(VENV)/.installed $(VENV)/.demo
 	$(VENV)/bin/mooli demo
@@ -51,6 +52,9 @@ compare: $(VENV)/.installed $(VENV)/.demo .models/.fetched
 bench-server: $(VENV)/.installed $(VENV)/.demo
 	$(PY) benchmarks/serving_cost.py
 	$(PY) benchmarks/fairness.py
+
+sanitize:
+	$(PYTHON) tests/native/sanitize.py
 
 soak: $(VENV)/.installed $(VENV)/.demo
 	$(PY) benchmarks/soak.py

@@ -88,7 +88,7 @@ class Request:
         The entry at `logprob_start` itself is always null: it would need the token before it.
     num_top_logprobs: how many alternatives per position; `logprob_token_ids`: ids whose log-probability is wanted too.
     namespace: requests of different namespaces never share cache pages (salt, adapter).
-    priority: larger goes first.
+    priority: larger goes first, where priorities count (`enable_priority_scheduling`).
     client: whose it is, in the words of whoever took it in; the queue is shared fairly among clients. "" for nobody's.
     """
 

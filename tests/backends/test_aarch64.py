@@ -7,68 +7,19 @@ speed.
 
 from __future__ import annotations
 
-import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["-std=gnu++17", "-ffp-contract=off", "-fno-math-errno", f"-I{ROOT / 'native'}"]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-LEVEL_FLAGS: dict[str, dict[str, list[str]]] = {
-    "x86_64": {
-        "kernels_scalar.cpp": [],
-        "kernels_avx2.cpp": AVX2,
-        "kernels_avx512.cpp": AVX512,
-        "kernels_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
-    },
-    # optimised as it is shipped: nothing else here tests what the compiler makes of it
-    "aarch64": {
-        "kernels_scalar.cpp": [],
-        "kernels_neon.cpp": ["-march=armv8.2-a+dotprod", "-fno-schedule-insns", "-O3"],
-    },
-}
-"""The same as in CMakeLists.txt, which cannot be used as it wants Python for the target machine."""
+from native_program import LEVEL_FLAGS, build, this_machine
+
 ARM_COMPILER = "aarch64-linux-gnu-g++"
 
 Digests = Mapping[str, Mapping[str, str]]
 """Name to digest, for each level."""
-
-
-def accepts(compiler: str, flag: str) -> bool:
-    return subprocess.run([compiler, flag, "-E", "-x", "c++", "/dev/null"], capture_output=True).returncode == 0
-
-
-def build(compiler: str, machine: str, options: Sequence[str], folder: Path) -> Path:
-    """The program that checks the kernels, compiled for `machine`."""
-    levels = dict(LEVEL_FLAGS[machine])
-    if machine == "x86_64" and accepts(compiler, "-mavxvnni"):
-        levels["kernels_avx2_vnni.cpp"] = [*AVX2, "-mavxvnni"]
-        options = [*options, "-DMOOLI_AVX2_VNNI"]
-    sources = [ROOT / "tests" / "native" / "kernel_check.cpp"]
-    for source in sorted((ROOT / "native").glob("*.cpp")):
-        for_python = source.name in ("bindings.cpp", "gguf_strings.cpp")
-        if not for_python and (source.name in levels or not source.name.startswith("kernels_")):
-            sources.append(source)
-
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        flags = [*FLAGS, *options, *levels.get(source.name, [])]
-        done = subprocess.run([compiler, *flags, "-c", source, "-o", target], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[:4000]
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sources))
-    program = folder / "kernel_check"
-    done = subprocess.run([compiler, *options, *objects, "-pthread", "-o", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:4000]
-    return program
 
 
 def run(*command: str | Path) -> Digests:
@@ -103,7 +54,7 @@ def arm(emulator: str, arm_program: Path) -> Digests:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Digests:
-    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    machine = this_machine()
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None or machine not in LEVEL_FLAGS:
         pytest.skip("no C++ compiler for this machine, or a machine without vector kernels")
