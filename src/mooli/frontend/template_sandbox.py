@@ -339,6 +339,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
         intercepted_binops = frozenset({"*", "**", "+", "%"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "+" and type(left) is str and type(right) is str:
+                return _meter().made(left + right)  # of two strings that were paid for
             _check_operation(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
@@ -523,8 +525,9 @@ def _filters(jinjas: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[...
     )
     allowed["dictsort"] = around("dictsort", lambda value, *_, **__: _meter().read(value))
     allowed["replace"] = _with_context(jinjas["replace"], by_method("replace"))
-    allowed["center"] = around("center", lambda value, width=80: by_method("center")(value, width))
-    allowed["trim"] = around("trim", lambda value, chars=None: by_method("strip")(value, chars))
+    centered, stripped = by_method("center"), by_method("strip")
+    allowed["center"] = around("center", lambda value, width=80: centered(value, width))
+    allowed["trim"] = around("trim", lambda value, chars=None: stripped(value, chars))
     allowed["indent"] = around("indent", indented)
     allowed["join"] = around("join", joined)
     allowed["round"] = around("round", rounded)
@@ -627,7 +630,7 @@ def _check_operation(operator: str, left: Any, right: Any) -> None:
             meter.make(_formatted_chars(left, right))
     elif operator == "+":
         if isinstance(left, str) and isinstance(right, str):
-            meter.make(len(left) + len(right))
+            meter.make(6 * (len(left) + len(right)))  # what is marked as safe escapes the other
         elif isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
             meter.make(_PIECE_CHARS * (len(left) + len(right)))
     elif isinstance(left, int) and isinstance(right, int):

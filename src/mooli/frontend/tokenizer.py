@@ -218,7 +218,8 @@ class Tokenizer:
     def _plain_backend(self) -> tokenizers.Tokenizer:
         with self._plain_lock:
             if self._plain is None:
-                self._plain = _ignoring_special(self._backend)
+                with tokenizer_errors("preparing the tokenizer to read special tokens as text"):
+                    self._plain = _ignoring_special(self._backend)
             return self._plain
 
     def _encoding(

@@ -27,7 +27,7 @@ _MAX_TOKEN_CHARS = 4096
 _MAX_STEPS = 256
 _MAX_ADDED_IDS = 1024
 _MAX_AFFIX_CHARS = 64
-_MAX_WORD_CHARS = 10_000
+_MAX_WORD_CHARS = 256
 _MAX_ADDED_TOKENS = 1 << 18
 
 _BYTE_LEVEL_CHARS = 4
@@ -245,6 +245,6 @@ def _check_model(model: Any) -> None:
     word = getattr(model, "max_input_chars_per_word", 0) or 0
     if word > _MAX_WORD_CHARS:
         raise TokenizerError(
-            f"max_input_chars_per_word of the tokenizer is {word}; at most {_MAX_WORD_CHARS} are read, as the time of a"
-            " word grows with its square"
+            f"max_input_chars_per_word of the tokenizer is {word}; at most {_MAX_WORD_CHARS} are read, as the time"
+            " that a word takes grows with its cube"
         )
