@@ -143,7 +143,7 @@ def test_the_command_prints_the_folder_and_two_at_once_share_the_work(hub: HubSe
         lines = [process.stderr.readline() for process in both if process.stderr is not None]
         waiting = next((line for line in lines if "another pull" in line), None)
     hub.hold.set()
-    outputs = [process.communicate(timeout=30)[0] for process in both]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
     assert waiting is not None
     assert [process.returncode for process in both] == [0, 0]
     assert outputs == [f"{resolve(NAME)}\n"] * 2
@@ -164,14 +164,14 @@ def test_a_killed_command_goes_on_where_it_was(hub: HubServer, tmp_path: Path) -
     assert not (tmp_path / "m" / "config.json").exists()
     hub.seen.clear()
     second = command(*words)
-    output, said = second.communicate(timeout=30)
+    output, said = second.communicate(timeout=120)
     assert (second.returncode, output) == (0, f"{tmp_path / 'm'}\n"), said
     assert [seen.range for seen in hub.seen if seen.name == SHARD] == ["bytes=150000-"]
 
 
 def test_a_model_that_is_nowhere_is_one_line_and_status_2(hub: HubServer) -> None:
     process = command("pull", "a/none", "--source", "huggingface")
-    output, said = process.communicate(timeout=30)
+    output, said = process.communicate(timeout=120)
     assert (process.returncode, output) == (2, "")
     assert said.startswith("mooli: error: there is no model a/none on huggingface")
     assert said.count("\n") == 1

@@ -68,12 +68,12 @@ class LiveServer:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        assert self._started.wait(20), "the server has not started"
+        assert self._started.wait(120), "the server has not started"
         if self._failure is not None:
             raise self._failure
         headers = {"Authorization": f"Bearer {self.config.api_key}"} if self.config.api_key else {}
         self.url = f"http://127.0.0.1:{self.http_server.port}"
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=30)
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=120)
 
     def _run(self) -> None:
         try:
@@ -104,7 +104,7 @@ class LiveServer:
         self.http.close()
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self.http_server.drain)
-        self._thread.join(40)
+        self._thread.join(120)
         assert not self._thread.is_alive(), "the server has not ended"
         return self.status
 

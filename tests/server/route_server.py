@@ -63,7 +63,7 @@ class RouteServer:
         self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20, verify=False)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120, verify=False)
 
     def _run(self) -> None:
         with contextlib.closing(self._loop):
@@ -86,7 +86,7 @@ class RouteServer:
     def stop(self) -> None:
         self.http.close()
         self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join(20)
+        self._thread.join(120)
         assert not self._thread.is_alive(), "a request has not ended with its connection"
 
     @property
@@ -106,7 +106,7 @@ class Connection:
     """A client's bare socket."""
 
     def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=120)
 
     def send(self, data: bytes) -> Connection:
         self.socket.sendall(data)

@@ -31,7 +31,7 @@ class Gate:
 
     def wait_for(self, count: int) -> None:
         for _ in range(count):
-            assert self.num_waiting.acquire(timeout=10)
+            assert self.num_waiting.acquire(timeout=60)
 
     def open(self) -> None:
         self._is_open = True

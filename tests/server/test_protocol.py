@@ -74,8 +74,8 @@ def test_a_client_that_leaves_ends_what_it_sent(serve, count):
     server = serve(post("/slow", handler, Body))
     with server.connect() as client:
         client.send(json_request("/slow") * count)
-        assert started.wait(10)
-    assert ended.acquire(timeout=10)
+        assert started.wait(60)
+    assert ended.acquire(timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_body_without_end_in_its_frame_is_refused(serve, tail):
     with server.connect() as client:
         client.send(b"POST /stream HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n").read_until(b"data: 1")
         client.send(tail).read_to_end()
-    assert ended.wait(10)
+    assert ended.wait(60)
 
 
 def test_a_long_body_in_small_chunks_is_no_header(serve):
@@ -278,7 +278,7 @@ def test_a_head_that_does_not_come_to_an_end_is_cut(serve, part):
 
 
 def test_a_second_head_that_does_not_come_to_an_end_is_cut_too(serve):
-    server = serve(post("/echo", echo, Body), read_timeout=0.2)
+    server = serve(post("/echo", echo, Body), read_timeout=1.5)
     with server.connect() as client:
         client.send(json_request("/echo")).read_until(b"}}")
         assert b"HTTP/1.1 408 " in client.send(b"POST /ec").read_to_end()
@@ -293,10 +293,10 @@ def test_an_idle_connection_is_closed(serve):
 
 def test_a_late_head_behind_a_running_request_does_not_cut_it(serve):
     async def handler(service, request) -> Reply:
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(3)
         return Reply({"done": True})
 
-    server = serve(post("/slow", handler, Body), read_timeout=0.1)
+    server = serve(post("/slow", handler, Body), read_timeout=1.5)
     with server.connect() as client:
         answer = client.send(json_request("/slow") + b"GET /no").read_to_end()
     assert b'{"done":true}' in answer and b"HTTP/1.1 408 " in answer
@@ -372,7 +372,8 @@ LATE = json_request("/nothing", b"x" * 500, "Connection: close")
 
 
 @pytest.mark.parametrize("first", [LATE[:-500], LATE[:-100], b"no request\r\n"], ids=["head", "half", "garbage"])
-def test_what_a_client_sends_after_the_last_answer_does_not_cost_it_the_answer(serve, first):
+def test_what_a_client_sends_after_the_last_answer_does_not_cost_it_the_answer(serve, first, monkeypatch):
+    monkeypatch.setattr(lingering, "LINGER_S", 30.0)  # so that a slow machine does not end it first
     server = serve(post("/echo", echo, Body))
     with server.connect() as client:
         client.send(first)

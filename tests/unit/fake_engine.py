@@ -132,4 +132,4 @@ class Gate:
 
     def __call__(self, batch):
         self.entered.set()
-        assert self.is_open.wait(20)
+        assert self.is_open.wait(120)
