@@ -22,7 +22,8 @@ demo: $(VENV)/.installed $(VENV)/.demo
 	$(VENV)/bin/mooli demo
 
 test: $(VENV)/.installed $(VENV)/.demo $(VENV)/.test
-	$(PY) -m pytest tests -n 2 --dist worksteal
+	$(PY) -m pytest tests -n 2 --dist worksteal -m "not whole_machine"
+	$(PY) -m pytest tests/e2e -m whole_machine
 
 test-quick: $(VENV)/.installed $(VENV)/.demo $(VENV)/.test
 	$(PY) -m pytest tests/unit --quick

@@ -60,7 +60,14 @@ class RealModel:
         )
 
 
-@pytest.fixture(scope="module", params=list(MIXES))
+def on_all_processors(kind: str) -> bool:
+    return "one thread" not in kind
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=[pytest.mark.whole_machine] if on_all_processors(kind) else []) for kind in MIXES],
+)
 def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
     """The demo model, as its file has it (4 bits with a minimum), at 8 bits, and with a KV cache of 8 bits."""
     kind = request.param
@@ -71,7 +78,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
     backend = create_backend(
         "cpu",
         quantization="int8" if kind == "int8" else None,
-        num_threads=1 if kind == "file, one thread" else None,
+        num_threads=None if on_all_processors(kind) else 1,
     )
     config, checkpoint = open_model(path)
     built = create_model(config, checkpoint, backend)
