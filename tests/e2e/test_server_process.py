@@ -154,7 +154,8 @@ def test_what_is_not_finished_in_time_ends_as_aborted(timeout, num_signals):
 def test_sigterm_waits_for_a_request_whose_body_is_still_arriving():
     with ServerProcess(*ONE_BY_ONE, "--shutdown-timeout", str(PATIENCE_S)) as server:
         body = json.dumps(story(20)).encode()
-        head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+        head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += "Expect: 100-continue\r\n"
         with socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as client:
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
             assert b" 100 Continue" in client.recv(1000)  # the request is taken

@@ -144,7 +144,8 @@ class Engine:
             prompt's log-probabilities and of alternatives come once: in the last chunk, or with
             incremental_streaming_output in the first and beside their tokens. Closing or dropping the iterator, or
             Ctrl-C while it waits, aborts what is not finished; one that is kept and not read goes on to its end.
-        rid: id of the request, or one for each; drawn if not given. priority: larger goes first.
+        rid: id of the request, or one for each; drawn if not given. priority: larger goes first, where
+            `enable_priority_scheduling` is set.
         cache_salt: requests share cached prefixes only with requests of the same salt.
 
         Raises PromptError, SamplingParamsError or another RequestError (all ValueError) before anything runs;
