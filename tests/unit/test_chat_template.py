@@ -360,7 +360,8 @@ def test_what_templates_use_is_what_jinja_makes_of_it():
 {{ 'a<b'|e }}{{ 'x'|safe + '<' }}{{ ['a', 'b', 'a']|unique|join }}{{ {'a': [1, {'b': none}]} }}{{ {'a': 1}|tojson(indent=2) }}
 {{ none }}{{ 1.5 }}{{ nothing }}{{ 'a b c'|truncate(3) }}{{ 'a b'|wordcount }}{{ 'hi'|center(10) }}{{ -3|abs }}{{ 5 is odd }}
 {{ messages|selectattr('role', 'equalto', 'user')|list|length }}{{ messages|rejectattr('content', 'none')|list|length }}
-{{ dict(a=1).a }}{{ range(3)|list }}{{ 7 // 2 }}{{ 2 ** 5 }}{{ 'a' * 3 }}{{ [1] + [2] }}{{ 'A' is upper }}{{ ('a', 'b')|join('-') }}
+{{ none|selectattr('a')|list }}{{ nothing|map('upper')|list }}{{ none|map('upper')|list }}{{ 'a\nb'|indent('> ', true) }}
+{{ ['a', 'b']|truncate(3) }}{{ 'abc'[1:] }}{{ messages[1:]|length }}{{ dict(a=1).a }}{{ range(3)|list }}{{ 7 // 2 }}{{ 2 ** 5 }}{{ 'a' * 3 }}{{ [1] + [2] }}{{ 'A' is upper }}{{ ('a', 'b')|join('-') }}
 {% macro f(x, n=2) %}{{ x }}{% if n %}{{ f(x, n - 1) }}{% endif %}{{ caller() if caller else '' }}{% endmacro %}{{ f('y') }}
 {% call f('z') %}called{% endcall %}{% filter upper %}text{% endfilter %}{% set q %}set{% endset %}{{ q }}{{ 'a' in q }}"""
     messages = CHATS["several turns"]

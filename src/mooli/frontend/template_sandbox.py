@@ -168,6 +168,8 @@ class Meter:
 
     def rounds(self, values: Any, chars_a_round: int = 0) -> Any:
         """`values`, each of which costs a step and so many characters when it is taken."""
+        if not hasattr(values, "__iter__"):
+            return values
         return _Rounds(self, values, chars_a_round) if hasattr(values, "__len__") else self._each(values, chars_a_round)
 
     def _each(self, values: Iterable[Any], chars_a_round: int) -> Iterator[Any]:
@@ -302,8 +304,13 @@ def _metered(environment: ImmutableSandboxedEnvironment, source: str) -> jinja2.
 
         def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
             self.generic_visit(node)
-            whole: nodes.Node = through(_MADE, node) if isinstance(node.arg, nodes.Slice) else node
-            return whole
+            if not isinstance(node.arg, nodes.Slice):
+                return node
+            if isinstance(node.node, nodes.Const):  # of which Python warns, as it has the constant before it
+                node.node = nodes.List([node.node], lineno=node.lineno)
+                node.node = nodes.Filter(node.node, "first", [], [], None, None, lineno=node.lineno)
+            part: nodes.Node = through(_MADE, node)
+            return part
 
         def visit_Pair(self, node: nodes.Pair) -> nodes.Node:  # noqa: N802
             self.generic_visit(node)
@@ -477,6 +484,8 @@ def _filters(jinjas: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[...
         return check
 
     def indented(value: Any, width: int | str = 4, *_: Any, **__: Any) -> str:
+        if not isinstance(value, str):
+            raise TypeError(f"a {type(value).__name__} has no lines to indent")
         made = _meter().text(value)
         lines = made.splitlines()
         _meter().make(len(made) + (len(lines) + 1) * (1 + (width if isinstance(width, int) else len(width))))
@@ -516,13 +525,14 @@ def _filters(jinjas: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[...
         take: ("abs", "attr", "count", "d", "default", "first", "float", "int", "items", "last", "length"),
         rounds: ("list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"),
         compared: ("groupby", "max", "min", "sort", "unique"),
-        text: ("capitalize", "e", "escape", "lower", "safe", "string", "truncate", "upper"),
+        text: ("capitalize", "e", "escape", "lower", "safe", "string", "upper"),
         words: ("title", "wordcount"),
     }
     allowed = {name: around(name, check) for check, names in checks.items() for name in names}
     allowed["reverse"] = around(
         "reverse", lambda value: _meter().text(value) if isinstance(value, str) else rounds(value)
     )
+    allowed["truncate"] = around("truncate", lambda value, *_, **__: text(value) if isinstance(value, str) else value)
     allowed["dictsort"] = around("dictsort", lambda value, *_, **__: _meter().read(value))
     allowed["replace"] = _with_context(jinjas["replace"], by_method("replace"))
     centered, stripped = by_method("center"), by_method("strip")
