@@ -222,6 +222,27 @@ def test_a_text_that_its_steps_make_too_long_is_refused(tmp_path):
         tokenizer.encode("b" * 10_000)
 
 
+def test_what_an_error_quotes_of_a_file_is_cut(tmp_path):
+    with pytest.raises(TokenizerError) as info:
+        load_tokenizer(folder_with(tmp_path, normalizer={"type": "x" * 100_000}))
+    assert len(str(info.value)) < 2000
+
+
+def test_an_id_of_more_than_31_bits_is_an_error_of_the_prompt(tmp_path):
+    backend = Backend(models.BPE({"a": 2**31}, []))
+    rules = InputRules(
+        encoder=Tokenizer(backend),
+        vocab_size=10,
+        context_length=100,
+        eos_ids=frozenset(),
+        namespace="",
+        next_seed=lambda: 0,
+        preferred={},
+    )
+    with pytest.raises(PromptError, match="gave id 2147483648"):
+        rules.prepare(prompt="a")
+
+
 # How many tokens there are at least
 
 

@@ -87,8 +87,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str = "the GGUF 
         raise TokenizerError(f"{source} has no tokenizer.ggml.model, so it holds no tokenizer")
     else:
         raise TokenizerError(
-            f"the tokenizer model {model!r} (tokenizer.ggml.model in {source}) is not supported; supported are 'gpt2' "
-            "and 'llama'"
+            f"the tokenizer model {_short(model)} (tokenizer.ggml.model in {source}) is not supported; supported are "
+            "'gpt2' and 'llama'"
         )
     _add_tokens(backend, vocabulary)
     bos_id, eos_id = (vocabulary.named_id("bos_token_id"), vocabulary.named_id("eos_token_id"))
@@ -126,7 +126,7 @@ class _Vocabulary:
             raise TokenizerError(f"{source} has {len(tokens)} tokens; at most {_MAX_TOKENS} are read")
         if set(map(type, tokens)) != {str}:
             index = next(i for i, token in enumerate(tokens) if type(token) is not str)
-            raise TokenizerError(f"tokenizer.ggml.tokens[{index}] in {source} is {tokens[index]!r}, not a string")
+            raise TokenizerError(f"tokenizer.ggml.tokens[{index}] in {source} is {_short(tokens[index])}, not a string")
         if "" in tokens:  # which cannot be a token of its own; such entries pad the vocabulary
             tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
         self.tokens: list[str] = tokens
@@ -135,7 +135,7 @@ class _Vocabulary:
         self.ids = dict(zip(tokens, range(len(tokens)), strict=True))
         if len(self.ids) != len(self.tokens):
             twice = next(token for index, token in enumerate(self.tokens) if self.ids[token] != index)
-            raise TokenizerError(f"tokenizer.ggml.tokens in {source} holds {twice!r} twice")
+            raise TokenizerError(f"tokenizer.ggml.tokens in {source} holds {_short(twice)} twice")
         self.types = self._types()
 
     def _types(self) -> list[int]:
@@ -178,9 +178,7 @@ class _Vocabulary:
         try:
             index = int(value)
         except (TypeError, ValueError, OverflowError) as exc:
-            raise TokenizerError(
-                f"tokenizer.ggml.{name} in {self.source} is {str(value)[:80]!r}, not a token id"
-            ) from exc
+            raise TokenizerError(f"tokenizer.ggml.{name} in {self.source} is {_short(value)}, not a token id") from exc
         if not 0 <= index < len(self.tokens):
             raise TokenizerError(
                 f"tokenizer.ggml.{name} in {self.source} is {index}; the vocabulary has {len(self.tokens)} tokens"
@@ -216,7 +214,7 @@ class _Vocabulary:
         kinds = {found for found in set(map(type, entries)) if not issubclass(found, kind) or found is bool}
         if kinds:
             index, entry = next((i, entry) for i, entry in enumerate(entries) if type(entry) in kinds)
-            raise TokenizerError(f"tokenizer.ggml.{name}[{index}] in {self.source} is {entry!r}, not a number")
+            raise TokenizerError(f"tokenizer.ggml.{name}[{index}] in {self.source} is {_short(entry)}, not a number")
 
 
 def _byte_level_bpe(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
@@ -232,8 +230,8 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool
         )
     if not isinstance(name, str) or name not in _PRE_TOKENIZERS:
         raise TokenizerError(
-            f"the pre-tokenizer {name!r} (tokenizer.ggml.pre in {vocabulary.source}) is not supported; supported are "
-            f"{', '.join(_PRE_TOKENIZERS)}"
+            f"the pre-tokenizer {_short(name)} (tokenizer.ggml.pre in {vocabulary.source}) is not supported; supported "
+            f"are {', '.join(_PRE_TOKENIZERS)}"
         )
     rule = _PRE_TOKENIZERS[name]
     size = _model_size(vocabulary.types)
@@ -245,7 +243,7 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool
         backend = Backend(models.BPE(vocab=tokens, merges=merges, ignore_merges=rule.ignore_merges))
     except Exception as exc:
         _check_merges(vocabulary, merges)
-        raise TokenizerError(f"building the vocabulary of {vocabulary.source} failed: {exc}") from exc
+        raise TokenizerError(f"building the vocabulary of {vocabulary.source} failed: {str(exc)[:500]}") from exc
     if rule.nfc:
         backend.normalizer = normalizers.NFC()
     own_rule = rule.split is None
@@ -292,7 +290,7 @@ def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
             pairs.append((line[:at], line[at + 1 :]))
     if len(pairs) < len(lines):
         raise TokenizerError(
-            f"tokenizer.ggml.merges[{len(pairs)}] in {vocabulary.source} is {lines[len(pairs)]!r}, not two tokens"
+            f"tokenizer.ggml.merges[{len(pairs)}] in {vocabulary.source} is {_short(lines[len(pairs)])}, not two tokens"
         )
     return pairs
 
@@ -303,8 +301,8 @@ def _check_merges(vocabulary: _Vocabulary, merges: list[tuple[str, str]]) -> Non
         for part in (left, right, left + right):
             if part not in vocabulary.ids:
                 raise TokenizerError(
-                    f"tokenizer.ggml.merges[{index}] in {vocabulary.source} is {left + ' ' + right!r}, but {part!r} is "
-                    "no token"
+                    f"tokenizer.ggml.merges[{index}] in {vocabulary.source} is {_short(left + ' ' + right)}, but"
+                    f" {_short(part)} is no token"
                 )
 
 
@@ -320,8 +318,8 @@ def _sentencepiece_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     architecture = vocabulary.metadata.get("general.architecture", "llama")
     if not isinstance(architecture, str) or architecture != "llama":
         raise TokenizerError(
-            f"the SentencePiece tokenizer of architecture {architecture!r} in {vocabulary.source} is not supported; "
-            "only that of Llama and Mistral is"
+            f"the SentencePiece tokenizer of architecture {_short(architecture)} in {vocabulary.source} is not"
+            " supported; only that of Llama and Mistral is"
         )
     merging = {_NORMAL, _USER_DEFINED, _UNUSED}
     ids = {token: i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] in merging}
@@ -371,7 +369,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
     for index, token in added:
         if backend.token_to_id(token.content) != index:
             raise TokenizerError(
-                f"the control token {token.content!r} of {vocabulary.source} cannot get its id {index}"
+                f"the control token {_short(token.content)} of {vocabulary.source} cannot get its id {index}"
             )
 
 
@@ -390,3 +388,8 @@ def _chat_template(vocabulary: _Vocabulary) -> ChatTemplate | None:
     if "default" not in sources:
         return None
     return ChatTemplate(sources, special_tokens=vocabulary.special_tokens())
+
+
+def _short(value: Any) -> str:
+    """A value of a file in an error: it may be as long as the file."""
+    return repr(str(value)[:80])

@@ -227,12 +227,12 @@ class InputRules:
         except UnicodeEncodeError as exc:
             raise PromptError(f"{where}the prompt is not valid Unicode: {exc}", argument="prompt") from exc
         self.check_length(text, index)
-        ids = np.asarray(self.encoder.encode(text), dtype=np.int32)
+        ids = np.asarray(self.encoder.encode(text), dtype=np.int64)  # a vocabulary may have any id of 32 bits
         if not len(ids):
             raise PromptError(f"{where}the prompt is empty: there must be at least one token", argument="prompt")
         if ids.max() >= self.vocab_size:
             raise PromptError(f"{where}the tokenizer gave id {ids.max()}, but the model has {self.vocab_size} tokens")
-        return ids
+        return ids.astype(np.int32)
 
     def _check_ids(self, ids: Any, index: int | None) -> NDArray[np.int32]:
         where = "" if index is None else f"prompt {index}: "

@@ -48,6 +48,8 @@ _MAX_CONFIG_BYTES = 1 << 24
 MAX_TEMPLATE_BYTES = 1 << 20
 
 _MAX_EOS_IDS = 1024
+_MAX_REASON_CHARS = 500
+"""What a library quotes of a file may be as long as the file."""
 
 _MAX_CHARS = 1 << 23
 """Longest text that is given to the library, counted as its steps may lengthen it; it takes some 170 bytes for each."""
@@ -164,7 +166,9 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as exc:
-            raise TokenizerError(f"the tokenizer of this model cannot write {len(known)} ids as text: {exc}") from exc
+            raise TokenizerError(
+                f"the tokenizer of this model cannot write {len(known)} ids as text: {str(exc)[:_MAX_REASON_CHARS]}"
+            ) from exc
         return text
 
     def token_text(self, token_id: int) -> str:
@@ -238,7 +242,9 @@ class Tokenizer:
             raise
         # A panic of the library is a BaseException, and one prompt must not end the process.
         except BaseException as exc:
-            raise PromptError(f"the tokenizer of this model cannot read the text: {exc}") from exc
+            raise PromptError(
+                f"the tokenizer of this model cannot read the text: {str(exc)[:_MAX_REASON_CHARS]}"
+            ) from exc
 
     def _refuse_control_ids(self, encoding: tokenizers.Encoding) -> None:
         """Raise if text became a special id; the begin and end tokens around it and unknown characters may be one."""
@@ -295,7 +301,7 @@ def tokenizer_errors(doing: str) -> Iterator[None]:
         raise
     # A panic of the library is a BaseException, and a malformed file must not end the process.
     except BaseException as exc:
-        raise TokenizerError(f"{doing} failed: {exc}") from exc
+        raise TokenizerError(f"{doing} failed: {str(exc)[:_MAX_REASON_CHARS]}") from exc
 
 
 def with_bos_and_eos(backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None) -> None:
@@ -385,8 +391,8 @@ def _add_configured_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, A
         for key, token in new:
             if backend.token_to_id(token.content) != int(key):
                 raise TokenizerError(
-                    f"tokenizer_config.json gives {token.content!r} the id {key}, which does not follow the ids "
-                    "of tokenizer.json; the two files do not belong together"
+                    f"tokenizer_config.json gives {token.content[:80]!r} the id {key[:20]}, which does not follow the"
+                    " ids of tokenizer.json; the two files do not belong together"
                 )
         named = [config.get(name) for name in _NAMED_TOKENS]
         for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -443,7 +449,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as exc:
         if isinstance(exc, TokenizerError):
             raise
-        raise TokenizerError(f"reading {file} failed: {exc}") from exc
+        raise TokenizerError(f"reading {file} failed: {str(exc)[:_MAX_REASON_CHARS]}") from exc
     if not isinstance(value, dict):
         raise TokenizerError(f"{file} holds a {type(value).__name__}, not a table")
     return value
@@ -454,7 +460,7 @@ def _read_text(file: Path, max_bytes: int, folder: Path) -> str:
     try:
         text = _read(file, max_bytes, folder).decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise TokenizerError(f"reading {file} failed: {exc}") from exc
+        raise TokenizerError(f"reading {file} failed: {str(exc)[:_MAX_REASON_CHARS]}") from exc
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -463,7 +469,7 @@ def _read(file: Path, max_bytes: int, folder: Path) -> bytes:
     try:
         return read_text_file(file, max_bytes, root=folder)
     except (CheckpointError, ModelNotFoundError) as exc:
-        raise TokenizerError(f"reading {file} failed: {exc}") from exc
+        raise TokenizerError(f"reading {file} failed: {str(exc)[:_MAX_REASON_CHARS]}") from exc
 
 
 def _token_text(token: Any) -> str | None:
