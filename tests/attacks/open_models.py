@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def faults(mutations: Sequence[Mutation], folder: Path) -> list[str]:
     names = {str(good): "a good model"}
     for number, mutation in enumerate(mutations):
         path = folder / str(number)
-        write_model(path)
+        shutil.copytree(good, path)
         mutation.apply(path)
         names[str(path)] = mutation.name
     done = subprocess.run(
