@@ -94,7 +94,7 @@ def test_many_log_probabilities_are_written_by_another_thread_and_the_same(live,
 
     def lists() -> list:
         """Of each sequence, the log-probabilities in the order of its tokens."""
-        server.http.post("/flush_cache").raise_for_status()
+        server.http.post("/flush_cache", headers={"X-Mooli": "1"}).raise_for_status()
         reply = server.http.post(path, json={**body, "stream": is_stream})
         assert reply.status_code == 200, reply.text
         pieces = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
