@@ -18,9 +18,6 @@ from mooli.server.openai_types import ChatBody, ChatMessage
 from mooli.server.routing import Access, Dialect, Handler, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
 
-MANY_TOKENS = 4096
-"""So many ids and lists of them and more are decoded on another thread: streams must not wait for it."""
-
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
     """prompt: a text, or a list of texts; or instead messages: a conversation, as the chat route reads it, with the
@@ -95,10 +92,10 @@ async def detokenize(service: Service, request: Incoming) -> Reply:
     if is_batch:
         check_count("tokens", len(body.tokens), service.config.max_request_items)
     rows: list[Any] = body.tokens if is_batch else [body.tokens]
-    if len(rows) + sum(len(ids) for ids in rows if isinstance(ids, list)) < MANY_TOKENS:
-        texts = _decode(tokenizer, rows, body.skip_special_tokens, is_batch)
-    else:
-        texts = await asyncio.to_thread(_decode, tokenizer, rows, body.skip_special_tokens, is_batch)
+    texts = await service.text_threads.run(
+        len(rows) + sum(len(ids) for ids in rows if isinstance(ids, list)),
+        lambda: _decode(tokenizer, rows, body.skip_special_tokens, is_batch),
+    )
     return Reply({"text": texts if is_batch else texts[0]})
 
 

@@ -6,7 +6,6 @@ Source: OpenAI API reference, completions; the echo of log-probabilities is what
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,9 +30,6 @@ from mooli.server.service import Service
 from mooli.types import Request
 
 DEFAULT_MAX_TOKENS = 16
-
-MANY_TOKENS = 4096
-"""Prompts of so many tokens and more are echoed by another thread: streams must not wait for it."""
 
 
 async def completions(service: Service, request: Incoming) -> Reply | EventStream:
@@ -140,9 +136,7 @@ async def _echoed(service: Service, tokenizer: Tokenizer, body: CompletionBody, 
     def texts() -> list[str]:
         return [text(index, request) for index, request in enumerate(requests)]
 
-    if sum(len(request.prompt_ids) for request in requests) < MANY_TOKENS:
-        return texts()
-    return await asyncio.to_thread(texts)
+    return await service.text_threads.run(sum(len(request.prompt_ids) for request in requests), texts)
 
 
 def _given_texts(body: CompletionBody) -> list[str] | None:
