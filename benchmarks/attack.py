@@ -105,7 +105,7 @@ class Victim:
 def exhaust(flags: list[str], seconds: float, only: list[str]) -> list[str]:
     found = []
     for name in only or exhaustion.ATTEMPTS:
-        with ServerProcess("--max-total-tokens", "16384", *flags) as server:
+        with ServerProcess("--max-total-tokens", "8192", *flags) as server:
             faults = one_attempt(server, name, seconds)
         found += [f"{name}: {fault}" for fault in faults]
     return found

@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-MAX_GROWTH_MIB = {"server": 512, "engine": 256}
-"""More than this, at its peak, is no client's to take. The bodies of `LONG_BODIES` requests are the server's share."""
+MAX_GROWTH_MIB = {"server": 512, "engine": 384}
+"""More than this, at its peak, is no client's to take.
+
+The server's share is that of the bodies it may read at a time. Half of the engine's are pages of a KV cache of 8,192
+tokens, which count when they are first written.
+"""
 
 
 class Growth:
