@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -43,6 +44,7 @@ MAX_LATER = 5.0
 PROMPT_TOKENS = 256
 PAUSE_S = 0.1
 ATTEMPTS_AT_ONCE = 2
+ROUND_S = 20.0
 
 SUITES = ("http", "models", "exhaustion")
 CAPITAL = "The capital of France is"
@@ -129,6 +131,7 @@ def one_attempt(server: ServerProcess, name: str, seconds: float) -> list[str]:
             beside = asyncio.run(victim.first_tokens_s(time.perf_counter() + seconds))
         except (RuntimeError, OSError, asyncio.TimeoutError, aiohttp.ClientError) as exc:
             return [f"{type(exc).__name__}: {exc}"]
+        faults = [f"the attempt was answered with {status}" for status in sorted(statuses_of(attackers))]
     finally:
         for attacker in attackers:
             attacker.kill()
@@ -140,7 +143,7 @@ def one_attempt(server: ServerProcess, name: str, seconds: float) -> list[str]:
         f" {statistics.median(beside) * 1000:.0f} ms, at most {max(beside) * 1000:.0f} ms ({later:.1f} times); {peaks}",
         flush=True,
     )
-    faults = growth.faults()
+    faults += growth.faults()
     if later > MAX_LATER:
         faults.append(f"another client's first token came {later:.1f} times as late as alone")
     if server.generate(CAPITAL)["output_ids"] != expected:
@@ -148,6 +151,16 @@ def one_attempt(server: ServerProcess, name: str, seconds: float) -> list[str]:
     if "Traceback" in server.log:
         faults.append("a traceback in the log:\n" + server.log[server.log.index("Traceback") :][:3000])
     return faults
+
+
+def statuses_of(attackers: list[subprocess.Popen[str]]) -> set[int]:
+    """Those that no client may cause. A last round that does not end soon is not waited for."""
+    found: set[int] = set()
+    for attacker in attackers:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said, _ = attacker.communicate(timeout=ROUND_S)
+            found.update(json.loads(said)["faults"])
+    return found
 
 
 def main() -> int:

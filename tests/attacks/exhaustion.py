@@ -28,6 +28,8 @@ from urllib.parse import urlsplit
 import aiohttp
 
 MIB = 2**20
+ADDRESS = "127.0.0.2"
+"""Of the attacker, so that a server can tell it from the others. On Linux all of 127.0.0.0/8 is this machine."""
 JSON = {"Content-Type": "application/json"}
 
 
@@ -79,7 +81,7 @@ class Site:
 
     def connect(self) -> socket.socket:
         parts = urlsplit(self.url)
-        client = socket.create_connection((parts.hostname, parts.port), timeout=60)
+        client = socket.create_connection((parts.hostname, parts.port), timeout=60, source_address=(ADDRESS, 0))
         client.setblocking(False)
         return client
 
@@ -529,7 +531,7 @@ async def attack(
 ) -> Site:
     """Rounds of one attempt, at least one, until `until()`."""
     timeout = aiohttp.ClientTimeout(total=None)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, local_addr=(ADDRESS, 0))
     async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
         site = Site(url, session, random.Random(name), scale, hold_s=hold_s)
         while True:
