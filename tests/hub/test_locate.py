@@ -30,8 +30,14 @@ def test_a_name_that_is_not_here_is_fetched(hub: HubServer, caplog: pytest.LogCa
     assert hub.seen == []
 
 
-@pytest.mark.parametrize("path", ["./a/b", "/a/b", "~/b", "../a", "a/b/c", "a/b.gguf", "a/b.safetensors", "nothing"])
-def test_a_path_is_never_fetched(hub: HubServer, path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["./a/b", "{root}/a/b", "~/b", "../a", "a/b/c", "a/b.gguf", "a/b.safetensors", "nothing"]
+)
+def test_a_path_is_never_fetched(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # and not where there may be such a folder
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = path.format(root=tmp_path)
     with pytest.raises(ModelNotFoundError):
         locate(path)
     assert hub.seen == []
