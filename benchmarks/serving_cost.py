@@ -23,7 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mooli.config import EngineConfig
+from mooli.engine.child import EngineChild
 from mooli.server.config import ServerConfig
+from mooli.server.keys import KeyRing
 from mooli.server.launch import HttpServer, start_service
 
 HERE = Path(__file__).resolve().parent
@@ -39,9 +41,10 @@ async def serve() -> None:
     config = ServerConfig.from_kwargs(port=0)
     engine_config = EngineConfig.from_kwargs(model_path="demo", log_level="error")
     command = [sys.executable, str(HERE / "instant_core.py")]
-    service = await start_service(config, engine_config, [], time.perf_counter(), command=command)
-    server = HttpServer(service)
-    await server.run(on_started=lambda: print(server.port, flush=True))
+    with EngineChild(command) as child:
+        service = await start_service(config, engine_config, [], time.perf_counter(), child, KeyRing(config))
+        server = HttpServer(service)
+        await server.run(on_started=lambda: print(server.port, flush=True))
 
 
 def body(path: str, num_tokens: int) -> bytes:
