@@ -7,6 +7,7 @@ and the rules compared. `test_random_trials` runs it on the code as it is, `test
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -290,7 +291,11 @@ class Trial:
     def _before_execute(self, batch: ScheduleBatch) -> Exception | None:
         """While a step is in flight the books must balance, and requests may be ended."""
         if self.scheduler.last_step.preempted:
-            assert self._now_running() <= self.running, "a request begins in the step in which another gave way"
+            begun = {rid for rid, _ in self._now_running() - self.running}
+            num_running = Counter(state.request.client for state in self.scheduler._running)
+            assert all(num_running[self.requests[rid].client] == 1 for rid in begun), (
+                "a request of a client that has others running begins in the step in which one gave way"
+            )
         if batch.copies or self.rng.random() < 0.2:
             self.core.check()
         assert batch.num_tokens <= self.scheduler.max_batch_tokens

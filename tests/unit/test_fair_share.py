@@ -164,3 +164,75 @@ def test_a_priority_is_a_head_start_beside_other_clients_too(policy: str, monkey
     ended = clients(order(bench))
     assert ended.startswith("bbbbb")
     assert ended.index("a") < 9, "by twenty tokens, and no more"
+
+
+@by_policy
+def test_places_that_one_client_holds_do_not_keep_another_waiting(policy: str) -> None:
+    """Its answers have no end; the other is answered in the very next step, at the cost of the last of them."""
+    bench, fresh = Bench(max_running_requests=3, policy=policy), Fresh()
+    bench.add(*(fresh.request("a", max_new_tokens=40) for _ in range(5)))
+    for _ in range(4):
+        bench.step()
+    bench.add(fresh.request("b", rid="b"))
+    assert [out.rid for out in bench.step() if out.finish is not None] == ["b"]
+    assert bench.scheduler.counters.preemptions == 1
+    bench.run()
+    assert all(len(bench.tokens(rid)) == 40 for rid in bench.outputs if rid != "b")
+
+
+def test_pages_that_one_client_holds_do_not_keep_another_waiting() -> None:
+    bench, fresh = Bench(num_pages=20, max_running_requests=8), Fresh()
+    bench.add(*(fresh.request("a", 20, max_new_tokens=20) for _ in range(3)))
+    while bench.cache.num_available > 3:
+        bench.step()
+    bench.add(fresh.request("b", 24, rid="b"))
+    assert [out.rid for out in bench.step() if out.finish is not None] == ["b"]
+
+
+def test_the_only_request_of_a_client_gives_way_to_nobody() -> None:
+    bench, fresh = Bench(num_pages=16, max_running_requests=1), Fresh()
+    bench.add(fresh.request("a", 20, rid="a", max_new_tokens=20))
+    bench.step()
+    for _ in range(5):
+        bench.add(fresh.request("b", 20))
+    assert order(bench)[0] == "a"
+    assert bench.scheduler.counters.preemptions == 0
+
+
+def test_a_prompt_in_progress_leaves_another_client_half_of_the_step() -> None:
+    bench, fresh = Bench(max_batch_tokens=16, num_pages=100), Fresh()
+    bench.add(fresh.request("a", 180, rid="a"), fresh.request("a", 180, rid="a2"))
+    bench.step()
+    bench.add(fresh.request("b", 8, rid="b"))
+    assert [out.rid for out in bench.step() if out.finish is not None] == ["b"]
+    assert bench.batches[-1].lengths.tolist() == [8, 8]
+
+
+def test_of_prompts_in_progress_that_of_the_client_with_less_comes_first() -> None:
+    bench, fresh = Bench(max_batch_tokens=16, num_pages=100), Fresh()
+    bench.add(fresh.request("a", 180, rid="a"))
+    bench.step()
+    bench.add(fresh.request("b", 30, rid="b"))
+    assert order(bench) == ["b", "a"]
+    assert len(bench.batches) == 14  # no token of a step is left out for it
+
+
+def test_a_prompt_with_log_probabilities_takes_a_quarter_of_a_step() -> None:
+    bench, fresh = Bench(max_batch_tokens=16), Fresh()
+    wanted = fresh.request("a", 10, rid="a")
+    wanted.return_logprob, wanted.logprob_start = True, 0
+    bench.add(wanted)
+    bench.run()
+    assert [batch.num_tokens for batch in bench.batches] == [4, 4, 2]
+
+
+def test_where_there_are_several_clients_a_step_is_as_short_as_beside_streams() -> None:
+    bench, fresh = Bench(max_batch_tokens=16, mixed_prefill_tokens=4, num_pages=100), Fresh()
+    bench.add(fresh.request("a", 40, rid="a"))
+    bench.step()
+    bench.add(fresh.request("b", 2, rid="b"))
+    bench.run()
+    assert [batch.num_tokens for batch in bench.batches] == [16, 4, *[4] * 5, 2]
+    bench.add(fresh.request("a", 16, rid="a2"))  # nobody was left: the books are new
+    bench.run()
+    assert bench.batches[-1].num_tokens == 16

@@ -6,19 +6,22 @@ some of them some tokens to catch up with.
 
 A step is filled in this order:
 1. running requests that miss one token: streams are never held up by prompts, and if there are any, what follows gets
-   no more than `mixed_prefill_tokens`;
-2. running requests that miss more (a prompt in chunks), oldest first;
-3. waiting requests, clients in turn and each in the order of the policy, as long as tokens, places and pages are left.
+   no more than `mixed_prefill_tokens`; nor where there have been several clients;
+2. a request of each client that has none running while others have, if need be in the place of one of several;
+3. running requests that miss more (a prompt in chunks), oldest first, those of different clients in turn;
+4. waiting requests, clients in turn and each in the order of the policy, as long as tokens, places and pages are left.
    The first that does not fit ends the round, so that large requests are not overtaken for ever;
-4. where that left only a few tokens, drafts: guesses at what the rows will sample, verified in the same step.
+5. where that left only a few tokens, drafts: guesses at what the rows will sample, verified in the same step.
 
 Why nothing hangs: a request that could not run alone is refused by `add`. Under lack of pages a running request takes
-those of requests of lower rank (preemption), never of higher, so the first in rank always moves on.
+those of requests of lower rank (preemption), never of higher; and for another client that has nothing, the last of
+several gives way. So the first in rank always moves on.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from itertools import islice
 from math import isnan
 
@@ -186,9 +189,12 @@ class Scheduler:
         one_missing = [state for state in self._running if state.num_missing == 1]
         more_missing = [state for state in self._running if state.num_missing > 1]
         self._continue(one_missing, plan)
-        if plan.rows:  # streams wait for this step: what else it computes is their gap
+        # Streams wait for this step, and what else it computes is their gap; or another client may come while it runs.
+        if plan.rows or self._waiting.has_known_several:
             plan.tokens_left = min(plan.tokens_left, self.mixed_prefill_tokens)
-        self._continue(more_missing, plan)
+        if self._waiting:
+            self._admit_newcomers(plan, has_prompts=bool(more_missing))
+        self._continue(self._waiting.by_turn(more_missing, self._running), plan)
 
     def _continue(self, states: list[RequestState], plan: Plan) -> None:
         for state in states:
@@ -218,7 +224,10 @@ class Scheduler:
 
     def _chunk(self, state: RequestState, most: int) -> int:
         """At most `most` of the missing tokens: fewer if the next chunk then begins where a match could end, which some
-        devices compute faster."""
+        devices compute faster. A token whose log-probabilities are asked for has a row of logits of its own: of such a
+        prompt a step takes no more than a quarter of what it takes of others."""
+        if state.next_prompt_logprob < state.num_prompt_tokens:
+            most = min(most, max(1, self.max_batch_tokens // 4))
         if most < state.num_missing:
             past = (state.num_computed + most) % self._cache.match_granularity_tokens
             return most - past if past < most else most
@@ -242,11 +251,48 @@ class Scheduler:
         self.counters.preemptions += 1
         self._waiting.add(state)
 
+    def _admit_newcomers(self, plan: Plan, *, has_prompts: bool) -> None:
+        """Begin a request of each client that has none running. Prompts in progress leave them half of the step, and
+        the client that has most running a place and pages."""
+        newcomers = self._waiting.newcomers(self._running, self.counters.computed_tokens)
+        if not newcomers:
+            return
+        self._prefix_waits.begin_step(self._running)
+        kept = plan.tokens_left // 2 if has_prompts else 0
+        plan.tokens_left -= kept
+        for state in newcomers:
+            if plan.tokens_left and not self._prefix_waits.is_waiting(state) and self._admit_first(state, plan):
+                self._prefix_waits.add_leader(state)
+        plan.tokens_left += kept
+
+    def _admit_first(self, state: RequestState, plan: Plan) -> bool:
+        while not (self._free_indices and self._admit(state, plan, self._promised_pages())):
+            victim = self._gives_way_to(state)
+            if victim is None:
+                return False
+            plan.drop(victim)
+            plan.num_preempted += 1
+            self._preempt(victim)
+        return True
+
+    def _gives_way_to(self, newcomer: RequestState) -> RequestState | None:
+        """The latest request of the client that has most running: of several, and of more pages than are wanted."""
+        counts = Counter(state.request.client for state in self._running)
+        client, count = counts.most_common(1)[0]
+        if count < 2:
+            return None
+        theirs = [state for state in self._running if state.request.client == client]
+        num_pages = sum(len(state.pages.pages) for state in theirs if state.pages is not None)
+        return theirs[-1] if num_pages > self._pages_wanted(newcomer, None) else None
+
+    def _promised_pages(self) -> int:
+        return sum(self._pages_wanted(state, state.pages) for state in self._running)
+
     def _admit_waiting(self, plan: Plan) -> None:
         if not plan.tokens_left or not self._free_indices:
             return
         self._prefix_waits.begin_step(self._running)
-        promised_pages = sum(self._pages_wanted(state, state.pages) for state in self._running)
+        promised_pages = self._promised_pages()
         for state in self._waiting.in_turn(self._running, self.counters.computed_tokens):
             if not plan.tokens_left or not self._free_indices:
                 return

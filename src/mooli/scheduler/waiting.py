@@ -44,6 +44,11 @@ class Waiting:
     def __len__(self) -> int:
         return self._num_requests
 
+    @property
+    def has_known_several(self) -> bool:
+        """Requests of several clients have come since the last time that none was left."""
+        return len(self._served) > 1
+
     def add(self, state: RequestState) -> None:
         client = state.request.client
         queue = self._queues.get(client)
@@ -108,6 +113,28 @@ class Waiting:
             if following.pages is not None:  # admitted
                 self._clock = max(self._clock, self._served.get(client, 0))
                 heapreplace(turns, (place + following.num_missing, key, client))
+
+    def newcomers(self, running: Iterable[RequestState], tokens_computed: int) -> list[RequestState]:
+        """The first request of each client that has none running while others have, who was served least first."""
+        active = {state.request.client for state in running}
+        if not active:
+            return []
+        new = [client for client in self._queues if client not in active]
+        new.sort(key=lambda client: (self._served[client], fcfs_key(self._queues[client][0])))
+        return [next(self._by_policy(self._queues[client], tokens_computed)) for client in new]
+
+    def by_turn(self, states: list[RequestState], running: Iterable[RequestState]) -> list[RequestState]:
+        """Running requests by what their clients were served, each client's in the order they have."""
+        if len({state.request.client for state in states}) < 2:
+            return states
+        served: dict[str, float] = {}
+        for state in running:
+            client = state.request.client
+            before = served.get(client)
+            served[client] = (
+                (self._served.get(client, 0) if before is None else before) + state.num_tokens - state.num_found
+            )
+        return sorted(states, key=lambda state: served[state.request.client])
 
     def _by_policy(self, queue: list[RequestState], tokens_computed: int) -> Iterator[RequestState]:
         if self._policy == "lpm":
