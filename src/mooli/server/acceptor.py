@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 """Connections that may wait in the system's queue."""
 
-AT_ONCE = 64
-"""Connections that are taken before anything else is done."""
+AT_ONCE = 2
+"""Connections that are taken before anything else is done: a flood of them waits in the system's queue, and not those
+who have one."""
 
 RESERVED = 16
 """Descriptors that are left free, or a quarter of the limit where that is less."""

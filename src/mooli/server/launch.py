@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -428,6 +429,7 @@ def reloading(keys: KeyRing) -> Iterator[None]:
 
 
 def _announce(service: Service, server: HttpServer) -> None:
+    gc.freeze()  # what is there now stays: nobody waits while it is looked through for garbage
     config, facts = service.config, service.facts
     scheme = "https" if config.ssl_certfile else "http"
     host = f"[{config.host}]" if ":" in config.host else config.host
