@@ -19,7 +19,7 @@ from mooli.server.lingering import LingeringTransport
 ANSWER_BEGINS = b"HTTP/1.1 "
 CHUNK_BEGINS = b"0"
 
-FIRST_LOOK_S = 0.05
+FIRST_LOOK_S = 0.01
 """After which a reset is looked for. Each wait is `GROWTH` times as long as the one before, with a byte each."""
 
 GROWTH = 3
