@@ -24,6 +24,9 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PATIENCE_S = 0.1
 """For which a line waits for who reads it to go on. The lines behind one that was lost wait no more."""
 
+PATIENCE_SHARE = 0.01
+"""Of all time may go into such waits: a flood of lines that is read too slowly must not hold up who writes it."""
+
 _IS_OBJECT = "mooli_is_object"
 
 
@@ -91,6 +94,7 @@ class LineHandler(logging.Handler):
         is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
         self._most_bytes = sys.maxsize if is_file else select.PIPE_BUF
         """At once: a pipe that is ready takes so many without waiting, a file whatever there is."""
+        self._patience_s, self._patience_of_s = PATIENCE_S, time.monotonic()
         self._num_lost = 0
         self._is_cut = False
         """Whether the last line is there in part."""
@@ -115,13 +119,24 @@ class LineHandler(logging.Handler):
 
     def _write(self, line: bytes) -> bool:
         """Whether all of it is written."""
-        deadline_s = time.monotonic() + (0.0 if self._num_lost else PATIENCE_S)
         rest = memoryview(line)
-        while rest and self._poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+        while rest and (self._poll.poll(0) or self._wait()):
             num_bytes = os.write(self._descriptor, rest[: self._most_bytes])
             self._is_cut = num_bytes < len(rest)
             rest = rest[num_bytes:]
         return not rest
+
+    def _wait(self) -> bool:
+        """Whether the descriptor takes something, after as long as there is patience."""
+        if self._num_lost:
+            return False
+        now_s = time.monotonic()
+        saved_s = (now_s - self._patience_of_s) * PATIENCE_SHARE
+        left_s = min(PATIENCE_S, self._patience_s + saved_s)
+        is_ready = bool(self._poll.poll(left_s * 1000))
+        self._patience_of_s = time.monotonic()
+        self._patience_s = max(0.0, left_s - (self._patience_of_s - now_s))
+        return is_ready
 
 
 def _without_waiting(descriptor: int) -> int:

@@ -152,3 +152,26 @@ def test_a_full_disk_is_no_error(capfd):
     finally:
         os.close(descriptor)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_reader_that_is_always_behind_holds_up_the_writer_for_a_small_share_of_the_time(pipe, monkeypatch):
+    """Each line finds the pipe full, and is taken when it has waited: 100 lines in a second of other work."""
+    now_s, waited_s = [0.0], [0.0]
+
+    class Poll:
+        def poll(self, timeout_ms: float) -> list[int]:
+            if not timeout_ms:
+                return []
+            now_s[0] += timeout_ms / 1000
+            waited_s[0] += timeout_ms / 1000
+            return [1]
+
+    monkeypatch.setattr(logs, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    handler = logs.LineHandler(pipe.write_end)
+    handler._poll = Poll()
+    for _ in range(100):
+        now_s[0] += 0.01
+        handler.emit(logging.makeLogRecord({"msg": "a line"}))
+    assert 0.1 <= waited_s[0] <= 0.1 + 0.01 * now_s[0]
+    assert pipe.read().count("a line") == 100
