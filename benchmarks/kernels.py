@@ -135,8 +135,8 @@ def step_overhead(path: Any) -> None:
             self.tape.run_choosing(*arguments)
             end = time.perf_counter()
             inside[0] += end - start
-            *_, goes_on, _ = arguments
-            begun[0] = end if goes_on else 0.0
+            *_, may_begin_next, _ = arguments
+            begun[0] = end if may_begin_next else 0.0
 
     cache = KVCache(num_pages=700, page_size=PAGE_SIZE)
     scheduler = Scheduler(

@@ -241,14 +241,14 @@ NB_MODULE(_native, m) {
       .def("run_then", [](Tape& t, int rows, Tape& head, uintptr_t result, uintptr_t input, int width) {
         t.run_then(rows, head, (const float*)result, (float*)input, width);
       }, nb::call_guard<nb::gil_scoped_release>())
-      .def("run_choosing", [](Tape& t, int rows, Tape& head, uintptr_t result, uintptr_t input, int width, int vocab, bool goes_on,
+      .def("run_choosing", [](Tape& t, int rows, Tape& head, uintptr_t result, uintptr_t input, int width, int vocab, bool may_begin_next,
                               nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
         if (out.shape(0) != t.num_asked()) throw std::invalid_argument("not as many tokens as are asked for");
         int32_t* ids = out.data();
         const int n = int(out.shape(0));
         nb::gil_scoped_release release;
         t.run_choosing(rows, head, (const float*)result, (float*)input, width, vocab, ids);
-        if (goes_on) t.begin_next(n, ids);
+        if (may_begin_next) t.begin_next(n, ids);
       })
       .def("begin_next", [](Tape& t, In<int32_t> ids) { return t.begin_next(int(ids.shape(0)), ids.data()); })
       // (operation, seconds) for each entry of the tape

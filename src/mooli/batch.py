@@ -82,8 +82,8 @@ class ScheduleBatch:
     sample: 0 where a prompt goes on in the next step, 1 as a rule, 1 + n where the last n tokens are drafts to verify;
     `page_table` int32 (R, max_pages), -1 past a row's pages. A row attends to positions 0 .. its own position.
     `copies` are carried out, in order, before anything is stored.
-    `goes_on`: every row samples one token, and the next step will most likely be these rows with that token each. Their
-    pages reach that far.
+    `may_begin_next`: every row samples one token, and the next step will most likely be these rows with that token
+    each. Their pages reach that far.
     """
 
     step: int
@@ -98,7 +98,7 @@ class ScheduleBatch:
     sampling: SamplingBatch
     copies: list[PageCopy] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobRows] = field(default_factory=list)
-    goes_on: bool = False
+    may_begin_next: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -52,10 +52,10 @@ class Requests:
         self.tokens = [list(prompt) for prompt in PROMPTS]
         self.computed = [0, 0]
 
-    def step(self, requests: list[int], *, goes_on: bool, copies: Sequence[PageCopy] = ()) -> list[int]:
+    def step(self, requests: list[int], *, may_begin_next: bool, copies: Sequence[PageCopy] = ()) -> list[int]:
         rows = [Row(self.tokens[i][self.computed[i] :], self.computed[i], PAGES[i]) for i in requests]
         batch = step(rows, self.page_size, copies=copies)
-        batch.goes_on = goes_on
+        batch.may_begin_next = may_begin_next
         sampled = self.runner.execute(batch).token_ids.tolist()
         for i, token in zip(requests, sampled, strict=True):
             self.computed[i] = len(self.tokens[i])
@@ -69,14 +69,14 @@ def test_a_step_that_has_begun_is_the_step_that_is_planned(num_threads: int, pag
     with model_runner(1, page_size) as (plain, _), model_runner(num_threads, page_size) as (runner, backend):
         expected, actual = Requests(plain, page_size), Requests(runner, page_size)
         for _ in range(40):
-            expected.step([0, 1], goes_on=False)
-            actual.step([0, 1], goes_on=True)
+            expected.step([0, 1], may_begin_next=False)
+            actual.step([0, 1], may_begin_next=True)
         assert actual.tokens == expected.tokens
         assert backend._device.num_begun_steps == (39 if num_threads > 1 else 0)
 
 
 def test_a_step_that_has_begun_gives_each_layer_its_own_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tokens(*, goes_on: bool) -> list[int]:
+    def tokens(*, may_begin_next: bool) -> list[int]:
         with model_runner(2) as (runner, backend):
             attend = backend.ops.attend
 
@@ -90,14 +90,14 @@ def test_a_step_that_has_begun_gives_each_layer_its_own_window(monkeypatch: pyte
                 rows = [Row(made[at : at + 100], at, range(8)) for at in range(computed, len(made), 100)]
                 for row in rows:
                     batch = step([row], 32)
-                    batch.goes_on = goes_on and len(rows) == 1
+                    batch.may_begin_next = may_begin_next and len(rows) == 1
                     sampled = runner.execute(batch).token_ids.tolist()
                 computed = len(made)
                 made += sampled
-            assert backend._device.num_begun_steps == (28 if goes_on else 0)
+            assert backend._device.num_begun_steps == (28 if may_begin_next else 0)
             return made
 
-    assert tokens(goes_on=True) == tokens(goes_on=False)
+    assert tokens(may_begin_next=True) == tokens(may_begin_next=False)
 
 
 ACTIONS = st.lists(st.sampled_from(["both", "both", "first", "second", "copy", "use", "token"]), max_size=30)
@@ -109,7 +109,7 @@ def test_a_step_that_has_begun_and_is_not_planned_leaves_no_trace(actions: list[
     with model_runner(1) as (plain, _), model_runner(2) as (runner, backend):
         expected, actual = Requests(plain), Requests(runner)
         for requests in (expected, actual):
-            requests.step([0, 1], goes_on=requests is actual)
+            requests.step([0, 1], may_begin_next=requests is actual)
             for action in actions:
                 rows = {"first": [0], "second": [1]}.get(action, [0, 1])
                 copies = [PageCopy(1, 9, 5)] if action == "copy" else []
@@ -117,7 +117,7 @@ def test_a_step_that_has_begun_and_is_not_planned_leaves_no_trace(actions: list[
                     backend._device.gauge_dots(10)  # the threads are wanted for something else
                 if action == "token":
                     requests.tokens[0][-1] = 3  # not what was sampled
-                requests.step(rows, goes_on=requests is actual, copies=copies)
+                requests.step(rows, may_begin_next=requests is actual, copies=copies)
         assert actual.tokens == expected.tokens
 
 
@@ -125,17 +125,17 @@ def test_rows_without_a_page_for_their_next_token_do_not_begin() -> None:
     with model_runner(2) as (runner, backend):
         requests = Requests(runner)
         requests.tokens[0] = [index % 90 for index in range(96)]  # all that three pages hold
-        requests.step([0], goes_on=True)
+        requests.step([0], may_begin_next=True)
         requests.tokens[1] = [1, 2]
-        requests.step([1], goes_on=True)
-        requests.step([1], goes_on=True)
+        requests.step([1], may_begin_next=True)
+        requests.step([1], may_begin_next=True)
         assert backend._device.num_begun_steps == 1
 
 
 def test_tokens_that_do_not_exist_and_another_number_of_rows_do_not_begin() -> None:
     with model_runner(2) as (runner, _):
         requests = Requests(runner)
-        requests.step([0, 1], goes_on=False)
+        requests.step([0, 1], may_begin_next=False)
         tape = runner._forward._tape  # type: ignore[attr-defined]
         for ids in ([1], [1, 2, 3], [4, -1], []):
             assert not tape.begin_next(np.array(ids, np.int32))
@@ -146,7 +146,7 @@ def test_tokens_that_do_not_exist_and_another_number_of_rows_do_not_begin() -> N
 def test_a_tape_cannot_run_on_a_step_that_has_only_begun() -> None:
     with model_runner(2) as (runner, _):
         requests = Requests(runner)
-        requests.step([0, 1], goes_on=True)
+        requests.step([0, 1], may_begin_next=True)
         with pytest.raises(ValueError, match="planned step"):
             runner._forward._tape.run(2)  # type: ignore[attr-defined]
 
@@ -154,4 +154,4 @@ def test_a_tape_cannot_run_on_a_step_that_has_only_begun() -> None:
 def test_closing_while_a_step_has_begun() -> None:
     for _ in range(20):
         with model_runner(3) as (runner, _):
-            Requests(runner).step([0, 1], goes_on=True)
+            Requests(runner).step([0, 1], may_begin_next=True)

@@ -286,13 +286,13 @@ class Trial:
             self.ended_early.add(rid)
 
     def _now_running(self) -> set[tuple[str, int]]:
-        return {(state.rid, state.num_preemptions) for state in self.scheduler._running}
+        return {(state.rid, state.num_preemptions) for state in self.scheduler._running.states}
 
     def _before_execute(self, batch: ScheduleBatch) -> Exception | None:
         """While a step is in flight the books must balance, and requests may be ended."""
         if self.scheduler.last_step.preempted:
             begun = {rid for rid, _ in self._now_running() - self.running}
-            num_running = Counter(state.request.client for state in self.scheduler._running)
+            num_running = Counter(state.request.client for state in self.scheduler._running.states)
             assert all(num_running[self.requests[rid].client] == 1 for rid in begun), (
                 "a request of a client that has others running begins in the step in which one gave way"
             )
@@ -307,7 +307,7 @@ class Trial:
 
     def _check_namespaces(self, batch: ScheduleBatch) -> None:
         """What a row reads was written for its own namespace."""
-        namespaces = {state.req_index: state.request.namespace for state in self.scheduler._running}
+        namespaces = {state.req_index: state.request.namespace for state in self.scheduler._running.states}
         for copy in batch.copies:
             self.page_namespace[copy.target] = self.page_namespace[copy.source]
         for row in range(batch.num_rows):

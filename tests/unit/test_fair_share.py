@@ -7,7 +7,7 @@ import random
 import pytest
 from test_scheduler import Bench, request
 
-from mooli.scheduler.waiting import MOST_CLIENTS, Waiting
+from mooli.scheduler.admission import MOST_CLIENTS, Waiting
 from mooli.types import Request
 
 by_policy = pytest.mark.parametrize("policy", ["fcfs", "lpm"])
@@ -154,7 +154,7 @@ def test_a_request_that_waits_for_a_twin_does_not_hold_up_its_client_or_others(p
 
 @by_policy
 def test_a_priority_is_a_head_start_beside_other_clients_too(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mooli.scheduler.policy.PRIORITY_TOKENS", 10)
+    monkeypatch.setattr("mooli.scheduler.admission.PRIORITY_TOKENS", 10)
     bench, fresh = Bench(max_running_requests=1, policy=policy, priorities=True), Fresh()
     bench.add(*(fresh.request("a") for _ in range(20)))
     urgent = [fresh.request("b") for _ in range(20)]

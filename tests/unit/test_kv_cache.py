@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from mooli.cache.kv_cache import KVCache, RequestPages
+from mooli.batch import PageCopy
+from mooli.cache.kv_cache import Admission, KVCache, MatchEnd, MissReason, RequestPages
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import token_key
 from mooli.errors import ConfigError, EngineError
@@ -26,6 +29,11 @@ def finished(cache: KVCache, *token_ids: int) -> None:
     held = opened(cache, *token_ids)
     cache.release(held, key(*token_ids[held.num_shared * cache.page_size :]))
     cache.check([])
+
+
+def admitted(cache: KVCache, *token_ids: int, max_matched: int | None = None, **fields: Any) -> Admission | None:
+    most = len(token_ids) - 1 if max_matched is None else max_matched
+    return cache.admit("", key(*token_ids), max_matched=most, **{"most_tokens": 100, **fields})
 
 
 def test_the_pool_hands_out_each_page_once() -> None:
@@ -242,3 +250,69 @@ def test_check_finds(holders: list[RequestPages]) -> None:
         cache._pool.allocate(1)
     with pytest.raises(EngineError, match="owners"):
         cache.check(holders)
+
+
+# -- a request begins -------------------------------------------------------------------------------------------------
+def test_admission_gives_pages_for_what_matched_and_for_the_first_tokens_to_compute() -> None:
+    cache = KVCache(16, 4)
+    finished(cache, *range(12))
+    admission = admitted(cache, *range(10), *range(50, 60), most_tokens=5)
+    assert admission is not None
+    held = admission.held
+    assert (held.num_shared, len(held.pages), admission.num_matched, admission.num_tokens) == (2, 4, 10, 5)
+    assert admission.copies == [PageCopy(held.copy_source.pages[0], held.pages[2], 2)]  # type: ignore[union-attr]
+    cache.check([held])
+
+
+def test_who_cannot_be_admitted_leaves_nothing_locked_and_takes_nothing() -> None:
+    cache = KVCache(4, 4)
+    finished(cache, *range(8))
+    assert admitted(cache, *range(8), 50, num_pages=3, promised_pages=2) is None
+    assert cache.num_available == 4
+    cache.check([])
+    assert admitted(cache, *range(8), 50, num_pages=3, promised_pages=1) is not None
+
+
+def test_alone_in_a_full_pool_a_request_takes_the_page_that_it_could_have_copied() -> None:
+    cache = KVCache(2, 4)
+    finished(cache, *range(8))
+    admission = admitted(cache, *range(6), 50, 51)
+    assert admission is not None
+    assert (admission.num_matched, admission.copies, len(admission.held.pages)) == (4, [], 2)
+    assert admission.end == MatchEnd(6, MissReason.DIVERGED, 6), "where the tokens differ, used or not"
+    cache.check([admission.held])
+
+
+def test_where_and_why_a_match_ends() -> None:
+    cache = KVCache(32, 4)
+    assert _end_of(cache, 1, 2, 3) == MatchEnd(0, MissReason.NAMESPACE)
+    finished(cache, *range(10, 20))
+    assert _end_of(cache, 1, 2, 3) == MatchEnd(0, MissReason.NEW), "nothing begins like this"
+    assert _end_of(cache, *range(10, 20)) == MatchEnd(9, None), "one token is always computed"
+    assert _end_of(cache, *range(10, 20), 20, 21) == MatchEnd(10, MissReason.NEW), "nothing was there yet"
+    assert _end_of(cache, *range(10, 16), 70, 71) == MatchEnd(6, MissReason.DIVERGED, 16), "inside a page"
+    assert _end_of(cache, *range(10, 18), 70, 71) == MatchEnd(8, MissReason.DIVERGED, 18), "at the end of a page"
+    assert _end_of(cache, *range(10, 20), max_matched=7) == MatchEnd(7, MissReason.HELD_BACK)
+    assert _end_of(cache, 10, 70, 71, max_matched=2) == MatchEnd(1, MissReason.DIVERGED, 11), "it came to differ first"
+    finished(cache, *range(10, 18), *range(40, 50))
+    assert _end_of(cache, *range(10, 18), 70, 71) == MatchEnd(8, MissReason.DIVERGED, 40), "of two, the one used last"
+
+
+def test_a_match_cut_for_the_device_ends_where_the_tokens_differ() -> None:
+    cache = KVCache(8, 4, match_granularity_tokens=2)
+    finished(cache, *range(8))
+    admission = admitted(cache, 0, 1, 2, 50, 51)
+    assert admission is not None
+    assert (admission.num_matched, admission.end) == (2, MatchEnd(3, MissReason.DIVERGED, 3))
+
+
+def test_a_disabled_cache_says_so() -> None:
+    assert _end_of(KVCache(8, 4, enabled=False), 1, 2, 3) == MatchEnd(0, MissReason.DISABLED)
+
+
+def _end_of(cache: KVCache, *token_ids: int, max_matched: int | None = None) -> MatchEnd:
+    admission = admitted(cache, *token_ids, max_matched=max_matched)
+    assert admission is not None
+    cache.check([admission.held])
+    cache.discard(admission.held)
+    return admission.end

@@ -11,11 +11,13 @@ from core_trials import Trial, run_trial
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
 from mooli.cache.kv_cache import KVCache, RequestPages
 from mooli.cache.radix_tree import TOKEN_BYTES, Insertion, Match, Node, RadixTree, token_key
-from mooli.scheduler.acceptance import Acceptance, Accepted, Sample
+from mooli.scheduler.admission import AdmissionControl, PrefixWaits
 from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
 from mooli.scheduler.drafts import Drafts
-from mooli.scheduler.prefix_waits import PrefixWaits
+from mooli.scheduler.landing import Acceptance, Accepted, Landing, Sample
+from mooli.scheduler.planning import Planner
 from mooli.scheduler.request_state import RequestState
+from mooli.scheduler.running import Running
 from mooli.scheduler.scheduler import Scheduler
 
 pytestmark = pytest.mark.slow
@@ -91,7 +93,7 @@ def page_table_not_switched(patch: pytest.MonkeyPatch) -> None:
         builder._num_pages[req_index] = len(pages)
 
     patch.setattr(BatchBuilder, "grow_pages", grow_pages)
-    patch.setattr(PrefixWaits, "is_waiting", lambda waits, state: False)  # duplicates are rare where requests wait
+    patch.setattr(PrefixWaits, "holds", lambda waits, state: False)  # duplicates are rare where requests wait
 
 
 def page_table_not_cleared(patch: pytest.MonkeyPatch) -> None:
@@ -157,8 +159,8 @@ def cow_source_unlocked(patch: pytest.MonkeyPatch) -> None:
     """The page to copy from may be evicted, and written, in the step that copies it."""
     original = KVCache.open
 
-    def open_unlocked(cache: KVCache, match: Match) -> RequestPages:
-        held = original(cache, match)
+    def open_unlocked(cache: KVCache, match: Match, given: set[int] | None = None) -> RequestPages:
+        held = original(cache, match, given)
         cache.drop_copy_source(held)
         return held
 
@@ -168,30 +170,30 @@ def cow_source_unlocked(patch: pytest.MonkeyPatch) -> None:
 def insert_uncomputed(patch: pytest.MonkeyPatch) -> None:
     """Pages reach the tree before their tokens are computed."""
 
-    def share(scheduler: Scheduler, state: RequestState) -> None:
-        held, page_size = state.pages, scheduler._cache.page_size
+    def share(running: Running, state: RequestState) -> None:
+        held, page_size = state.pages, running._cache.page_size
         if held is None or held.node is None:
             return
         first, last = held.num_shared, min(state.num_tokens // page_size, len(held.pages))
         if last > first:
-            scheduler._cache.insert(held, token_key(state.tokens[first * page_size : last * page_size]))
-            scheduler._builder.set_pages(state.req_index, held.pages, first)
+            running._cache.insert(held, token_key(state.tokens[first * page_size : last * page_size]))
+            running._tables.set_pages(state.req_index, held.pages, first)
 
-    patch.setattr(Scheduler, "_share_computed", share)
+    patch.setattr(Running, "share_computed", share)
 
 
 def insert_last_sampled_token(patch: pytest.MonkeyPatch) -> None:
     """An ended request leaves its last token in the tree, whose KV was never computed."""
-    original = Scheduler._leave
+    original = Running.leave
 
-    def leave(scheduler: Scheduler, state: RequestState, *, keep: bool) -> None:
+    def leave(running: Running, state: RequestState, *, keep: bool) -> None:
         held = state.pages
         if keep and held is not None:
-            room = len(held.pages) * scheduler._cache.page_size
+            room = len(held.pages) * running._cache.page_size
             state.num_computed = min(state.num_tokens, room)
-        original(scheduler, state, keep=keep)
+        original(running, state, keep=keep)
 
-    patch.setattr(Scheduler, "_leave", leave)
+    patch.setattr(Running, "leave", leave)
 
 
 def namespace_ignored(patch: pytest.MonkeyPatch) -> None:
@@ -210,28 +212,26 @@ def failed_step_kept(patch: pytest.MonkeyPatch) -> None:
             row.state.num_computed = row.start + row.length
         original(scheduler, batch, exc)
 
-    def end(
-        scheduler: Scheduler, state: RequestState, finish: object, out: object = None, *, keep: bool = True
-    ) -> None:
-        original_end(scheduler, state, finish, out, keep=True)  # type: ignore[arg-type]
+    def end(landing: Landing, state: RequestState, finish: object, out: object = None, *, keep: bool = True) -> None:
+        original_end(landing, state, finish, out, keep=True)  # type: ignore[arg-type]
 
-    original_end = Scheduler._end
+    original_end = Landing.end
     patch.setattr(Scheduler, "fail", fail)
-    patch.setattr(Scheduler, "_end", end)
+    patch.setattr(Landing, "end", end)
 
 
 def preempted_goes_on(patch: pytest.MonkeyPatch) -> None:
     """A preempted request resumes as if its pages were still its own."""
-    original = Scheduler._admit
+    original = AdmissionControl._admit
 
-    def admit(scheduler: Scheduler, state: RequestState, plan: Plan, promised_pages: int) -> bool:
-        admitted = original(scheduler, state, plan, promised_pages)
+    def admit(admission: AdmissionControl, state: RequestState, plan: Plan, promised_pages: int) -> bool:
+        admitted = original(admission, state, plan, promised_pages)
         if admitted and state.num_preemptions and plan.rows[-1].length > 1:
             row = plan.rows[-1]
             row.start, row.length = row.start + 1, row.length - 1
         return admitted
 
-    patch.setattr(Scheduler, "_admit", admit)
+    patch.setattr(AdmissionControl, "_admit", admit)
 
 
 def split_forgets_locks(patch: pytest.MonkeyPatch) -> None:
@@ -265,26 +265,24 @@ def match_ignores_end_of_span(patch: pytest.MonkeyPatch) -> None:
 
 
 def finishes_twice(patch: pytest.MonkeyPatch) -> None:
-    original = Scheduler._end
+    original = Landing.end
 
-    def end(
-        scheduler: Scheduler, state: RequestState, finish: object, out: object = None, *, keep: bool = True
-    ) -> None:
-        original(scheduler, state, finish, out, keep=keep)  # type: ignore[arg-type]
+    def end(landing: Landing, state: RequestState, finish: object, out: object = None, *, keep: bool = True) -> None:
+        original(landing, state, finish, out, keep=keep)  # type: ignore[arg-type]
         if finish.type == "abort":  # type: ignore[attr-defined]
-            scheduler._outputs.append(scheduler._output(state, finish))  # type: ignore[arg-type]
+            landing.outputs.append(landing._output(state, finish))  # type: ignore[arg-type]
 
-    patch.setattr(Scheduler, "_end", end)
+    patch.setattr(Landing, "end", end)
 
 
 def waits_for_ever(patch: pytest.MonkeyPatch) -> None:
     """A request that waits for another's prefix goes on waiting after that one has ended."""
 
-    def is_waiting(waits: PrefixWaits, state: RequestState) -> bool:
+    def holds(waits: PrefixWaits, state: RequestState) -> bool:
         return state.leader is not None or original(waits, state)
 
-    original = PrefixWaits.is_waiting
-    patch.setattr(PrefixWaits, "is_waiting", is_waiting)
+    original = PrefixWaits.holds
+    patch.setattr(PrefixWaits, "holds", holds)
 
 
 def bias_not_lifted(patch: pytest.MonkeyPatch) -> None:
@@ -349,38 +347,38 @@ def drafts_drawn_at_one_position(patch: pytest.MonkeyPatch) -> None:
 
 def draft_pages_not_grown(patch: pytest.MonkeyPatch) -> None:
     """Drafts are stored past the pages that the request has."""
-    original = Scheduler._add_drafts
+    original = Planner._add_drafts
 
-    def add_drafts(scheduler: Scheduler, drafts: Drafts, plan: Plan) -> None:
+    def add_drafts(planner: Planner, drafts: Drafts, plan: Plan) -> None:
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Scheduler, "_grow", lambda *arguments: None)
-            original(scheduler, drafts, plan)
+            inner.setattr(Running, "grow", lambda *arguments: None)
+            original(planner, drafts, plan)
 
-    patch.setattr(Scheduler, "_add_drafts", add_drafts)
+    patch.setattr(Planner, "_add_drafts", add_drafts)
 
 
 def begins_without_a_page(patch: pytest.MonkeyPatch) -> None:
     """A step may be begun whose tokens have no page."""
-    original = Scheduler._goes_on
+    original = Planner._may_begin_next
 
-    def goes_on(scheduler: Scheduler, plan: Plan) -> bool:
+    def may_begin_next(planner: Planner, plan: Plan) -> bool:
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Scheduler, "_grow", lambda *arguments: None)
-            return original(scheduler, plan)
+            inner.setattr(Running, "grow", lambda *arguments: None)
+            return original(planner, plan)
 
-    patch.setattr(Scheduler, "_goes_on", goes_on)
+    patch.setattr(Planner, "_may_begin_next", may_begin_next)
 
 
 def begun_tokens_counted_as_computed(patch: pytest.MonkeyPatch) -> None:
     """What a step had begun with is taken for done."""
-    original = Scheduler._leave
+    original = Running.leave
 
-    def leave(scheduler: Scheduler, state: RequestState, *, keep: bool) -> None:
-        if state.pages is not None and keep and len(state.pages.pages) * scheduler._cache.page_size >= state.num_tokens:
+    def leave(running: Running, state: RequestState, *, keep: bool) -> None:
+        if state.pages is not None and keep and len(state.pages.pages) * running._cache.page_size >= state.num_tokens:
             state.num_computed = state.num_tokens
-        original(scheduler, state, keep=keep)
+        original(running, state, keep=keep)
 
-    patch.setattr(Scheduler, "_leave", leave)
+    patch.setattr(Running, "leave", leave)
 
 
 def stop_ids_seen_only_at_the_end(patch: pytest.MonkeyPatch) -> None:
@@ -398,14 +396,14 @@ def stop_ids_seen_only_at_the_end(patch: pytest.MonkeyPatch) -> None:
 
 def admits_beside_a_preemption(patch: pytest.MonkeyPatch) -> None:
     """Who has just given way may take its pages back at once."""
-    original = Scheduler._continue_running
+    original = Planner._continue_running
 
-    def continue_running(scheduler: Scheduler, plan: Plan) -> None:
-        original(scheduler, plan)
-        if scheduler._waiting and plan.num_preempted:
-            scheduler._admit_waiting(plan)
+    def continue_running(planner: Planner, plan: Plan, mixed_prefill_tokens: int) -> None:
+        original(planner, plan, mixed_prefill_tokens)
+        if planner.waiting and plan.num_preempted:
+            planner.admission.admit_waiting(plan)
 
-    patch.setattr(Scheduler, "_continue_running", continue_running)
+    patch.setattr(Planner, "_continue_running", continue_running)
 
 
 BUGS: list[Plant] = [

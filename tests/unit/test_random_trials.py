@@ -32,7 +32,7 @@ def test_a_batch_made_from_the_last_one_is_the_batch_made_anew(monkeypatch: pyte
         batch = make_next(self, step, plan, last)
         compared += 1
         penalised += len(batch.sampling.history_ids) > 0
-        anew = self._build(step, Plan(0, rows=plan.rows, goes_on=plan.goes_on))
+        anew = self._build(step, Plan(0, 0, rows=plan.rows, may_begin_next=plan.may_begin_next))
         for one, other in ((batch, anew), (batch.sampling, anew.sampling)):
             for field in fields(one):
                 if field.name != "sampling":

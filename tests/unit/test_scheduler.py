@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mooli.batch import ScheduleBatch
-from mooli.cache.kv_cache import KVCache
+from mooli.cache.kv_cache import KVCache, MatchEnd
 from mooli.errors import ConfigError, EngineError, PromptError, RequestError
 from mooli.runner.fake import FakeRunner
-from mooli.scheduler.policy import head_start
+from mooli.scheduler.admission import head_start
+from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import Request, RequestOutput, SamplingParams
 
@@ -142,10 +144,10 @@ def test_a_step_goes_on_if_the_next_one_will_have_the_same_requests_with_a_token
     for _ in range(8):
         bench.step()
     for batch, following in zip(bench.batches, bench.batches[1:], strict=False):
-        assert batch.goes_on
+        assert batch.may_begin_next
         assert spans(following) == [(start + length, 1) for start, length in spans(batch)]
     bench.step()  # its tokens are the last
-    assert not bench.batches[-1].goes_on
+    assert not bench.batches[-1].may_begin_next
     assert not bench.scheduler.has_requests
 
 
@@ -156,7 +158,7 @@ def test_a_step_does_not_go_on_beside_a_request_that_is_not_yet_in_it() -> None:
     bench.add(request("b", [1, 5, 6, 7, 8, 9], max_new_tokens=20))
     bench.step()
     bench.step()
-    assert [batch.goes_on for batch in bench.batches] == [True, False, True]
+    assert [batch.may_begin_next for batch in bench.batches] == [True, False, True]
     assert spans(bench.batches[1]) == [(2, 1), (0, 3)]
 
 
@@ -166,7 +168,7 @@ def test_a_step_does_not_go_on_while_a_request_that_could_run_waits() -> None:
     bench.add(request("c", [4], max_new_tokens=20))
     bench.step()
     bench.step()
-    assert [batch.goes_on for batch in bench.batches] == [False, True]  # two run, and no more can
+    assert [batch.may_begin_next for batch in bench.batches] == [False, True]  # two run, and no more can
 
 
 def test_a_page_is_taken_early_only_if_nobody_else_could_need_it() -> None:
@@ -174,13 +176,13 @@ def test_a_page_is_taken_early_only_if_nobody_else_could_need_it() -> None:
     roomy.add(request("a", [1, 2, 3], max_new_tokens=9))
     for _ in range(2):
         roomy.step()
-    assert [batch.goes_on for batch in roomy.batches] == [True, True]
+    assert [batch.may_begin_next for batch in roomy.batches] == [True, True]
     assert (roomy.batches[-1].page_table >= 0).sum() == 2
     narrow = Bench(num_pages=2, enabled=False)
     narrow.add(request("a", [1, 2, 3], max_new_tokens=4))
     for _ in range(2):
         narrow.step()
-    assert [batch.goes_on for batch in narrow.batches] == [True, False]
+    assert [batch.may_begin_next for batch in narrow.batches] == [True, False]
     narrow.run()
     assert len(narrow.tokens("a")) == 4
 
@@ -288,6 +290,65 @@ def test_followers_go_on_when_their_leader_is_aborted() -> None:
     assert bench.last("follower").cached_tokens == 8
 
 
+class Preparing:
+    """A `Hold`: something outside prepares requests, and those that it has not done yet wait."""
+
+    reason = "being prepared"
+
+    def __init__(self, *rids: str) -> None:
+        self.rids = set(rids)
+        self.told: list[str] = []
+
+    def begin_step(self, running: Iterable[RequestState]) -> None:
+        self.told = [state.rid for state in running]
+
+    def holds(self, state: RequestState) -> bool:
+        return state.rid in self.rids
+
+    def began(self, state: RequestState) -> None:
+        self.told.append(state.rid)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_one_rule_admits_requests_whatever_the_reason_they_wait_for(policy: str) -> None:
+    hold = Preparing("slow")
+    bench = Bench(holds=[hold], policy=policy)
+    slow, same = request("slow", list(range(20)), 9), request("same", list(range(20)), 1)
+    bench.add(slow, request("other", [500, 501], 30), same)
+    bench.step()
+    assert spans(bench.batches[0]) == [(0, 2), (0, 20)], "who is held does not hold up others"
+    assert hold.told == ["other", "same"]
+    waiting = bench.scheduler._states["slow"]
+    assert (waiting.waited_for, waiting.pages) == ("being prepared", None)
+    hold.rids.clear()
+    bench.step()
+    assert waiting.pages is not None and waiting.num_found == 19
+    assert waiting.match_end == MatchEnd(19, None)
+    bench.run()
+
+
+def test_what_a_request_waited_for_is_known() -> None:
+    bench = Bench()
+    bench.add(request("leader", list(range(20)), 9), request("follower", list(range(20)), 9))
+    bench.step()
+    follower = bench.scheduler._states["follower"]
+    assert (follower.waited_for, follower.match_end) == ("in flight", None)
+    bench.step()
+    assert (follower.num_found, follower.match_end) == (19, MatchEnd(19, None))
+
+
+def test_nothing_runs_while_all_that_wait_are_held_and_they_can_be_ended() -> None:
+    hold = Preparing("a", "b")
+    bench = Bench(holds=[hold])
+    bench.add(request("a", [1, 2, 3], 1), request("b", [1, 2, 3], 1))
+    assert bench.scheduler.schedule() is None
+    assert bench.scheduler.abort("a")
+    assert [out.rid for out in bench.step()] == ["a"]
+    hold.rids.clear()
+    bench.run()
+    assert bench.last("b").finish.type == "length"  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_namespaces_and_a_disabled_cache_share_nothing(enabled: bool) -> None:
     bench = Bench(enabled=enabled)
@@ -332,7 +393,7 @@ def test_priorities_are_ignored_unless_they_are_to_count(policy: str) -> None:
 def test_a_request_is_overtaken_only_as_long_as_a_priority_is_worth(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mooli.scheduler.policy.PRIORITY_TOKENS", 30)
+    monkeypatch.setattr("mooli.scheduler.admission.PRIORITY_TOKENS", 30)
     bench = Bench(max_running_requests=1, policy=policy, priorities=True, enabled=False)
     bench.add(request("first", [1], 1))
     bench.step()
@@ -449,7 +510,7 @@ def test_a_preempted_request_goes_on_before_an_older_one_that_never_ran() -> Non
     began: list[str] = []
     for _ in range(60):
         bench.step()
-        began += [state.rid for state in bench.scheduler._running if state.rid not in ("leader", *began)]
+        began += [state.rid for state in bench.scheduler._running.states if state.rid not in ("leader", *began)]
     assert began == ["later", "twin"]
 
 

@@ -231,8 +231,9 @@ class Backend(Protocol):
         """A step in which all asked tokens sample, from its plan to its sampled tokens: captured `forward`, captured
         `logits` of their rows, `sample`. One call, so that a device need not wait for the host between them.
 
-        If the batch `goes_on`, it may begin with the step that will most likely follow, while the host takes this one
-        in. The next `plan` decides whether that is used; keys and values of the sampled tokens may be stored anyway.
+        If the batch says `may_begin_next`, it may begin with the step that will most likely follow, while the host
+        takes this one in. The next `plan` decides whether that is used; keys and values of the sampled tokens may be
+        stored anyway.
         """
         ...
 

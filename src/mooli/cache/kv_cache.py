@@ -1,4 +1,4 @@
-"""The KV cache as the scheduler sees it: match, open, grow, insert, release.
+"""The KV cache as the scheduler sees it: admit, grow, insert, release.
 
 Owns the page pool and the radix tree, and the rule that every page has exactly one owner. Never knows what a request is
 beyond the pages it holds, and never touches device memory: copying is asked for through `PageCopy`.
@@ -11,6 +11,7 @@ beyond the pages it holds, and never touches device memory: copying is asked for
 
     match + open   [0, num_shared) is the tree's, found and locked; nothing is the request's yet
     grow           appends own pages
+    admit          these three for a request that begins, or nothing where pages are too few
     insert         own pages that are full and computed become the tree's: num_shared moves right. Where the tree had
                    the page already, the own one is freed and the page list points at the tree's
     release        like insert, a partly filled last page included; then own pages left are freed, shared ones unlocked
@@ -23,9 +24,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 
+from mooli.batch import PageCopy
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import TOKEN_BYTES, Match, Node, RadixTree
 from mooli.errors import ConfigError, EngineError
@@ -45,6 +48,48 @@ class RequestPages:
     node: Node | None = None
     copy_source: Node | None = None
     given: set[int] = field(default_factory=set)
+
+
+class MissReason(Enum):
+    """Why no more of a request was in the cache."""
+
+    NAMESPACE = "namespace"
+    """Nothing is cached in the request's namespace."""
+    NEW = "new"
+    """The tree ends here. Whether it ever went on, and was evicted, is not known."""
+    DIVERGED = "diverged"
+    """The tree goes on with another token."""
+    HELD_BACK = "held back"
+    """The request must compute what follows itself: it asked for log-probabilities of its prompt."""
+    DISABLED = "disabled"
+    """The cache is off."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatchEnd:
+    """Where a request's tokens stopped agreeing with the tree, and why; the cache may have used fewer of them.
+
+    reason: None where all were there that may be: at least one token of a request is always computed.
+    found: the token id that the tree has at index `num_tokens`, where it has DIVERGED.
+    """
+
+    num_tokens: int
+    reason: MissReason | None
+    found: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a request begins to run on.
+
+    held: its pages, for all matched tokens and the first `num_tokens` to be computed. copies: to be made before those.
+    """
+
+    held: RequestPages
+    num_matched: int
+    num_tokens: int
+    copies: list[PageCopy]
+    end: MatchEnd
 
 
 class KVCache:
@@ -92,6 +137,71 @@ class KVCache:
     def pages_for(self, num_tokens: int) -> int:
         """How many pages hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
+
+    def room(self, held: RequestPages, num_computed: int) -> int:
+        """How many tokens could be stored after `num_computed`, were all available pages this request's."""
+        return (len(held.pages) + self._pool.num_free + self._tree.num_evictable) * self.page_size - num_computed
+
+    def cut(self, start: int, num_tokens: int) -> int:
+        """At most `num_tokens` of a request's tokens from `start` on: fewer if what comes after them then begins where
+        a match could end, which some devices compute faster."""
+        past = (start + num_tokens) % self.match_granularity_tokens
+        return num_tokens - past if past < num_tokens else num_tokens
+
+    def admit(
+        self,
+        namespace: str,
+        key: bytes,
+        *,
+        max_matched: int,
+        most_tokens: int,
+        num_pages: int = 0,
+        promised_pages: int = 0,
+        given: set[int] | None = None,
+    ) -> Admission | None:
+        """Let a request begin on what is cached of it, with pages for the first tokens that it computes.
+
+        key: all its tokens (see `token_key`), of which at most `max_matched` may come from the cache and at most
+        `most_tokens` are computed first. num_pages: what it needs in the end. It is admitted only if as many are
+        available besides the `promised_pages`. given: see `open`.
+
+        None, and no change, if there are too few pages.
+        """
+        match = self.match(namespace, key, max_matched)
+        end = self._end(match, len(key) // TOKEN_BYTES, max_matched)  # before `open`, which may split a node
+        held = self.open(match, given)
+        num_shared = held.num_shared
+        num_matched = num_shared * self.page_size + match.head_tokens
+        if self.num_available < promised_pages + max(0, num_pages - num_shared):
+            self.discard(held)
+            return None
+        copied = match.head_tokens
+        if copied and self.room(held, num_matched) <= 0:
+            # Alone in a pool just large enough: the page to copy from is the one that is needed.
+            self.drop_copy_source(held)
+            num_matched -= copied
+            copied = 0
+        num_missing = len(key) // TOKEN_BYTES - num_matched
+        num_tokens = min(num_missing, most_tokens, self.room(held, num_matched))
+        if num_tokens < num_missing:
+            num_tokens = self.cut(num_matched, num_tokens)
+        if num_tokens <= 0 or not self.grow(held, num_matched + num_tokens):
+            self.discard(held)
+            return None
+        copies = [PageCopy(match.source_page, held.pages[num_shared], copied)] if copied else []
+        return Admission(held, num_matched, num_tokens, copies, end)
+
+    def _end(self, match: Match, num_tokens: int, max_matched: int) -> MatchEnd:
+        """Where `match` ends for a request of `num_tokens` tokens of which it could have found `max_matched`."""
+        agreeing = (len(match.pages) - match.child_pages) * self.page_size + match.child_tokens
+        if agreeing >= max_matched:
+            return MatchEnd(agreeing, None if max_matched >= num_tokens - 1 else MissReason.HELD_BACK)
+        if not self.enabled:
+            return MatchEnd(agreeing, MissReason.DISABLED)
+        if match.node is None:
+            return MatchEnd(agreeing, MissReason.NAMESPACE)
+        found = self._tree.token_after(match)
+        return MatchEnd(agreeing, MissReason.NEW if found is None else MissReason.DIVERGED, found)
 
     def match(self, namespace: str, key: bytes, max_tokens: int) -> Match:
         """The longest cached prefix of `key` (see `token_key`), at most `max_tokens`. Changes nothing."""

@@ -86,13 +86,14 @@ class Match:
     """The longest prefix found: full `pages`, then `head_tokens` of `source_page`. Valid until the tree next changes.
 
     node: the last node matched whole (None: the namespace is new). child: the node in which the match ends, if it ends
-    inside one, after `child_pages` of its pages.
+    inside one, after `child_pages` of its pages; `child_tokens` of its tokens agree.
     """
 
     namespace: str
     node: Node | None = None
     child: Node | None = None
     child_pages: int = 0
+    child_tokens: int = 0
     pages: list[int] = field(default_factory=list)
     head_tokens: int = 0
     source_page: int = -1
@@ -151,7 +152,8 @@ class RadixTree:
 
     def _ending_inside(self, namespace: str, node: Node, child: Node, pages: list[int], common: int) -> Match:
         full, head_bytes = divmod(common, self._page_bytes)
-        match = Match(namespace, node, child, full, pages + child.pages[:full], head_bytes // TOKEN_BYTES)
+        pages = pages + child.pages[:full]
+        match = Match(namespace, node, child, full, common // TOKEN_BYTES, pages, head_bytes // TOKEN_BYTES)
         if head_bytes:
             match.source_page = child.pages[full]
         return match
@@ -165,6 +167,15 @@ class RadixTree:
             if common > most:
                 best, most = node.children[edge], common
         return best, most
+
+    def token_after(self, match: Match) -> int | None:
+        """The token that the tree has where `match` ends: of several, the one used last. None where it has none, and
+        where nothing agrees at all."""
+        child, at = match.child, match.child_tokens * TOKEN_BYTES
+        if child is None and match.node is not None and match.node.parent is not None:
+            child = _used_last(islice(match.node.children.values(), MOST_BRANCHES))
+        token = child.key[at : at + TOKEN_BYTES] if child is not None else b""
+        return int.from_bytes(token, "big") if token else None
 
     def following(self, node: Node, key: bytes, num_bytes: int) -> bytes:
         """What the tree has after `key` (at most a page of tokens) below `node`, at most `num_bytes` of it.

@@ -84,7 +84,7 @@ class FakeRunner:
                     for i, target in enumerate(wanted.target_ids.tolist())
                 ]
             )
-        if batch.goes_on:
+        if batch.may_begin_next:
             self._begin_next(batch)
         return StepOutput(np.array(token_ids, np.int32), logprobs, prompt_logprobs)
 

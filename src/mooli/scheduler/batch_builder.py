@@ -53,15 +53,25 @@ class Row:
 class Plan:
     """The step being put together. `num_preempted` counts running requests that had to give way.
 
-    goes_on: see `ScheduleBatch`.
+    max_tokens: of any step. tokens_left: of this one. may_begin_next: see `ScheduleBatch`. is_held_up: a request waits
+    that could begin otherwise (see `Hold`).
     """
 
+    max_tokens: int
     tokens_left: int
     rows: list[Row] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     num_preempted: int = 0
     num_cached_tokens: int = 0
-    goes_on: bool = False
+    may_begin_next: bool = False
+    is_held_up: bool = False
+
+    def most_for(self, state: RequestState) -> int:
+        """How many tokens of a request the step may compute at most. A token whose log-probabilities are asked for has
+        a row of logits of its own: of such a prompt a step takes no more than a quarter of what it takes of others."""
+        if state.next_prompt_logprob < state.num_prompt_tokens:
+            return min(self.tokens_left, max(1, self.max_tokens // 4))
+        return self.tokens_left
 
     def add(self, state: RequestState, length: int) -> None:
         """Add the next `length` tokens of a request. Its last missing token samples, unless it wants no tokens."""
@@ -165,16 +175,16 @@ class BatchBuilder:
     def build(self, step: int, plan: Plan) -> ScheduleBatch:
         """The batch of `plan`, in the order of its rows, which must not be empty."""
         last = self._last
-        if last is not None and _goes_on(plan, last):
+        if last is not None and _follows(plan, last):
             batch = self._next(step, plan, last.batch)
             self._last = _Last(last.states, batch)
         else:
             batch = self._build(step, plan)
-            self._last = self._to_go_on_from(plan, batch)
+            self._last = self._to_follow(plan, batch)
         self._pages_changed = False
         return batch
 
-    def _to_go_on_from(self, plan: Plan, batch: ScheduleBatch) -> _Last | None:
+    def _to_follow(self, plan: Plan, batch: ScheduleBatch) -> _Last | None:
         if self._biases or len(batch.sampling) != len(plan.rows):
             return None
         if plan.copies or batch.prompt_logprobs or not all(row.continues_output and row.samples for row in plan.rows):
@@ -214,7 +224,7 @@ class BatchBuilder:
             num_samples=last.num_samples,
             page_table=page_table,
             sampling=sampling,
-            goes_on=plan.goes_on,
+            may_begin_next=plan.may_begin_next,
         )
 
     def _build(self, step: int, plan: Plan) -> ScheduleBatch:
@@ -247,7 +257,7 @@ class BatchBuilder:
             ),
             copies=plan.copies,
             prompt_logprobs=_prompt_logprob_rows(rows),
-            goes_on=plan.goes_on,
+            may_begin_next=plan.may_begin_next,
         )
 
     def _sampling(self, samples: list[tuple[Row, int]], indices: NDArray[np.int32]) -> SamplingBatch:
@@ -298,7 +308,7 @@ class BatchBuilder:
         )
 
 
-def _goes_on(plan: Plan, last: _Last) -> bool:
+def _follows(plan: Plan, last: _Last) -> bool:
     """Whether the rows are those of the last batch, each one token later and nothing else."""
     rows, starts = plan.rows, last.batch.starts
     return (

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli.batch import LogprobRow
-from mooli.cache.kv_cache import RequestPages
+from mooli.cache.kv_cache import MatchEnd, RequestPages
 from mooli.cache.radix_tree import token_key
 from mooli.scheduler.drafts import DraftRecord
 from mooli.types import FinishReason, Request, TokenLogprobs
@@ -26,6 +26,7 @@ class RequestState:
     num_found: tokens that were in the cache when it began to run, this time.
     drafts: how the guesses at its next tokens have fared.
     given: the tree's pages that it computed, preempted or not.
+    match_end: where it ended in the cache when it began to run, and why. waited_for: what held it last (see `Hold`).
     leader: the running request that now computes a prefix this one waits for, until it has `leader_pages` in the tree.
     """
 
@@ -41,6 +42,7 @@ class RequestState:
         "head_start",
         "leader",
         "leader_pages",
+        "match_end",
         "max_tokens",
         "next_prompt_logprob",
         "num_computed",
@@ -55,6 +57,7 @@ class RequestState:
         "req_index",
         "request",
         "stop_ids",
+        "waited_for",
     )
 
     def __init__(
@@ -78,6 +81,8 @@ class RequestState:
         self.pages: RequestPages | None = None
         self.given: set[int] = set()
         self.req_index = -1
+        self.match_end: MatchEnd | None = None
+        self.waited_for: str | None = None
         self.leader: RequestState | None = None
         self.leader_pages = 0
         self.pending_finish: FinishReason | None = None

@@ -348,10 +348,10 @@ class CpuBackend:
     ) -> SampleResult:
         planned, s = self.plan(batch), batch.sampling
         if not (s.temperature.any() or s.history_ids.size or s.bias_ids.size) and s.num_top.max() < 0:
-            token_ids = forward.run_choosing(planned, logits, vocab_size, batch.goes_on)
+            token_ids = forward.run_choosing(planned, logits, vocab_size, batch.may_begin_next)
             return SampleResult(token_ids, [None] * len(s))
         result = self.sample(forward.run_then(planned, logits), s, vocab_size)
-        if batch.goes_on:
+        if batch.may_begin_next:
             forward.begin_next(result.token_ids)
         return result
 

@@ -274,12 +274,15 @@ class CapturedTape:
         assert head._output is not None
         return Result(head._output, len(planned.asked_tokens))
 
-    def run_choosing(self, planned: Planned, head: CapturedTape, vocab_size: int, goes_on: bool) -> NDArray[np.int32]:
+    def run_choosing(
+        self, planned: Planned, head: CapturedTape, vocab_size: int, may_begin_next: bool
+    ) -> NDArray[np.int32]:
         """The same, for the id below `vocab_size` with the largest value in each row of what `head` would give, which
-        need not be stored; -1 for a row with NaN. With `goes_on`, the other threads then begin with the next step."""
+        need not be stored; -1 for a row with NaN. With `may_begin_next`, the other threads then begin with the next
+        step."""
         buffers = self._buffers_to(planned, head)
         token_ids = np.empty(len(planned.asked_tokens), dtype=np.int32)
-        self._tape.run_choosing(planned.num_tokens, head._tape, *buffers, vocab_size, goes_on, token_ids)
+        self._tape.run_choosing(planned.num_tokens, head._tape, *buffers, vocab_size, may_begin_next, token_ids)
         return token_ids
 
     def begin_next(self, token_ids: NDArray[np.int32]) -> None:

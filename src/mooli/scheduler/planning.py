@@ -1,0 +1,127 @@
+"""The second room of the scheduler: a step is planned.
+
+Owns how many tokens each running request gets, who gives way where pages are too few, and what is computed on a guess.
+Never ends a request and never sees what a step computed. The order in which a step is filled is that of `scheduler.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mooli.cache.kv_cache import KVCache, RequestPages
+from mooli.scheduler.admission import AdmissionControl, Waiting
+from mooli.scheduler.batch_builder import Plan
+from mooli.scheduler.drafts import Drafts
+from mooli.scheduler.request_state import RequestState
+from mooli.scheduler.running import Running
+
+
+@dataclass(slots=True, eq=False)
+class Planner:
+    """Plans steps of up to `max_batch_tokens`; with `drafts`, guesses are verified where a step is small."""
+
+    cache: KVCache
+    waiting: Waiting
+    running: Running
+    admission: AdmissionControl
+    max_batch_tokens: int
+    drafts: Drafts | None
+
+    def plan(self, mixed_prefill_tokens: int) -> Plan:
+        """The next step; without rows if nothing can run. mixed_prefill_tokens: what prompts get beside streams."""
+        plan = Plan(self.max_batch_tokens, self.max_batch_tokens)
+        self._continue_running(plan, mixed_prefill_tokens)
+        if self.waiting and not plan.num_preempted:  # who just gave way would take the pages back
+            self.admission.admit_waiting(plan)
+        if self.drafts is not None:
+            self._add_drafts(self.drafts, plan)
+        plan.may_begin_next = self._may_begin_next(plan)
+        return plan
+
+    def _continue_running(self, plan: Plan, mixed_prefill_tokens: int) -> None:
+        one_missing: list[RequestState] = []
+        more_missing: list[RequestState] = []
+        for state in self.running.states:
+            (one_missing if state.num_tokens - state.num_computed == 1 else more_missing).append(state)
+        self._continue(one_missing, plan)
+        # Streams wait for this step, and what else it computes is their gap; or another client may come while it runs.
+        if plan.rows or self.waiting.has_known_several:
+            plan.tokens_left = min(plan.tokens_left, mixed_prefill_tokens)
+        if self.waiting:
+            self.admission.admit_newcomers(plan, has_prompts=bool(more_missing))
+        if more_missing:
+            self._continue(self.waiting.by_turn(more_missing, self.running.states), plan)
+
+    def _continue(self, states: list[RequestState], plan: Plan) -> None:
+        page_size = self.cache.page_size
+        for state in states:
+            held = state.pages
+            if held is None:  # preempted for one before it
+                continue
+            if not plan.tokens_left:
+                break
+            has_page = len(held.pages) * page_size > state.num_computed
+            length = 1 if has_page and state.num_missing == 1 else self._make_room(state, held, plan)
+            if length:
+                plan.add(state, length)
+
+    def _make_room(self, state: RequestState, held: RequestPages, plan: Plan) -> int:
+        """Get pages for as many of the missing tokens as possible, at the cost of requests of lower rank if for none.
+
+        Returns for how many; 0 means that the request must wait for those of higher rank.
+        """
+        while (room := self.cache.room(held, state.num_computed)) <= 0:
+            victim = self.running.states[-1]
+            if victim is state:
+                return 0
+            self.admission.give_way(victim, plan)
+        length = min(state.num_missing, room, plan.most_for(state))
+        if length < state.num_missing:
+            length = self.cache.cut(state.num_computed, length)
+        self.running.grow(state, held, state.num_computed + length)
+        return length
+
+    def _add_drafts(self, drafts: Drafts, plan: Plan) -> None:
+        """Have the rows verify guesses, where all continue outputs and together are few.
+
+        Only pages that nobody else could need in the next step are taken for guesses.
+        """
+        rows = plan.rows
+        tokens_left = min(plan.tokens_left, drafts.settings.tokens_per_step - len(rows))
+        if tokens_left < 1 or not all(row.continues_output for row in rows):
+            return
+        for index, row in enumerate(rows):
+            state, held = row.state, row.state.pages
+            if held is None:
+                continue
+            spare_pages = max(0, self.cache.num_available - len(self.running.states))
+            most = min(
+                -(-tokens_left // (len(rows) - index)),
+                state.max_tokens - state.num_tokens - 1,  # the token after the last draft is the request's last
+                (len(held.pages) + spare_pages) * self.cache.page_size - state.num_tokens,
+            )
+            guesses = drafts.propose(state.tokens, held, state.drafts, most)
+            if guesses:
+                self.running.grow(state, held, state.num_tokens + len(guesses))
+                plan.add_drafts(row, guesses)
+                tokens_left -= len(guesses)
+
+    def _may_begin_next(self, plan: Plan) -> bool:
+        """Whether the next step is most likely this one's rows with one token more each: no request begins, waits for a
+        prompt or ends by its length. Gets them the page for that token a step early, if nobody else could need it."""
+        running = self.running
+        if len(plan.rows) < len(running.states) or (self.waiting and running.free_indices):
+            return False
+        cache = self.cache
+        spare_pages = cache.num_available - len(running.states)
+        for row in plan.rows:
+            state, held, num_tokens = row.state, row.state.pages, row.start + row.length + 1
+            if held is None or row.num_samples != 1 or num_tokens >= state.max_tokens:
+                return False
+            missing = cache.pages_for(num_tokens) - len(held.pages)
+            if missing > 0:
+                spare_pages -= missing
+                if spare_pages < 0:
+                    return False
+                running.grow(state, held, num_tokens)
+        return True
