@@ -11,6 +11,9 @@ what to do about it.
     │   │   └── ContextLengthError            longer than the context, alone or with the answer asked for
     │   └── SamplingParamsError               a sampling value out of its range
     │       └── UnknownSamplingParamError (TypeError)
+    ├── BusyError (RuntimeError)              no room for one request now; the same may be sent again
+    │   ├── QueueFullError                    as many run and wait as may
+    │   └── KeyBusyError                      as many of the same key do
     ├── ModelError                            a model cannot be used
     │   ├── ModelNotFoundError (FileNotFoundError)
     │   ├── DownloadError (ConnectionError)   a model cannot be fetched from a hub
@@ -95,6 +98,22 @@ class SamplingParamsError(RequestError):
 
 class UnknownSamplingParamError(SamplingParamsError, TypeError):
     """There is no sampling parameter of that name."""
+
+
+class BusyError(MooliError, RuntimeError):
+    """There is no room for this request now. retry_after_s: when it is worth to try again."""
+
+    def __init__(self, message: str = "", *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFullError(BusyError):
+    """As many requests run and wait as may."""
+
+
+class KeyBusyError(BusyError):
+    """As many requests of the same key run and wait as may."""
 
 
 class ModelError(MooliError):

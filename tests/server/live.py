@@ -19,7 +19,7 @@ from fake_engine import byte_tokenizer, fake_build
 
 from mooli.config import EngineConfig
 from mooli.engine import messages, process
-from mooli.engine.client import EngineClient
+from mooli.link.client import EngineClient
 from mooli.server.config import ServerConfig
 from mooli.server.launch import HttpServer, make_service
 from mooli.server.tls import tls_context

@@ -10,9 +10,9 @@ from engine_link import START, fake_child
 from fake_engine import byte_tokenizer
 
 from mooli.config import EngineConfig
-from mooli.engine.client import EngineClient
 from mooli.errors import ContextLengthError
 from mooli.frontend.tokenizer_bounds import TextBounds
+from mooli.link.client import EngineClient
 from mooli.server.config import ServerConfig
 from mooli.server.launch import make_service
 from mooli.server.text_threads import (

@@ -17,8 +17,8 @@ from fake_engine import fake_build
 from mooli.config import EngineConfig
 from mooli.engine import messages
 from mooli.engine.child import EngineChild
-from mooli.engine.client import EngineClient
 from mooli.errors import MooliError
+from mooli.link.client import EngineClient
 from mooli.types import FinishReason, Request, RequestOutput, SamplingParams
 
 FAKE_CORE = Path(__file__).with_name("fake_core.py")

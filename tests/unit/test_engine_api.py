@@ -16,11 +16,11 @@ import pytest
 from fake_engine import EOS, Gate, says
 
 import mooli
-from mooli.engine.loop import EngineLoop
 from mooli.frontend import call, generation, inputs
 from mooli.frontend.call import Bell
 from mooli.frontend.generation import Generation
 from mooli.frontend.stop import StopStrings
+from mooli.link.thread import EngineLoop
 
 GREEDY = {"temperature": 0}
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from mooli.config import EngineConfig
 from mooli.engine import messages, process
-from mooli.engine.client import EngineClient
 from mooli.errors import MooliError, PromptError
+from mooli.link.client import EngineClient
 from mooli.types import FinishReason, Request, RequestOutput
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ class Trial:
             EngineConfig.from_kwargs(model_path="fake", max_running_requests=2), next_token=lambda context: context[0]
         )
         self.core = built.core
-        self.link = process.Link(far)
+        self.engine_end = process.Wire(far)
         self.client = EngineClient(NoProcess(), lambda *_: None)
         self.client.connection_made(self.wire)
         self.client.data_received(messages.encode(messages.Ready(built.facts.to_dict())))
@@ -93,7 +93,7 @@ class Trial:
             self.near.sendall(piece)
 
     def turn(self) -> None:
-        assert process.take_turn(self.link, self.core, wait=False)
+        assert process.take_turn(self.engine_end, self.core, wait=False)
         self.core.check()
 
     def down(self, num_bytes: int) -> int:

@@ -16,8 +16,8 @@ import pytest
 
 from mooli.cache.kv_cache import KVCache
 from mooli.engine.core import EngineCore
-from mooli.engine.loop import EngineLoop
 from mooli.errors import EngineClosedError, EngineDeadError, EngineError, PromptError, RequestError
+from mooli.link.thread import EngineLoop
 from mooli.runner.fake import FakeRunner
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import FinishReason, Request, RequestOutput, SamplingParams
@@ -43,7 +43,7 @@ class CountingCore:
             raise PromptError("no room")
         self.live[request.rid] = 0
 
-    def abort(self, rid):
+    def abort(self, rid, message):
         return self._early(rid, FinishReason("abort"))
 
     def finish(self, rid, matched):
@@ -84,7 +84,7 @@ def make_loop():
     loops = []
 
     def make(core, **kwargs):
-        loops.append(EngineLoop(core, **kwargs))
+        loops.append(EngineLoop(core, None, **kwargs))
         return loops[-1]
 
     yield make
@@ -158,14 +158,14 @@ def test_an_aborted_request_ends_with_abort(make_loop):
     (q,) = submit(loop, "a")
     gate.release()
     q.get(timeout=TIMEOUT_S)
-    loop.abort(["a", "unknown"])
+    loop.abort(["a", "unknown"], "enough")
     gate.release(2)
     assert until_finish(q)[-1].finish.type == "abort"
     gate.release(10)
 
 
 @pytest.mark.parametrize(
-    "end", [lambda loop, a: loop.drop([a]), lambda loop, a: loop.finish([(a, "stop")])], ids=["drop", "finish"]
+    "end", [lambda loop, a: loop.drop([a], "gone"), lambda loop, a: loop.finish(a, "stop")], ids=["drop", "finish"]
 )
 def test_an_id_can_be_used_again_at_once_and_the_old_end_does_not_reach_it(make_loop, end):
     gate = threading.Semaphore(0)
@@ -199,7 +199,7 @@ def test_an_end_that_comes_late_does_not_reach_a_later_request_of_the_id(make_lo
                 assert go_on.wait(TIMEOUT_S)
             commands.put(command)
 
-    ender = threading.Thread(target=lambda: loop.drop([first]) if end == "drop" else loop.finish([(first, "x")]))
+    ender = threading.Thread(target=lambda: loop.drop([first], "gone") if end == "drop" else loop.finish(first, "x"))
     loop._commands = Slow()
     ender.start()
     assert is_at_it.wait(TIMEOUT_S)
@@ -220,8 +220,8 @@ def test_ending_a_request_that_has_ended_does_not_reach_a_later_one_of_its_id(ma
     gate.release(2)
     until_finish(q)
     (later,) = submit(loop, "a")
-    loop.drop([first])
-    loop.finish([(first, "x")])
+    loop.drop([first], "gone")
+    loop.finish(first, "x")
     gate.release(10)
     assert until_finish(later)[-1].finish.type == "length"
 
@@ -239,7 +239,7 @@ def test_threads_that_use_one_id_hear_of_their_own_requests_only(make_loop):
         for _ in range(100):
             first, second = marked(1, 3), marked(2, 40)
             loop.submit([first], [lambda item: None])
-            dropper = threading.Thread(target=loop.drop, args=([first],))
+            dropper = threading.Thread(target=loop.drop, args=([first], "gone"))
             dropper.start()
             q = queue.Queue()
             while True:
@@ -351,7 +351,7 @@ def test_ctrl_c_in_the_middle_of_a_submit_leaves_what_drop_can_end(make_loop):
     mine = request("a")
     with pytest.raises(KeyboardInterrupt):
         loop.submit([mine], [lambda item: None])
-    loop.drop([mine])
+    loop.drop([mine], "gone")
     assert loop.call(lambda: None) is None
     assert eventually(lambda: not loop.call(lambda: core.has_work))
     assert loop.num_open == 0
@@ -394,7 +394,7 @@ def test_a_start_hook_that_fails_is_the_cause_of_death(make_loop):
 
 def test_close_ends_open_requests_and_waiting_calls():
     gate = threading.Semaphore(0)
-    loop = EngineLoop(CountingCore(length=10**6, gate=gate))
+    loop = EngineLoop(CountingCore(length=10**6, gate=gate), None)
     (q,) = submit(loop, "a")
     closer = threading.Thread(target=loop.close)
     closer.start()
@@ -409,7 +409,7 @@ def test_close_ends_open_requests_and_waiting_calls():
 
 
 def test_close_from_the_engines_own_thread_does_not_wait_for_itself():
-    loop = EngineLoop(CountingCore())
+    loop = EngineLoop(CountingCore(), None)
     assert loop.call(loop.close) is False
     assert loop.close()
 
@@ -420,7 +420,7 @@ def test_nothing_is_kept_of_requests_that_were_dropped(make_loop):
     loop = make_loop(core)
     for i in range(20):
         ((dropped, _),) = opened(loop, f"r{i}")
-        loop.drop([dropped])
+        loop.drop([dropped], "gone")
     gate.release(100)
     assert loop.num_open == 0
     assert loop.call(lambda: None) is None
@@ -430,7 +430,7 @@ def test_nothing_is_kept_of_requests_that_were_dropped(make_loop):
 def test_a_forked_child_gets_an_error_and_the_parent_goes_on(make_loop):
     loop = make_loop(CountingCore())
     uses = [lambda: submit(loop, "a"), lambda: loop.call(lambda: 1), loop.check_process]
-    silent = [lambda: loop.drop([mine]), lambda: loop.finish([(mine, "x")]), lambda: loop.abort(["open"])]
+    silent = [lambda: loop.drop([mine], "gone"), lambda: loop.finish(mine, "x"), lambda: loop.abort(["open"], "enough")]
     ((mine, held),) = opened(loop, "open")
 
     def in_child():
@@ -448,7 +448,7 @@ def test_a_forked_child_gets_an_error_and_the_parent_goes_on(make_loop):
     taken, release = threading.Event(), threading.Event()
 
     def hold():
-        with loop._lock:
+        with loop._sinks.lock:
             taken.set()
             release.wait(TIMEOUT_S)
 

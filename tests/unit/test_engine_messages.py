@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from mooli.config import EngineConfig
 from mooli.engine import messages, process
-from mooli.engine.client import EngineClient, copy_error
 from mooli.engine.endings import error_named, exit_words
 from mooli.errors import EngineDeadError, EngineError, PromptError, RequestError
 from mooli.frontend.inputs import MAX_SALT_CHARS
 from mooli.frontend.text_side import input_rules
+from mooli.link.client import EngineClient
+from mooli.link.link import copy_error
 from mooli.scheduler.stats import StepStats
 from mooli.types import FinishReason, Request, RequestOutput, TokenLogprobs
 
@@ -220,7 +221,7 @@ def stepped(monkeypatch, max_frame_bytes, outputs):
     near, far = socket.socketpair()
     with near, far:
         core = Core()
-        assert process.take_turn(process.Link(far), core, wait=False)
+        assert process.take_turn(process.Wire(far), core, wait=False)
         return list(messages.Frames(messages.ToServer).push(near.recv(1 << 20))), core
 
 

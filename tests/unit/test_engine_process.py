@@ -21,8 +21,8 @@ from fake_engine import CONTEXT, EOS, NUM_PAGES
 
 import mooli.errors
 from mooli.engine import messages
-from mooli.engine.client import EngineClient
 from mooli.errors import ConfigError, EngineClosedError, EngineDeadError, EngineError, PromptError, RequestError
+from mooli.link.client import EngineClient
 from mooli.types import FinishReason, Request, RequestOutput, SamplingParams
 
 pytestmark = pytest.mark.slow

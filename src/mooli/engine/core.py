@@ -8,6 +8,7 @@ the business of the clients in this package. Not safe to call from several threa
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from mooli.batch import ScheduleBatch, StepOutput
 from mooli.engine.pace import Pace
@@ -16,6 +17,9 @@ from mooli.runner.base import Runner, check_output
 from mooli.scheduler.scheduler import ABORTED, Scheduler
 from mooli.scheduler.stats import StepStats
 from mooli.types import Request, RequestOutput
+
+STUCK_S = 30.0
+"""How long whoever calls `step` waits for one after the engine has failed."""
 
 
 class _ReleasedRunner:
@@ -93,6 +97,19 @@ class EngineCore:
     def stats(self) -> dict[str, int]:
         """Requests and pages at this moment, and counters since the start (see `Counters`)."""
         return self._scheduler.stats()
+
+    def answer(self, question: str) -> object:
+        """ping: nothing, as a sign of life. stats, flush_cache, check: of the method of that name. Raises what it
+        raises, and EngineError for any other question."""
+        questions: dict[str, Callable[[], object]] = {
+            "ping": lambda: None,
+            "stats": self.stats,
+            "flush_cache": self.flush_cache,
+            "check": self.check,
+        }
+        if question not in questions:
+            raise EngineError(f"the engine knows no question {question!r}")
+        return questions[question]()
 
     def check(self) -> None:
         """Prove that every page has one owner and every request one place; raises EngineError otherwise. For tests."""

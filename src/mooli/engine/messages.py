@@ -172,15 +172,10 @@ class Finish(Message, frozen=True):
 
 
 class Ask(Message, frozen=True):
-    """One of `QUESTIONS`, answered by a `Reply` of the same number between two steps."""
+    """One of the questions of `EngineCore.answer`, answered by a `Reply` of the same number between two steps."""
 
     number: int
     question: str
-
-
-QUESTIONS = ("ping", "stats", "flush_cache", "check")
-"""ping: nothing, as a sign of life. stats: `Scheduler.stats`. flush_cache: whether it was done. check: `None`, or an
-error if a page or a request is lost."""
 
 
 class Stop(Message, frozen=True):

@@ -27,8 +27,7 @@ from mooli.config import EngineConfig
 from mooli.engine import messages
 from mooli.engine.build import BuiltEngine, Progress, VocabSize, build_engine
 from mooli.engine.child import SERVER_SIGNALS
-from mooli.engine.core import EngineCore
-from mooli.engine.loop import STUCK_S
+from mooli.engine.core import STUCK_S, EngineCore
 from mooli.errors import EngineError, MooliError, RequestError
 from mooli.logs import set_up_logging
 from mooli.types import RequestOutput
@@ -40,11 +39,11 @@ _READ_BYTES = 1 << 20
 Build = Callable[[messages.Start, VocabSize, Progress], BuiltEngine]
 
 
-class LinkClosedError(EngineError):
+class ServerGoneError(EngineError):
     """The server is gone."""
 
 
-class Link:
+class Wire:
     """This process's end of the socket pair. Not thread-safe."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -71,7 +70,7 @@ class Link:
         """What has come; with `wait`, once there is something. Sends what was left meanwhile. What the caller does not
         take is kept for the next call.
 
-        Raises LinkClosedError when the server is gone, EngineError for what is no message, or what `interrupt` was
+        Raises ServerGoneError when the server is gone, EngineError for what is no message, or what `interrupt` was
         given.
         """
         if not self._received:
@@ -91,18 +90,18 @@ class Link:
             except BlockingIOError:
                 return
             except OSError as exc:
-                raise LinkClosedError(f"the link to the server broke: {exc}") from exc
+                raise ServerGoneError(f"the link to the server broke: {exc}") from exc
             if not data:
-                raise LinkClosedError("the server has ended")
+                raise ServerGoneError("the server has ended")
             self._received.extend(self._frames.push(data))
 
     def send(self, message: messages.Message) -> None:
-        """Send `message`, or keep what the socket does not take for later. Raises LinkClosedError."""
+        """Send `message`, or keep what the socket does not take for later. Raises ServerGoneError."""
         self._unsent += messages.encode(message)
         self._flush()
 
     def drain(self) -> None:
-        """Wait until everything is sent. Raises LinkClosedError."""
+        """Wait until everything is sent. Raises ServerGoneError."""
         while self._unsent:
             self._poll.modify(self._connection, select.POLLOUT)
             self._poll.poll()
@@ -116,7 +115,7 @@ class Link:
         except BlockingIOError:
             return
         except OSError as exc:
-            raise LinkClosedError(f"the link to the server broke: {exc}") from exc
+            raise ServerGoneError(f"the link to the server broke: {exc}") from exc
 
 
 def _end_stuck_process() -> None:
@@ -133,84 +132,84 @@ def _close(*numbers: int) -> None:
 def run(connection: socket.socket, build: Build) -> int:
     """Be the engine process on `connection`: build what the first message asks for, then serve. Returns the exit
     status."""
-    link = Link(connection)
+    wire = Wire(connection)
     try:
-        start = _first_message(link)
+        start = _first_message(wire)
         if start is None:
             return 0
         set_up_logging(start.log_level)
         try:
-            vocab_size = functools.cache(lambda: _vocabulary(link).size)
+            vocab_size = functools.cache(lambda: _vocabulary(wire).size)
             built = build(
-                start, vocab_size, lambda stage, done, total: link.send(messages.Progress(stage, done, total))
+                start, vocab_size, lambda stage, done, total: wire.send(messages.Progress(stage, done, total))
             )
             vocab_size()  # it comes in any case
-        except LinkClosedError:
+        except ServerGoneError:
             raise
         except (MooliError, OSError, MemoryError) as exc:
-            return _fail(link, exc)
+            return _fail(wire, exc)
         built.bind_thread()
-        built.watch(link.interrupt)
+        built.watch(wire.interrupt)
         try:
-            link.send(messages.Ready(built.facts.to_dict()))
-            serve(link, built.core)
+            wire.send(messages.Ready(built.facts.to_dict()))
+            serve(wire, built.core)
         finally:
             built.close()
-    except LinkClosedError as exc:
+    except ServerGoneError as exc:
         logger.debug("the engine process ends: %s", exc)
     except Exception as exc:
         logger.exception("the engine has died")
-        return _fail(link, exc)
+        return _fail(wire, exc)
     return 0
 
 
-def serve(link: Link, core: EngineCore) -> None:
-    """Step `core` while there is work and do what comes over `link`, until that says stop or ends."""
-    while take_turn(link, core, wait=not core.has_work):
+def serve(wire: Wire, core: EngineCore) -> None:
+    """Step `core` while there is work and do what comes over `wire`, until that says stop or ends."""
+    while take_turn(wire, core, wait=not core.has_work):
         pass
 
 
-def take_turn(link: Link, core: EngineCore, *, wait: bool) -> bool:
-    """Do what has come over `link`, with `wait` once there is something, then take one step if there is work. False
+def take_turn(wire: Wire, core: EngineCore, *, wait: bool) -> bool:
+    """Do what has come over `wire`, with `wait` once there is something, then take one step if there is work. False
     when told to stop."""
-    for message in link.receive(wait=wait):
+    for message in wire.receive(wait=wait):
         if isinstance(message, messages.Stop):
             return False
-        _carry_out(message, core, link)
+        _carry_out(message, core, wire)
     if core.has_work:
-        _send_outputs(core.step(), core, link)
+        _send_outputs(core.step(), core, wire)
     return True
 
 
-def _send_outputs(outputs: list[RequestOutput], core: EngineCore, link: Link) -> None:
+def _send_outputs(outputs: list[RequestOutput], core: EngineCore, wire: Wire) -> None:
     """In one frame, or in several where log-probabilities are too many for one. A request that fills more than a frame
     by itself ends."""
     try:
-        link.send(messages.Outputs(outputs, core.stats(), core.last_step))
+        wire.send(messages.Outputs(outputs, core.stats(), core.last_step))
     except RequestError as exc:
         if len(outputs) == 1:
             core.abort(outputs[0].rid)
             words = f"the log-probabilities of one step are too many: {exc}. Ask for fewer of them"
-            link.send(messages.Refused(outputs[0].rid, RequestError.__name__, words))
+            wire.send(messages.Refused(outputs[0].rid, RequestError.__name__, words))
         else:
             middle = len(outputs) // 2
-            _send_outputs(outputs[:middle], core, link)
-            _send_outputs(outputs[middle:], core, link)
+            _send_outputs(outputs[:middle], core, wire)
+            _send_outputs(outputs[middle:], core, wire)
 
 
-def _vocabulary(link: Link) -> messages.Vocabulary:
+def _vocabulary(wire: Wire) -> messages.Vocabulary:
     while True:
-        for message in link.receive(wait=True):
+        for message in wire.receive(wait=True):
             if isinstance(message, messages.Vocabulary):
                 return message
             if isinstance(message, messages.Stop):
-                raise LinkClosedError("stopped while the engine was built")
+                raise ServerGoneError("stopped while the engine was built")
             raise EngineError(f"the engine process was asked for {type(message).__name__} while it loads")
 
 
-def _first_message(link: Link) -> messages.Start | None:
+def _first_message(wire: Wire) -> messages.Start | None:
     while True:
-        for message in link.receive(wait=True):
+        for message in wire.receive(wait=True):
             if isinstance(message, messages.Start):
                 return message
             if isinstance(message, messages.Stop):
@@ -218,13 +217,13 @@ def _first_message(link: Link) -> messages.Start | None:
             raise EngineError(f"the engine process was asked for {type(message).__name__} before Start")
 
 
-def _carry_out(message: messages.ToEngine, core: EngineCore, link: Link) -> None:
+def _carry_out(message: messages.ToEngine, core: EngineCore, wire: Wire) -> None:
     if isinstance(message, messages.Submit):
         for request in message.to_requests():
             try:
                 core.add(request)
             except MooliError as exc:
-                link.send(messages.Refused(request.rid, type(exc).__name__, str(exc)))
+                wire.send(messages.Refused(request.rid, type(exc).__name__, str(exc)))
     elif isinstance(message, messages.Abort):
         for name in message.names:
             core.abort(name, message.reason)
@@ -232,32 +231,24 @@ def _carry_out(message: messages.ToEngine, core: EngineCore, link: Link) -> None
         for name, matched in message.matched.items():
             core.finish(name, matched)
     elif isinstance(message, messages.Ask):
-        link.send(_answer(message, core))
+        wire.send(_answer(message, core))
     else:
         raise EngineError(f"the engine process was asked for {type(message).__name__} while it runs")
 
 
 def _answer(message: messages.Ask, core: EngineCore) -> messages.Reply:
-    questions: dict[str, Callable[[], object]] = {
-        "ping": lambda: None,
-        "stats": core.stats,
-        "flush_cache": core.flush_cache,
-        "check": core.check,
-    }
-    if message.question not in questions:
-        return messages.Reply(message.number, None, f"the engine process knows no question {message.question!r}")
     try:
-        return messages.Reply(message.number, questions[message.question]())
+        return messages.Reply(message.number, core.answer(message.question))
     except MooliError as exc:
         return messages.Reply(message.number, None, str(exc))
 
 
-def _fail(link: Link, exc: BaseException) -> int:
+def _fail(wire: Wire, exc: BaseException) -> int:
     """Say why the process ends; its exit status."""
     try:
-        link.send(messages.Failed(type(exc).__name__, str(exc) or type(exc).__name__))
-        link.drain()
-    except LinkClosedError:
+        wire.send(messages.Failed(type(exc).__name__, str(exc) or type(exc).__name__))
+        wire.drain()
+    except ServerGoneError:
         logger.debug("nobody is left to hear of it")
     return 1
 

@@ -1,8 +1,8 @@
-"""One call of `generate`: its requests, the mailbox their outputs come to, and the iterators over them.
+"""One call of `generate`: its requests on a link to an engine, and the ways to wait for what comes of them.
 
-Owns the hand-over from the engine's thread to the caller, and that requests nobody waits for any more are aborted: when
-an iterator is closed or collected, a task is cancelled, or an exception passes through. Synchronous and asynchronous
-callers share everything but how they wait.
+Owns that text is brought up to date as outputs come, that a stop string ends its request, that a text which cannot be
+made ends its own request only, and that requests nobody waits for any more are aborted: when a call or an iterator is
+closed or collected, a task is cancelled, or an exception passes through. Never knows what an answer looks like.
 
 `asyncio` is imported inside functions: who uses it has it already, and for others it is a tenth of what is imported.
 """
@@ -12,22 +12,187 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mooli.engine.loop import EngineLoop
 from mooli.errors import MooliError
 from mooli.frontend.generation import Generation
+from mooli.link.link import Link, Sink
 from mooli.logs import FirstTimes
-from mooli.types import Request, RequestOutput
+from mooli.types import RequestOutput
 
 if TYPE_CHECKING:
     import asyncio
 
 logger = logging.getLogger(__name__)
 
+LEFT = "Nobody waits for the answer any more."
+
 _Item = tuple[int, "RequestOutput | MooliError"]
+
+
+class Listener:
+    """Hears of a call's requests. What it raises is said once, and never ends a request."""
+
+    def started(self, generation: Generation) -> None:
+        """It is on its way to the engine."""
+
+    def grew(self, generation: Generation, num_tokens: int, elapsed_s: float) -> None:
+        """It has `num_tokens` more, so long after the call began."""
+
+    def finished(self, generation: Generation, elapsed_s: float) -> None:
+        """It has ended, or without a `finish` nobody waits for it any more."""
+
+
+class Call:
+    """The requests of one call, submitted when it is made; `generations` hold the text and all else there is of each.
+
+    Made and read where the link calls its sinks; `MailedCall` is for other threads. As a context manager: leaving it
+    aborts what is not finished.
+
+    no_text: what is said of a text that could not be made; by default why. failures: of texts and listeners, so that
+    each kind is logged in full once.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        generations: list[Generation],
+        *,
+        listeners: Sequence[Listener] = (),
+        no_text: str = "",
+        failures: FirstTimes | None = None,
+    ) -> None:
+        self.generations = generations
+        self._link = link
+        self._listeners = listeners
+        self._no_text = no_text
+        self._failures = failures or FirstTimes()
+        self._open = set(range(len(generations)))
+        self._changed: set[int] = set()
+        self._error: MooliError | None = None
+        self._wake: Callable[[], None] = lambda: None
+        self._started_s = time.perf_counter()
+        requests = [generation.request for generation in generations]
+        try:
+            link.submit(requests, [self._sink(index) for index in range(len(generations))])
+        except BaseException:  # Ctrl-C, when they had begun
+            self._open = set()
+            link.drop(requests, LEFT)
+            raise
+        for generation in generations:
+            self._tell(operator.methodcaller("started", generation))
+
+    @property
+    def is_done(self) -> bool:
+        return not self._open
+
+    def changed(self) -> list[int]:
+        """Indices of the generations that changed since they were last asked for. Raises what ended the whole call,
+        EngineDeadError for example, after aborting what is left of it."""
+        if self._error is not None:
+            self.close()
+            raise self._error
+        changed, self._changed = sorted(self._changed), set()
+        return changed
+
+    async def changes(self) -> AsyncIterator[list[int]]:
+        """What `changed` returns, whenever there is something, until all have ended. A slow reader gets fewer, larger
+        changes. Raises like `changed`."""
+        import asyncio
+
+        event = asyncio.Event()
+        self._wake = event.set
+        while True:
+            event.clear()
+            changed = self.changed()
+            if changed:
+                yield changed
+            elif self.is_done:
+                return
+            else:
+                await event.wait()
+
+    async def wait(self) -> None:
+        """Until all have ended. Raises like `changed`; a single request that failed raises what it failed of."""
+        async for _ in self.changes():
+            pass
+        self.raise_if_failed()
+
+    def raise_if_failed(self) -> None:
+        """Raise what a single request failed of. Of several, the others' answers are worth more than an exception:
+        there, finish_reason tells."""
+        if len(self.generations) == 1:
+            self.generations[0].raise_if_failed()
+
+    def close(self, reason: str = LEFT) -> None:
+        """Abort what is not finished; what was computed of it stays in the cache. May be called at any time, from a
+        finaliser too."""
+        if self._open:
+            self._link.drop([self.generations[index].request for index in self._open], reason)
+            left, self._open = sorted(self._open), set()
+            for index in left:
+                self._finished(self.generations[index])
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _sink(self, index: int) -> Sink:
+        return functools.partial(self._take, index)
+
+    def _take(self, index: int, item: RequestOutput | MooliError) -> None:
+        if index not in self._open:
+            return
+        generation = self.generations[index]
+        if isinstance(item, MooliError):
+            self._error = self._error or item
+        else:
+            num_before = len(generation.output_ids)
+            stop_string = self._update(generation, item)
+            if stop_string is not None:
+                self._link.finish(generation.request, stop_string)
+            num_new = len(generation.output_ids) - num_before
+            if num_new:
+                elapsed_s = time.perf_counter() - self._started_s
+                self._tell(lambda listener: listener.grew(generation, num_new, elapsed_s))
+        if isinstance(item, MooliError) or generation.finish is not None:
+            self._open.discard(index)
+            self._finished(generation)
+        self._changed.add(index)
+        self._wake()
+
+    def _update(self, generation: Generation, output: RequestOutput) -> str | None:
+        """The stop string that has ended the text, if one has."""
+        try:
+            return generation.update(output)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # what a panic of the tokenizer's library raises is no Exception
+            words = f"{type(exc).__name__}: {exc}"
+            shown = exc if self._failures.is_first("text", exc) else None
+            logger.error("request %s ends here, as its text cannot be made: %s", generation.rid, words, exc_info=shown)
+            told = self._no_text or f"its text could not be made: {words}"
+            generation.fail(told, exc)
+            self._link.drop([generation.request], told)
+            return None
+
+    def _finished(self, generation: Generation) -> None:
+        elapsed_s = time.perf_counter() - self._started_s
+        self._tell(lambda listener: listener.finished(generation, elapsed_s))
+
+    def _tell(self, event: Callable[[Listener], None]) -> None:
+        for listener in self._listeners:
+            try:
+                event(listener)
+            except Exception as exc:
+                if self._failures.is_first("metrics", exc):
+                    logger.error("metrics or request log failed; requests go on, and this is said once", exc_info=exc)
 
 
 class Mailbox:
@@ -69,116 +234,72 @@ class Bell:
         self._silent.acquire()
 
 
-class Call:
-    """The requests of one call, submitted when it is made. `wake` tells the reader that there is something to take.
+class MailedCall(Call):
+    """A call that is read on another thread than the link's: outputs wait in a mailbox until `changed` takes them.
 
-    A call that is collected aborts what is not finished.
+    wake: tells the reader, on any thread, that there is something to take. A call that is collected aborts what is not
+    finished.
     """
 
-    def __init__(self, loop: EngineLoop, generations: Sequence[Generation], wake: Callable[[], None]) -> None:
-        self._open = set(range(len(generations)))
-        self._loop = loop
-        self._generations = generations
+    def __init__(self, link: Link, generations: list[Generation], wake: Callable[[], None]) -> None:
         self._mailbox = Mailbox(wake)
-        self._failures = FirstTimes()
-        sinks = [functools.partial(self._mailbox.put, index) for index in self._open]
+        super().__init__(link, generations)
+
+    def changed(self) -> list[int]:
         try:
-            loop.submit([generation.request for generation in generations], sinks)
-        except BaseException:  # Ctrl-C, when they had begun
-            self.close()
-            raise
-
-    @property
-    def is_done(self) -> bool:
-        return not self._open
-
-    def advance(self) -> list[Generation]:
-        """Bring text up to date with what has come; the generations that changed, in order.
-
-        Raises what ended the whole call, after aborting what is left of it.
-        """
-        changed: set[int] = set()
-        stopped: list[tuple[Request, str]] = []
-        self.check_process()
-        try:
+            self.check_process()
             for index, item in self._mailbox.take():
-                generation = self._generations[index]
-                if isinstance(item, MooliError):
-                    # One error may end many calls: each raises its own copy, or tracebacks would pile up in it.
-                    raise type(item)(*item.args) from item.__cause__
-                stop_string = self._update(generation, item)
-                if stop_string is not None:
-                    stopped.append((generation.request, stop_string))
-                changed.add(index)
-            if stopped:
-                self._loop.finish(stopped)
-            self._open.difference_update([index for index in changed if self._generations[index].finish is not None])
+                self._take(index, item)
+            return super().changed()
         except BaseException:
             self.close()
             raise
-        return [self._generations[index] for index in sorted(changed)]
-
-    def _update(self, generation: Generation, output: RequestOutput) -> str | None:
-        """The stop string that has ended the text, if one has. A text that cannot be made ends its own request only."""
-        try:
-            return generation.update(output)
-        except Exception as exc:
-            words = f"its text could not be made: {type(exc).__name__}: {exc}"
-            shown = exc if self._failures.is_first("text", exc) else None
-            logger.error("request %s ends here: %s", generation.rid, words, exc_info=shown)
-            generation.fail(words, exc)
-            self._loop.drop([generation.request])
-            return None
 
     def check_process(self) -> None:
         """Raise EngineClosedError where nothing will ever come: in a child that was forked meanwhile."""
-        self._loop.check_process()
+        self._link.check_process()
 
     def chunks(self) -> list[dict[str, Any]]:
         """The chunks of a stream that have become due."""
-        return [generation.chunk() for generation in self.advance() if generation.is_due()]
+        changed = [self.generations[index] for index in self.changed()]
+        return [generation.chunk() for generation in changed if generation.is_due()]
 
     def results(self) -> list[dict[str, Any]]:
         """The whole answers, once `is_done`."""
-        if len(self._generations) == 1:
-            # Of several, the others' answers are worth more than an exception: there, finish_reason tells.
-            self._generations[0].raise_if_failed()
-        return [generation.result() for generation in self._generations]
+        self.raise_if_failed()
+        return [generation.result() for generation in self.generations]
 
-    def close(self) -> None:
-        """Abort what is not finished. May be called at any time, from a finaliser too."""
-        if self._open:
-            self._loop.drop([self._generations[index].request for index in self._open])
-            self._open = set()
+    def _sink(self, index: int) -> Sink:
+        return functools.partial(self._mailbox.put, index)
 
     def __del__(self) -> None:
         self.close()
 
 
-def run(loop: EngineLoop, generations: Sequence[Generation]) -> list[dict[str, Any]]:
+def run(link: Link, generations: list[Generation]) -> list[dict[str, Any]]:
     """Submit and wait for all answers. Any thread; a running event loop in it is simply blocked."""
     bell = Bell()
-    call = Call(loop, generations, bell.ring)
+    call = MailedCall(link, generations, bell.ring)
     try:
         while not call.is_done:
             bell.wait()
-            call.advance()
+            call.changed()
         return call.results()
     finally:
         call.close()
 
 
-async def run_async(loop: EngineLoop, generations: Sequence[Generation]) -> list[dict[str, Any]]:
+async def run_async(link: Link, generations: list[Generation]) -> list[dict[str, Any]]:
     """`run` without blocking the event loop; cancelling the task aborts the requests."""
     import asyncio
 
     event = asyncio.Event()
-    call = Call(loop, generations, _waker(event))
+    call = MailedCall(link, generations, _waker(event))
     try:
         while not call.is_done:
             await event.wait()
             event.clear()
-            call.advance()
+            call.changed()
         return call.results()
     finally:
         call.close()
@@ -187,7 +308,7 @@ async def run_async(loop: EngineLoop, generations: Sequence[Generation]) -> list
 class _Stream:
     """What both iterators share: the chunks not handed out yet, and closing."""
 
-    def __init__(self, call: Call, owner: object) -> None:
+    def __init__(self, call: MailedCall, owner: object) -> None:
         """`owner` is kept alive for as long as there is a reader: it ends its requests when it is collected."""
         self._call = call
         self._owner = owner
@@ -208,7 +329,7 @@ class Stream(_Stream):
     """Iterator over chunks. Closing it, dropping it, or an exception while it waits (Ctrl-C, a notebook's Stop) aborts
     the requests: the traceback would keep the iterator for as long as anybody keeps the traceback."""
 
-    def __init__(self, call: Call, bell: Bell, owner: object) -> None:
+    def __init__(self, call: MailedCall, bell: Bell, owner: object) -> None:
         super().__init__(call, owner)
         self._bell = bell
 
@@ -235,7 +356,7 @@ class Stream(_Stream):
 class AsyncStream(_Stream):
     """Asynchronous iterator over chunks. Closing it, cancelling the task that waits, or dropping it aborts."""
 
-    def __init__(self, call: Call, event: asyncio.Event, owner: object) -> None:
+    def __init__(self, call: MailedCall, event: asyncio.Event, owner: object) -> None:
         super().__init__(call, owner)
         self._event = event
 
@@ -261,10 +382,10 @@ class AsyncStream(_Stream):
         self.close()
 
 
-def stream_sync(loop: EngineLoop, generations: Sequence[Generation], owner: object) -> Stream:
+def stream_sync(link: Link, generations: list[Generation], owner: object) -> Stream:
     """Submit now; the iterator hands out chunks as they come, and keeps `owner` alive."""
     bell = Bell()
-    call = Call(loop, generations, bell.ring)
+    call = MailedCall(link, generations, bell.ring)
     try:
         return Stream(call, bell, owner)
     except BaseException:  # Ctrl-C: a traceback keeps the call
@@ -272,12 +393,12 @@ def stream_sync(loop: EngineLoop, generations: Sequence[Generation], owner: obje
         raise
 
 
-def stream_async(loop: EngineLoop, generations: Sequence[Generation], owner: object) -> AsyncStream:
+def stream_async(link: Link, generations: list[Generation], owner: object) -> AsyncStream:
     """`stream_sync` for the running event loop."""
     import asyncio
 
     event = asyncio.Event()
-    return AsyncStream(Call(loop, generations, _waker(event)), event, owner)
+    return AsyncStream(MailedCall(link, generations, _waker(event)), event, owner)
 
 
 def _waker(event: asyncio.Event) -> Callable[[], None]:

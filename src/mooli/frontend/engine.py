@@ -19,7 +19,6 @@ from typing import Any
 
 from mooli.config import EngineConfig
 from mooli.engine.build import Progress, build_engine
-from mooli.engine.loop import EngineLoop
 from mooli.errors import ConfigError, RequestError
 from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
 from mooli.frontend.generation import Generation, generations_of
@@ -28,6 +27,7 @@ from mooli.frontend.text_side import check_preferred, input_rules, open_tokenize
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.unsupported import ENGINE_ARGUMENTS, refuse_unsupported
 from mooli.hub.locate import locate
+from mooli.link.thread import EngineLoop
 from mooli.logs import add_log_level
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Engine:
         self._facts = built.facts
         self._core = built.core
         self._rules = input_rules(config, built.facts, tokenizer)
-        self._loop = EngineLoop(built.core, on_thread_start=built.bind_thread)
+        self._loop = EngineLoop(built.core, built.facts, on_thread_start=built.bind_thread)
         built.watch(self._loop.fail)
         self._finalizer = weakref.finalize(self, _shut_down, self._loop, built.close)
         self._startup_time_s = time.perf_counter() - started

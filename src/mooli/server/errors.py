@@ -18,12 +18,16 @@ from typing import Any
 import msgspec
 
 from mooli.errors import (
+    BusyError,
     ChatTemplateError,
     ContextLengthError,
     EngineClosedError,
     EngineDeadError,
     EngineError,
+    KeyBusyError,
+    MooliError,
     PromptError,
+    QueueFullError,
     RequestError,
 )
 from mooli.server.routing import SSE_DONE, Dialect, HttpError, sse
@@ -38,6 +42,12 @@ CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 
 MAX_MESSAGE_CHARS = 2000
 """Messages quote what was sent, which may be long."""
+
+_BUSY: Mapping[type[MooliError], tuple[int, str]] = {
+    QueueFullError: (HTTPStatus.SERVICE_UNAVAILABLE, "queue_full"),
+    KeyBusyError: (HTTPStatus.TOO_MANY_REQUESTS, "key_busy"),
+}
+"""Status and code."""
 
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
@@ -71,6 +81,8 @@ def problem_of(error: Exception, dialect: Dialect, names: Mapping[str, str]) -> 
     if isinstance(error, HttpError):
         status, param, code = error.status_code, error.param, error.code
         wait_s = error.retry_after_s
+    elif isinstance(error, BusyError):
+        (status, code), param, wait_s = _BUSY[type(error)], None, error.retry_after_s
     else:
         status, param, code, wait_s = _status_of(error), None, None, None
     if wait_s is None and status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
@@ -131,7 +143,7 @@ def _anthropic_too_long(error: ContextLengthError, prompt: str, num_tokens: int,
 
 def is_for_client(error: Exception) -> bool:
     """Whether the message was written for who sent the request. Others may hold paths or what others sent."""
-    return isinstance(error, (RequestError, ChatTemplateError, EngineError))
+    return isinstance(error, (RequestError, BusyError, ChatTemplateError, EngineError))
 
 
 def _status_of(error: Exception) -> int:

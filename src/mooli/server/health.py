@@ -11,8 +11,7 @@ import asyncio
 import time
 import uuid
 
-from mooli.errors import MooliError
-from mooli.server.routing import HttpError
+from mooli.errors import BusyError, MooliError
 from mooli.server.service import Service
 
 GENERATE_LIMIT_S = 20.0
@@ -87,7 +86,7 @@ async def _generation_problem(service: Service) -> str | None:
                         return None
             finally:
                 waiting.cancel()
-    except HttpError:
+    except BusyError:
         return None  # the queue has become full meanwhile: the engine is as well as a moment ago
     except MooliError as exc:
         return str(exc)

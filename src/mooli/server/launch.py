@@ -31,12 +31,12 @@ from uvicorn.server import ServerState
 from mooli.config import EngineConfig
 from mooli.engine import messages
 from mooli.engine.child import EngineChild
-from mooli.engine.client import EngineClient
 from mooli.engine.facts import device_words
 from mooli.errors import ConfigError, EngineError
 from mooli.frontend.text_side import check_preferred, open_tokenizer, sampling_defaults, with_seed
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.hub.locate import locate_async
+from mooli.link.client import EngineClient
 from mooli.logs import set_up_logging
 from mooli.server import traffic
 from mooli.server.acceptor import Acceptor

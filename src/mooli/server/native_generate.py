@@ -6,18 +6,23 @@ checked where `Engine.generate` checks them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
 
+from mooli.frontend.call import Call
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.unsupported import BODY_FIELDS, refuse_unsupported
 from mooli.server.json_body import check_count
 from mooli.server.logprob_shapes import written
 from mooli.server.routing import SSE_DONE, Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
-from mooli.server.service import ServedCall, Service
+from mooli.server.service import Service
+
+Start = Callable[[], AbstractContextManager[Call]]
 
 
 class GenerateBody(msgspec.Struct, kw_only=True):
@@ -47,7 +52,7 @@ async def generate(service: Service, request: Incoming) -> Reply | EventStream:
     body: GenerateBody = request.body
     refuse_unsupported(request.unsupported, BODY_FIELDS)
     inputs = await _prepare(service, body, request.client)
-    is_stream = body.stream
+    is_stream, is_single = body.stream, inputs.is_single
     start = _starter(service, inputs, body)
     del request, body
     if is_stream:
@@ -55,7 +60,7 @@ async def generate(service: Service, request: Incoming) -> Reply | EventStream:
     with start() as call:
         async for _ in call.changes():
             pass
-    if call.is_single:
+    if is_single:
         return Reply(await _whole(call.generations[0]))
     return Reply([await _shown(generation, generation.result) for generation in call.generations])
 
@@ -90,17 +95,18 @@ async def _prepare(service: Service, body: GenerateBody, client: Client) -> Call
     )
 
 
-def _starter(service: Service, inputs: CallInputs, body: GenerateBody) -> Callable[[], ServedCall]:
+def _starter(service: Service, inputs: CallInputs, body: GenerateBody) -> Start:
     """What starts the call; it keeps nothing of the body but what the answer's shape needs."""
     is_stream, is_counted = body.stream, body.log_metrics
     shows_texts, shows_prompt_ids = body.return_text_in_logprobs, body.return_prompt_token_ids
 
-    def start() -> ServedCall:
-        call = service.start(inputs, is_stream=is_stream, is_counted=is_counted)
-        for generation in call.generations:
-            generation.shows_logprob_texts = shows_texts
-            generation.shows_prompt_ids = shows_prompt_ids
-        return call
+    @contextlib.contextmanager
+    def start() -> Iterator[Call]:
+        with service.start(inputs, is_stream=is_stream, is_counted=is_counted) as call:
+            for generation in call.generations:
+                generation.shows_logprob_texts = shows_texts
+                generation.shows_prompt_ids = shows_prompt_ids
+            yield call
 
     return start
 
@@ -124,7 +130,7 @@ async def _whole(generation: Generation) -> dict[str, Any]:
     return await _shown(generation, generation.result)
 
 
-async def _events(start: Callable[[], ServedCall]) -> AsyncIterator[bytes]:
+async def _events(start: Start) -> AsyncIterator[bytes]:
     with start() as call:
         ended: set[int] = set()
         async for changed in call.changes():

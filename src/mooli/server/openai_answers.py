@@ -163,7 +163,7 @@ async def stream(
 ) -> AsyncIterator[bytes]:
     """The events of a streamed answer; everything that came since the last piece is in one piece.
 
-    first_fields: `head`. Raises RequestFailedError for a sequence that failed, and what `ServedCall.changes` raises.
+    first_fields: `head`. Raises RequestFailedError for a sequence that failed, and what `Call.changes` raises.
     """
     with service.start(inputs, is_stream=True) as call:
         choices = [open_choice(index, generation) for index, generation in enumerate(call.generations)]

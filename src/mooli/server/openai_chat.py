@@ -42,7 +42,7 @@ _OWN_ARGUMENTS = frozenset(
 
 
 async def chat_completions(service: Service, request: Incoming) -> Reply | EventStream:
-    """Raises HttpError for a request that is wrong, and what `ServedCall.changes` raises."""
+    """Raises HttpError for a request that is wrong, and what `Call.changes` raises."""
     body: ChatBody = request.body
     refuse_unsupported(request.unsupported)
     tokenizer = require_tokenizer(service)

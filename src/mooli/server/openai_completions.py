@@ -33,7 +33,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 async def completions(service: Service, request: Incoming) -> Reply | EventStream:
-    """Raises HttpError for a request that is wrong, and what `ServedCall.changes` raises."""
+    """Raises HttpError for a request that is wrong, and what `Call.changes` raises."""
     body: CompletionBody = request.body
     refuse_unsupported(request.unsupported)
     tokenizer = require_tokenizer(service)

@@ -11,6 +11,7 @@ import logging
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from mooli.frontend.call import Listener
 from mooli.frontend.generation import Generation
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.logs import log_object
@@ -31,7 +32,7 @@ _DEFAULTS = SamplingParams()
 Shown = TypeVar("Shown", str, "list[int]")
 
 
-class RequestLog:
+class RequestLog(Listener):
     """See the module docstring. Without a tokenizer, prompts are shown as token ids."""
 
     def __init__(self, config: ServerConfig, tokenizer: Tokenizer | None = None) -> None:
@@ -42,7 +43,6 @@ class RequestLog:
         """Of the HTTP requests, by the `rid` of what is open of them: it ends outside of their tasks."""
 
     def started(self, generation: Generation) -> None:
-        """A request is on its way to the engine."""
         rid, request_id = generation.rid, REQUEST_ID.get()
         self._request_ids[rid] = request_id
         said: dict[str, Any] = {"rid": rid, "request_id": request_id, "prompt_tokens": generation.prompt_tokens}
@@ -54,8 +54,8 @@ class RequestLog:
             said["prompt"] = self._prompt(generation)
         self._write("received", said)
 
-    def finished(self, generation: Generation, latency_s: float) -> None:
-        """It has ended. Without a reason its client left, or the engine has died."""
+    def finished(self, generation: Generation, elapsed_s: float) -> None:
+        """Without a reason its client left, or the engine has died."""
         reason = {"type": "abort"} if generation.finish is None else generation.finish.to_dict()
         said: dict[str, Any] = {
             "rid": generation.rid,
@@ -65,7 +65,7 @@ class RequestLog:
             "completion_tokens": len(generation.output_ids),
             "finish": reason["type"],
             **{name: reason[name] for name in ("matched", "message") if name in reason},
-            "latency_s": round(latency_s, 6),
+            "latency_s": round(elapsed_s, 6),
         }
         if self._level >= CUT_TEXTS:
             is_text = self._tokenizer is not None

@@ -1,42 +1,38 @@
 """What routes work with: one model's text side, and the engine process behind it.
 
-Owns the way from the arguments of a call to its growing answers, and who is counted in the metrics. Text is brought up
-to date when an output comes, whether or not anybody reads: a stop string ends its request at once, and so does a text
-that cannot be made. Never knows HTTP.
+Owns the way from the arguments of a call to its growing answers, how many may run and wait together, and who is counted
+in the metrics. Text is brought up to date when an output comes, whether or not anybody reads: a stop string ends its
+request at once, and so does a text that cannot be made. Never knows HTTP.
 Lives in the server's event loop; only tokenising of long texts leaves it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import collections
-import logging
+import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from mooli.config import EngineConfig
-from mooli.engine.client import EngineClient
 from mooli.engine.facts import EngineFacts
-from mooli.errors import MooliError, RequestError
+from mooli.errors import KeyBusyError, QueueFullError, RequestError
+from mooli.frontend.call import Call, Listener
 from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.generation import Generation, generations_of
 from mooli.frontend.inputs import CallInputs, InputRules
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.link.client import EngineClient
 from mooli.logs import FirstTimes
 from mooli.server.config import ServerConfig
-from mooli.server.keys import KeyRing
+from mooli.server.keys import Key, KeyRing
 from mooli.server.metrics import Metrics
 from mooli.server.request_log import RequestLog
-from mooli.server.routing import HttpError
 from mooli.server.shared_work import SharedWork
 from mooli.server.step_log import StepLog
 from mooli.server.text_threads import TextThreads, num_chars
-from mooli.types import RequestOutput
-
-logger = logging.getLogger(__name__)
 
 NO_TEXT = "its text could not be made; the server's log says why"
 """Of a failure whose words are not for clients."""
@@ -44,20 +40,6 @@ NO_TEXT = "its text could not be made; the server's log says why"
 LEFT = "The client closed the connection."
 
 T = TypeVar("T")
-
-
-class Observer(Protocol):
-    """What the metrics are told of requests. Times are in seconds."""
-
-    def received(self, *, is_stream: bool, prompt_tokens: int) -> None: ...
-
-    def first_token(self, *, is_stream: bool, elapsed_s: float) -> None: ...
-
-    def next_tokens(self, *, num_tokens: int, elapsed_s: float) -> None:
-        """`num_tokens` more, `elapsed_s` after the ones before."""
-        ...
-
-    def finished(self, generation: Generation, *, is_stream: bool, elapsed_s: float) -> None: ...
 
 
 class Service:
@@ -148,17 +130,39 @@ class Service:
             len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
         )
 
-    def start(self, inputs: CallInputs, *, is_stream: bool, is_counted: bool = True) -> ServedCall:
-        """Submit. Use the call as a context manager: leaving it aborts what is not finished.
+    @contextlib.contextmanager
+    def start(self, inputs: CallInputs, *, is_stream: bool, is_counted: bool = True) -> Iterator[Call]:
+        """Submit. Leaving it aborts what is not finished; what was computed of that stays in the cache.
 
         is_counted: False for health checks, which are no traffic.
-        Raises RequestError for an id in use, HttpError (503) when the queue is full and (429) when it would be more
-        than the key may have, EngineDeadError.
+        Raises RequestError for an id in use, QueueFullError, KeyBusyError when it would be more than the key may have,
+        EngineDeadError.
         """
-        self._check_key(inputs)
-        if self.client.num_open + len(inputs.requests) > self.max_open:
-            raise HttpError(503, "The request queue is full.", code="queue_full", retry_after_s=1)
-        return ServedCall(self, inputs, is_stream=is_stream, is_counted=is_counted)
+        num_new, key = len(inputs.requests), self.keys.named(inputs.requests[0].client)
+        self._check_key(key, num_new)
+        if self.client.num_open + num_new > self.max_open:
+            raise QueueFullError("The request queue is full.", retry_after_s=1)
+        listeners: list[Listener] = []
+        if is_counted:
+            # The log first: it says that a request begins before anything is counted of it.
+            listeners = [log for log in (self.request_log,) if log is not None]
+            listeners.append(_Measured(self.metrics, is_stream=is_stream))
+        generations = generations_of(
+            inputs,
+            self.tokenizer,
+            stream_interval=self.engine_config.stream_interval,
+            incremental=self.engine_config.incremental_streaming_output,
+        )
+        name = "" if key is None else key.name
+        call = Call(self.client, generations, listeners=listeners, no_text=NO_TEXT, failures=self.failures)
+        self.num_active += 1
+        self.num_sequences[name] += num_new
+        try:
+            yield call
+        finally:
+            self.num_active -= 1
+            self.num_sequences[name] -= num_new
+            call.close(LEFT)
 
     def shared(
         self, name: str, work: Callable[[], Awaitable[T]], *, keep_s: float = 0.0, pause_s: float = 0.0
@@ -166,174 +170,40 @@ class Service:
         """The work of that name, which is this one if there is none yet."""
         return self._shared.setdefault(name, SharedWork(work, keep_s=keep_s, pause_s=pause_s))
 
-    def _check_key(self, inputs: CallInputs) -> None:
-        key = self.keys.named(inputs.requests[0].client)
+    def _check_key(self, key: Key | None, num_new: int) -> None:
         if key is None or key.max_sequences is None:
             return
-        most, num_new = key.max_sequences, len(inputs.requests)
+        most = key.max_sequences
         if num_new > most:
-            raise HttpError(
-                400, f"this key may have {most} sequences at a time, and the request is for {num_new}: send fewer"
-                " prompts, or a smaller n",
-            )  # fmt: skip
+            raise RequestError(
+                f"this key may have {most} sequences at a time, and the request is for {num_new}: send fewer"
+                " prompts, or a smaller n"
+            )
         if self.num_sequences[key.name] + num_new > most:
-            raise HttpError(
-                429,
+            raise KeyBusyError(
                 f"This key may have {most} sequences running and waiting at a time: try again when some have ended.",
-                code="key_busy",
                 retry_after_s=1,
             )
 
 
-class ServedCall:
-    """The requests of one HTTP request. `generations` hold the text and everything else there is of each so far.
+class _Measured(Listener):
+    """Tells the metrics of one call's requests."""
 
-    with service.start(inputs, is_stream=True) as call:
-        async for changed in call.changes(): ...
-    """
-
-    def __init__(self, service: Service, inputs: CallInputs, *, is_stream: bool, is_counted: bool) -> None:
-        self._client = service.client
-        self._observer: Observer | None = service.metrics if is_counted else None
-        self._log = service.request_log if is_counted else None
-        self._service = service
-        self._is_closed = False
+    def __init__(self, metrics: Metrics, *, is_stream: bool) -> None:
+        self._metrics = metrics
         self._is_stream = is_stream
-        self._changed: dict[int, None] = {}
-        self._wake = asyncio.Event()
-        self._error: MooliError | None = None
-        self._started_s = time.perf_counter()
-        config = service.engine_config
-        self.is_single = inputs.is_single
-        self.generations = generations_of(
-            inputs,
-            service.tokenizer,
-            stream_interval=config.stream_interval,
-            incremental=config.incremental_streaming_output,
-        )
-        self._last_s: dict[int, float] = {}
-        self._open = set(range(len(self.generations)))
-        sinks = [self._sink(index) for index in self._open]
-        self._client.submit(inputs.requests, sinks)
-        service.num_active += 1
-        key = service.keys.named(inputs.requests[0].client)
-        self._key_name = "" if key is None else key.name
-        service.num_sequences[self._key_name] += len(self.generations)
-        for generation in self.generations:
-            self._count_start(generation)
+        self._last_s: dict[str, float] = {}
 
-    @property
-    def is_done(self) -> bool:
-        return not self._open
+    def started(self, generation: Generation) -> None:
+        self._metrics.received(is_stream=self._is_stream, prompt_tokens=generation.prompt_tokens)
 
-    async def changes(self) -> AsyncIterator[list[int]]:
-        """Indices of generations that changed since they were last yielded, until all have ended. A slow reader gets
-        fewer, larger changes. Raises what ended the whole call, EngineDeadError for example."""
-        while True:
-            if self._error is not None:
-                raise self._error
-            if self._changed:
-                changed, self._changed = sorted(self._changed), {}
-                yield changed
-            elif self.is_done:
-                return
-            else:
-                self._wake.clear()
-                await self._wake.wait()
-
-    async def wait(self) -> None:
-        """Until all have ended. Raises like `changes`; a single request that failed raises what it failed of."""
-        async for _ in self.changes():
-            pass
-        if len(self.generations) == 1:
-            self.generations[0].raise_if_failed()
-
-    def close(self, reason: str = LEFT) -> None:
-        """Abort what is not finished; what was computed of it stays in the cache. May be called again."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._service.num_active -= 1
-            self._service.num_sequences[self._key_name] -= len(self.generations)
-        left, self._open = sorted(self._open), set()
-        if left:
-            self._client.drop([self.generations[index].request for index in left], reason)
-            for index in left:
-                self._count_end(self.generations[index])
-
-    def __enter__(self) -> ServedCall:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _sink(self, index: int) -> Callable[[RequestOutput | MooliError], None]:
-        def take(item: RequestOutput | MooliError) -> None:
-            self._take(index, item)
-
-        return take
-
-    def _take(self, index: int, item: RequestOutput | MooliError) -> None:
-        generation = self.generations[index]
-        if isinstance(item, MooliError):
-            self._error = self._error or item
+    def grew(self, generation: Generation, num_tokens: int, elapsed_s: float) -> None:
+        last_s = self._last_s.get(generation.rid)
+        self._last_s[generation.rid] = elapsed_s
+        if last_s is None:
+            self._metrics.first_token(is_stream=self._is_stream, elapsed_s=elapsed_s)
         else:
-            num_before = len(generation.output_ids)
-            stop_string = self._update(generation, item)
-            if stop_string is not None:
-                self._client.finish(generation.request, stop_string)
-            self._count_tokens(index, len(generation.output_ids) - num_before)
-        if isinstance(item, MooliError) or generation.finish is not None:
-            self._open.discard(index)
-            self._count_end(generation)
-        self._changed[index] = None
-        self._wake.set()
+            self._metrics.next_tokens(num_tokens=num_tokens, elapsed_s=elapsed_s - last_s)
 
-    def _update(self, generation: Generation, output: RequestOutput) -> str | None:
-        """The stop string that has ended the text, if one has. A text that cannot be made ends its own request only."""
-        try:
-            return generation.update(output)
-        except BaseException as exc:  # what a panic of the tokenizer's library raises is no Exception
-            shown = exc if self._service.failures.is_first("text", exc) else None
-            words = f"{type(exc).__name__}: {exc}"
-            logger.error("request %s ends here, as its text cannot be made: %s", generation.rid, words, exc_info=shown)
-            generation.fail(NO_TEXT, exc)
-            self._client.drop([generation.request], NO_TEXT)
-            return None
-
-    # -- metrics and log: what they fail of is said once, and never ends a request --
-    def _count_start(self, generation: Generation) -> None:
-        try:
-            if self._log is not None:
-                self._log.started(generation)
-            if self._observer is not None:
-                self._observer.received(is_stream=self._is_stream, prompt_tokens=generation.prompt_tokens)
-        except Exception as exc:
-            self._not_counted(exc)
-
-    def _count_tokens(self, index: int, num_tokens: int) -> None:
-        if self._observer is None or not num_tokens:
-            return
-        now = time.perf_counter()
-        last = self._last_s.get(index)
-        self._last_s[index] = now
-        try:
-            if last is None:
-                self._observer.first_token(is_stream=self._is_stream, elapsed_s=now - self._started_s)
-            else:
-                self._observer.next_tokens(num_tokens=num_tokens, elapsed_s=now - last)
-        except Exception as exc:
-            self._not_counted(exc)
-
-    def _count_end(self, generation: Generation) -> None:
-        elapsed_s = time.perf_counter() - self._started_s
-        try:
-            if self._observer is not None:
-                self._observer.finished(generation, is_stream=self._is_stream, elapsed_s=elapsed_s)
-            if self._log is not None:
-                self._log.finished(generation, elapsed_s)
-        except Exception as exc:
-            self._not_counted(exc)
-
-    def _not_counted(self, error: Exception) -> None:
-        if self._service.failures.is_first("metrics", error):
-            logger.error("metrics or request log failed; requests go on, and this is said once", exc_info=error)
+    def finished(self, generation: Generation, elapsed_s: float) -> None:
+        self._metrics.finished(generation, is_stream=self._is_stream, elapsed_s=elapsed_s)

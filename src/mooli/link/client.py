@@ -8,7 +8,6 @@ imports what computes: the server's process holds no weights.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import socket
 import subprocess
@@ -19,10 +18,10 @@ from typing import Any, Protocol
 from mooli.engine import messages
 from mooli.engine.endings import EXIT_WAIT_S, error_named, exit_words
 from mooli.engine.facts import EngineFacts
-from mooli.engine.open_requests import OpenRequests, Sink
 from mooli.errors import EngineClosedError, EngineDeadError, EngineError, MooliError, RequestError
+from mooli.link.link import TAKER_FAILED, Sink, Sinks, copy_error
 from mooli.logs import FirstTimes
-from mooli.types import Request, RequestOutput
+from mooli.types import Request
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +60,8 @@ class EngineClient(asyncio.Protocol):
         self._frames = messages.Frames(messages.ToServer)
         self._transport: asyncio.WriteTransport | None = None
         self._ready: asyncio.Future[None] = loop.create_future()
-        self._open = OpenRequests()
+        self._sinks = Sinks(lambda name: self._abort([name], TAKER_FAILED))
         self._failures = FirstTimes()
-        self._questions: dict[int, asyncio.Future[Any]] = {}
-        self._numbers = itertools.count()
-        self._error: MooliError | None = None
         self._failure: MooliError | None = None
         self._is_cut = False
         self._ending: asyncio.Task[None] | None = None
@@ -100,34 +96,34 @@ class EngineClient(asyncio.Protocol):
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests can be submitted."""
-        return self._ready.done() and not self._is_cut and (self._error or self._failure) is None
+        return self._ready.done() and not self._is_cut and (self._sinks.error or self._failure) is None
 
     @property
     def num_open(self) -> int:
-        """Requests submitted whose taker still waits for an output."""
-        return len(self._open)
+        return len(self._sinks)
+
+    @property
+    def open_rids(self) -> list[str]:
+        return self._sinks.rids
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> None:
-        """Start requests, all in the same step if there is room.
+    def check_process(self) -> None:
+        """Nothing to raise: a server does not fork."""
 
-        Raises RequestError if an id is in use by an open request or it is too much at once, EngineClosedError or
-        EngineDeadError.
-        """
+    def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> None:
+        """See `Link`. Sinks are called in the event loop."""
         self._check_alive()
-        self._open.check_free(requests)
+        # Nothing is noted down yet: what cannot be written must leave no trace.
+        entries = self._sinks.named(requests, sinks)
         num_tokens = sum(len(request.prompt_ids) for request in requests)
         if num_tokens > messages.MAX_SUBMIT_TOKENS:
             raise RequestError(
                 f"prompts of {num_tokens} tokens in one request, each sample's counted, are more than the"
                 f" {messages.MAX_SUBMIT_TOKENS} that are taken at once: send fewer prompts, or a smaller n"
             )
-        # Before anything is noted down: what cannot be written must leave no trace.
-        entries = self._open.named(requests, sinks)
         submit = messages.Submit.of((entry.name, entry.request) for entry in entries)
         try:
             frame = messages.encode(submit)
@@ -137,53 +133,31 @@ class EngineClient(asyncio.Protocol):
             ) from exc
         except (ValueError, OverflowError) as exc:
             raise RequestError(f"the request cannot be sent to the engine: {exc}") from exc
-        self._open.add(entries)
+        self._sinks.add(entries)
         self._send_frame(frame)
 
     def abort(self, rids: Iterable[str], reason: str) -> None:
-        """End requests early. Their sinks get an output with finish reason `abort`. Unknown ids are ignored."""
-        names = self._open.names(rids)
-        if names:
-            self._send(messages.Abort(names, reason))
+        self._abort(self._sinks.names(rids), reason)
 
     def drop(self, requests: Iterable[Request], reason: str) -> None:
-        """Like `abort` for requests whose sinks want nothing more."""
-        names = [name for request in requests if (name := self._forget(request)) is not None]
-        if names:
-            self._send(messages.Abort(names, reason))
+        names: list[str] = []
+        for request in requests:
+            self._sinks.forget(request, names.append)
+        self._abort(names, reason)
 
     def finish(self, request: Request, matched: str) -> None:
-        """The text side has ended this request, at a stop string. Its sink wants nothing more."""
-        name = self._forget(request)
-        if name is not None:
-            self._send(messages.Finish({name: matched}))
-
-    @property
-    def open_rids(self) -> list[str]:
-        return self._open.rids
+        self._sinks.forget(request, lambda name: self._send(messages.Finish({name: matched})))
 
     async def ask(self, question: str, timeout_s: float) -> Any:
-        """One of `messages.QUESTIONS`, answered between two steps.
-
-        Raises EngineError if it cannot be answered, EngineDeadError, or TimeoutError.
-        """
         self._check_alive()
-        number = next(self._numbers)
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._questions[number] = future
-        self._send(messages.Ask(number, question))
-        try:
-            return await asyncio.wait_for(future, timeout_s)
-        except asyncio.TimeoutError:
-            raise TimeoutError(f"the engine has not answered {question!r} within {timeout_s:g} s") from None
-        finally:
-            del self._questions[number]
+        return await self._sinks.answered(
+            lambda number: self._send(messages.Ask(number, question)), question, timeout_s
+        )
 
     async def close(self) -> None:
         """Stop the process; open requests end with EngineClosedError. May be called again."""
-        if self._error is None:
-            self._error = EngineClosedError("the server is shutting down")
-            self._end_all(self._error)
+        if self._sinks.error is None:
+            self._end_all(EngineClosedError("the server is shutting down"))
         if self._transport is not None:
             self._send(messages.Stop())
             self._transport.close()
@@ -213,7 +187,7 @@ class EngineClient(asyncio.Protocol):
             self._process.kill()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._error is None:
+        if self._sinks.error is None:
             # From here on nothing can be submitted; what is open waits for the cause.
             self._is_cut = True
             self._read_rest()
@@ -238,7 +212,7 @@ class EngineClient(asyncio.Protocol):
             words = f"has ended, and why cannot be found out: {exc}"
         if self._failure is None:
             self._failure = EngineDeadError(f"the engine process {words}")
-        self._error = failure = self._failure
+        failure = self._failure
         if self._ready.done():
             logger.error("%s", failure)
         self._end_all(failure)
@@ -253,24 +227,21 @@ class EngineClient(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame)
 
+    def _abort(self, names: list[str], reason: str) -> None:
+        if names:
+            self._send(messages.Abort(names, reason))
+
     def _check_alive(self) -> None:
-        error = self._error or self._failure
-        if error is not None:
-            raise copy_error(error)
+        self._sinks.check_open()
+        if self._failure is not None:
+            raise copy_error(self._failure)
         if self._is_cut:
             raise EngineDeadError("the engine process has ended")
-
-    def _forget(self, request: Request) -> str | None:
-        """Take its sink away; what still comes about it reaches nobody. Its name, if it was open."""
-        name = self._open.name_of(request)
-        if name is not None:
-            self._open.pop(name)
-        return name
 
     def _take(self, message: Any) -> None:
         if isinstance(message, messages.Outputs):
             for output in message.outputs:
-                self._hand_out(output.rid, output, is_last=output.finish is not None)
+                self._sinks.hand_out(output.rid, output)
             self.last_report = message
             try:
                 self.on_report(message)
@@ -278,14 +249,10 @@ class EngineClient(asyncio.Protocol):
                 if self._failures.is_first("reports", exc):
                     logger.warning("a report of the engine was not taken; this is said once", exc_info=True)
         elif isinstance(message, messages.Refused):
-            self._hand_out(message.name, error_named(message.error, message.message), is_last=True)
+            self._sinks.hand_out(message.name, error_named(message.error, message.message))
         elif isinstance(message, messages.Reply):
-            future = self._questions.get(message.number)
-            if future is not None and not future.done():
-                if message.error is None:
-                    future.set_result(message.value)
-                else:
-                    future.set_exception(EngineError(message.error))
+            error = None if message.error is None else EngineError(message.error)
+            self._sinks.answer(message.number, message.value, error)
         elif isinstance(message, messages.Progress):
             self._progress(message.stage, message.done, message.total)
         elif isinstance(message, messages.Ready):
@@ -294,29 +261,11 @@ class EngineClient(asyncio.Protocol):
         else:
             self._failure = error_named(message.error, message.message)
 
-    def _hand_out(self, name: str, item: RequestOutput | MooliError, *, is_last: bool) -> None:
-        entry = self._open.pop(name) if is_last else self._open.get(name)
-        if entry is None:  # dropped
-            return
-        if isinstance(item, RequestOutput):
-            item.rid = entry.request.rid
-        try:
-            entry.sink(item)
-        except BaseException as exc:  # only its request ends
-            self.drop([entry.request], "The taker of its output failed.")
-            self._open.taker_failed(entry, exc)
-
     def _end_all(self, error: MooliError) -> None:
-        entries = self._open.clear()
-        for future in [self._ready, *self._questions.values()]:
-            if not future.done():
-                future.set_exception(copy_error(error))
-                future.exception()  # seen: whoever waited may have gone
-        for entry in entries:
-            try:
-                entry.sink(copy_error(error))
-            except BaseException as exc:
-                self._open.taker_failed(entry, exc)
+        if not self._ready.done():
+            self._ready.set_exception(copy_error(error))
+            self._ready.exception()  # seen: whoever waited may have gone
+        self._sinks.end(error)
 
     def _stop_process(self) -> int | None:
         """Its exit status; None if it had to be killed here."""
@@ -326,8 +275,3 @@ class EngineClient(asyncio.Protocol):
             self._process.kill()
             self._process.wait()
             return None
-
-
-def copy_error(error: MooliError) -> MooliError:
-    """One error may end many requests: each raises its own copy, or tracebacks would pile up in it."""
-    return type(error)(*error.args)

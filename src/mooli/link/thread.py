@@ -15,17 +15,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from mooli.engine.open_requests import OpenRequest, OpenRequests, Sink
+from mooli.engine.core import STUCK_S
+from mooli.engine.facts import EngineFacts
 from mooli.errors import EngineClosedError, EngineDeadError, MooliError
+from mooli.link.link import TAKER_FAILED, OpenRequest, Sink, Sinks
 from mooli.types import Request, RequestOutput
 
 logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT_S = 30.0
 """How long `close` waits for the step that is being computed. The thread is a daemon: it never keeps the process."""
-
-STUCK_S = 30.0
-"""How long a step may still take after the engine has failed."""
 
 T = TypeVar("T")
 
@@ -35,12 +34,16 @@ class Core(Protocol):
 
     def add(self, request: Request) -> None: ...
 
-    def abort(self, rid: str) -> bool:
+    def abort(self, rid: str, message: str) -> bool:
         """End with finish reason `abort`: one more output. False, and no output, for a request that is not there."""
         ...
 
     def finish(self, rid: str, matched: int | str) -> bool:
         """End with finish reason `stop`; otherwise like `abort`."""
+        ...
+
+    def answer(self, question: str) -> object:
+        """What is asked by `Link.ask`; raises EngineError if it cannot be answered."""
         ...
 
     @property
@@ -58,61 +61,59 @@ class EngineLoop:
     ever. There, what needs an answer raises EngineClosedError at once and everything else does nothing.
     """
 
-    def __init__(self, core: Core, *, on_thread_start: Callable[[], None] | None = None) -> None:
+    def __init__(self, core: Core, facts: EngineFacts, *, on_thread_start: Callable[[], None] | None = None) -> None:
+        self.facts = facts
         self._core = core
         # SimpleQueue.put is reentrant: a finaliser may abort a request in the middle of another put.
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        # Reentrant for the same reason.
-        self._lock = threading.RLock()
-        self._open = OpenRequests()
-        # Queues, as Ctrl-C inside a future's wait can leave its lock taken, and the engine's thread behind it.
-        self._calls: set[queue.SimpleQueue[Callable[[], Any]]] = set()
-        self._error: MooliError | None = None
+        self._sinks = Sinks(lambda name: core.abort(name, TAKER_FAILED))
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, args=(on_thread_start,), name="mooli-engine", daemon=True)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests can still be submitted."""
-        return self._error is None and self._is_here
+        return self._sinks.error is None and self._is_here
 
     @property
     def num_open(self) -> int:
-        """Requests submitted and not ended."""
-        return len(self._open)
+        return len(self._sinks)
+
+    @property
+    def open_rids(self) -> list[str]:
+        return self._sinks.rids if self._is_here else []
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> None:
-        """Start requests, all in the same step if there is room. Sinks are called on the engine's thread, so they must
-        be quick and must not call the loop's blocking methods.
-
-        Raises RequestError if an id is in use by an open request, EngineClosedError or EngineDeadError. After any
-        other exception, Ctrl-C for one, some may have begun: `drop` ends them.
-        """
+        """See `Link`. Sinks are called on the engine's thread, so they must be quick and must not call the loop's
+        blocking methods."""
         self.check_process()
-        with self._lock:
-            self._check_alive()
-            self._open.check_free(requests)
-            entries = self._open.named(requests, sinks)
-            self._open.add(entries)
+        with self._sinks.lock:
+            entries = self._sinks.named(requests, sinks)
+            self._sinks.add(entries)
             self._commands.put(lambda: self._add(entries))
 
-    def abort(self, rids: Iterable[str]) -> None:
-        """End requests early. Their sinks get an output with finish reason `abort`. Unknown ids are ignored."""
+    def abort(self, rids: Iterable[str], reason: str) -> None:
         if not self._is_here:
             return
-        with self._lock:
-            names = self._open.names(rids)
-            self._commands.put(lambda: self._abort(names))
+        with self._sinks.lock:
+            names = self._sinks.names(rids)
+            self._commands.put(lambda: self._abort(names, reason))
 
-    def drop(self, requests: Iterable[Request]) -> None:
-        """Like `abort` for requests whose sinks want nothing more. Never blocks; finalisers may call it."""
-        self._forget([(request, self._core.abort) for request in requests])
+    def drop(self, requests: Iterable[Request], reason: str) -> None:
+        for request in requests if self._is_here else ():
+            self._sinks.forget(request, lambda name: self._commands.put(lambda: self._core.abort(name, reason)))
 
-    def finish(self, matched: Iterable[tuple[Request, str]]) -> None:
-        """The text side has ended these requests, each at a stop string. Their sinks want nothing more. Never
-        blocks."""
-        self._forget([(request, functools.partial(self._core.finish, matched=text)) for request, text in matched])
+    def finish(self, request: Request, matched: str) -> None:
+        if self._is_here:
+            self._sinks.forget(request, lambda name: self._commands.put(lambda: self._core.finish(name, matched)))
+
+    async def ask(self, question: str, timeout_s: float) -> Any:
+        self.check_process()
+
+        def send(number: int) -> None:
+            self._commands.put(lambda: self._answer(number, lambda: self._core.answer(question)))
+
+        return await self._sinks.answered(send, question, timeout_s)
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two steps and return its result.
@@ -120,25 +121,14 @@ class EngineLoop:
         Raises what it raises, EngineClosedError or EngineDeadError.
         """
         self.check_process()
-        answer: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
-
-        def run() -> None:
-            try:
-                value = function()
-            except Exception as exc:  # it is raised in the caller's thread
-                answer.put(functools.partial(_raise, exc))
-            else:
-                answer.put(lambda: value)
-
-        with self._lock:
-            self._check_alive()
-            self._calls.add(answer)
-            self._commands.put(run)
-        try:
-            return answer.get()()
-        finally:
-            with self._lock:
-                self._calls.discard(answer)
+        # A queue, as Ctrl-C inside a future's wait can leave its lock taken, and the engine's thread behind it.
+        answer: queue.SimpleQueue[tuple[T, Exception | None]] = queue.SimpleQueue()
+        number = self._sinks.ask(lambda value, error: answer.put((value, error)))
+        self._commands.put(lambda: self._answer(number, function))
+        value, error = answer.get()
+        if error is not None:
+            raise error
+        return value
 
     def fail(self, error: EngineDeadError) -> None:
         """End every request with `error`, after the step that is being computed: what computes is broken. A step that
@@ -147,7 +137,7 @@ class EngineLoop:
         self._thread.join(STUCK_S)
         if self._thread.is_alive():
             logger.error("the step that was being computed does not end")
-            self._end(_death_of(error))
+            self._sinks.end(_death_of(error))
 
     def close(self) -> bool:
         """End open requests with EngineClosedError and stop the thread. Returns whether it has stopped.
@@ -174,25 +164,6 @@ class EngineLoop:
     def _is_here(self) -> bool:
         return os.getpid() == self._pid
 
-    def _forget(self, ends: Sequence[tuple[Request, Callable[[str], object]]]) -> None:
-        """Their ids can be used again at once; the core ends them after its step."""
-        if not self._is_here:
-            return
-        for request, end in ends:
-            with self._lock:
-                name = self._open.name_of(request)
-            if name is not None:
-                # The command first: what Ctrl-C leaves undone here can be asked for again.
-                self._commands.put(functools.partial(end, name))
-                with self._lock:
-                    self._open.pop(name)
-
-    def _check_alive(self) -> None:
-        if isinstance(self._error, EngineDeadError):
-            raise EngineDeadError(str(self._error)) from self._error.__cause__
-        if self._error is not None:
-            raise EngineClosedError(str(self._error))
-
     # -- below here: on the engine's thread --
 
     def _run(self, on_thread_start: Callable[[], None] | None) -> None:
@@ -202,11 +173,12 @@ class EngineLoop:
                 on_thread_start()
             while self._take_commands():
                 if self._core.has_work:
-                    self._deliver(self._core.step())
+                    for output in self._core.step():
+                        self._sinks.hand_out(output.rid, output)
         except BaseException as exc:
             logger.exception("the engine loop has died")
             error = _death_of(exc)
-        self._end(error)
+        self._sinks.end(error)
 
     def _take_commands(self) -> bool:
         """Carry out what has been asked for; without work, wait for it. False when the loop is to end."""
@@ -224,43 +196,19 @@ class EngineLoop:
             try:
                 self._core.add(replace(entry.request, rid=entry.name))
             except MooliError as exc:
-                self._send(entry.name, exc, is_last=True)
+                self._sinks.hand_out(entry.name, exc)
 
-    def _abort(self, names: Sequence[str]) -> None:
+    def _abort(self, names: Sequence[str], reason: str) -> None:
         for name in names:
-            self._core.abort(name)
+            self._core.abort(name, reason)
 
-    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        for output in outputs:
-            self._send(output.rid, output, is_last=output.finish is not None)
-
-    def _send(self, name: str, item: RequestOutput | MooliError, *, is_last: bool) -> None:
-        with self._lock:
-            entry = self._open.pop(name) if is_last else self._open.get(name)
-        if entry is None:  # dropped
-            return
-        if isinstance(item, RequestOutput):
-            item.rid = entry.request.rid
+    def _answer(self, number: int, function: Callable[[], object]) -> None:
         try:
-            entry.sink(item)
-        except BaseException as exc:  # only its request ends
-            with self._lock:
-                self._open.pop(name)
-            self._core.abort(name)
-            self._open.taker_failed(entry, exc)
-
-    def _end(self, error: MooliError) -> None:
-        with self._lock:
-            self._error = error
-            entries = self._open.clear()
-            calls = list(self._calls)
-        for answer in calls:
-            answer.put(functools.partial(_raise, error))
-        for entry in entries:
-            try:
-                entry.sink(error)
-            except BaseException as exc:
-                self._open.taker_failed(entry, exc)
+            value = function()
+        except Exception as exc:  # it is raised where the question came from
+            self._sinks.answer(number, None, exc)
+        else:
+            self._sinks.answer(number, value)
 
 
 def _raise(error: Exception) -> NoReturn:
