@@ -1,1 +1,1 @@
-"""The engine: one loop of schedule, execute, update, and the ways to reach it."""
+"""The engine: one loop of schedule, execute, update, what builds it, and the processes it may be in."""
