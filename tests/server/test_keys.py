@@ -152,7 +152,7 @@ def test_a_server_with_a_keys_file_is_no_open_server(keys_file):
 
 # -- what a key opens --------------------------------------------------------------------------------------------------
 async def answer(service, request) -> Reply:
-    return Reply({"client": request.client.name, "tenant": request.client.marks["tenant"]})
+    return Reply({"client": request.client.name, "tenant": request.client.caller.tenant})
 
 
 ROUTES = [

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from mooli.config import EngineConfig
 from mooli.engine.messages import Outputs
 from mooli.frontend.generation import Generation
+from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.text_side import input_rules
 from mooli.scheduler.stats import StepStats
 from mooli.server.app import ROUTES
@@ -82,9 +83,7 @@ def a_generation(*, stop: str | None = None, **sampling: Any) -> Generation:
     tokenizer = byte_tokenizer()
     config = EngineConfig.from_kwargs(model_path="fake", random_seed=1)
     params = {"max_new_tokens": 9, "stop": stop, **sampling}
-    request = (
-        input_rules(config, FACTS, tokenizer).prepare(prompt="abcdef", sampling_params=params, rid="r").requests[0]
-    )
+    request = input_rules(config, FACTS, tokenizer).prepare(GenerateCall("abcdef", params, rid="r")).requests[0]
     return Generation(request, tokenizer)
 
 

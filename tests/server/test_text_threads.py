@@ -11,6 +11,7 @@ from fake_engine import byte_tokenizer
 
 from mooli.config import EngineConfig
 from mooli.errors import ContextLengthError
+from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.tokenizer_bounds import TextBounds
 from mooli.link.client import EngineClient
 from mooli.server.config import ServerConfig
@@ -113,7 +114,7 @@ def test_a_prompt_that_is_too_long_is_refused_without_waiting_for_a_thread() -> 
         others = [asyncio.create_task(service.text_threads.run(n, gate.wait)) for n in (5000, 5000, 99999)]
         await asyncio.sleep(0)
         with pytest.raises(ContextLengthError, match="at least 100000 tokens"):
-            await asyncio.wait_for(service.prepare(prompt="a" * 100_000), WAIT_S)
+            await asyncio.wait_for(service.prepare(GenerateCall("a" * 100_000)), WAIT_S)
         gate.set()
         assert all(await asyncio.gather(*others))
         messages = [{"role": "user", "content": "a" * 5000}]

@@ -19,6 +19,7 @@ import mooli
 from mooli.frontend import call, generation, inputs
 from mooli.frontend.call import Bell
 from mooli.frontend.generation import Generation
+from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.stop import StopStrings
 from mooli.link.thread import EngineLoop
 
@@ -404,13 +405,15 @@ def test_parameters_given_for_all_prompts_are_looked_at_once_and_seeds_are_drawn
     monkeypatch.setattr(inputs, "parse_sampling_params", lambda *args, **kw: parsed.append(1) or parse(*args, **kw))
     rules = make_engine()._rules
     ids = list(range(100))
-    shared = rules.prepare(prompt=["a"] * 50, sampling_params={}, return_logprob=True, token_ids_logprob=ids).requests
+    shared = rules.prepare(
+        GenerateCall(prompt=["a"] * 50, sampling_params={}, return_logprob=True, token_ids_logprob=ids)
+    ).requests
     assert len(parsed) == 1
     assert len({request.sampling.seed for request in shared}) == 50
     assert len({id(request.logprob_token_ids) for request in shared}) == 1
-    seeded = rules.prepare(prompt=["a"] * 50, sampling_params={"sampling_seed": 5}).requests
+    seeded = rules.prepare(GenerateCall(prompt=["a"] * 50, sampling_params={"sampling_seed": 5})).requests
     assert {request.sampling.seed for request in seeded} == {5}
-    own = rules.prepare(prompt=["a", "b", "c"], sampling_params=[{"seed": 5}, {}, {"seed": 5}]).requests
+    own = rules.prepare(GenerateCall(prompt=["a", "b", "c"], sampling_params=[{"seed": 5}, {}, {"seed": 5}])).requests
     assert [request.sampling.seed == 5 for request in own] == [True, False, True]
 
 

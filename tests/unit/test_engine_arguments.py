@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from fake_engine import CONTEXT, VOCAB_SIZE, Gate, says
@@ -15,6 +17,8 @@ from mooli import (
     UnknownArgumentError,
     UnknownSamplingParamError,
 )
+from mooli.frontend.inputs import GenerateCall
+from mooli.frontend.unsupported import Api, asked, names_of
 
 GREEDY = {"temperature": 0}
 
@@ -183,3 +187,53 @@ def test_preferred_sampling_params_apply_where_a_request_names_none(make_engine)
     engine = make_engine(says("abc"), preferred_sampling_params={"max_new_tokens": 1, "temperature": 0})
     assert engine.generate("say>")["text"] == "a"
     assert engine.generate("say>", {"max_new_tokens": 2})["text"] == "ab"
+
+
+# -- one list of what there is not --
+
+
+def test_every_argument_that_is_refused_says_why_and_no_other_is_in_the_list(make_engine):
+    names = [item.name for item in fields(GenerateCall)]
+    known = {
+        "prompt", "sampling_params", "input_ids", "return_logprob", "logprob_start_len", "top_logprobs_num",
+        "token_ids_logprob", "stream", "rid", "priority", "cache_salt",
+    }  # fmt: skip
+    assert set(names) - known == set(names_of(Api.ENGINE))
+    engine = make_engine(says("x"))
+    for name, why in names_of(Api.ENGINE).items():
+        with pytest.raises(RequestError) as raised:
+            engine.generate("say>", **{name: "something"})
+        assert raised.value.argument == name
+        assert raised.value.message == f"{name} is not supported by Mooli yet: leave it out"
+        assert str(raised.value) == f"{raised.value.message} ({why})"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_argument_that_does_not_exist_is_a_type_error(make_engine, stream):
+    engine = make_engine()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'promt'"):
+        engine.generate(promt="x", stream=stream)
+
+
+NOTHING = {
+    Api.ENGINE: [{"lora_path": ""}, {"require_reasoning": False}, {"routed_experts_start_len": 0}, {"kv_hints": {}}],
+    Api.GENERATE: [{"return_entropy": False}, {"lora_path": []}],
+    Api.SAMPLING: [{"beam_width": 1}, {"regex": ""}, {"watermark": None}],
+    Api.OPENAI: [{"tool_choice": "auto"}, {"use_beam_search": False}, {"reasoning_effort": "none"}],
+    Api.ANTHROPIC: [{"tool_choice": {"type": "auto"}}, {"thinking": {"type": "disabled"}}, {"speed": "standard"}],
+}
+SOMETHING = {
+    Api.ENGINE: [{"routed_experts_start_len": False}, {"lora_path": False}, {"require_reasoning": 0}],
+    Api.GENERATE: [{"input_embeds": [[1.0]]}, {"return_entropy": True}],
+    Api.SAMPLING: [{"beam_width": 2}, {"regex": "none"}],
+    Api.OPENAI: [{"tool_choice": "required"}, {"web_search_options": {"user_location": {}}}],
+    Api.ANTHROPIC: [{"tools": ""}, {"thinking": {"type": "enabled"}}, {"output_config": {"effort": "high"}}],
+}
+
+
+@pytest.mark.parametrize("api", NOTHING)
+def test_what_asks_for_nothing_is_accepted_and_all_else_named(api):
+    for given in NOTHING[api]:
+        assert asked(given, api) is None
+    for given in SOMETHING[api]:
+        assert asked({"text": "x", **given}, api) == next(iter(given))

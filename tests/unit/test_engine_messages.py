@@ -16,7 +16,7 @@ from mooli.config import EngineConfig
 from mooli.engine import messages, process
 from mooli.engine.endings import error_named, exit_words
 from mooli.errors import EngineDeadError, EngineError, PromptError, RequestError
-from mooli.frontend.inputs import MAX_SALT_CHARS
+from mooli.frontend.inputs import MAX_SALT_CHARS, NOBODY, Caller, GenerateCall
 from mooli.frontend.text_side import input_rules
 from mooli.link.client import EngineClient
 from mooli.link.link import copy_error
@@ -89,10 +89,14 @@ def test_no_bytes_make_anything_but_messages_or_an_error(data):
 
 
 # -- what a call may weigh ---------------------------------------------------------------------------------------------
-def prepared(**arguments):
+def prepared(caller=NOBODY, **arguments):
     """Requests as a server's routes make them."""
     config = EngineConfig.from_kwargs(model_path="fake", random_seed=1)
-    return input_rules(config, fake_build(config).facts, byte_tokenizer()).prepare(**arguments).requests
+    return (
+        input_rules(config, fake_build(config).facts, byte_tokenizer())
+        .prepare(GenerateCall(**arguments), caller)
+        .requests
+    )
 
 
 HEAVY = {
@@ -106,7 +110,7 @@ HEAVY = {
 def test_what_the_prompts_of_a_call_share_is_sent_once():
     requests = prepared(
         prompt=["ab"] * 4000, sampling_params=HEAVY, cache_salt="s" * MAX_SALT_CHARS, return_logprob=True,
-        token_ids_logprob=list(range(200)), client="c" * 200, tenant="t" * 200,
+        token_ids_logprob=list(range(200)), caller=Caller("c" * 200, "t" * 200),
     )  # fmt: skip
     frame = messages.encode(messages.Submit.of((str(i), request) for i, request in enumerate(requests)))
     assert len(frame) < 4000 * 50 + 10_000

@@ -21,7 +21,7 @@ from mooli.frontend import tokenizer_bounds
 from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.gguf_tokenizer import tokenizer_from_gguf
-from mooli.frontend.inputs import InputRules
+from mooli.frontend.inputs import GenerateCall, InputRules
 from mooli.frontend.tokenizer import Tokenizer, load_tokenizer
 from mooli.frontend.tokenizer_bounds import byte_level_alphabet
 
@@ -240,7 +240,7 @@ def test_an_id_of_more_than_31_bits_is_an_error_of_the_prompt(tmp_path):
         preferred={},
     )
     with pytest.raises(PromptError, match="gave id 2147483648"):
-        rules.prepare(prompt="a")
+        rules.prepare(GenerateCall(prompt="a"))
 
 
 # How many tokens there are at least
@@ -351,11 +351,11 @@ def test_a_prompt_that_no_context_holds_is_refused_without_tokenising(tmp_path):
         preferred={},
     )
     with pytest.raises(ContextLengthError, match=r"500000 characters, which are at least \d+ tokens"):
-        rules.prepare(prompt="word " * 100_000)
+        rules.prepare(GenerateCall(prompt="word " * 100_000))
     with pytest.raises(ContextLengthError, match=r"prompt 1: the prompt has"):
-        rules.prepare(prompt=["a", "word " * 100_000])
+        rules.prepare(GenerateCall(prompt=["a", "word " * 100_000]))
     assert encoder.num_calls == 1
-    assert len(rules.prepare(prompt="word").requests) == 1
+    assert len(rules.prepare(GenerateCall(prompt="word")).requests) == 1
     cut = InputRules(
         encoder=encoder,
         vocab_size=10_000,
@@ -366,7 +366,7 @@ def test_a_prompt_that_no_context_holds_is_refused_without_tokenising(tmp_path):
         preferred={},
         allow_auto_truncate=True,
     )
-    assert len(cut.prepare(prompt="word " * 10_000).requests[0].prompt_ids) == 99
+    assert len(cut.prepare(GenerateCall(prompt="word " * 10_000)).requests[0].prompt_ids) == 99
 
 
 def test_a_conversation_that_no_context_holds_is_refused_without_tokenising(tmp_path, monkeypatch):

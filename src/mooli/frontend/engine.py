@@ -7,6 +7,7 @@ the caller: the engine has one thread of its own, and a second only while it sta
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import time
@@ -15,22 +16,26 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace, TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from mooli.config import EngineConfig
 from mooli.engine.build import Progress, build_engine
-from mooli.errors import ConfigError, RequestError
+from mooli.errors import ConfigError
 from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
 from mooli.frontend.generation import Generation, generations_of
+from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.model_info import model_info
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, with_seed
 from mooli.frontend.tokenizer import Tokenizer
-from mooli.frontend.unsupported import ENGINE_ARGUMENTS, refuse_unsupported
 from mooli.hub.locate import locate
 from mooli.link.thread import EngineLoop
 from mooli.logs import add_log_level
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+C = TypeVar("C")
+T = TypeVar("T")
 
 Answer = dict[str, Any]
 """{"text", "output_ids", "meta_info": {"id", "finish_reason", "prompt_tokens", "completion_tokens", …}}
@@ -43,6 +48,24 @@ class FlushCacheResult:
 
     success: bool
     message: str
+
+
+def _taking(call: Callable[P, C]) -> Callable[[Callable[[Engine, C], T]], Callable[Concatenate[Engine, P], T]]:
+    """Makes a method that takes a `call` one that takes its fields: by place, by name and with their types."""
+
+    def decorate(method: Callable[[Engine, C], T]) -> Callable[Concatenate[Engine, P], T]:
+        @functools.wraps(method)
+        def taking(self: Engine, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            bound = signature.bind(self, *args, **kwargs)
+            return method(self, call(*bound.args[1:], **bound.kwargs))
+
+        fields = inspect.signature(call).parameters.values()
+        own = inspect.signature(method)
+        signature = own.replace(parameters=[own.parameters["self"], *fields])
+        taking.__signature__ = signature  # type: ignore[attr-defined]
+        return taking
+
+    return decorate
 
 
 class Engine:
@@ -97,79 +120,34 @@ class Engine:
         self._finalizer = weakref.finalize(self, _shut_down, self._loop, built.close)
         self._startup_time_s = time.perf_counter() - started
 
-    def generate(
-        self,
-        prompt: str | list[str] | None = None,
-        sampling_params: Mapping[str, Any] | list[Mapping[str, Any]] | None = None,
-        input_ids: list[int] | list[list[int]] | None = None,
-        image_data: Any = None,
-        audio_data: Any = None,
-        video_data: Any = None,
-        mm_hashes: Any = None,
-        mm_content_hashes: Any = None,
-        return_logprob: bool | list[bool] = False,
-        logprob_start_len: int | list[int] | None = None,
-        top_logprobs_num: int | list[int] | None = None,
-        token_ids_logprob: list[int] | list[list[int]] | None = None,
-        lora_path: Any = None,
-        custom_logit_processor: Any = None,
-        require_reasoning: bool = False,
-        return_hidden_states: bool = False,
-        return_routed_experts: bool = False,
-        routed_experts_start_len: int = 0,
-        stream: bool = False,
-        bootstrap_host: Any = None,
-        bootstrap_port: Any = None,
-        bootstrap_room: Any = None,
-        routed_dp_rank: Any = None,
-        disagg_prefill_dp_rank: Any = None,
-        kv_hints: Any = None,
-        data_parallel_rank: Any = None,
-        external_trace_header: Any = None,
-        rid: str | list[str] | None = None,
-        session_params: Any = None,
-        priority: int | None = None,
-        session_id: Any = None,
-        *,
-        cache_salt: str | None = None,
-    ) -> Answer | list[Answer] | Stream:
+    @_taking(GenerateCall)
+    def generate(self, call: GenerateCall) -> Answer | list[Answer] | Stream:
         """Generate and wait: a dict for one prompt, a list for a list of prompts or n > 1 (grouped by prompt).
 
-        prompt: text or a list of texts; input_ids instead: token ids, or a list of lists of them.
-        sampling_params: a dict for all prompts or a list with one for each.
-        return_logprob: add log-probabilities of the output, and of the prompt from `logprob_start_len` on (-1: none),
-            with `top_logprobs_num` alternatives and those of `token_ids_logprob` at each position.
-        stream: return an iterator of chunks at once. Each has everything so far, or with the engine's
-            incremental_streaming_output what is new; the last one of a request has a finish_reason. Lists of the
-            prompt's log-probabilities and of alternatives come once: in the last chunk, or with
-            incremental_streaming_output in the first and beside their tokens. Closing or dropping the iterator, or
-            Ctrl-C while it waits, aborts what is not finished; one that is kept and not read goes on to its end.
-        rid: id of the request, or one for each; drawn if not given. priority: larger goes first, where
-            `enable_priority_scheduling` is set.
-        cache_salt: requests share cached prefixes only with requests of the same salt.
+        The arguments are the fields of `GenerateCall`: generate(prompt, sampling_params, …).
+
+        stream=True: return an iterator of chunks at once. Each has everything so far, or with the engine's
+        incremental_streaming_output what is new; the last one of a request has a finish_reason. Lists of the
+        prompt's log-probabilities and of alternatives come once: in the last chunk, or with
+        incremental_streaming_output in the first and beside their tokens. Closing or dropping the iterator, or
+        Ctrl-C while it waits, aborts what is not finished; one that is kept and not read goes on to its end.
 
         Raises PromptError, SamplingParamsError or another RequestError (all ValueError) before anything runs;
         RequestFailedError if the only request fails; in a list, or in a stream, a failed request has the finish_reason
         type `error` instead. Raises EngineClosedError after `shutdown`, EngineDeadError if the engine breaks down.
-        Arguments for what Mooli does not have are refused unless they have their default.
         """
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "stream")}
-        generations, is_single = self._prepare(arguments, stream)
-        if stream:
+        generations, is_single = self._prepare(call)
+        if call.stream:
             return stream_sync(self._loop, generations, owner=self)
         results = run(self._loop, generations)
         return results[0] if is_single else results
 
-    async def async_generate(self, *args: Any, **kwargs: Any) -> Answer | list[Answer] | AsyncStream:
+    @_taking(GenerateCall)
+    async def async_generate(self, call: GenerateCall) -> Answer | list[Answer] | AsyncStream:
         """`generate`, with the same arguments, for asyncio: await it for the answer, or with stream=True for an
         asynchronous iterator. Cancelling the task, or closing the iterator, aborts the requests."""
-        bound = _GENERATE.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        arguments = dict(bound.arguments)
-        del arguments["self"]
-        stream = arguments.pop("stream")
-        generations, is_single = self._prepare(arguments, stream)
-        if stream:
+        generations, is_single = self._prepare(call)
+        if call.stream:
             return stream_async(self._loop, generations, owner=self)
         results = await run_async(self._loop, generations)
         return results[0] if is_single else results
@@ -209,14 +187,9 @@ class Engine:
     ) -> None:
         self.shutdown()
 
-    def _prepare(self, arguments: dict[str, Any], stream: Any) -> tuple[list[Generation], bool]:
+    def _prepare(self, call: GenerateCall) -> tuple[list[Generation], bool]:
         """Checked requests of a call, each with its text state, and whether the answer is a dict rather than a list."""
-        refuse_unsupported(arguments, ENGINE_ARGUMENTS)
-        for name in ENGINE_ARGUMENTS:
-            del arguments[name]
-        if not isinstance(stream, bool):
-            raise RequestError(f"stream must be True or False, not {stream!r}")
-        inputs = self._rules.prepare(**arguments)
+        inputs = self._rules.prepare(call)
         config = self.server_args
         generations = generations_of(
             inputs,
@@ -225,9 +198,6 @@ class Engine:
             incremental=config.incremental_streaming_output,
         )
         return generations, inputs.is_single
-
-
-_GENERATE = inspect.signature(Engine.generate)
 
 
 def _config(server_args: EngineConfig | Mapping[str, Any] | None, kwargs: dict[str, Any]) -> EngineConfig:

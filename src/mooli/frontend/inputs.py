@@ -14,7 +14,7 @@ import operator
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from mooli.errors import ContextLengthError, PromptError, RequestError
 from mooli.frontend.sampling import parse_sampling_params, sample_params
+from mooli.frontend.unsupported import Api, refuse_unsupported
 from mooli.types import Request, SamplingParams
 
 MAX_TOP_LOGPROBS = 128
@@ -41,12 +42,76 @@ class Encoder(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GenerateCall:
+    """The arguments of one call, in SGLang's order; whoever makes one may have given values of other types.
+
+    prompt: text or a list of texts; input_ids instead: token ids, or a list of lists of them.
+    sampling_params: a dict for all prompts or a list with one for each.
+    return_logprob: add log-probabilities of the output, and of the prompt from `logprob_start_len` on (-1: none),
+        with `top_logprobs_num` alternatives and those of `token_ids_logprob` at each position.
+    stream: whether the answer is read while it grows.
+    rid: id of the request, or one for each; drawn if not given. priority: larger goes first, where
+        `enable_priority_scheduling` is set.
+    cache_salt: requests share cached prefixes only with requests of the same salt.
+
+    All others are for what Mooli does not have, and refused unless they have their default
+    (`mooli.frontend.unsupported`).
+    """
+
+    prompt: str | Sequence[str] | None = None
+    sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | Sequence[int | Sequence[int]] | None = None
+    image_data: Any = None
+    audio_data: Any = None
+    video_data: Any = None
+    mm_hashes: Any = None
+    mm_content_hashes: Any = None
+    return_logprob: bool | Sequence[bool] = False
+    logprob_start_len: int | Sequence[int | None] | None = None
+    top_logprobs_num: int | Sequence[int | None] | None = None
+    token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | Sequence[int | Sequence[int] | None] | None = None
+    lora_path: Any = None
+    custom_logit_processor: Any = None
+    require_reasoning: bool = False
+    return_hidden_states: bool = False
+    return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
+    stream: bool = False
+    bootstrap_host: Any = None
+    bootstrap_port: Any = None
+    bootstrap_room: Any = None
+    routed_dp_rank: Any = None
+    disagg_prefill_dp_rank: Any = None
+    kv_hints: Any = None
+    data_parallel_rank: Any = None
+    external_trace_header: Any = None
+    rid: str | Sequence[str] | None = None
+    session_params: Any = None
+    priority: int | None = None
+    session_id: Any = None
+    cache_salt: str | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """client: whose call it is, for its fair share of the queue. tenant: calls of different tenants share no cached
+    prefix, whatever their salts."""
+
+    client: str = ""
+    tenant: str = ""
+
+
+NOBODY = Caller()
+
+
 @dataclass(frozen=True, slots=True)
 class CallInputs:
-    """Requests of one call, grouped by prompt (p0s0, p0s1, p1s0, …); `is_single`: one dict is returned, not a list."""
+    """Requests of one call, grouped by prompt (p0s0, p0s1, p1s0, …). is_single: one dict is returned, not a list."""
 
     requests: list[Request]
     is_single: bool
+    is_stream: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,33 +135,18 @@ class InputRules:
     max_sequences: int = sys.maxsize
     max_stop_chars: int = sys.maxsize
 
-    def prepare(
-        self,
-        *,
-        prompt: Any = None,
-        input_ids: Any = None,
-        sampling_params: Any = None,
-        rid: Any = None,
-        return_logprob: Any = False,
-        logprob_start_len: Any = None,
-        top_logprobs_num: Any = None,
-        token_ids_logprob: Any = None,
-        priority: Any = None,
-        cache_salt: Any = None,
-        client: str = "",
-        tenant: str = "",
-    ) -> CallInputs:
-        """Requests for the arguments of `Engine.generate`.
-
-        client: whose call it is, for its fair share of the queue. tenant: calls of different tenants share no cached
-        prefix, whatever their salts.
+    def prepare(self, call: GenerateCall, caller: Caller = NOBODY) -> CallInputs:
+        """Its requests.
 
         Raises PromptError for a prompt that cannot be served, SamplingParamsError for a bad sampling value,
         RequestError for anything else that is wrong with the call.
         """
-        prompts, is_batch = self._prompts(prompt, input_ids)
+        refuse_unsupported(vars(call), Api.ENGINE)
+        if not isinstance(call.stream, bool):
+            raise RequestError(f"stream must be True or False, not {call.stream!r}")
+        prompts, is_batch = self._prompts(call.prompt, call.input_ids)
         size = len(prompts)
-        given = _per_item("sampling_params", sampling_params, size, is_batch)
+        given = _per_item("sampling_params", call.sampling_params, size, is_batch)
         explicit = [isinstance(item, Mapping) and item.get("max_new_tokens") is not None for item in given]
         params = self._sampling(given)
         n = params[0].n
@@ -110,21 +160,15 @@ class InputRules:
                 argument="stop",
                 advice="(skip_tokenizer_init=True leaves it out)",
             )
-        logprobs = {
-            "return_logprob": return_logprob,
-            "logprob_start_len": logprob_start_len,
-            "top_logprobs_num": top_logprobs_num,
-            "token_ids_logprob": token_ids_logprob,
-        }
-        rows = _logprob_rows(logprobs, size, is_batch, n)
+        rows = _logprob_rows(call, size, is_batch, n)
         chosen = self._chosen_ids(rows)
-        namespace = self._namespace(cache_salt, tenant)
-        rank = 0 if priority is None else _index("priority", priority)
+        namespace = self._namespace(call.cache_salt, caller.tenant)
+        rank = 0 if call.priority is None else _index("priority", call.priority)
         if not -MAX_PRIORITY <= rank <= MAX_PRIORITY:
             raise RequestError(
                 f"priority={str(rank)[:80]} is outside {-MAX_PRIORITY} … {MAX_PRIORITY}", argument="priority"
             )
-        rids = _rids(rid, size, n, is_batch)
+        rids = _rids(call.rid, size, n, is_batch)
         requests = []
         for i in range(size):
             where = f"prompt {i}: " if is_batch else ""
@@ -138,11 +182,11 @@ class InputRules:
                     eos_ids=self.eos_ids,
                     namespace=namespace,
                     priority=rank,
-                    client=client,
+                    client=caller.client,
                     **options,
                 )
                 requests.append(request)
-        return CallInputs(requests, is_single=not is_batch and n == 1)
+        return CallInputs(requests, is_single=not is_batch and n == 1, is_stream=call.stream)
 
     def _sampling(self, given: Sequence[Any]) -> list[SamplingParams]:
         """Checked parameters. Neighbours that were given as one object are looked at once, and share what is long."""
@@ -399,10 +443,14 @@ def _per_item(name: str, value: Any, size: int, is_batch: bool) -> list[Any]:
     return [*value]
 
 
-def _logprob_rows(values: dict[str, Any], size: int, is_batch: bool, n: int) -> list[dict[str, Any]]:
+_LOGPROB_ARGUMENTS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob")
+
+
+def _logprob_rows(call: GenerateCall, size: int, is_batch: bool, n: int) -> list[dict[str, Any]]:
     """The log-probability arguments of each item."""
     columns: dict[str, list[Any]] = {}
-    for name, value in values.items():
+    for name in _LOGPROB_ARGUMENTS:
+        value: Any = getattr(call, name)
         if name == "token_ids_logprob":
             if value is not None and not isinstance(value, (list, tuple)):
                 raise RequestError(

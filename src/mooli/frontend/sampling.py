@@ -14,6 +14,7 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from mooli.errors import SamplingParamsError, UnknownSamplingParamError
+from mooli.frontend.unsupported import Api, asked, names_of
 from mooli.types import TOP_K_ALL, SamplingParams
 
 MAX_STOP_STRINGS = 32
@@ -38,9 +39,6 @@ HARSH_BELOW = 1e-6
 
 _DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(SamplingParams) if item.default is not MISSING}
 _INT64 = 2**63
-_UNSUPPORTED = (
-    "json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "beam_width", "custom_params", "watermark",
-)  # fmt: skip
 _OTHER_ENGINES = {
     "max_tokens": "max_new_tokens",
     "max_length": "max_new_tokens",
@@ -49,7 +47,7 @@ _OTHER_ENGINES = {
     "do_sample": "temperature",
     "num_return_sequences": "n",
 }
-_NAMES = (*_DEFAULTS, "sampling_seed", *_UNSUPPORTED)
+_NAMES = (*_DEFAULTS, "sampling_seed", *names_of(Api.SAMPLING))
 
 
 def parse_sampling_params(
@@ -115,9 +113,7 @@ def _mix(seed: int, index: int) -> int:
 
 
 def _check_name(name: Any, value: Any) -> None:
-    if name in _UNSUPPORTED:
-        if value is None or value == "" or value == {} or value == [] or (name == "beam_width" and value == 1):
-            return
+    if asked({name: value}, Api.SAMPLING):
         raise _refused(name, f"{name} is not supported yet: remove {name}={_short(value)}")
     if name in _NAMES:
         return

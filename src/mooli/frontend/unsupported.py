@@ -1,61 +1,160 @@
-"""Arguments of SGLang's `generate` for what Mooli does not have.
+"""Arguments and fields for what Mooli does not have: one list, of which each API takes the names that its clients know.
 
-Owns their names, the values that ask for nothing, and the refusal of all others: an argument that would be left aside
-in silence would change the answer. Never looks at arguments that exist here.
+Owns the names, why each is refused, and the values that ask for nothing: what would be left aside in silence would
+change the answer. Never looks at what exists here, and never words an error of HTTP.
+
+Sources: SGLang's `Engine.generate`, /generate and sampling parameters; the API references of OpenAI and Anthropic; the
+fields of servers that clients were also written for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import enum
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from mooli.errors import RequestError
 
-ENGINE_ARGUMENTS: dict[str, Any] = {
-    "image_data": None,
-    "audio_data": None,
-    "video_data": None,
-    "mm_hashes": None,
-    "mm_content_hashes": None,
-    "lora_path": None,
-    "custom_logit_processor": None,
-    "require_reasoning": False,
-    "return_hidden_states": False,
-    "return_routed_experts": False,
-    "routed_experts_start_len": 0,
-    "bootstrap_host": None,
-    "bootstrap_port": None,
-    "bootstrap_room": None,
-    "routed_dp_rank": None,
-    "disagg_prefill_dp_rank": None,
-    "kv_hints": None,
-    "data_parallel_rank": None,
-    "external_trace_header": None,
-    "session_params": None,
-    "session_id": None,
+
+class Api(enum.Flag):
+    """Whose clients know a name."""
+
+    ENGINE = enum.auto()
+    """Of `Engine.generate`; a /generate body has its names too."""
+    GENERATE = enum.auto()
+    SAMPLING = enum.auto()
+    OPENAI = enum.auto()
+    ANTHROPIC = enum.auto()
+
+
+_NATIVE = Api.ENGINE | Api.GENERATE
+
+_LIST: Mapping[str, tuple[tuple[Api, str], ...]] = {
+    "an answer cannot be held to a grammar yet": (
+        (Api.SAMPLING | Api.OPENAI, "json_schema regex ebnf structural_tag"),
+        (
+            Api.OPENAI,
+            "response_format guided_json guided_regex guided_choice guided_grammar structured_outputs grammar",
+        ),
+        (Api.ANTHROPIC, "output_config output_format"),
+    ),
+    "tools cannot be called yet": (
+        (Api.OPENAI | Api.ANTHROPIC, "tools tool_choice"),
+        (Api.OPENAI, "functions function_call web_search_options"),
+        (Api.ANTHROPIC, "mcp_servers container"),
+    ),
+    "reasoning is not told from the answer yet": (
+        (_NATIVE, "require_reasoning"),
+        (Api.GENERATE | Api.OPENAI, "max_thinking_tokens"),
+        (Api.OPENAI, "reasoning_effort reasoning"),
+        (Api.ANTHROPIC, "thinking"),
+    ),
+    "only text is read and written": (
+        (_NATIVE | Api.OPENAI, "image_data audio_data video_data"),
+        (_NATIVE, "mm_hashes mm_content_hashes"),
+        (Api.OPENAI, "modalities audio"),
+    ),
+    "a prompt is a text or token ids": (
+        (Api.GENERATE | Api.OPENAI, "input_embeds"),
+        (Api.OPENAI, "prompt_embeds documents"),
+    ),
+    "give ids to /generate, or to /v1/completions as the prompt": ((Api.OPENAI, "input_ids"),),
+    "there are no adapters yet": ((_NATIVE | Api.OPENAI, "lora_path"), (Api.GENERATE, "lora_id")),
+    "no code of a request's is run": (
+        (_NATIVE | Api.OPENAI, "custom_logit_processor"),
+        (Api.SAMPLING | Api.OPENAI, "custom_params"),
+        (Api.OPENAI, "logits_processors chat_template"),
+    ),
+    "tokens are chosen one by one, by the sampling parameters": (
+        (Api.SAMPLING | Api.OPENAI, "beam_width watermark"),
+        (Api.OPENAI, "use_beam_search"),
+    ),
+    "use logit_bias": ((Api.OPENAI, "bad_words allowed_token_ids"),),
+    "use stop, which takes texts": ((Api.SAMPLING | Api.OPENAI, "stop_regex"),),
+    "the answer has no place for it": (
+        (_NATIVE | Api.OPENAI, "return_hidden_states return_routed_experts"),
+        (_NATIVE, "routed_experts_start_len"),
+        (Api.GENERATE, "return_entropy"),
+        (Api.OPENAI, "return_meta_info prompt_logprobs include_stop_str_in_output return_tokens_as_token_ids"),
+    ),
+    "cut the prompt before it is sent": ((Api.OPENAI, "truncate_prompt_tokens"),),
+    "only what follows a prompt is made": ((Api.OPENAI, "suffix prediction"),),
+    "send the whole conversation: its beginning is found in the cache": (
+        (_NATIVE | Api.OPENAI, "session_params session_id"),
+        (Api.ANTHROPIC, "context_management"),
+    ),
+    "one engine computes a whole request": (
+        (_NATIVE, "bootstrap_host bootstrap_port bootstrap_room routed_dp_rank disagg_prefill_dp_rank"),
+        (_NATIVE, "data_parallel_rank kv_hints"),
+    ),
+    "nothing is traced": ((_NATIVE, "external_trace_header"),),
+    "there is one speed": ((Api.ANTHROPIC, "speed"),),
 }
-"""Arguments of `Engine.generate`, each with the one value besides None that asks for nothing."""
+"""Why, or what to do instead: who knows the names, and the names."""
 
-BODY_FIELDS: dict[str, Any] = {
-    **ENGINE_ARGUMENTS,
-    "input_embeds": None,
-    "lora_id": None,
-    "max_thinking_tokens": None,
-    "return_entropy": False,
+
+@cache
+def names_of(api: Api) -> Mapping[str, str]:
+    """Name to why it is refused."""
+    return {name: why for why, rows in _LIST.items() for apis, names in rows if api in apis for name in names.split()}
+
+
+def asked(given: Mapping[str, Any], api: Api) -> str | None:
+    """The first name of the list that `given` asks something of."""
+    return next((name for name in names_of(api) if name in given and _asks(name, given[name], api)), None)
+
+
+def refuse_unsupported(given: Mapping[str, Any], api: Api) -> None:
+    """Raise RequestError for what is `asked`."""
+    name = asked(given, api)
+    if name is not None:
+        raise RequestError(
+            f"{name} is not supported by Mooli yet: leave it out", argument=name, advice=f"({names_of(api)[name]})"
+        )
+
+
+def _asks(name: str, value: Any, api: Api) -> bool:
+    if value is None or _is_one_of(value, ([], {}, *_NOTHING.get(api, ()))):
+        return False
+    return name not in _NEUTRAL or not _NEUTRAL[name](value)
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    # The type is compared too: 0 == False, and neither stands for the other here.
+    return any(type(value) is type(neutral) and value == neutral for neutral in values)
+
+
+_NOTHING: Mapping[Api, tuple[Any, ...]] = {
+    Api.ENGINE: ("",),
+    Api.GENERATE: ("",),
+    Api.SAMPLING: ("",),
+    Api.OPENAI: ("", "none", False),
 }
-"""Fields of a /generate body, likewise."""
+"""Values that ask for nothing, besides None and what is empty."""
 
 
-def refuse_unsupported(given: Mapping[str, Any], names: Mapping[str, Any]) -> None:
-    """Raise RequestError for the first of `names` that `given` asks something of. Empty values ask for nothing."""
-    for name in _asked(given, names):
-        raise RequestError(f"{name} is not supported by Mooli yet: leave it out", argument=name)
+def _values(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: _is_one_of(value, values)
 
 
-def _asked(given: Mapping[str, Any], names: Mapping[str, Any]) -> Iterable[str]:
-    for name, neutral in names.items():
-        value = given.get(name)
-        # The type is compared too: 0 == False, and neither stands for the other here.
-        is_neutral = value is None or (type(value) is type(neutral) and value == neutral)
-        if not is_neutral and value not in ("", [], {}):
-            yield name
+def _types(*types: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and value.get("type") in types
+
+
+_NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
+    "require_reasoning": _values(False),
+    "return_hidden_states": _values(False),
+    "return_routed_experts": _values(False),
+    "return_entropy": _values(False),
+    "routed_experts_start_len": _values(0),
+    "beam_width": _values(1),
+    "response_format": _values({"type": "text"}),
+    "modalities": _values(["text"]),
+    "reasoning": _values({"enabled": False}, {"effort": "none"}),
+    "tool_choice": lambda value: value == "auto" or _types("none", "auto")(value),
+    "thinking": _types("disabled"),
+    "output_config": lambda value: isinstance(value, dict) and not any(value.values()),
+    "speed": _values("standard"),
+}
+"""Values of one name that ask for nothing, or for what is done anyway."""

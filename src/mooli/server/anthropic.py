@@ -20,8 +20,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from mooli.frontend.generation import Generation
-from mooli.frontend.inputs import CallInputs
-from mooli.server.anthropic_types import UNSUPPORTED, CountTokensBody, MessagesBody, check_served, conversation
+from mooli.frontend.inputs import CallInputs, GenerateCall
+from mooli.frontend.unsupported import Api, names_of
+from mooli.server.anthropic_types import CountTokensBody, MessagesBody, check_served, conversation
 from mooli.server.openai_fields import require_chat_template
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
 from mooli.server.service import Service
@@ -43,15 +44,16 @@ async def create_message(service: Service, request: Incoming) -> Reply | EventSt
     # Without room the rules refuse the prompt itself, with a better reason.
     params["max_new_tokens"] = min(body.max_tokens, room) if room > 0 else body.max_tokens
     rid = f"msg_{uuid.uuid4().hex[:24]}"
-    inputs = await service.prepare(input_ids=ids, sampling_params=params, rid=rid, **request.client.marks)
+    call = GenerateCall(input_ids=ids, sampling_params=params, rid=rid, stream=bool(body.stream))
+    inputs = await service.prepare(call, request.client.caller)
     is_cut = 0 < room < body.max_tokens
-    is_stream, model = body.stream, body.model
+    model = body.model
     del request, body
-    if is_stream:
+    if inputs.is_stream:
         return EventStream(_events(service, inputs, model, is_cut))
-    with service.start(inputs, is_stream=False) as call:
-        await call.wait()
-        return Reply(_message(call.generations[0], model, is_cut))
+    with service.start(inputs) as answering:
+        await answering.wait()
+        return Reply(_message(answering.generations[0], model, is_cut))
 
 
 async def count_tokens(service: Service, request: Incoming) -> Reply:
@@ -79,7 +81,7 @@ async def _events(service: Service, inputs: CallInputs, model: str, is_cut: bool
     """The stream begins with the first token: by then it is known what of the prompt came from the cache, and an error
     until then has a status of its own."""
     interval = service.engine_config.stream_interval
-    with service.start(inputs, is_stream=True) as call:
+    with service.start(inputs) as call:
         generation = call.generations[0]
         num_chars = num_tokens = 0
         has_begun = False
@@ -168,7 +170,7 @@ ROUTES = (
         dialect=Dialect.ANTHROPIC,
         summary="Anthropic's Messages API: the next message of a conversation.",
         body=MessagesBody,
-        unsupported=frozenset(UNSUPPORTED),
+        unsupported=frozenset(names_of(Api.ANTHROPIC)),
         names=NAMES,
         is_generation=True,
     ),
@@ -180,7 +182,7 @@ ROUTES = (
         dialect=Dialect.ANTHROPIC,
         summary="Anthropic's Messages API: the tokens of a prompt.",
         body=CountTokensBody,
-        unsupported=frozenset(UNSUPPORTED),
+        unsupported=frozenset(names_of(Api.ANTHROPIC)),
         names=NAMES,
     ),
 )

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from mooli.frontend.unsupported import Api, asked
 from mooli.server.json_body import check_count
 from mooli.server.routing import HttpError, ModelName
 
@@ -56,29 +57,11 @@ class MessagesBody(CountTokensBody, kw_only=True):
         return {name: value for name, value in params.items() if value is not None}
 
 
-UNSUPPORTED = (
-    "tools", "tool_choice", "thinking", "mcp_servers", "container", "context_management", "output_config",
-    "output_format", "speed",
-)  # fmt: skip
-"""Fields of both bodies whose effect Mooli does not have."""
-
-
 def check_served(given: Mapping[str, Any]) -> None:
-    """Raise HttpError (400) that names the field if one of UNSUPPORTED asks for what is not served."""
-    for name in UNSUPPORTED:
-        value = given.get(name)
-        if value is not None and value != [] and value != {} and not _is_neutral(name, value):
-            raise HttpError(400, f"{name} is not supported yet: leave it out.", param=name)
-
-
-def _is_neutral(name: str, value: object) -> bool:
-    if name == "thinking":
-        return _type_of(value) == "disabled"
-    if name == "tool_choice":
-        return _type_of(value) in ("none", "auto")
-    if name == "output_config":
-        return isinstance(value, dict) and not any(value.values())
-    return name == "speed" and value == "standard"
+    """Raise HttpError (400) that names the field if one asks for what is not served."""
+    name = asked(given, Api.ANTHROPIC)
+    if name is not None:
+        raise HttpError(400, f"{name} is not supported yet: leave it out.", param=name)
 
 
 def conversation(body: CountTokensBody, max_items: int) -> tuple[list[dict[str, str]], bool]:
@@ -119,7 +102,3 @@ def _block_text(block: Block, where: str) -> str:
     if not isinstance(text, str):
         raise HttpError(400, f"{where}.text must be a string.", param=where)
     return text
-
-
-def _type_of(value: object) -> object:
-    return value.get("type") if isinstance(value, dict) else None

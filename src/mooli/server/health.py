@@ -12,6 +12,7 @@ import time
 import uuid
 
 from mooli.errors import BusyError, MooliError
+from mooli.frontend.inputs import GenerateCall
 from mooli.server.service import Service
 
 GENERATE_LIMIT_S = 20.0
@@ -69,12 +70,12 @@ async def _generation_problem(service: Service) -> str | None:
         "max_new_tokens": 1, "min_new_tokens": 0, "temperature": 0.0, "n": 1, "stop": [], "ignore_eos": True,
     }  # fmt: skip
     inputs = await service.prepare(
-        input_ids=[0], sampling_params=sampling_params, rid=f"{PROBE_RID_PREFIX}_{uuid.uuid4().hex}"
+        GenerateCall(input_ids=[0], sampling_params=sampling_params, rid=f"{PROBE_RID_PREFIX}_{uuid.uuid4().hex}")
     )
     before_s = client.last_sign_s
     deadline_s = time.monotonic() + GENERATE_LIMIT_S
     try:
-        with service.start(inputs, is_stream=False, is_counted=False) as call:
+        with service.start(inputs, is_counted=False) as call:
             waiting = asyncio.ensure_future(call.wait())
             try:
                 while time.monotonic() < deadline_s:

@@ -33,6 +33,7 @@ from mooli.engine import messages
 from mooli.engine.child import EngineChild
 from mooli.engine.facts import device_words
 from mooli.errors import ConfigError, EngineError
+from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.text_side import check_preferred, open_tokenizer, sampling_defaults, with_seed
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.hub.locate import locate_async
@@ -388,9 +389,10 @@ def _bind(config: ServerConfig) -> socket.socket:
 
 async def _warm_up(service: Service) -> None:
     """A short generation, so that the first user does not pay for what is done once."""
-    prompt: dict[str, object] = {"prompt": "Hello"} if service.tokenizer is not None else {"input_ids": [0]}
-    inputs = await service.prepare(**prompt, sampling_params={"temperature": 0, "max_new_tokens": 4, "stop": None})
-    with service.start(inputs, is_stream=False, is_counted=False) as call:
+    params = {"temperature": 0, "max_new_tokens": 4, "stop": None}
+    has_text = service.tokenizer is not None
+    inputs = await service.prepare(GenerateCall("Hello" if has_text else None, params, None if has_text else [0]))
+    with service.start(inputs, is_counted=False) as call:
         await call.wait()
 
 

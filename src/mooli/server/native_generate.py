@@ -15,8 +15,8 @@ import msgspec
 
 from mooli.frontend.call import Call
 from mooli.frontend.generation import Generation
-from mooli.frontend.inputs import CallInputs
-from mooli.frontend.unsupported import BODY_FIELDS, refuse_unsupported
+from mooli.frontend.inputs import CallInputs, GenerateCall
+from mooli.frontend.unsupported import Api, names_of, refuse_unsupported
 from mooli.server.json_body import check_count
 from mooli.server.logprob_shapes import written
 from mooli.server.routing import SSE_DONE, Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
@@ -50,17 +50,16 @@ class GenerateBody(msgspec.Struct, kw_only=True):
 
 async def generate(service: Service, request: Incoming) -> Reply | EventStream:
     body: GenerateBody = request.body
-    refuse_unsupported(request.unsupported, BODY_FIELDS)
+    refuse_unsupported(request.unsupported, Api.GENERATE)
     inputs = await _prepare(service, body, request.client)
-    is_stream, is_single = body.stream, inputs.is_single
     start = _starter(service, inputs, body)
     del request, body
-    if is_stream:
+    if inputs.is_stream:
         return EventStream(_events(start))
     with start() as call:
         async for _ in call.changes():
             pass
-    if is_single:
+    if inputs.is_single:
         return Reply(await _whole(call.generations[0]))
     return Reply([await _shown(generation, generation.result) for generation in call.generations])
 
@@ -80,7 +79,7 @@ async def _prepare(service: Service, body: GenerateBody, client: Client) -> Call
     if body.return_text_in_logprobs and service.tokenizer is None:
         message = "return_text_in_logprobs needs a tokenizer, and this server has none"
         raise HttpError(400, message, param="return_text_in_logprobs")
-    return await service.prepare(
+    call = GenerateCall(
         prompt=body.text,
         input_ids=body.input_ids,
         sampling_params=body.sampling_params,
@@ -91,18 +90,19 @@ async def _prepare(service: Service, body: GenerateBody, client: Client) -> Call
         token_ids_logprob=body.token_ids_logprob,
         priority=body.priority,
         cache_salt=body.cache_salt or body.extra_key,
-        **client.marks,
+        stream=body.stream,
     )
+    return await service.prepare(call, client.caller)
 
 
 def _starter(service: Service, inputs: CallInputs, body: GenerateBody) -> Start:
     """What starts the call; it keeps nothing of the body but what the answer's shape needs."""
-    is_stream, is_counted = body.stream, body.log_metrics
+    is_counted = body.log_metrics
     shows_texts, shows_prompt_ids = body.return_text_in_logprobs, body.return_prompt_token_ids
 
     @contextlib.contextmanager
     def start() -> Iterator[Call]:
-        with service.start(inputs, is_stream=is_stream, is_counted=is_counted) as call:
+        with service.start(inputs, is_counted=is_counted) as call:
             for generation in call.generations:
                 generation.shows_logprob_texts = shows_texts
                 generation.shows_prompt_ids = shows_prompt_ids
@@ -157,7 +157,7 @@ ROUTES = (
         dialect=Dialect.NATIVE,
         summary="Generate from text or token ids (SGLang's native API)",
         body=GenerateBody,
-        unsupported=frozenset(BODY_FIELDS),
+        unsupported=frozenset(names_of(Api.GENERATE)),
         names={"prompt": "text"},
         is_generation=True,
     ),

@@ -165,7 +165,7 @@ async def stream(
 
     first_fields: `head`. Raises RequestFailedError for a sequence that failed, and what `Call.changes` raises.
     """
-    with service.start(inputs, is_stream=True) as call:
+    with service.start(inputs) as call:
         choices = [open_choice(index, generation) for index, generation in enumerate(call.generations)]
         async for changed in call.changes():
             events: list[bytes] = []
@@ -193,7 +193,7 @@ async def stream(
 
 async def finished(service: Service, inputs: CallInputs) -> list[Generation]:
     """The sequences when all have ended. Raises like `stream`."""
-    with service.start(inputs, is_stream=False) as call:
+    with service.start(inputs) as call:
         await call.wait()
         for generation in call.generations:
             generation.raise_if_failed()

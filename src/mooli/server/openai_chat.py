@@ -10,7 +10,7 @@ from typing import Any
 
 from mooli.errors import RequestError
 from mooli.frontend.generation import Generation
-from mooli.frontend.inputs import CallInputs
+from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.errors import in_names
 from mooli.server.json_body import check_count, num_entries
@@ -65,18 +65,20 @@ async def chat_completions(service: Service, request: Incoming) -> Reply | Event
 async def _prepare(service: Service, body: ChatBody, client: Client) -> CallInputs:
     """Raises HttpError."""
     length_name, max_tokens = _length(body)
-    logprobs = _logprob_arguments(body)
-    ids = await conversation_ids(service, body)
+    if body.top_logprobs and not body.logprobs:
+        raise HttpError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    call = GenerateCall(
+        input_ids=await conversation_ids(service, body),
+        sampling_params=_sampling(service, body, max_tokens),
+        return_logprob=bool(body.logprobs),
+        top_logprobs_num=body.top_logprobs,
+        stream=bool(body.stream),
+        rid=body.rid,
+        priority=body.priority,
+        cache_salt=cache_salt(body),
+    )
     try:
-        return await service.prepare(
-            input_ids=ids,
-            sampling_params=_sampling(service, body, max_tokens),
-            rid=body.rid,
-            priority=body.priority,
-            cache_salt=cache_salt(body),
-            **client.marks,
-            **logprobs,
-        )
+        return await service.prepare(call, client.caller)
     except RequestError as exc:
         raise in_names(exc, Dialect.OPENAI, {**NAMES, "max_new_tokens": length_name}) from exc
 
@@ -112,14 +114,6 @@ def _sampling(service: Service, body: ChatBody, max_tokens: int | None) -> dict[
     if max_tokens is not None or "max_new_tokens" not in preferred:
         params["max_new_tokens"] = max_tokens
     return params
-
-
-def _logprob_arguments(body: ChatBody) -> dict[str, Any]:
-    if body.logprobs:
-        return {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": body.top_logprobs or 0}
-    if body.top_logprobs:
-        raise HttpError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-    return {}
 
 
 # -- the conversation ------------------------------------------------------------------------------------------------
@@ -258,7 +252,7 @@ ROUTES = (
         dialect=Dialect.OPENAI,
         summary="Continue a conversation (OpenAI's chat completions)",
         body=ChatBody,
-        unsupported=frozenset(UNSUPPORTED),
+        unsupported=UNSUPPORTED,
         names=NAMES,
         is_generation=True,
     ),

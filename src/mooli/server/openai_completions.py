@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mooli.frontend.generation import Generation
-from mooli.frontend.inputs import CallInputs
+from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.json_body import check_count
 from mooli.server.logprob_shapes import LegacyLogprobs, joined, written
@@ -69,7 +69,7 @@ def _check_best_of(body: CompletionBody) -> None:
 
 async def _prepare(service: Service, body: CompletionBody, client: Client) -> CallInputs:
     """Raises HttpError."""
-    prompt = _prompt_argument(body.prompt, service.config.max_request_items)
+    texts, ids = _prompts(body.prompt, service.config.max_request_items)
     params = sampling_params(body)
     limit = None
     if body.max_tokens is not None:
@@ -80,19 +80,20 @@ async def _prepare(service: Service, body: CompletionBody, client: Client) -> Ca
             raise HttpError(
                 400, f"min_tokens={body.min_tokens} needs max_tokens, which is {limit} unless given", param="min_tokens"
             )
-    logprobs: dict[str, Any] = {}
-    if body.logprobs is not None:
-        start = 0 if body.echo else -1
-        logprobs = {"return_logprob": True, "logprob_start_len": start, "top_logprobs_num": body.logprobs}
-    inputs = await service.prepare(
-        **prompt,
+    has_logprobs = body.logprobs is not None
+    call = GenerateCall(
+        prompt=texts,
+        input_ids=ids,
         sampling_params=params,
+        return_logprob=has_logprobs,
+        logprob_start_len=0 if has_logprobs and body.echo else None,
+        top_logprobs_num=body.logprobs,
+        stream=bool(body.stream),
         rid=body.rid,
         priority=body.priority,
         cache_salt=cache_salt(body),
-        **client.marks,
-        **logprobs,
     )
+    inputs = await service.prepare(call, client.caller)
     if limit is not None:
         _limit(inputs, limit)
     return inputs
@@ -105,11 +106,13 @@ def _limit(inputs: CallInputs, max_new_tokens: int) -> None:
             request.sampling = replace(request.sampling, max_new_tokens=max_new_tokens)
 
 
-def _prompt_argument(prompt: str | Sequence[str | int | list[int]], max_items: int) -> dict[str, Any]:
-    """The prompt under the name that `InputRules.prepare` has for its form. Raises HttpError for mixed lists and for
-    more than `max_items` prompts."""
+def _prompts(
+    prompt: str | Sequence[str | int | list[int]], max_items: int
+) -> tuple[str | list[Any] | None, list[Any] | None]:
+    """`prompt` and `input_ids` of the call, one of which is None. Raises HttpError for mixed lists and for more than
+    `max_items` prompts."""
     if isinstance(prompt, str):
-        return {"prompt": prompt}
+        return prompt, None
     if not prompt:
         raise HttpError(400, "prompt is an empty list: give a text, token ids, or a list of them", param="prompt")
     kind = type(prompt[0])
@@ -117,7 +120,7 @@ def _prompt_argument(prompt: str | Sequence[str | int | list[int]], max_items: i
         raise HttpError(400, "prompt mixes texts and token ids in one list: give one kind", param="prompt")
     if kind is not int:
         check_count("prompt", len(prompt), max_items)
-    return {"prompt": list(prompt)} if kind is str else {"input_ids": list(prompt)}
+    return (list(prompt), None) if kind is str else (None, list(prompt))
 
 
 async def _echoed(service: Service, tokenizer: Tokenizer, body: CompletionBody, inputs: CallInputs) -> list[str]:
@@ -211,7 +214,7 @@ ROUTES = (
         dialect=Dialect.OPENAI,
         summary="Continue prompts (OpenAI's completions)",
         body=CompletionBody,
-        unsupported=frozenset(UNSUPPORTED),
+        unsupported=UNSUPPORTED,
         names={**COMMON_NAMES, "input_ids": "prompt", "top_logprobs_num": "logprobs"},
         is_generation=True,
     ),

@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.unsupported import Api, asked, names_of
 from mooli.server.openai_types import GenerationBody
 from mooli.server.routing import HttpError
 from mooli.server.service import Service
 
 COMMON_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
 """What both routes call arguments of the native side."""
+
+UNSUPPORTED = frozenset(names_of(Api.OPENAI))
 
 _SAMPLING_NAMES = {
     "min_tokens": "min_new_tokens",
@@ -28,48 +31,17 @@ _SAMPLING_NAMES = {
     },
 }  # fmt: skip
 
-UNSUPPORTED = (
-    # OpenAI's
-    "tools", "tool_choice", "functions", "function_call", "response_format", "modalities", "audio", "prediction",
-    "web_search_options", "reasoning_effort", "reasoning", "suffix",
-    # SGLang's
-    "json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "lora_path", "custom_logit_processor",
-    "custom_params", "session_params", "session_id", "beam_width", "watermark", "max_thinking_tokens", "input_ids",
-    "input_embeds", "image_data", "audio_data", "video_data", "return_hidden_states", "return_routed_experts",
-    "return_meta_info",
-    # of servers that clients were also written for
-    "logits_processors", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
-    "use_beam_search", "bad_words", "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens", "chat_template",
-    "documents", "prompt_embeds", "include_stop_str_in_output", "return_tokens_as_token_ids", "grammar",
-)  # fmt: skip
-"""Each would change the answer, so it is refused rather than left aside."""
-
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "tool_choice": ("auto",),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "beam_width": (1,),
-    "reasoning": ({"enabled": False}, {"effort": "none"}),
-}
-"""Values that ask for what is done anyway, besides those of `_is_neutral`."""
-
 
 def refuse_unsupported(given: Mapping[str, Any]) -> None:
-    """Raise HttpError (400) naming the first of UNSUPPORTED that asks for something.
+    """Raise HttpError (400) naming the first field that asks for what is not served.
 
     All other names are left aside, as OpenAI's clients expect of newer fields. Some are known to mean nothing here:
     user, metadata, store, service_tier, prompt_cache_key, prompt_cache_retention, safety_identifier,
     parallel_tool_calls, verbosity, separate_reasoning, stream_reasoning.
     """
-    for name in UNSUPPORTED:
-        if name in given:
-            value = given[name]
-            if not _is_neutral(value) and value not in _WITHOUT_EFFECT.get(name, ()):
-                raise HttpError(400, f"{name} is not supported by this server: leave it out", param=name)
-
-
-def _is_neutral(value: Any) -> bool:
-    return value is None or value is False or value in ("", "none") or value == [] or value == {}
+    name = asked(given, Api.OPENAI)
+    if name is not None:
+        raise HttpError(400, f"{name} is not supported by this server: leave it out", param=name)
 
 
 def require_tokenizer(service: Service) -> Tokenizer:

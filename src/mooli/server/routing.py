@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from mooli.errors import RequestError
+from mooli.frontend.inputs import Caller
 from mooli.server.keys import Key
 
 if TYPE_CHECKING:
@@ -78,9 +79,9 @@ class Client:
         return (self.key.name if self.key is not None else "") or self.address
 
     @property
-    def marks(self) -> dict[str, str]:
+    def caller(self) -> Caller:
         """What `InputRules.prepare` is told of it."""
-        return {"client": self.name, "tenant": "" if self.key is None else self.key.tenant}
+        return Caller(self.name, "" if self.key is None else self.key.tenant)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from mooli.errors import KeyBusyError, QueueFullError, RequestError
 from mooli.frontend.call import Call, Listener
 from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.generation import Generation, generations_of
-from mooli.frontend.inputs import CallInputs, InputRules
+from mooli.frontend.inputs import NOBODY, Caller, CallInputs, GenerateCall, InputRules
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.link.client import EngineClient
@@ -101,12 +101,11 @@ class Service:
     def model_name(self) -> str:
         return self.engine_config.served_model_name or self.engine_config.model_path
 
-    async def prepare(self, **arguments: Any) -> CallInputs:
+    async def prepare(self, call: GenerateCall, caller: Caller = NOBODY) -> CallInputs:
         """`InputRules.prepare`, off the event loop where text or lists are long. Raises RequestError."""
-        prompt = arguments.get("prompt")
-        if isinstance(prompt, str):
-            self.rules.check_length(prompt)  # here: it need not wait for a thread
-        return await self.text_threads.run(num_chars(arguments), lambda: self.rules.prepare(**arguments))
+        if isinstance(call.prompt, str):
+            self.rules.check_length(call.prompt)  # here: it need not wait for a thread
+        return await self.text_threads.run(num_chars(vars(call)), lambda: self.rules.prepare(call, caller))
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_arguments: Any) -> list[int]:
         """Ids of a conversation (`mooli.frontend.chat_encoding.encode_chat`). What users write never becomes a control
@@ -131,7 +130,7 @@ class Service:
         )
 
     @contextlib.contextmanager
-    def start(self, inputs: CallInputs, *, is_stream: bool, is_counted: bool = True) -> Iterator[Call]:
+    def start(self, inputs: CallInputs, *, is_counted: bool = True) -> Iterator[Call]:
         """Submit. Leaving it aborts what is not finished; what was computed of that stays in the cache.
 
         is_counted: False for health checks, which are no traffic.
@@ -146,7 +145,7 @@ class Service:
         if is_counted:
             # The log first: it says that a request begins before anything is counted of it.
             listeners = [log for log in (self.request_log,) if log is not None]
-            listeners.append(_Measured(self.metrics, is_stream=is_stream))
+            listeners.append(_Measured(self.metrics, is_stream=inputs.is_stream))
         generations = generations_of(
             inputs,
             self.tokenizer,
