@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from mooli.frontend.tokenizer import Tokenizer
-from mooli.server import logprob_shapes
-from mooli.server.logprob_shapes import LOWEST, LegacyLogprobs, chat_logprobs, legacy_text
+from mooli.server import text_threads
+from mooli.server.openai_answers import LOWEST
+from mooli.server.openai_chat import chat_logprobs
+from mooli.server.openai_completions import LegacyLogprobs, legacy_text
+from mooli.server.text_threads import TextThreads
 from mooli.types import Request, TokenLogprobs
 
 PIECES = ["<unk>", "<0xC3>", "<0xA9>", "▁a", "b"]
@@ -86,11 +90,12 @@ NATIVE_LOGPROBS = {
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_many_log_probabilities_are_written_by_another_thread_and_the_same(live, monkeypatch, path, body, is_stream):
     server = live(says("hello"))
-    to_thread, num_written = asyncio.to_thread, []
+    token_text, threads = Tokenizer.token_text, set()
 
-    async def noting(function, *args):
-        num_written.append(function)
-        return await to_thread(function, *args)
+    def noting(self, token_id):
+        """Each shape has the texts of its tokens."""
+        threads.add(threading.current_thread().name.rpartition("_")[0])
+        return token_text(self, token_id)
 
     def lists() -> list:
         """Of each sequence, the log-probabilities in the order of its tokens."""
@@ -100,12 +105,12 @@ def test_many_log_probabilities_are_written_by_another_thread_and_the_same(live,
         pieces = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
         return logprobs_of(pieces if is_stream else [reply.json()])
 
-    monkeypatch.setattr(asyncio, "to_thread", noting)
+    monkeypatch.setattr(Tokenizer, "token_text", noting)
     here = lists()
-    assert num_written == []
-    monkeypatch.setattr(logprob_shapes, "MANY_ENTRIES", 1)
+    assert threads and "mooli-long-text" not in threads
+    monkeypatch.setattr(text_threads, "LONG_TEXT_CHARS", 1)
     assert lists() == here and here
-    assert num_written
+    assert "mooli-long-text" in threads
 
 
 def logprobs_of(pieces: list) -> list:
@@ -125,16 +130,16 @@ def logprobs_of(pieces: list) -> list:
 
 
 def test_a_sequence_that_ends_while_another_is_written_has_one_last_chunk(live, monkeypatch):
-    monkeypatch.setattr(logprob_shapes, "MANY_ENTRIES", 1)
-    to_thread = asyncio.to_thread
+    run = TextThreads.run
 
-    async def when_all_have_ended(function, *args):
-        gate.open()
+    async def when_all_have_ended(self, num_chars, function):
+        if server.service.client.num_open:  # so it is no prompt but an answer
+            gate.open()
         while server.service.client.num_open:
             await asyncio.sleep(0.001)
-        return await to_thread(function, *args)
+        return await run(self, num_chars, function)
 
-    monkeypatch.setattr(asyncio, "to_thread", when_all_have_ended)
+    monkeypatch.setattr(TextThreads, "run", when_all_have_ended)
     with Gate() as gate:
         server = live(says("hello"), runner={"raises": gate})
         params = [{"max_new_tokens": 1, "temperature": 0}, {"max_new_tokens": 5, "temperature": 0}]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mooli.errors import MooliError
 from mooli.frontend.generation import Generation
+from mooli.frontend.native_answer import NativeAnswer
 from mooli.link.link import Link, Sink
 from mooli.logs import FirstTimes
 from mooli.types import RequestOutput
@@ -241,9 +242,10 @@ class MailedCall(Call):
     finished.
     """
 
-    def __init__(self, link: Link, generations: list[Generation], wake: Callable[[], None]) -> None:
+    def __init__(self, link: Link, answers: Sequence[NativeAnswer], wake: Callable[[], None]) -> None:
+        self._answers = answers
         self._mailbox = Mailbox(wake)
-        super().__init__(link, generations)
+        super().__init__(link, [answer.generation for answer in answers])
 
     def changed(self) -> list[int]:
         try:
@@ -261,13 +263,13 @@ class MailedCall(Call):
 
     def chunks(self) -> list[dict[str, Any]]:
         """The chunks of a stream that have become due."""
-        changed = [self.generations[index] for index in self.changed()]
-        return [generation.chunk() for generation in changed if generation.is_due()]
+        changed = [self._answers[index] for index in self.changed()]
+        return [chunk for answer in changed if (chunk := answer.chunk()) is not None]
 
     def results(self) -> list[dict[str, Any]]:
         """The whole answers, once `is_done`."""
         self.raise_if_failed()
-        return [generation.result() for generation in self.generations]
+        return [answer.result() for answer in self._answers]
 
     def _sink(self, index: int) -> Sink:
         return functools.partial(self._mailbox.put, index)
@@ -276,10 +278,10 @@ class MailedCall(Call):
         self.close()
 
 
-def run(link: Link, generations: list[Generation]) -> list[dict[str, Any]]:
+def run(link: Link, answers: Sequence[NativeAnswer]) -> list[dict[str, Any]]:
     """Submit and wait for all answers. Any thread; a running event loop in it is simply blocked."""
     bell = Bell()
-    call = MailedCall(link, generations, bell.ring)
+    call = MailedCall(link, answers, bell.ring)
     try:
         while not call.is_done:
             bell.wait()
@@ -289,12 +291,12 @@ def run(link: Link, generations: list[Generation]) -> list[dict[str, Any]]:
         call.close()
 
 
-async def run_async(link: Link, generations: list[Generation]) -> list[dict[str, Any]]:
+async def run_async(link: Link, answers: Sequence[NativeAnswer]) -> list[dict[str, Any]]:
     """`run` without blocking the event loop; cancelling the task aborts the requests."""
     import asyncio
 
     event = asyncio.Event()
-    call = MailedCall(link, generations, _waker(event))
+    call = MailedCall(link, answers, _waker(event))
     try:
         while not call.is_done:
             await event.wait()
@@ -382,10 +384,10 @@ class AsyncStream(_Stream):
         self.close()
 
 
-def stream_sync(link: Link, generations: list[Generation], owner: object) -> Stream:
+def stream_sync(link: Link, answers: Sequence[NativeAnswer], owner: object) -> Stream:
     """Submit now; the iterator hands out chunks as they come, and keeps `owner` alive."""
     bell = Bell()
-    call = MailedCall(link, generations, bell.ring)
+    call = MailedCall(link, answers, bell.ring)
     try:
         return Stream(call, bell, owner)
     except BaseException:  # Ctrl-C: a traceback keeps the call
@@ -393,12 +395,12 @@ def stream_sync(link: Link, generations: list[Generation], owner: object) -> Str
         raise
 
 
-def stream_async(link: Link, generations: list[Generation], owner: object) -> AsyncStream:
+def stream_async(link: Link, answers: Sequence[NativeAnswer], owner: object) -> AsyncStream:
     """`stream_sync` for the running event loop."""
     import asyncio
 
     event = asyncio.Event()
-    return AsyncStream(MailedCall(link, generations, _waker(event)), event, owner)
+    return AsyncStream(MailedCall(link, answers, _waker(event)), event, owner)
 
 
 def _waker(event: asyncio.Event) -> Callable[[], None]:

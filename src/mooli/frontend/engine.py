@@ -22,9 +22,10 @@ from mooli.config import EngineConfig
 from mooli.engine.build import Progress, build_engine
 from mooli.errors import ConfigError
 from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
-from mooli.frontend.generation import Generation, generations_of
+from mooli.frontend.generation import generations_of
 from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.model_info import model_info
+from mooli.frontend.native_answer import NativeAnswer, native_answers
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, with_seed
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.hub.locate import locate
@@ -136,20 +137,20 @@ class Engine:
         RequestFailedError if the only request fails; in a list, or in a stream, a failed request has the finish_reason
         type `error` instead. Raises EngineClosedError after `shutdown`, EngineDeadError if the engine breaks down.
         """
-        generations, is_single = self._prepare(call)
+        answers, is_single = self._prepare(call)
         if call.stream:
-            return stream_sync(self._loop, generations, owner=self)
-        results = run(self._loop, generations)
+            return stream_sync(self._loop, answers, owner=self)
+        results = run(self._loop, answers)
         return results[0] if is_single else results
 
     @_taking(GenerateCall)
     async def async_generate(self, call: GenerateCall) -> Answer | list[Answer] | AsyncStream:
         """`generate`, with the same arguments, for asyncio: await it for the answer, or with stream=True for an
         asynchronous iterator. Cancelling the task, or closing the iterator, aborts the requests."""
-        generations, is_single = self._prepare(call)
+        answers, is_single = self._prepare(call)
         if call.stream:
-            return stream_async(self._loop, generations, owner=self)
-        results = await run_async(self._loop, generations)
+            return stream_async(self._loop, answers, owner=self)
+        results = await run_async(self._loop, answers)
         return results[0] if is_single else results
 
     def flush_cache(self) -> FlushCacheResult:
@@ -187,17 +188,12 @@ class Engine:
     ) -> None:
         self.shutdown()
 
-    def _prepare(self, call: GenerateCall) -> tuple[list[Generation], bool]:
-        """Checked requests of a call, each with its text state, and whether the answer is a dict rather than a list."""
+    def _prepare(self, call: GenerateCall) -> tuple[list[NativeAnswer], bool]:
+        """The answers of a checked call, none submitted yet, and whether it is for a dict rather than a list."""
         inputs = self._rules.prepare(call)
-        config = self.server_args
-        generations = generations_of(
-            inputs,
-            self._tokenizer,
-            stream_interval=config.stream_interval,
-            incremental=config.incremental_streaming_output,
-        )
-        return generations, inputs.is_single
+        generations = generations_of(inputs.requests, self._tokenizer)
+        answers = native_answers(generations, self._tokenizer, self.server_args, is_single=inputs.is_single)
+        return answers, inputs.is_single
 
 
 def _config(server_args: EngineConfig | Mapping[str, Any] | None, kwargs: dict[str, Any]) -> EngineConfig:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mooli.config import EngineConfig
 from mooli.engine.facts import EngineFacts
-from mooli.frontend.generation import WEIGHT_VERSION
+from mooli.frontend.native_answer import WEIGHT_VERSION
 
 
 def model_info(config: EngineConfig, facts: EngineFacts) -> dict[str, Any]:

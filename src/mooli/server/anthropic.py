@@ -19,11 +19,14 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
+
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
+from mooli.frontend.parts import Part, PartKind, PartReader, parser_for
 from mooli.frontend.unsupported import Api, names_of
 from mooli.server.anthropic_types import CountTokensBody, MessagesBody, check_served, conversation
-from mooli.server.openai_fields import require_chat_template
+from mooli.server.openai_fields import require_chat_template, require_tokenizer
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
 from mooli.server.service import Service
 
@@ -53,7 +56,7 @@ async def create_message(service: Service, request: Incoming) -> Reply | EventSt
         return EventStream(_events(service, inputs, model, is_cut))
     with service.start(inputs) as answering:
         await answering.wait()
-        return Reply(_message(answering.generations[0], model, is_cut))
+        return Reply(_Message(service, answering.generations[0], model, is_cut).whole())
 
 
 async def count_tokens(service: Service, request: Incoming) -> Reply:
@@ -80,76 +83,127 @@ async def _prompt_ids(service: Service, request: Incoming) -> list[int]:
 async def _events(service: Service, inputs: CallInputs, model: str, is_cut: bool) -> AsyncIterator[bytes]:
     """The stream begins with the first token: by then it is known what of the prompt came from the cache, and an error
     until then has a status of its own."""
-    interval = service.engine_config.stream_interval
     with service.start(inputs) as call:
-        generation = call.generations[0]
-        num_chars = num_tokens = 0
-        has_begun = False
+        message = _Message(service, call.generations[0], model, is_cut)
         async for _ in call.changes():
-            finish = generation.finish
-            generation.raise_if_failed()
-            if not has_begun:
-                has_begun = True
-                yield _opening(generation, model)
-            elif finish is None and len(generation.output_ids) - num_tokens < interval:
-                continue
-            num_tokens = len(generation.output_ids)
-            if len(generation.text) > num_chars:
-                new, num_chars = generation.text[num_chars:], len(generation.text)
-                yield _event("content_block_delta", index=0, delta={"type": "text_delta", "text": new})
-            if finish is not None:
-                yield _closing(generation, is_cut)
+            call.generations[0].raise_if_failed()
+            parts = message.reader.take()
+            said = b"".join(message.events(part) for part in parts)
+            if said:
+                yield said
+            if parts and parts[-1].kind == "end":
+                yield message.closing()
 
 
-def _opening(generation: Generation, model: str) -> bytes:
-    message = {
-        **_head(generation, model), "content": [], "stop_reason": None, "stop_sequence": None,
-        "usage": {**_usage(generation), "output_tokens": 0},
-    }  # fmt: skip
-    return (
-        _event("message_start", message=message)
-        + _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-        + _event("ping")
-    )
+_DELTAS: dict[PartKind, tuple[str, str]] = {
+    "text": ("text_delta", "text"),
+    "reasoning": ("thinking_delta", "thinking"),
+    "arguments": ("input_json_delta", "partial_json"),
+}
+"""By kind of part, the type of its delta and the field that has its text."""
 
 
-def _closing(generation: Generation, is_cut: bool) -> bytes:
-    return (
-        _event("content_block_stop", index=0)
-        + _event("message_delta", delta=_stop(generation, is_cut), usage=_usage(generation))
-        + _event("message_stop")
-    )
+class _Message:
+    """One sequence as the message that answers: blocks, each for a run of parts of one kind, whole or as events.
+
+    is_cut: the context had less room than `max_tokens`.
+    """
+
+    def __init__(self, service: Service, generation: Generation, model: str, is_cut: bool) -> None:
+        parser = parser_for(service.wire_format, generation.request, require_tokenizer(service))
+        self.reader = PartReader(generation, parser, stream_interval=service.engine_config.stream_interval)
+        self._generation = generation
+        self._model = model
+        self._is_cut = is_cut
+        self._open: PartKind | None = None
+        self._num_blocks = 0
+        self._has_calls = False
+
+    def whole(self) -> dict[str, Any]:
+        """Of a sequence that has ended; instead of `events`."""
+        blocks: list[dict[str, Any]] = []
+        arguments: dict[int, str] = {}
+        for part in self.reader.take():
+            block = self._begun(part)
+            if block is not None:
+                blocks.append(block)
+            if part.kind == "arguments":
+                arguments[len(blocks) - 1] = arguments.get(len(blocks) - 1, "") + part.text
+            elif part.kind in _DELTAS and part.text:
+                blocks[-1][_DELTAS[part.kind][1]] += part.text
+        for index, text in arguments.items():
+            blocks[index]["input"] = _input(text)
+        generation = self._generation
+        return {**self._head(), "content": blocks, **self._stop(), "usage": _usage(generation)}
+
+    def events(self, part: Part) -> bytes:
+        """What a part adds to the stream; "" for one that says nothing."""
+        if part.kind == "begin":
+            usage = {**_usage(self._generation), "output_tokens": 0}
+            message = {**self._head(), "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+            return _event("message_start", message=message)
+        said = b""
+        block = self._begun(part)
+        if block is not None:
+            if self._num_blocks:
+                said += _event("content_block_stop", index=self._num_blocks - 1)
+            said += _event("content_block_start", index=self._num_blocks, content_block=block)
+            if not self._num_blocks:
+                said += _event("ping")
+            self._num_blocks += 1
+        if part.kind in _DELTAS and part.text:
+            kind, field = _DELTAS[part.kind]
+            said += _event("content_block_delta", index=self._num_blocks - 1, delta={"type": kind, field: part.text})
+        return said
+
+    def closing(self) -> bytes:
+        """The last events."""
+        return (
+            _event("content_block_stop", index=self._num_blocks - 1)
+            + _event("message_delta", delta=self._stop(), usage=_usage(self._generation))
+            + _event("message_stop")
+        )
+
+    def _begun(self, part: Part) -> dict[str, Any] | None:
+        """The block that begins with this part, if one does. A message without words has an empty one."""
+        if part.kind == "call_begin":
+            self._open, self._has_calls = part.kind, True
+            return {"type": "tool_use", "id": part.call_id, "name": part.text, "input": {}}
+        kind: PartKind = "text" if part.kind == "end" else part.kind
+        if kind not in ("text", "reasoning") or kind == self._open or (self._open is not None and not part.text):
+            return None
+        self._open = kind
+        return {"type": "text", "text": ""} if kind == "text" else {"type": "thinking", "thinking": ""}
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self._generation.rid, "type": "message", "role": "assistant", "model": self._model}
+
+    def _stop(self) -> dict[str, Any]:
+        """Raises HttpError for an answer that was ended from outside: the API has no word for it."""
+        finish = self._generation.finish
+        if finish is None or finish.type in ("abort", "error"):
+            message = "The request was aborted." if finish is None or finish.message is None else finish.message
+            raise HttpError(503, message)
+        reason, sequence = "end_turn", None
+        if finish.type == "length":
+            reason = "model_context_window_exceeded" if self._is_cut else "max_tokens"
+        elif self._has_calls:
+            reason = "tool_use"
+        elif isinstance(finish.matched, str):
+            reason, sequence = "stop_sequence", finish.matched
+        return {"stop_reason": reason, "stop_sequence": sequence}
+
+
+def _input(arguments: str) -> Any:
+    """The object that a call's arguments are; an empty one where the call was cut short."""
+    try:
+        return msgspec.json.decode(arguments)
+    except msgspec.DecodeError:
+        return {}
 
 
 def _event(kind: str, **fields: Any) -> bytes:
     return sse({"type": kind, **fields}, event=kind)
-
-
-def _message(generation: Generation, model: str, is_cut: bool) -> dict[str, Any]:
-    return {
-        **_head(generation, model),
-        "content": [{"type": "text", "text": generation.text}],
-        **_stop(generation, is_cut),
-        "usage": _usage(generation),
-    }
-
-
-def _head(generation: Generation, model: str) -> dict[str, Any]:
-    return {"id": generation.rid, "type": "message", "role": "assistant", "model": model}
-
-
-def _stop(generation: Generation, is_cut: bool) -> dict[str, Any]:
-    """Raises HttpError for an answer that was ended from outside: the API has no word for it.
-    is_cut: the context had less room than `max_tokens`."""
-    finish = generation.finish
-    if finish is None or finish.type in ("abort", "error"):
-        message = "The request was aborted." if finish is None or finish.message is None else finish.message
-        raise HttpError(503, message)
-    if finish.type == "length":
-        return {"stop_reason": "model_context_window_exceeded" if is_cut else "max_tokens", "stop_sequence": None}
-    if isinstance(finish.matched, str):
-        return {"stop_reason": "stop_sequence", "stop_sequence": finish.matched}
-    return {"stop_reason": "end_turn", "stop_sequence": None}
 
 
 def _usage(generation: Generation) -> dict[str, int]:

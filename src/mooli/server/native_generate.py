@@ -1,28 +1,34 @@
-"""POST /generate: SGLang's own route, the arguments of `Engine.generate` as JSON.
+"""SGLang's own routes for text: /generate, the arguments of `Engine.generate` as JSON; /tokenize and /detokenize.
 
-Owns the body's fields and the shape of the answer: one object, a list for a batch or n > 1, or events. Arguments are
-checked where `Engine.generate` checks them.
+Owns the bodies' fields and the shape of answers; of /generate one object, a list for a batch or n > 1, or events.
+Arguments are checked where `Engine.generate` checks them. How text is split is the tokenizer's, what a conversation
+becomes the chat route's.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from mooli.frontend.call import Call
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
+from mooli.frontend.native_answer import NativeAnswer, native_answers
+from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.unsupported import Api, names_of, refuse_unsupported
 from mooli.server.json_body import check_count
-from mooli.server.logprob_shapes import written
+from mooli.server.openai_chat import conversation_ids
+from mooli.server.openai_fields import require_tokenizer
+from mooli.server.openai_types import ChatBody, ChatMessage
 from mooli.server.routing import SSE_DONE, Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
 from mooli.server.service import Service
 
-Start = Callable[[], AbstractContextManager[Call]]
+T = TypeVar("T")
 
 
 class GenerateBody(msgspec.Struct, kw_only=True):
@@ -52,16 +58,25 @@ async def generate(service: Service, request: Incoming) -> Reply | EventStream:
     body: GenerateBody = request.body
     refuse_unsupported(request.unsupported, Api.GENERATE)
     inputs = await _prepare(service, body, request.client)
-    start = _starter(service, inputs, body)
+    start = functools.partial(service.start, inputs, is_counted=body.log_metrics)
+    answers_of = functools.partial(
+        native_answers,
+        tokenizer=service.tokenizer,
+        config=service.engine_config,
+        is_single=inputs.is_single,
+        shows_token_texts=body.return_text_in_logprobs,
+        shows_prompt_ids=body.return_prompt_token_ids,
+    )
     del request, body
     if inputs.is_stream:
-        return EventStream(_events(start))
+        return EventStream(_events(service, start, answers_of))
     with start() as call:
         async for _ in call.changes():
             pass
+    answers = answers_of(call.generations)
     if inputs.is_single:
-        return Reply(await _whole(call.generations[0]))
-    return Reply([await _shown(generation, generation.result) for generation in call.generations])
+        return Reply(await _whole(service, answers[0]))
+    return Reply([await _written(service, answer, answer.result) for answer in answers])
 
 
 async def _prepare(service: Service, body: GenerateBody, client: Client) -> CallInputs:
@@ -95,57 +110,140 @@ async def _prepare(service: Service, body: GenerateBody, client: Client) -> Call
     return await service.prepare(call, client.caller)
 
 
-def _starter(service: Service, inputs: CallInputs, body: GenerateBody) -> Start:
-    """What starts the call; it keeps nothing of the body but what the answer's shape needs."""
-    is_counted = body.log_metrics
-    shows_texts, shows_prompt_ids = body.return_text_in_logprobs, body.return_prompt_token_ids
-
-    @contextlib.contextmanager
-    def start() -> Iterator[Call]:
-        with service.start(inputs, is_counted=is_counted) as call:
-            for generation in call.generations:
-                generation.shows_logprob_texts = shows_texts
-                generation.shows_prompt_ids = shows_prompt_ids
-            yield call
-
-    return start
-
-
-async def _shown(generation: Generation, answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`result` or `chunk` of a sequence. One that has not ended goes on, so that is looked at here; its chunks have few
+async def _written(service: Service, answer: NativeAnswer, write: Callable[[], T]) -> T:
+    """`result` or `chunk` of an answer. One that has not ended goes on, so that is looked at here; its chunks have few
     log-probabilities beside those of its last."""
-    if generation.finish is None:
-        return answer()
+    generation = answer.generation
+    if generation.finish is None or answer.is_over:
+        return write()
     request = generation.request
     num_each = 1 + request.num_top_logprobs + len(request.logprob_token_ids)
-    return await written(answer, (len(generation.prompt_logprobs) + len(generation.logprobs)) * num_each)
+    num_entries = (len(generation.prompt_logprobs) + len(generation.logprobs)) * num_each
+    return await service.text_threads.run(num_entries, write)
 
 
-async def _whole(generation: Generation) -> dict[str, Any]:
+async def _whole(service: Service, answer: NativeAnswer) -> dict[str, Any]:
     """The answer to a single prompt. Raises HttpError if the engine refused it or failed; an abort on demand is an
     answer like any other."""
-    finish = generation.finish
+    finish = answer.generation.finish
     if finish is not None and finish.status_code is not None:
-        raise HttpError(finish.status_code, f"request {generation.rid} failed: {finish.message}")
-    return await _shown(generation, generation.result)
+        raise HttpError(finish.status_code, f"request {answer.generation.rid} failed: {finish.message}")
+    return await _written(service, answer, answer.result)
 
 
-async def _events(start: Start) -> AsyncIterator[bytes]:
+async def _events(
+    service: Service,
+    start: Callable[[], AbstractContextManager[Call]],
+    answers_of: Callable[[list[Generation]], list[NativeAnswer]],
+) -> AsyncIterator[bytes]:
     with start() as call:
-        ended: set[int] = set()
+        answers = answers_of(call.generations)
         async for changed in call.changes():
-            events = []
-            for index in changed:
-                generation = call.generations[index]
-                # One may have gone on, to its end even, while another was written.
-                if index in ended or not generation.is_due():
-                    continue
-                if generation.finish is not None:
-                    ended.add(index)
-                events.append(sse(await _shown(generation, generation.chunk)))
-            if events:
-                yield b"".join(events)
+            # One may have gone on, to its end even, while another was written.
+            chunks = [await _written(service, answers[index], answers[index].chunk) for index in changed]
+            if any(chunks):
+                yield b"".join(sse(chunk) for chunk in chunks if chunk is not None)
     yield SSE_DONE
+
+
+# -- texts and token ids -----------------------------------------------------------------------------------------------
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """prompt: a text, or a list of texts; or instead messages: a conversation, as the chat route reads it, with the
+    fields that belong to it. add_special_tokens: of a prompt, put the begin and end tokens where the model has them,
+    unless false; in a conversation the template has them."""
+
+    prompt: str | list[str] | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True):
+    """tokens: ids, or a list of lists of them."""
+
+    tokens: list[int | list[int]]
+    skip_special_tokens: bool = True
+
+
+async def tokenize(service: Service, request: Incoming) -> Reply:
+    body: TokenizeBody = request.body
+    require_tokenizer(service)
+    if (body.prompt is None) == (body.messages is None):
+        raise HttpError(
+            400, "give either prompt or messages" + ("" if body.prompt is None else ", not both"), param="prompt"
+        )
+    _check_belonging(body)
+    with_special = body.add_special_tokens is not False
+    tokens: list[int] | list[list[int]]
+    count: int | list[int]
+    if isinstance(body.prompt, list):
+        check_count("prompt", len(body.prompt), service.config.max_request_items)
+        batch = []
+        for text in body.prompt:
+            batch.append(await service.tokenize(text, add_special_tokens=with_special))
+            await asyncio.sleep(0)  # short texts are tokenised here, and everybody waits meanwhile
+        tokens, count = batch, [len(ids) for ids in batch]
+    else:
+        if isinstance(body.prompt, str):
+            tokens = await service.tokenize(body.prompt, add_special_tokens=with_special)
+        else:
+            tokens = await _conversation_ids(service, body)
+        count = len(tokens)
+    return Reply({"tokens": tokens, "count": count, "max_model_len": service.facts.context_length})
+
+
+def _check_belonging(body: TokenizeBody) -> None:
+    """Raises HttpError for a field that belongs to the other of prompt and messages, and would do nothing."""
+    others = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+    for name in others if body.messages is None else ("add_special_tokens",):
+        if getattr(body, name):
+            owner = "messages" if body.messages is None else "a prompt"
+            raise HttpError(400, f"{name} belongs to {owner}: leave it out", param=name)
+
+
+async def _conversation_ids(service: Service, body: TokenizeBody) -> list[int]:
+    conversation = ChatBody(
+        messages=body.messages or [],
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+    )
+    return await conversation_ids(service, conversation)
+
+
+async def detokenize(service: Service, request: Incoming) -> Reply:
+    body: DetokenizeBody = request.body
+    tokenizer = require_tokenizer(service)
+    is_batch = bool(body.tokens) and isinstance(body.tokens[0], list)
+    if is_batch:
+        check_count("tokens", len(body.tokens), service.config.max_request_items)
+    rows: list[Any] = body.tokens if is_batch else [body.tokens]
+    texts = await service.text_threads.run(
+        len(rows) + sum(len(ids) for ids in rows if isinstance(ids, list)),
+        lambda: _decode(tokenizer, rows, body.skip_special_tokens, is_batch),
+    )
+    return Reply({"text": texts if is_batch else texts[0]})
+
+
+def _row(ids: Any, where: str) -> list[int]:
+    if not isinstance(ids, list) or any(isinstance(token_id, list) for token_id in ids):
+        raise HttpError(400, f"{where} must be ids, or tokens all of it lists of ids", param="tokens")
+    return ids
+
+
+def _decode(tokenizer: Tokenizer, rows: list[Any], skip_special_tokens: bool, is_batch: bool) -> list[str]:
+    """Raises HttpError for what is no list of ids, and for an id that the vocabulary does not have."""
+    for i, ids in enumerate(rows):
+        for token_id in _row(ids, f"tokens[{i}]" if is_batch else "tokens"):
+            if not 0 <= token_id < tokenizer.vocab_size:
+                raise HttpError(
+                    400,
+                    f"tokens has {str(token_id)[:80]}, not an id of 0 … {tokenizer.vocab_size - 1}",
+                    param="tokens",
+                )
+    return [tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in rows]
 
 
 ROUTES = (
@@ -160,5 +258,21 @@ ROUTES = (
         unsupported=frozenset(names_of(Api.GENERATE)),
         names={"prompt": "text"},
         is_generation=True,
+    ),
+    *(
+        Route(
+            path=path,
+            methods=("POST",),
+            handler=handler,
+            access=Access.KEY,
+            dialect=Dialect.NATIVE,
+            summary=summary,
+            body=body,
+        )
+        for handler, body, summary in (
+            (tokenize, TokenizeBody, "Token ids of a text or of a conversation"),
+            (detokenize, DetokenizeBody, "The text of token ids"),
+        )
+        for path in (f"/{handler.__name__}", f"/v1/{handler.__name__}")
     ),
 )

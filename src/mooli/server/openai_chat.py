@@ -6,16 +6,18 @@ and the shape of a choice. Source: OpenAI API reference, chat; SGLang's extensio
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 from mooli.errors import RequestError
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
+from mooli.frontend.parts import Part, PartKind, parser_for
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.errors import in_names
 from mooli.server.json_body import check_count, num_entries
-from mooli.server.logprob_shapes import chat_logprobs, written
-from mooli.server.openai_answers import AnswerShape, Delta, Unshown, finish_fields, finished, head, stream, tail
+from mooli.server.openai_answers import LOWEST, AnswerShape, answer, finish_fields
 from mooli.server.openai_fields import (
     COMMON_NAMES,
     UNSUPPORTED,
@@ -28,7 +30,7 @@ from mooli.server.openai_fields import (
 from mooli.server.openai_types import ChatBody, ChatMessage
 from mooli.server.routing import Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
-from mooli.types import FinishReason
+from mooli.types import FinishReason, TokenLogprobs
 
 NAMES = {**COMMON_NAMES, "input_ids": "messages", "top_logprobs_num": "top_logprobs"}
 
@@ -45,21 +47,11 @@ async def chat_completions(service: Service, request: Incoming) -> Reply | Event
     """Raises HttpError for a request that is wrong, and what `Call.changes` raises."""
     body: ChatBody = request.body
     refuse_unsupported(request.unsupported)
-    tokenizer = require_tokenizer(service)
     inputs = await _prepare(service, body, request.client)
-    shape = AnswerShape.of(service, body)
-    has_logprobs = bool(body.logprobs)
+    shape = AnswerShape.of(service, body, has_logprobs=bool(body.logprobs))
     del request, body
-
-    def open_choice(index: int, generation: Generation) -> ChatChoice:
-        return ChatChoice(service, tokenizer, shape, index, generation, has_logprobs=has_logprobs)
-
-    if shape.is_stream:
-        first_fields = head(inputs, shape, "chat.completion.chunk")
-        return EventStream(stream(service, inputs, shape, first_fields, open_choice))
-    generations = await finished(service, inputs)
-    choices = [await open_choice(index, generation).whole() for index, generation in enumerate(generations)]
-    return Reply({**head(inputs, shape, "chat.completion"), "choices": choices, **tail(generations, shape)})
+    kind = "chat.completion.chunk" if inputs.is_stream else "chat.completion"
+    return await answer(service, inputs, shape, kind, functools.partial(ChatChoice, service, shape))
 
 
 async def _prepare(service: Service, body: ChatBody, client: Client) -> CallInputs:
@@ -182,65 +174,105 @@ def _template_arguments(service: Service, body: ChatBody) -> dict[str, Any]:
 class ChatChoice:
     """One sequence as the `choices` entries of chunks: who speaks, what is said, why it ended."""
 
-    def __init__(
-        self,
-        service: Service,
-        tokenizer: Tokenizer,
-        shape: AnswerShape,
-        index: int,
-        generation: Generation,
-        *,
-        has_logprobs: bool,
-    ) -> None:
+    def __init__(self, service: Service, shape: AnswerShape, index: int, generation: Generation) -> None:
+        self._tokenizer = require_tokenizer(service)
+        parser = parser_for(service.wire_format, generation.request, self._tokenizer)
+        self.reader = shape.reader(service, generation, parser)
+        self._threads = service.text_threads
+        self._shape = shape
         self._index = index
-        self._tokenizer = tokenizer
         self._generation = generation
-        self._has_logprobs = has_logprobs
-        self._returns_ids = shape.returns_ids
-        self._shows_tokens = self._has_logprobs or self._returns_ids
-        self._unshown = Unshown(
-            generation, stream_interval=service.engine_config.stream_interval, shows_tokens=self._shows_tokens
-        )
+        self._has_calls = False
 
     async def take(self) -> list[dict[str, Any]]:
         """The entries that are due: the first says who speaks, the last why it ended."""
-        delta = self._unshown.take()
-        if delta is None:
-            return []
         entries = []
-        if delta.is_first:
-            role = {"role": "assistant", "content": "", "reasoning_content": None}
-            entries.append({**self._entry("delta", role), **self._prompt_ids()})
-        if delta.text or (self._shows_tokens and delta.token_ids):
-            said = {"content": delta.text, "reasoning_content": None}
-            entries.append({**self._entry("delta", said), **await self._token_fields(delta)})
-        if delta.finish is not None:
-            entries.append(self._entry("delta", {"reasoning_content": None}, delta.finish))
+        for part in self.reader.take():
+            if part.kind == "begin":
+                role = {"role": "assistant", "content": "", "reasoning_content": None}
+                entries.append({**self._entry("delta", role), **self._prompt_ids()})
+            elif part.kind == "end":
+                entries.append(self._entry("delta", {"reasoning_content": None}, self._generation.finish))
+            elif part.text or self._shape.shows_tokens:
+                self._has_calls |= part.kind == "call_begin"
+                entries.append({**self._entry("delta", _said(part)), **await self._token_fields([part])})
         return entries
 
     async def whole(self) -> dict[str, Any]:
-        """The choice of an answer that has ended; instead of `take`."""
-        delta = self._unshown.take()
-        if delta is None:
-            raise ValueError("a choice is whole when its sequence has ended, and once")
-        message = {"role": "assistant", "content": delta.text, "reasoning_content": None}
-        fields = await self._token_fields(delta)
-        return {**self._entry("message", message, delta.finish), **self._prompt_ids(), **fields}
+        parts = self.reader.take()
+        calls: list[dict[str, Any]] = []
+        for part in parts:
+            if part.kind == "call_begin":
+                calls.append(_call(part))
+            elif part.kind == "arguments":
+                calls[-1]["function"]["arguments"] += part.text
+        self._has_calls = bool(calls)
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": _joined(parts, "text") or (None if calls else ""),
+            "reasoning_content": _joined(parts, "reasoning") or None,
+        }
+        if calls:
+            message["tool_calls"] = calls
+        fields = await self._token_fields(parts)
+        return {**self._entry("message", message, self._generation.finish), **self._prompt_ids(), **fields}
 
     def _entry(self, name: str, words: dict[str, Any], finish: FinishReason | None = None) -> dict[str, Any]:
-        return {"index": self._index, name: words, "logprobs": None, **finish_fields(finish)}
+        return {
+            "index": self._index, name: words, "logprobs": None, **finish_fields(finish, has_calls=self._has_calls),
+        }  # fmt: skip
 
-    async def _token_fields(self, delta: Delta) -> dict[str, Any]:
+    async def _token_fields(self, parts: Sequence[Part]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
-        if self._has_logprobs:
-            num_entries = len(delta.logprobs) * (1 + self._generation.request.num_top_logprobs)
-            fields["logprobs"] = await written(lambda: chat_logprobs(self._tokenizer, delta.logprobs), num_entries)
-        if self._returns_ids:
-            fields["token_ids"] = delta.token_ids
+        if self._shape.has_logprobs:
+            items = [item for part in parts for item in part.logprobs]
+            num_entries = len(items) * (1 + self._generation.request.num_top_logprobs)
+            fields["logprobs"] = await self._threads.run(num_entries, lambda: chat_logprobs(self._tokenizer, items))
+        if self._shape.returns_ids:
+            fields["token_ids"] = [token_id for part in parts for token_id in part.token_ids]
         return fields
 
     def _prompt_ids(self) -> dict[str, Any]:
-        return {"prompt_token_ids": self._generation.request.prompt_ids.tolist()} if self._returns_ids else {}
+        return {"prompt_token_ids": self._generation.request.prompt_ids.tolist()} if self._shape.returns_ids else {}
+
+
+def _said(part: Part) -> dict[str, Any]:
+    """The delta of a part between the first and the last."""
+    if part.kind == "reasoning":
+        return {"reasoning_content": part.text}
+    if part.kind == "call_begin":
+        return {"tool_calls": [{"index": part.call, **_call(part)}]}
+    if part.kind == "arguments":
+        return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
+    return {"content": part.text, "reasoning_content": None}
+
+
+def _call(part: Part) -> dict[str, Any]:
+    return {"id": part.call_id, "type": "function", "function": {"name": part.text, "arguments": ""}}
+
+
+def _joined(parts: Sequence[Part], kind: PartKind) -> str:
+    return "".join(part.text for part in parts if part.kind == kind)
+
+
+def chat_logprobs(tokenizer: Tokenizer, items: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    """Log-probabilities in the shape of chats."""
+    content = []
+    for item in items:
+        entry = _chat_entry(tokenizer, item.token_id, item.logprob)
+        entry["top_logprobs"] = [_chat_entry(tokenizer, token_id, logprob) for logprob, token_id in item.top]
+        content.append(entry)
+    return {"content": content, "refusal": None}
+
+
+def _chat_entry(tokenizer: Tokenizer, token_id: int, logprob: float | None) -> dict[str, Any]:
+    text = tokenizer.token_text(token_id)
+    raw: list[int] | None
+    if tokenizer.is_byte_level:
+        raw = list(tokenizer.token_bytes(token_id))
+    else:
+        raw = None if "\ufffd" in text else list(text.encode())
+    return {"token": text, "logprob": LOWEST if logprob is None else max(logprob, LOWEST), "bytes": raw}
 
 
 ROUTES = (

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from mooli.frontend.detokenizer import IncrementalDetokenizer
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
+from mooli.frontend.parts import Part
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.json_body import check_count
-from mooli.server.logprob_shapes import LegacyLogprobs, joined, written
-from mooli.server.openai_answers import AnswerShape, Delta, Unshown, finish_fields, finished, head, stream, tail
+from mooli.server.openai_answers import LOWEST, AnswerShape, answer, finish_fields
 from mooli.server.openai_fields import (
     COMMON_NAMES,
     UNSUPPORTED,
@@ -27,7 +28,7 @@ from mooli.server.openai_fields import (
 from mooli.server.openai_types import CompletionBody
 from mooli.server.routing import Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
-from mooli.types import Request
+from mooli.types import Request, TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -40,23 +41,18 @@ async def completions(service: Service, request: Incoming) -> Reply | EventStrea
     _check_best_of(body)
     inputs = await _prepare(service, body, request.client)
     texts = await _echoed(service, tokenizer, body, inputs) if body.echo else None
-    shape = AnswerShape.of(service, body)
-    has_logprobs, is_text = body.logprobs is not None, _given_texts(body) is not None
+    shape = AnswerShape.of(service, body, has_logprobs=body.logprobs is not None)
+    is_text = _given_texts(body) is not None
     del request, body
 
     def open_choice(index: int, generation: Generation) -> CompletionChoice:
         echoed = None if texts is None else texts[index // generation.request.sampling.n]
         logprobs = None
-        if has_logprobs:
+        if shape.has_logprobs:
             logprobs = LegacyLogprobs(tokenizer, generation.request, echoed=echoed, is_given=is_text)
         return CompletionChoice(service, shape, index, generation, echoed, logprobs)
 
-    first_fields = head(inputs, shape, "text_completion")
-    if shape.is_stream:
-        return EventStream(stream(service, inputs, shape, first_fields, open_choice))
-    generations = await finished(service, inputs)
-    choices = [choice for i, generation in enumerate(generations) for choice in await open_choice(i, generation).take()]
-    return Reply({**first_fields, "choices": choices, **tail(generations, shape)})
+    return await answer(service, inputs, shape, "text_completion", open_choice)
 
 
 def _check_best_of(body: CompletionBody) -> None:
@@ -164,45 +160,131 @@ class CompletionChoice:
         echoed: str | None,
         logprobs: LegacyLogprobs | None,
     ) -> None:
+        self.reader = shape.reader(service, generation)
+        self._threads = service.text_threads
+        self._shape = shape
         self._index = index
         self._generation = generation
         self._echoed = echoed
-        self._returns_ids = shape.returns_ids
         self._logprobs = logprobs
-        self._unshown = Unshown(
-            generation,
-            stream_interval=service.engine_config.stream_interval,
-            shows_tokens=self._returns_ids or self._logprobs is not None,
-        )
 
     async def take(self) -> list[dict[str, Any]]:
-        delta = self._unshown.take()
-        if delta is None:
-            return []
-        is_echoed = delta.is_first and self._echoed is not None
-        text = f"{self._echoed}{delta.text}" if is_echoed else delta.text
+        parts = self.reader.take()
+        return [await self._entry(parts)] if parts else []
+
+    async def whole(self) -> dict[str, Any]:
+        return await self._entry(self.reader.take())
+
+    async def _entry(self, parts: Sequence[Part]) -> dict[str, Any]:
+        is_first, is_last = parts[0].kind == "begin", parts[-1].kind == "end"
+        text = "".join(part.text for part in parts)
+        is_echoed = is_first and self._echoed is not None
         logprobs = None
         if self._logprobs is not None:
-            logprobs = await self._lists(self._logprobs, delta, is_echoed)
+            items = [item for part in parts for item in part.logprobs]
+            logprobs = await self._lists(self._logprobs, items, is_echoed)
         choice: dict[str, Any] = {
             "index": self._index,
-            "text": text,
+            "text": f"{self._echoed}{text}" if is_echoed else text,
             "logprobs": logprobs,
-            **finish_fields(delta.finish),
+            **finish_fields(self._generation.finish if is_last else None),
         }
-        if self._returns_ids:
-            choice["token_ids"] = delta.token_ids
-            if delta.is_first:
+        if self._shape.returns_ids:
+            choice["token_ids"] = [token_id for part in parts for token_id in part.token_ids]
+            if is_first:
                 choice["prompt_token_ids"] = self._generation.request.prompt_ids.tolist()
-        return [choice]
+        return choice
 
-    async def _lists(self, shape: LegacyLogprobs, delta: Delta, is_echoed: bool) -> dict[str, list[Any]]:
+    async def _lists(
+        self, shape: LegacyLogprobs, items: Sequence[TokenLogprobs], is_echoed: bool
+    ) -> dict[str, list[Any]]:
         num_each = 1 + self._generation.request.num_top_logprobs
         if not is_echoed:
-            return await written(lambda: shape.more(delta.logprobs), len(delta.logprobs) * num_each)
+            return await self._threads.run(len(items) * num_each, lambda: shape.more(items))
         prompt = self._generation.prompt_logprobs
-        num_entries = (len(prompt) + len(delta.logprobs)) * num_each
-        return await written(lambda: joined(shape.prompt(prompt), shape.more(delta.logprobs)), num_entries)
+        num_entries = (len(prompt) + len(items)) * num_each
+        return await self._threads.run(num_entries, lambda: joined(shape.prompt(prompt), shape.more(items)))
+
+
+# -- log-probabilities ------------------------------------------------------------------------------------------------
+class TextOffsets:
+    """Where each token of a sequence begins in its text, in characters.
+
+    start: length of the text before the sequence. spelled: the text itself, where it was given and not made of the ids;
+    a special token has a place in it only where it is written out.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, start: int = 0, skip_special_tokens: bool = True, spelled: str | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._spelled = spelled
+        self._position = start
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, skip_special_tokens=skip_special_tokens or spelled is not None
+        )
+
+    def next(self, token_id: int) -> int:
+        """The offset of the next token. One that goes on with a character begins where that begins."""
+        offset = self._position
+        self._position += len(self._detokenizer.push([token_id]))
+        if self._spelled is not None and token_id in self._tokenizer.special_ids:
+            text = self._tokenizer.token_text(token_id)
+            if text and self._spelled.startswith(text, offset):
+                self._position += len(text)
+        return offset
+
+
+class LegacyLogprobs:
+    """Lists that grow token by token: the shape of completions.
+
+    echoed: the prompt's text, if it is part of the answer. is_given: that text came from the client as it is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, *, echoed: str | None, is_given: bool = False) -> None:
+        skip = request.sampling.skip_special_tokens
+        self._tokenizer = tokenizer
+        self._prompt_offsets = TextOffsets(tokenizer, skip_special_tokens=skip, spelled=echoed if is_given else None)
+        self._offsets = TextOffsets(tokenizer, start=len(echoed or ""), skip_special_tokens=skip)
+
+    def prompt(self, items: Sequence[TokenLogprobs]) -> dict[str, list[Any]]:
+        """The lists for the tokens of an echoed prompt. Once, before the first `more`."""
+        return self._lists(items, self._prompt_offsets)
+
+    def more(self, items: Sequence[TokenLogprobs]) -> dict[str, list[Any]]:
+        """The lists for the next tokens of the answer."""
+        return self._lists(items, self._offsets)
+
+    def _lists(self, items: Sequence[TokenLogprobs], offsets: TextOffsets) -> dict[str, list[Any]]:
+        return {
+            "tokens": [legacy_text(self._tokenizer, item.token_id) for item in items],
+            "token_logprobs": [None if item.logprob is None else max(item.logprob, LOWEST) for item in items],
+            "top_logprobs": [self._alternatives(item) for item in items],
+            "text_offset": [offsets.next(item.token_id) for item in items],
+        }
+
+    def _alternatives(self, item: TokenLogprobs) -> dict[str, float] | None:
+        """The likeliest tokens and the one that is there. Of tokens with the same text the likeliest counts."""
+        if item.logprob is None:
+            return None
+        found: dict[str, float] = {}
+        for logprob, token_id in [*item.top, (item.logprob, item.token_id)]:
+            found.setdefault(legacy_text(self._tokenizer, token_id), max(logprob, LOWEST))
+        return found
+
+
+def joined(first: dict[str, list[Any]], second: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {name: first[name] + second[name] for name in first}
+
+
+def legacy_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """The text of a token as a key: part of a character is written as "bytes:\\xe4", so that tokens stay apart."""
+    text = tokenizer.token_text(token_id)
+    if "\ufffd" in text and tokenizer.is_byte_level:
+        raw = tokenizer.token_bytes(token_id)
+        if raw != text.encode():
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    return text
 
 
 ROUTES = (

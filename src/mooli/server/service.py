@@ -22,6 +22,7 @@ from mooli.frontend.call import Call, Listener
 from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.generation import Generation, generations_of
 from mooli.frontend.inputs import NOBODY, Caller, CallInputs, GenerateCall, InputRules
+from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.link.client import EngineClient
@@ -84,6 +85,8 @@ class Service:
             max_stop_chars=config.max_stop_chars,
         )
         self.text_threads = TextThreads()
+        self.wire_format: WireFormat = PLAIN_TEXT
+        """How the model writes its messages. Chats read answers by it; other routes tell the text as it is."""
         self.is_draining = False
         self.num_active = 0
         """Calls that are not closed yet."""
@@ -146,12 +149,7 @@ class Service:
             # The log first: it says that a request begins before anything is counted of it.
             listeners = [log for log in (self.request_log,) if log is not None]
             listeners.append(_Measured(self.metrics, is_stream=inputs.is_stream))
-        generations = generations_of(
-            inputs,
-            self.tokenizer,
-            stream_interval=self.engine_config.stream_interval,
-            incremental=self.engine_config.incremental_streaming_output,
-        )
+        generations = generations_of(inputs.requests, self.tokenizer)
         name = "" if key is None else key.name
         call = Call(self.client, generations, listeners=listeners, no_text=NO_TEXT, failures=self.failures)
         self.num_active += 1

@@ -1,0 +1,194 @@
+"""The native answer: dicts as SGLang's `Engine.generate` and /generate have them, whole or in chunks.
+
+Owns their shape, and what of it a stream says once. Never waits for a sequence and never changes one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mooli.config import EngineConfig
+from mooli.frontend.generation import Generation
+from mooli.frontend.parts import PartReader
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.types import DraftCounts, TokenLogprobs
+
+WEIGHT_VERSION = "default"
+
+LogprobTriple = tuple["float | None", int, "str | None"]
+"""(log-probability, token id, text). The text is None unless the answer was asked for texts of tokens."""
+
+
+@dataclass(slots=True)
+class _Shown:
+    """What of a sequence one dict shows. prompt: ids and log-probabilities of the prompt too. alternatives: of the
+    output."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    prompt: bool = True
+    alternatives: bool = True
+
+
+class NativeAnswer:
+    """One sequence as dicts.
+
+    tokenizer: None leaves out `text`. index: place in the call's list, shown in chunks of calls with several requests,
+    None otherwise. incremental: chunks hold what is new instead of everything so far.
+    shows_token_texts: in lists of log-probabilities. shows_prompt_ids: `prompt_token_ids` too.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer | None,
+        *,
+        index: int | None = None,
+        stream_interval: int = 1,
+        incremental: bool = False,
+        shows_token_texts: bool = False,
+        shows_prompt_ids: bool = False,
+    ) -> None:
+        self.generation = generation
+        self._tokenizer = tokenizer
+        self._index = index
+        self._incremental = incremental
+        self._shows_token_texts = shows_token_texts
+        self._shows_prompt_ids = shows_prompt_ids
+        self._parts = PartReader(generation, stream_interval=stream_interval)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last chunk has been taken."""
+        return self._parts.is_over
+
+    def chunk(self) -> dict[str, Any] | None:
+        """A stream's next chunk if it is due: everything so far, or with `incremental` what no chunk has shown yet.
+
+        What can be many times as long as the text goes out once: the prompt's ids and log-probabilities, and the lists
+        of alternatives. With `incremental`, the prompt's are in the first chunk and alternatives beside their tokens;
+        otherwise all are in the last chunk, whole, as clients of growing chunks read that one.
+        """
+        parts = self._parts.take()
+        if not parts:
+            return None
+        is_first, is_last = parts[0].kind == "begin", parts[-1].kind == "end"
+        if self._incremental:
+            ids = [token_id for part in parts for token_id in part.token_ids]
+            logprobs = [item for part in parts for item in part.logprobs]
+            shown = _Shown("".join(part.text for part in parts), ids, logprobs, prompt=is_first)
+        else:
+            shown = self._all(is_last)
+        result = self._dict(shown)
+        if is_first or is_last:
+            result["meta_info"]["response_sent_to_client_ts"] = time.time()
+        if self._index is not None:
+            result["index"] = self._index
+        return result
+
+    def result(self) -> dict[str, Any]:
+        """The whole answer."""
+        result = self._dict(self._all(True))
+        result["meta_info"]["response_sent_to_client_ts"] = time.time()
+        return result
+
+    def _all(self, with_long_lists: bool) -> _Shown:
+        generation = self.generation
+        return _Shown(
+            generation.text, generation.output_ids[:], generation.logprobs[:], with_long_lists, with_long_lists
+        )
+
+    def _dict(self, shown: _Shown) -> dict[str, Any]:
+        answer: dict[str, Any] = {} if self._tokenizer is None else {"text": shown.text}
+        answer["output_ids"] = shown.token_ids
+        if self._shows_prompt_ids and shown.prompt:
+            answer["prompt_token_ids"] = self.generation.request.prompt_ids.tolist()
+        answer["meta_info"] = self._meta_info(shown)
+        return answer
+
+    def _meta_info(self, shown: _Shown) -> dict[str, Any]:
+        generation, last = self.generation, self.generation.last
+        meta: dict[str, Any] = {
+            "id": generation.rid,
+            "finish_reason": None if generation.finish is None else generation.finish.to_dict(),
+            "prompt_tokens": generation.prompt_tokens,
+            "completion_tokens": len(generation.output_ids),
+            "reasoning_tokens": 0,
+            "cached_tokens": last.cached_tokens,
+            "cached_tokens_details": {"device": last.cached_tokens, "host": 0},
+            "weight_version": WEIGHT_VERSION,
+            "num_retractions": last.num_preemptions,
+        }
+        if generation.finish is not None:
+            meta["e2e_latency"] = generation.latency_s
+            if last.drafts is not None:
+                meta.update(_draft_info(last.drafts, last.completion_tokens))
+        if generation.request.return_logprob:
+            meta.update(self._logprob_info(shown))
+        return meta
+
+    def _logprob_info(self, shown: _Shown) -> dict[str, Any]:
+        request, output = self.generation.request, shown.logprobs
+        prompt = self.generation.prompt_logprobs if shown.prompt else []
+        rich = output if shown.alternatives else []
+        info: dict[str, Any] = {
+            "input_token_logprobs": [self._triple(item.logprob, item.token_id) for item in prompt],
+            "output_token_logprobs": [self._triple(item.logprob, item.token_id) for item in output],
+            "output_token_logprobs_length": len(self.generation.logprobs),
+        }
+        if request.num_top_logprobs:
+            info["input_top_logprobs"] = [self._alternatives(item, item.top) for item in prompt]
+            info["output_top_logprobs"] = [self._alternatives(item, item.top) for item in rich]
+        if request.logprob_token_ids:
+            info["input_token_ids_logprobs"] = [self._alternatives(item, item.chosen) for item in prompt]
+            info["output_token_ids_logprobs"] = [self._alternatives(item, item.chosen) for item in rich]
+        return info
+
+    def _alternatives(self, item: TokenLogprobs, entries: list[tuple[float, int]]) -> list[LogprobTriple] | None:
+        """None where nothing predicts the position: the first token of a prompt."""
+        return None if item.logprob is None else [self._triple(logprob, token_id) for logprob, token_id in entries]
+
+    def _triple(self, logprob: float | None, token_id: int) -> LogprobTriple:
+        if self._tokenizer is None or not self._shows_token_texts:
+            return (logprob, token_id, None)
+        return (logprob, token_id, self._tokenizer.token_text(token_id))
+
+
+def native_answers(
+    generations: Sequence[Generation],
+    tokenizer: Tokenizer | None,
+    config: EngineConfig,
+    *,
+    is_single: bool,
+    shows_token_texts: bool = False,
+    shows_prompt_ids: bool = False,
+) -> list[NativeAnswer]:
+    """One for each sequence of a call. is_single: of a single prompt, whose chunks have no index."""
+    return [
+        NativeAnswer(
+            generation,
+            tokenizer,
+            index=None if is_single else index,
+            stream_interval=config.stream_interval,
+            incremental=config.incremental_streaming_output,
+            shows_token_texts=shows_token_texts,
+            shows_prompt_ids=shows_prompt_ids,
+        )
+        for index, generation in enumerate(generations)
+    ]
+
+
+def _draft_info(drafts: DraftCounts, completion_tokens: int) -> dict[str, Any]:
+    """SGLang's account of speculation in one request. The rate is of drafts, the length is of tokens a step."""
+    return {
+        "spec_accept_rate": drafts.num_right / max(drafts.num_proposed, 1),
+        "spec_accept_length": completion_tokens / max(drafts.num_steps, 1),
+        "spec_num_correct_drafts": drafts.num_right,
+        "spec_num_proposed_drafts": drafts.num_proposed,
+        "spec_verify_ct": drafts.num_steps,
+        "spec_correct_drafts_histogram": list(drafts.histogram),
+    }
