@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import socket
@@ -64,6 +65,79 @@ def test_connections_that_are_kept_for_nothing_make_room(live, monkeypatch, capl
     assert LINE in caplog.text
     for client in clients:
         client.close()
+
+
+class Listener:
+    """A listening socket with connections that wait, by the addresses they came from."""
+
+    def __init__(self, hosts: str) -> None:
+        self.hosts = list(hosts)
+        self.clients: list[socket.socket] = []
+
+    def accept(self):
+        if not self.hosts:
+            raise BlockingIOError
+        near, far = socket.socketpair()
+        self.clients.append(near)
+        return far, (self.hosts.pop(0), 1)
+
+    def fileno(self) -> int:
+        return -1
+
+
+@pytest.fixture
+def began(monkeypatch):
+    """Connections by the place of their client, in the order in which an acceptor begins with them."""
+
+    def run(hosts: str, leave: str = "") -> list[int]:
+        order: list[int] = []
+        listener = Listener(hosts)
+
+        async def accept() -> None:
+            taker = acceptor.Acceptor(listener, asyncio.Protocol, None, lambda: None)
+
+            async def opens(connection: socket.socket) -> None:
+                order.append(numbers[connection])
+                connection.close()
+
+            numbers: dict[socket.socket, int] = {}
+            accepting = listener.accept
+
+            def accept_one():
+                connection, address = accepting()
+                numbers[connection] = len(numbers)
+                return connection, address
+
+            listener.accept = accept_one
+            monkeypatch.setattr(acceptor, "_has_left", lambda connection: numbers[connection] < len(leave))
+            taker._open = opens
+            taker._take()
+            for _ in range(2 * len(hosts)):
+                await asyncio.sleep(0)
+
+        asyncio.run(accept())
+        for client in listener.clients:
+            client.close()
+        return order
+
+    return run
+
+
+def test_addresses_take_turns_whoever_came_first(began):
+    assert began("aaaaaaab") == [0, 7, 1, 2, 3, 4, 5, 6]
+    assert began("aaabbbc") == [0, 3, 6, 1, 4, 2, 5]
+
+
+def test_who_has_left_already_is_not_begun_with(began):
+    assert began("aaaab", leave="aaa") == [3, 4]
+
+
+def test_what_was_taken_is_begun_with_when_the_server_ends(live):
+    server = live(says("Hello"))
+    with Connection(server.http_server.port) as client:
+        client.send(ASK)
+        server.loop.call_soon_threadsafe(server.http_server.drain)
+        assert client.read_to_end()
 
 
 class Short:

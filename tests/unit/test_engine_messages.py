@@ -229,6 +229,36 @@ def stepped(monkeypatch, max_frame_bytes, outputs):
         return list(messages.Frames(messages.ToServer).push(near.recv(1 << 20))), core
 
 
+def test_a_long_answer_goes_out_while_the_next_step_is_computed():
+    near, far = socket.socketpair()
+    long = messages.encode(messages.Outputs([answer_of("long", 1_000_000)], {}, StepStats()))
+    received = bytearray()
+
+    class Core:
+        has_work, last_step = True, StepStats()
+
+        def __init__(self):
+            self.answers = [answer_of("long", 1_000_000), answer_of("next", 1)]
+
+        def step(self):
+            while len(self.answers) == 1 and len(received) < len(long):  # the second step
+                received.extend(near.recv(1 << 20))
+            return [self.answers.pop(0)]
+
+        def stats(self):
+            return {}
+
+    with near, far:
+        near.settimeout(60)
+        wire, core = process.Wire(far), Core()
+        for _ in range(2):
+            assert process.take_turn(wire, core, wait=False)
+        wire.drain()
+        received.extend(near.recv(1 << 20))
+    outputs = [output for message in messages.Frames(messages.ToServer).push(received) for output in message.outputs]
+    assert [(output.rid, len(output.new_token_ids)) for output in outputs] == [("long", 1_000_000), ("next", 1)]
+
+
 @pytest.mark.parametrize("bad", [b"\xff\xff\xff\xff", messages.encode(messages.Ready({"no": "facts"}))])
 def test_an_engine_that_is_not_understood_is_ended(bad):
     async def test() -> None:

@@ -199,13 +199,46 @@ def test_the_only_request_of_a_client_gives_way_to_nobody() -> None:
     assert bench.scheduler.counters.preemptions == 0
 
 
-def test_a_prompt_in_progress_leaves_another_client_half_of_the_step() -> None:
+def test_a_prompt_in_progress_leaves_another_client_the_step() -> None:
     bench, fresh = Bench(max_batch_tokens=16, num_pages=100), Fresh()
     bench.add(fresh.request("a", 180, rid="a"), fresh.request("a", 180, rid="a2"))
     bench.step()
-    bench.add(fresh.request("b", 8, rid="b"))
+    bench.add(fresh.request("b", 15, rid="b"))
     assert [out.rid for out in bench.step() if out.finish is not None] == ["b"]
-    assert bench.batches[-1].lengths.tolist() == [8, 8]
+    assert sorted(bench.batches[-1].lengths.tolist()) == [1, 15]
+
+
+def test_beside_the_end_of_anothers_prompt_a_long_one_takes_a_quarter_of_the_step() -> None:
+    bench, fresh = Bench(max_batch_tokens=16, num_pages=100), Fresh()
+    bench.add(fresh.request("a", 180, rid="a"))
+    bench.step()
+    bench.add(fresh.request("b", 5, rid="b"))
+    bench.step()
+    assert sorted(bench.batches[-1].lengths.tolist()) == [4, 5]
+    bench.add(fresh.request("a", 4, rid="a-short"))
+    bench.add(fresh.request("b", 5, rid="b2"))
+    bench.step()
+    assert sorted(bench.batches[-1].lengths.tolist()) == [4, 4, 5], "what ends too is not held up"
+
+
+def test_within_a_client_no_token_of_a_step_is_left_out() -> None:
+    bench, fresh = Bench(max_batch_tokens=16, num_pages=100), Fresh()
+    bench.add(fresh.request("a", 20, rid="a"), fresh.request("a", 60, rid="a2"))
+    bench.step()
+    bench.step()
+    assert [batch.num_tokens for batch in bench.batches] == [16, 16]
+
+
+def test_newcomers_do_not_hold_up_a_prompt_in_progress() -> None:
+    bench, fresh = Bench(max_batch_tokens=16, num_pages=200, max_running_requests=16), Fresh()
+    bench.add(fresh.request("a", 160, rid="a"))
+    bench.step()
+    steps = 0
+    while "a" not in bench.outputs:
+        steps += 1
+        bench.add(fresh.request(f"new{steps}", 12))
+        bench.step()
+        assert steps < 60
 
 
 def test_of_prompts_in_progress_that_of_the_client_with_less_comes_first() -> None:
@@ -232,7 +265,7 @@ def test_where_there_are_several_clients_a_step_is_as_short_as_beside_streams() 
     bench.step()
     bench.add(fresh.request("b", 2, rid="b"))
     bench.run()
-    assert [batch.num_tokens for batch in bench.batches] == [16, 4, *[4] * 5, 2]
+    assert [batch.num_tokens for batch in bench.batches] == [16, 2 + 1, *[4] * 5, 3]
     bench.add(fresh.request("a", 16, rid="a2"))  # nobody was left: the books are new
     bench.run()
     assert bench.batches[-1].num_tokens == 16

@@ -10,6 +10,7 @@ When the server is gone, for whatever reason, the link ends and so does this pro
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import logging
 import os
@@ -44,7 +45,8 @@ class ServerGoneError(EngineError):
 
 
 class Wire:
-    """This process's end of the socket pair. Not thread-safe."""
+    """This process's end of the socket pair, for one thread. What the socket does not take at once, an answer of some
+    megabytes, goes out on a thread of its own: steps go on meanwhile, and what others wait for is behind it."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -54,6 +56,8 @@ class Wire:
         self._frames = messages.Frames(messages.ToEngine)
         self._received: collections.deque[messages.ToEngine] = collections.deque()
         self._unsent = bytearray()
+        self._sending = threading.Lock()
+        self._is_left: threading.Event | None = None  # something is unsent; made with the thread that waits for it
         self._interrupt: EngineError | None = None
         self._woken, self._wake = os.pipe()
         weakref.finalize(self, _close, self._woken, self._wake)
@@ -67,8 +71,7 @@ class Wire:
         threading.Thread(target=_end_stuck_process, daemon=True).start()
 
     def receive(self, *, wait: bool) -> Iterator[messages.ToEngine]:
-        """What has come; with `wait`, once there is something. Sends what was left meanwhile. What the caller does not
-        take is kept for the next call.
+        """What has come; with `wait`, once there is something. What the caller does not take is kept for the next call.
 
         Raises ServerGoneError when the server is gone, EngineError for what is no message, or what `interrupt` was
         given.
@@ -79,12 +82,9 @@ class Wire:
             yield self._received.popleft()
 
     def _read(self, *, wait: bool) -> None:
-        events = select.POLLIN | (select.POLLOUT if self._unsent else 0)
-        self._poll.modify(self._connection, events)
         if self._poll.poll(None if wait else 0):
             if self._interrupt is not None:
                 raise self._interrupt
-            self._flush()
             try:
                 data = self._connection.recv(_READ_BYTES)
             except BlockingIOError:
@@ -96,16 +96,21 @@ class Wire:
             self._received.extend(self._frames.push(data))
 
     def send(self, message: messages.Message) -> None:
-        """Send `message`, or keep what the socket does not take for later. Raises ServerGoneError."""
-        self._unsent += messages.encode(message)
-        self._flush()
+        """Send `message`, or have sent what the socket does not take now. Raises ServerGoneError."""
+        frame = messages.encode(message)
+        with self._sending:
+            self._unsent += frame
+            self._flush()
+            is_left = bool(self._unsent)
+        if is_left:
+            self._have_sent()
 
     def drain(self) -> None:
         """Wait until everything is sent. Raises ServerGoneError."""
         while self._unsent:
-            self._poll.modify(self._connection, select.POLLOUT)
-            self._poll.poll()
-            self._flush()
+            self._wait_until_writable()
+            with self._sending:
+                self._flush()
 
     def _flush(self) -> None:
         try:
@@ -116,6 +121,23 @@ class Wire:
             return
         except OSError as exc:
             raise ServerGoneError(f"the link to the server broke: {exc}") from exc
+
+    def _wait_until_writable(self) -> None:
+        poll = select.poll()
+        poll.register(self._connection, select.POLLOUT)
+        poll.poll()
+
+    def _have_sent(self) -> None:
+        if self._is_left is None:
+            self._is_left = threading.Event()
+            threading.Thread(target=self._send_rest, args=(self._is_left,), name="mooli-link", daemon=True).start()
+        self._is_left.set()
+
+    def _send_rest(self, is_left: threading.Event) -> None:
+        with contextlib.suppress(ServerGoneError, ValueError, OSError):  # this process's thread finds out by itself
+            while is_left.wait():
+                is_left.clear()
+                self.drain()
 
 
 def _end_stuck_process() -> None:

@@ -378,19 +378,18 @@ class AdmissionControl:
                 return
             promised_pages += self._pages_wanted(state)
 
-    def admit_newcomers(self, plan: Plan, *, has_prompts: bool) -> None:
-        """Begin a request of each client that has none running. Prompts in progress leave them half of the step, and
-        the client that has most running a place and pages."""
+    def admit_newcomers(self, plan: Plan, num_kept: int) -> None:
+        """Begin a request of each client that has none running, with all tokens of the step but `num_kept`. The client
+        that has most running leaves them a place and pages."""
         newcomers = self.waiting.newcomers(self.running.states, self.counters.computed_tokens)
         if not newcomers:
             return
         self._begin_step()
-        kept = plan.tokens_left // 2 if has_prompts else 0
-        plan.tokens_left -= kept
+        plan.tokens_left -= num_kept
         for state in newcomers:
             if plan.tokens_left and not self._is_held(state):
                 self._admit_first(state, plan)
-        plan.tokens_left += kept
+        plan.tokens_left += num_kept
 
     def _begin_step(self) -> None:
         for hold in self.holds:

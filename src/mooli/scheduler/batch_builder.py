@@ -53,12 +53,14 @@ class Row:
 class Plan:
     """The step being put together. `num_preempted` counts running requests that had to give way.
 
-    max_tokens: of any step. tokens_left: of this one. may_begin_next: see `ScheduleBatch`. is_held_up: a request waits
-    that could begin otherwise (see `Hold`).
+    max_tokens: of any step. tokens_left: of this one. beside_answers: of them, what the prompt of one client gets where
+    another's ends. may_begin_next: see `ScheduleBatch`. is_held_up: a request waits that could begin otherwise (see
+    `Hold`).
     """
 
     max_tokens: int
     tokens_left: int
+    beside_answers: int
     rows: list[Row] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     num_preempted: int = 0
@@ -68,10 +70,18 @@ class Plan:
 
     def most_for(self, state: RequestState) -> int:
         """How many tokens of a request the step may compute at most. A token whose log-probabilities are asked for has
-        a row of logits of its own: of such a prompt a step takes no more than a quarter of what it takes of others."""
+        a row of logits of its own: of such a prompt a step takes no more than a quarter of what it takes of others.
+        What does not end its prompt here has time, and another client waits for this step's first token of an answer.
+        """
+        most = self.tokens_left
         if state.next_prompt_logprob < state.num_prompt_tokens:
-            return min(self.tokens_left, max(1, self.max_tokens // 4))
-        return self.tokens_left
+            most = min(most, max(1, self.max_tokens // 4))
+        if most < state.num_missing and self._begins_answer_of_another(state.request.client):
+            most = min(most, self.beside_answers)
+        return most
+
+    def _begins_answer_of_another(self, client: str) -> bool:
+        return any(row.samples and not row.continues_output and row.state.request.client != client for row in self.rows)
 
     def add(self, state: RequestState, length: int) -> None:
         """Add the next `length` tokens of a request. Its last missing token samples, unless it wants no tokens."""

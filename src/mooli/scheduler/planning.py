@@ -26,10 +26,12 @@ class Planner:
     admission: AdmissionControl
     max_batch_tokens: int
     drafts: Drafts | None
+    prompts_waited: bool = False
+    """The step planned last had nothing for prompts in progress."""
 
     def plan(self, mixed_prefill_tokens: int) -> Plan:
         """The next step; without rows if nothing can run. mixed_prefill_tokens: what prompts get beside streams."""
-        plan = Plan(self.max_batch_tokens, self.max_batch_tokens)
+        plan = Plan(self.max_batch_tokens, self.max_batch_tokens, max(1, mixed_prefill_tokens // 4))
         self._continue_running(plan, mixed_prefill_tokens)
         if self.waiting and not plan.num_preempted:  # who just gave way would take the pages back
             self.admission.admit_waiting(plan)
@@ -48,9 +50,13 @@ class Planner:
         if plan.rows or self.waiting.has_known_several:
             plan.tokens_left = min(plan.tokens_left, mixed_prefill_tokens)
         if self.waiting:
-            self.admission.admit_newcomers(plan, has_prompts=bool(more_missing))
+            # Every second step, so that a stream of newcomers does not hold up the prompts in progress.
+            kept = plan.tokens_left // 2 if more_missing and self.prompts_waited else 0
+            self.admission.admit_newcomers(plan, kept)
+        before = plan.tokens_left
         if more_missing:
             self._continue(self.waiting.by_turn(more_missing, self.running.states), plan)
+        self.prompts_waited = bool(more_missing) and plan.tokens_left >= before
 
     def _continue(self, states: list[RequestState], plan: Plan) -> None:
         page_size = self.cache.page_size

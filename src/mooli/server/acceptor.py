@@ -1,13 +1,17 @@
 """Connections from the listening socket, as many at a time as there are file descriptors for.
 
-Owns when a connection is taken. asyncio's own server tries again 2,048 times in a row when there is no descriptor left,
-with a traceback each. Here the others wait in the system's queue until there is one. A few are kept free: the server
-opens files while it serves.
+Owns when a connection is taken, and when it is begun. asyncio's own server tries again 2,048 times in a row when there
+is no descriptor left, with a traceback each. Here the others wait in the system's queue until there is one. A few are
+kept free: the server opens files while it serves.
+
+The system's queue is first come, first served: one client that connects without end would be in front of all others. So
+it is emptied quickly, who has left already is let go, and the rest are begun in turn by address.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import os
 import resource
@@ -21,9 +25,11 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 """Connections that may wait in the system's queue."""
 
-AT_ONCE = 2
-"""Connections that are taken before anything else is done: a flood of them waits in the system's queue, and not those
-who have one."""
+TAKEN_AT_ONCE = 64
+"""Connections that are taken from the system before anything else is done: a hundredth of a millisecond each."""
+
+BEGUN_AT_ONCE = 2
+"""Of them, those that are begun before anything else is done: a flood of them waits, and not those who have one."""
 
 RESERVED = 16
 """Descriptors that are left free, or a quarter of the limit where that is less."""
@@ -48,6 +54,9 @@ class Acceptor:
         self._tls = tls
         self._make_room = make_room
         self._loop = asyncio.get_running_loop()
+        self._taken: collections.OrderedDict[str, collections.deque[socket.socket]] = collections.OrderedDict()
+        """Not begun yet, by address; the address whose turn it is comes first."""
+        self._next: asyncio.Handle | None = None
         self._opening: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._told_s = -SAY_AGAIN_S
@@ -58,32 +67,61 @@ class Acceptor:
         self._loop.add_reader(self._listener.fileno(), self._take)
 
     def close(self) -> None:
-        """Take no more. The socket stays its owner's."""
+        """Take no more, and begin with those that were taken. The socket stays its owner's."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._next is not None:
+            self._next.cancel()
         self._loop.remove_reader(self._listener.fileno())
+        while self._taken:
+            self._begin_one()
 
     async def wait_closed(self) -> None:
         """There is nothing to wait for; asyncio's servers have it too."""
 
     def _take(self) -> None:
-        for _ in range(AT_ONCE):
+        for _ in range(TAKEN_AT_ONCE):
             try:
-                connection, _ = self._listener.accept()
+                connection, address = self._listener.accept()
             except (BlockingIOError, InterruptedError):
-                return
+                break
             except ConnectionAbortedError:
                 continue
             except OSError as exc:  # no descriptor, or no memory
                 self._wait(exc.strerror or str(exc))
-                return
+                break
             is_last = connection.fileno() >= _usable()
-            opening = self._loop.create_task(self._open(connection))
-            self._opening.add(opening)
-            opening.add_done_callback(self._opening.discard)
+            if _has_left(connection):
+                connection.close()
+            else:
+                host = address[0] if isinstance(address, tuple) else ""
+                self._taken.setdefault(host, collections.deque()).append(connection)
             if is_last:
                 self._wait("nearly all file descriptors are in use")
-                return
+                break
+        if self._next is None:
+            self._begin()
+
+    def _begin(self) -> None:
+        """With some of those that were taken, and with the next ones when everything else had its turn."""
+        num_begun = 0
+        while self._taken and num_begun < BEGUN_AT_ONCE:
+            num_begun += self._begin_one()
+        self._next = self._loop.call_soon(self._begin) if self._taken else None
+
+    def _begin_one(self) -> bool:
+        """The oldest of the address whose turn it is. False if it has left meanwhile."""
+        host, connections = self._taken.popitem(last=False)
+        connection = connections.popleft()
+        if connections:
+            self._taken[host] = connections
+        if _has_left(connection):
+            connection.close()
+            return False
+        opening = self._loop.create_task(self._open(connection))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
+        return True
 
     async def _open(self, connection: socket.socket) -> None:
         try:
@@ -121,6 +159,11 @@ class Acceptor:
             return False
         os.close(lowest)
         return lowest < _usable()
+
+
+def _has_left(connection: socket.socket) -> bool:
+    """Whether the client has cut the connection: nobody would read an answer."""
+    return connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
 
 def _limit() -> int:
