@@ -20,7 +20,7 @@ from mooli.backends.base import Backend, KVSpec, Limits
 from mooli.backends.parallel import CommunicationError, ParallelBackend, RankGroup
 from mooli.batch import ScheduleBatch, StepOutput
 from mooli.cache.kv_cache import KVCache
-from mooli.engine import rank_messages
+from mooli.engine import rank_process
 from mooli.engine.core import EngineCore
 from mooli.errors import ConfigError
 from mooli.models.checkpoint import DummyCheckpoint
@@ -88,14 +88,14 @@ class Group:
         self._runners[rank] = ModelRunner(made, backend, model.vocab_size)
 
     def execute(self, batch: ScheduleBatch) -> StepOutput:
-        frame = rank_messages.encode(rank_messages.Step(batch))
+        frame = rank_process.encode(rank_process.Step(batch))
         for steps in self._steps[1:]:
             steps.put(frame[4:])
         return self._runners[0].execute(batch)
 
     def _follow(self, rank: int) -> None:
         while (body := self._steps[rank].get()) is not None:
-            self._runners[rank].execute(rank_messages.decode(body, rank_messages.ToRank).batch)
+            self._runners[rank].execute(rank_process.decode(body, rank_process.ToRank).batch)
 
     def close(self) -> None:
         for steps in self._steps[1:]:

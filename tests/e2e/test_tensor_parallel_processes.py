@@ -68,7 +68,7 @@ def ranks_below(pid: int) -> list[int]:
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
-            if b"mooli.engine.rank" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"mooli.engine.rank_process" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(int(child))
     return found
 
@@ -103,7 +103,7 @@ def test_two_processes_answer_as_one_until_one_is_killed_which_ends_the_engine(f
 
 
 BREAKS = """
-import mooli.engine.rank as rank
+import mooli.engine.rank_process as rank
 {fault}
 rank.main()
 """

@@ -1,4 +1,4 @@
-"""A rank without torch and without a model, which does what its last argument says: see `mooli.engine.rank`."""
+"""A rank without torch and without a model, which does what its last argument says: see `mooli.engine.rank_process`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 
-from mooli.engine import rank_messages as m
+from mooli.engine import rank_process as m
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mooli.config import EngineConfig
 from mooli.engine import messages, process
-from mooli.engine.endings import error_named, exit_words
+from mooli.engine.child import error_named, exit_words
 from mooli.errors import EngineDeadError, EngineError, PromptError, RequestError
 from mooli.frontend.inputs import MAX_SALT_CHARS, NOBODY, Caller, GenerateCall
 from mooli.frontend.text_side import input_rules

@@ -8,8 +8,8 @@ import pytest
 from mooli.cache.kv_cache import KVCache
 from mooli.engine import core as engine_core
 from mooli.engine.core import EngineCore
-from mooli.engine.pace import STEP_S, Pace
 from mooli.runner.fake import FakeRunner
+from mooli.scheduler.planning import STEP_S, Pace
 from mooli.scheduler.scheduler import Scheduler
 from mooli.scheduler.stats import StepStats
 from mooli.types import Request, SamplingParams

@@ -14,7 +14,7 @@ import pytest
 import mooli.engine.ranks as ranks_module
 from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch, StepOutput
 from mooli.config import EngineConfig
-from mooli.engine import rank_messages
+from mooli.engine import rank_process
 from mooli.engine.ranks import RankedRunner, Ranks
 from mooli.errors import ConfigError, EngineDeadError, EngineError
 
@@ -82,8 +82,8 @@ def a_step() -> ScheduleBatch:
 
 def test_every_field_of_a_step_arrives() -> None:
     sent = a_step()
-    frame = rank_messages.encode(rank_messages.Step(sent))
-    got = rank_messages.decode(frame[4:], rank_messages.ToRank).batch
+    frame = rank_process.encode(rank_process.Step(sent))
+    got = rank_process.decode(frame[4:], rank_process.ToRank).batch
     for name in ScheduleBatch.__slots__:
         if name not in ("sampling", "prompt_logprobs"):
             np.testing.assert_array_equal(getattr(got, name), getattr(sent, name), err_msg=name)
@@ -97,15 +97,15 @@ def test_every_field_of_a_step_arrives() -> None:
 def test_an_array_that_is_not_what_a_step_has_is_refused() -> None:
     wrong = a_step()
     wrong.positions = np.zeros(2, np.int64)
-    frame = rank_messages.encode(rank_messages.Step(wrong))
+    frame = rank_process.encode(rank_process.Step(wrong))
     with pytest.raises(EngineError, match=r"no int32 array.*positions"):
-        rank_messages.decode(frame[4:], rank_messages.ToRank)
+        rank_process.decode(frame[4:], rank_process.ToRank)
 
 
 def test_ranks_are_asked_and_told_in_turn_and_end_when_told(start) -> None:
     ranks = start("obeys")
-    ranks.tell(rank_messages.Load())
-    assert [message.available_bytes for message in ranks.expect(rank_messages.Loaded)] == [1000, 2000]
+    ranks.tell(rank_process.Load())
+    assert [message.available_bytes for message in ranks.expect(rank_process.Loaded)] == [1000, 2000]
     own = Computes()
     RankedRunner(own, ranks).execute(a_step())
     assert own.steps == 1
@@ -168,7 +168,7 @@ def test_ranks_that_do_not_listen_are_killed(start, monkeypatch: pytest.MonkeyPa
 
 FAILS = """
 import socket, sys
-from mooli.engine import rank_messages as m
+from mooli.engine import rank_process as m
 connection = socket.socket(fileno=int(sys.argv[1]))
 rank = m.receive(connection, m.ToRank).rank
 failed = m.Failed("ConfigError", "no device for me", is_consequence=False)

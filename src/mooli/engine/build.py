@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, KVSpec, Limits
@@ -20,21 +20,21 @@ from mooli.cache.kv_cache import KVCache
 from mooli.config import NGRAM_DRAFT_TOKENS, EngineConfig
 from mooli.engine.core import EngineCore
 from mooli.engine.facts import EngineFacts, device_words
-from mooli.engine.pace import Pace
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, kv_type, num_pool_pages
-from mooli.engine.team import SoloTeam
 from mooli.errors import ConfigError, EngineDeadError
 from mooli.hub import model_digest
 from mooli.models.config import ModelConfig
 from mooli.models.loader import open_model
 from mooli.models.registry import create_model
 from mooli.models.sharding import Place, check_size, part_checkpoint, part_config
+from mooli.runner.base import Runner
 from mooli.runner.model_runner import ModelRunner
 from mooli.scheduler.drafts import DraftSettings
+from mooli.scheduler.planning import Pace
 from mooli.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from mooli.engine.rank_team import RankTeam
+    from mooli.engine.ranks import RankTeam
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,39 @@ class BuiltEngine:
     bind_thread: Callable[[], None]
     close: Callable[[], None]
     watch: Callable[[Callable[[EngineDeadError], None]], None] = lambda callback: None
+
+
+class SoloTeam:
+    """The processes that an engine is built on, in the order of the steps in which several take part. Here there is
+    one, and nobody to ask; for several see `RankTeam`."""
+
+    def meet(self, backend: Backend) -> int:
+        """Available bytes of the device, before anything is loaded."""
+        return backend.memory().available_bytes
+
+    def needs(self, own: PoolNeeds) -> list[PoolNeeds]:
+        """What decides the size of the pool, for each rank, once all have loaded."""
+        return [own]
+
+    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits, vocab_size: int) -> None:
+        """Have the other ranks allocate the same."""
+
+    def runner(self, own: Runner) -> Runner:
+        """What computes a step on all ranks."""
+        return own
+
+    def describe(self, needs: Sequence[PoolNeeds]) -> dict[str, Any]:
+        """What there is to say of the ranks."""
+        return {}
+
+    def watch(self, callback: Callable[[EngineDeadError], None]) -> None:
+        """See `BuiltEngine.watch`."""
+
+    def stop(self) -> None:
+        """The engine is about to close."""
+
+    def close(self) -> None:
+        """End the other ranks."""
 
 
 def build_engine(
@@ -100,7 +133,7 @@ def build_engine(
 def _team(config: EngineConfig, model_path: Path) -> SoloTeam | RankTeam:
     if config.tp_size == 1:
         return SoloTeam()
-    from mooli.engine.rank_team import RankTeam  # here: importing what it needs takes 30 ms, of every start
+    from mooli.engine.ranks import RankTeam  # here: importing what it needs takes 30 ms, of every start
 
     return RankTeam(config, model_path)
 

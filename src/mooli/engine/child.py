@@ -1,8 +1,9 @@
-"""Child processes as they start: with a link, without the current folder, and out of reach of the terminal's signals.
+"""Child processes: how they start, and what their end means.
 
-Owns the command, the socket pair and the first moments, until an `EngineClient` (or `Ranks`) takes over; the engine's
-process comes up while the server's own parts are imported. Never imports what serves or computes, so that nothing has
-to be waited for before the process is started.
+They start with a link, without the current folder, and out of reach of the terminal's signals. Owns the command, the
+socket pair and the first moments, until an `EngineClient` (or `Ranks`) takes over; the engine's process comes up while
+the server's own parts are imported. Owns the words for an exit status too. Never imports what serves or computes, so
+that nothing has to be waited for before the process is started.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import mooli.errors
 from mooli.entry import fill_standard_descriptors
+from mooli.errors import EngineDeadError, MooliError
 
 
 def command_of(module: str) -> tuple[str, ...]:
@@ -29,6 +32,9 @@ COMMAND = command_of("mooli.engine.process")
 SERVER_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
 """A terminal's Ctrl-C and a service manager's SIGTERM go to all processes of a service. When the engine ends is the
 server's decision: it has requests to finish first."""
+
+EXIT_WAIT_S = 2.0
+"""How long a process whose link has ended may take to leave an exit status, and a stopped one to stop."""
 
 
 def start_child(command: Sequence[str], *words: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -77,3 +83,20 @@ class EngineChild:
             self._process.kill()
             self._process.wait()
             self._connection.close()
+
+
+def error_named(name: str, message: str) -> MooliError:
+    """An error of `mooli.errors` by the name of its class; EngineDeadError for any other exception."""
+    kind = getattr(mooli.errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, MooliError):
+        return kind(message)
+    return EngineDeadError(f"the engine has died of {name}: {message}")
+
+
+def exit_words(status: int) -> str:
+    """What an exit status of `subprocess` says."""
+    if status >= 0:
+        return f"has ended with exit status {status}"
+    name = signal.Signals(-status).name if -status in {int(item) for item in signal.Signals} else "unknown"
+    hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
+    return f"was killed by signal {-status} ({name}){hint}"

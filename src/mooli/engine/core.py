@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 
 from mooli.batch import ScheduleBatch, StepOutput
-from mooli.engine.pace import Pace
 from mooli.errors import EngineDeadError, EngineError
 from mooli.runner.base import Runner, check_output
+from mooli.scheduler.planning import Pace
 from mooli.scheduler.scheduler import ABORTED, Scheduler
 from mooli.scheduler.stats import StepStats
 from mooli.types import Request, RequestOutput

@@ -1,4 +1,4 @@
-"""The other ranks of an engine as rank 0 sees them: start them, tell them every step, notice when one ends.
+"""The other ranks of an engine as rank 0 sees them: what it has them do, and what becomes of them.
 
 Owns the processes, the links to them, the folder in which the ranks meet, and the cause when one breaks down. A thread
 listens to all links, so that a rank that ends is noticed at once, also where this process waits for it in a sum. The
@@ -17,22 +17,24 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from mooli.backends.parallel import COLLECTIVE_TIMEOUT_S
+from mooli.backends.base import Backend, KVSpec, Limits
+from mooli.backends.parallel import COLLECTIVE_TIMEOUT_S, ParallelBackend, RankGroup
 from mooli.batch import ScheduleBatch, StepOutput
 from mooli.config import EngineConfig
-from mooli.engine import rank_messages
-from mooli.engine.child import command_of, start_child
-from mooli.engine.endings import EXIT_WAIT_S, error_named, exit_words
+from mooli.engine import rank_process
+from mooli.engine.child import EXIT_WAIT_S, command_of, error_named, exit_words, start_child
+from mooli.engine.pool_size import PoolNeeds
 from mooli.errors import EngineDeadError, EngineError, MooliError
 from mooli.runner.base import Runner
 
 logger = logging.getLogger(__name__)
 
-COMMAND = command_of("mooli.engine.rank")
+COMMAND = command_of("mooli.engine.rank_process")
 """Becomes a rank; the number of its socket, the id of this process and the folder to meet in are appended."""
 
 GATHER_S = 0.5
@@ -46,7 +48,7 @@ STOP_WAIT_S = 10.0
 
 Callback = Callable[[EngineDeadError], None]
 
-T = TypeVar("T", bound=rank_messages.RankMessage)
+T = TypeVar("T", bound=rank_process.RankMessage)
 
 
 class Ranks:
@@ -59,7 +61,7 @@ class Ranks:
         self._links: dict[int, socket.socket] = {}
         self._changed = threading.Condition()
         self._answers: dict[int, list[Any]] = {}
-        self._failures: dict[int, rank_messages.Failed | str] = {}
+        self._failures: dict[int, rank_process.Failed | str] = {}
         self._error: MooliError | None = None
         self._is_closing = False
         self._kill_at_s = 0.0
@@ -78,9 +80,9 @@ class Ranks:
                 ranks._spawn(rank)
             ranks._listener.start()
             for rank in range(1, ranks.size):
-                message = rank_messages.Open(rank, ranks.size, str(ranks.store), config.to_dict(), str(model_path))
-                ranks._send(rank, rank_messages.encode(message))
-            ranks.expect(rank_messages.Opened)
+                message = rank_process.Open(rank, ranks.size, str(ranks.store), config.to_dict(), str(model_path))
+                ranks._send(rank, rank_process.encode(message))
+            ranks.expect(rank_process.Opened)
         except BaseException:
             ranks.close()
             raise
@@ -91,10 +93,10 @@ class Ranks:
         """The file through which the ranks meet."""
         return self._folder / "store"
 
-    def tell(self, message: rank_messages.RankMessage) -> None:
+    def tell(self, message: rank_process.RankMessage) -> None:
         """Send to every rank. Raises what has broken one down."""
         self._check()
-        frame = rank_messages.encode(message)
+        frame = rank_process.encode(message)
         for rank in self._links:
             self._send(rank, frame)
 
@@ -145,7 +147,7 @@ class Ranks:
             self._is_closing = True
             self._kill_at_s = time.monotonic() + STOP_WAIT_S
         with contextlib.suppress(MooliError):
-            self.tell(rank_messages.Stop())
+            self.tell(rank_process.Stop())
 
     def close(self) -> None:
         """End the ranks, at once unless they were told to stop, and forget them. May be called again."""
@@ -215,16 +217,16 @@ class Ranks:
     def _take(self, rank: int) -> bool:
         """Take what a rank says; False if that was the last."""
         try:
-            message = rank_messages.receive(self._links[rank], rank_messages.FromRank)
+            message = rank_process.receive(self._links[rank], rank_process.FromRank)
         except OSError:  # it has ended before it took what it was sent
             message = None
         except EngineError as exc:
-            message = rank_messages.Failed(type(exc).__name__, str(exc), is_consequence=True)
+            message = rank_process.Failed(type(exc).__name__, str(exc), is_consequence=True)
         if message is None:
             self._failures.setdefault(rank, self._exit_of(rank))
             return False
         with self._changed:
-            if isinstance(message, rank_messages.Failed):
+            if isinstance(message, rank_process.Failed):
                 self._failures[rank] = message
             else:
                 self._answers[rank].append(message)
@@ -279,5 +281,76 @@ class RankedRunner:
     def execute(self, batch: ScheduleBatch) -> StepOutput:
         """See `Runner.execute`. Raises EngineDeadError: a step that fails on one rank is the last of all."""
         with self._ranks.blaming():
-            self._ranks.tell(rank_messages.Step(batch))
+            self._ranks.tell(rank_process.Step(batch))
             return self._runner.execute(batch)
+
+
+class RankTeam:
+    """How building an engine on several processes differs from one (`SoloTeam`): the other ranks go through the same
+    steps, in order: meet, load, allocate. Rank 0 is this process; the others are started by `meet`."""
+
+    def __init__(self, config: EngineConfig, model_path: Path) -> None:
+        self._config = config
+        self._model_path = model_path
+        self._ranks: Ranks | None = None
+
+    def meet(self, backend: Backend) -> int:
+        """Start the other ranks and have all meet: available bytes of this rank's device, before anything is loaded.
+
+        Raises what has broken a rank down.
+        """
+        # Only backends that are one are let through by the configuration.
+        parallel = cast(ParallelBackend, backend)
+        self._ranks = ranks = Ranks.start(self._config, self._model_path)
+        ranks.tell(rank_process.Load())
+        with ranks.blaming():
+            parallel.join(RankGroup(0, ranks.size, ranks.store))
+            available_bytes = parallel.memory().available_bytes
+            parallel.barrier()
+        ranks.watch(lambda error: parallel.abort())
+        return available_bytes
+
+    def needs(self, own: PoolNeeds) -> list[PoolNeeds]:
+        loaded = self._met.expect(rank_process.Loaded)
+        others = [
+            replace(own, available_bytes=message.available_bytes, weight_bytes=message.weight_bytes)
+            for message in loaded
+        ]
+        return [own, *others]
+
+    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits, vocab_size: int) -> None:
+        self._met.tell(
+            rank_process.Allocate(
+                kv_dtype=spec.dtype,
+                page_size=spec.page_size,
+                num_pages=num_pages,
+                max_tokens=limits.max_tokens,
+                max_rows=limits.max_rows,
+                max_pages_per_row=limits.max_pages_per_row,
+                vocab_size=vocab_size,
+            )
+        )
+
+    def runner(self, own: Runner) -> Runner:
+        self._met.expect(rank_process.Allocated)
+        return RankedRunner(own, self._met)
+
+    def describe(self, needs: Sequence[PoolNeeds]) -> dict[str, Any]:
+        return {"tp_size": len(needs), "weight_bytes_of_ranks": [need.weight_bytes for need in needs]}
+
+    def watch(self, callback: Callable[[EngineDeadError], None]) -> None:
+        self._met.watch(callback)
+
+    def stop(self) -> None:
+        if self._ranks is not None:
+            self._ranks.stop()
+
+    def close(self) -> None:
+        if self._ranks is not None:
+            self._ranks.close()
+
+    @property
+    def _met(self) -> Ranks:
+        if self._ranks is None:
+            raise EngineDeadError("no other rank has been started")
+        return self._ranks

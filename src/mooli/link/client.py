@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from mooli.engine import messages
-from mooli.engine.endings import EXIT_WAIT_S, error_named, exit_words
+from mooli.engine.child import EXIT_WAIT_S, error_named, exit_words
 from mooli.engine.facts import EngineFacts
 from mooli.errors import EngineClosedError, EngineDeadError, EngineError, MooliError, RequestError
 from mooli.link.link import TAKER_FAILED, Sink, Sinks, copy_error

@@ -1,30 +1,39 @@
-"""A process that computes one rank of an engine: rank 1 or a later one. Rank 0 is the engine itself.
+"""A process that computes one rank of an engine, rank 1 or a later one, and what rank 0, the engine, says to it.
 
 Owns the process's life: open the device, load its part of the model, compute every step it is told of, in that order.
 What it samples is discarded: rank 0 samples the same from the same logits. Never schedules, never handles text.
 
 When the engine is gone, for whatever reason, the link ends and so does this process, even in the middle of a step.
+
+The messages go over a socket pair: msgpack with a length in front, arrays as type, shape and bytes. Decoding checks
+every type and runs no code of the sender's. Source: the MessagePack specification; msgspec's tagged unions.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import shutil
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_origin
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from mooli.backends import create_backend
 from mooli.backends.base import KVSpec, Limits
 from mooli.backends.parallel import CommunicationError, ParallelBackend, RankGroup
+from mooli.batch import ScheduleBatch
 from mooli.config import EngineConfig
-from mooli.engine import rank_messages
 from mooli.engine.child import SERVER_SIGNALS
 from mooli.errors import EngineError, MooliError
 from mooli.logs import set_up_logging
@@ -41,7 +50,147 @@ PARENT_CHECK_MS = 1000
 MOST_REMOVALS = 100
 """Tries to remove the folder in which the ranks met, a hundredth of a second apart."""
 
-T = TypeVar("T", bound=rank_messages.RankMessage)
+MAX_FRAME_BYTES = 2**30
+
+_LENGTH = struct.Struct("<I")
+
+
+class RankMessage(msgspec.Struct, array_like=True, tag=True, frozen=True):
+    """Base of all messages. `tag=True`: the kind is the name of the class."""
+
+
+# -- what is said: to a rank, in this order ----------------------------------------------------------------------------
+class Open(RankMessage, frozen=True):
+    """What to compute and where. config: keywords of `EngineConfig`. store: see `RankGroup`."""
+
+    rank: int
+    size: int
+    store: str
+    config: dict[str, Any]
+    model_path: str
+
+
+class Load(RankMessage, frozen=True):
+    """Meet the other ranks, then load."""
+
+
+class Allocate(RankMessage, frozen=True):
+    """The KV pool, the same on every rank, the largest step (`Limits`), and the ids that may be sampled."""
+
+    kv_dtype: str
+    page_size: int
+    num_pages: int
+    max_tokens: int
+    max_rows: int
+    max_pages_per_row: int
+    vocab_size: int
+
+
+class Step(RankMessage, frozen=True):
+    batch: ScheduleBatch
+
+
+class Stop(RankMessage, frozen=True):
+    """End now."""
+
+
+# -- from a rank -------------------------------------------------------------------------------------------------------
+class Opened(RankMessage, frozen=True):
+    """Answers `Open`: the device is there."""
+
+
+class Loaded(RankMessage, frozen=True):
+    """Answers `Load`. available_bytes: of the device before loading."""
+
+    available_bytes: int
+    weight_bytes: int
+
+
+class Allocated(RankMessage, frozen=True):
+    """Answers `Allocate`: steps can come."""
+
+
+class Failed(RankMessage, frozen=True):
+    """The last message of a rank that breaks down. error: name of the exception's class.
+
+    is_consequence: an operation over all ranks failed, so the cause is more likely another rank's.
+    """
+
+    error: str
+    message: str
+    is_consequence: bool
+
+
+ToRank = Open | Load | Allocate | Step | Stop
+FromRank = Opened | Loaded | Allocated | Failed
+
+
+def encode(message: RankMessage) -> bytes:
+    """A whole frame. Raises EngineError for one that is too long."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise EngineError(f"a step of {len(body)} bytes is more than ranks are told at once")
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode(body: bytes, direction: Any) -> Any:
+    """A message of `direction`, ToRank or FromRank. Raises EngineError for bytes that are none."""
+    try:
+        return _decoders[direction].decode(body)
+    except (msgspec.DecodeError, msgspec.ValidationError) as exc:
+        raise EngineError(f"a message between ranks cannot be read: {exc}") from exc
+
+
+def receive(connection: socket.socket, direction: Any) -> Any | None:
+    """The next message, waiting for it; None when the other end has closed. Raises EngineError, OSError."""
+    head = _read(connection, _LENGTH.size)
+    if head is None:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if length > MAX_FRAME_BYTES:
+        raise EngineError(f"a frame of {length} bytes came between ranks: the stream is broken")
+    body = _read(connection, length)
+    return None if body is None else decode(body, direction)
+
+
+def _read(connection: socket.socket, count: int) -> bytes | None:
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    while done < count:
+        got = connection.recv_into(view[done:])
+        if not got:
+            return None
+        done += got
+    return bytes(data)
+
+
+def _encode_array(value: Any) -> tuple[str, tuple[int, ...], bytes]:
+    if not isinstance(value, np.ndarray):
+        raise NotImplementedError(f"{type(value).__name__} cannot be sent to a rank")
+    return value.dtype.str, value.shape, value.tobytes()
+
+
+def _decode_array(kind: Any, value: Any) -> NDArray[Any]:
+    """From type, shape and bytes, of the type that the annotation `kind` (NDArray[np.int32]) demands."""
+    if get_origin(kind) is not np.ndarray:
+        raise NotImplementedError(f"{kind} cannot be received")
+    expected = np.dtype(get_args(get_args(kind)[1])[0])
+    dtype, shape, data = msgspec.convert(value, tuple[str, tuple[int, ...], bytes])
+    if dtype != expected.str or min(shape, default=0) < 0 or math.prod(shape) * expected.itemsize != len(data):
+        raise ValueError(f"{len(data)} bytes are no {expected.name} array of shape {shape}")
+    # A copy, as an array over bytes could not be written to.
+    array: NDArray[Any] = np.frombuffer(data, expected).reshape(shape).copy()
+    return array
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_encode_array)
+_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {
+    direction: msgspec.msgpack.Decoder(direction, dec_hook=_decode_array) for direction in (ToRank, FromRank)
+}
+
+
+# -- what it does ------------------------------------------------------------------------------------------------------
+T = TypeVar("T", bound=RankMessage)
 
 
 class LinkClosedError(EngineError):
@@ -57,13 +206,13 @@ def run(connection: socket.socket) -> int:
     except BaseException as exc:
         if not isinstance(exc, MooliError):
             logger.exception("a rank has died")
-        failed = rank_messages.Failed(
+        failed = Failed(
             type(exc).__name__,
             str(exc) or type(exc).__name__,
             is_consequence=isinstance(exc, CommunicationError),
         )
         try:
-            connection.sendall(rank_messages.encode(failed))
+            connection.sendall(encode(failed))
         except OSError:
             logger.debug("nobody is left to hear of it")
         return 1
@@ -71,7 +220,7 @@ def run(connection: socket.socket) -> int:
 
 
 def _compute(connection: socket.socket) -> None:
-    start = _expect(connection, rank_messages.Open)
+    start = _expect(connection, Open)
     config = EngineConfig.from_kwargs(**start.config)
     set_up_logging(config.log_level)
     backend = cast(
@@ -85,17 +234,17 @@ def _compute(connection: socket.socket) -> None:
         ),
     )
     backend.bind_thread()
-    _send(connection, rank_messages.Opened())
+    _send(connection, Opened())
 
-    _expect(connection, rank_messages.Load)
+    _expect(connection, Load)
     backend.join(RankGroup(start.rank, start.size, Path(start.store)))
     available_bytes = backend.memory().available_bytes
     # Nobody takes memory before everybody has looked.
     backend.barrier()
     model = _load(config, Path(start.model_path), backend, Place(start.rank, start.size))
-    _send(connection, rank_messages.Loaded(available_bytes, backend.weight_bytes()))
+    _send(connection, Loaded(available_bytes, backend.weight_bytes()))
 
-    order = _expect(connection, rank_messages.Allocate)
+    order = _expect(connection, Allocate)
     spec = KVSpec(
         num_layers=model.config.num_layers,
         num_kv_heads=model.config.num_kv_heads,
@@ -105,10 +254,10 @@ def _compute(connection: socket.socket) -> None:
     )
     backend.allocate(spec, order.num_pages, Limits(order.max_tokens, order.max_rows, order.max_pages_per_row))
     runner = ModelRunner(model, backend, order.vocab_size)
-    _send(connection, rank_messages.Allocated())
+    _send(connection, Allocated())
     try:
         while True:
-            runner.execute(_expect(connection, rank_messages.Step).batch)
+            runner.execute(_expect(connection, Step).batch)
     except LinkClosedError:
         runner.close()
         raise
@@ -127,19 +276,19 @@ def _load(config: EngineConfig, path: Path, backend: ParallelBackend, place: Pla
 def _expect(connection: socket.socket, kind: type[T]) -> T:
     """The next message. Raises LinkClosedError if the engine is gone or says stop, EngineError for another message."""
     try:
-        message = rank_messages.receive(connection, rank_messages.ToRank)
+        message = receive(connection, ToRank)
     except OSError as exc:
         raise LinkClosedError(f"the link to the engine broke: {exc}") from exc
-    if message is None or isinstance(message, rank_messages.Stop):
+    if message is None or isinstance(message, Stop):
         raise LinkClosedError("the engine has ended")
     if not isinstance(message, kind):
         raise EngineError(f"a rank was told to {type(message).__name__} where {kind.__name__} was expected")
     return message
 
 
-def _send(connection: socket.socket, message: rank_messages.RankMessage) -> None:
+def _send(connection: socket.socket, message: RankMessage) -> None:
     try:
-        connection.sendall(rank_messages.encode(message))
+        connection.sendall(encode(message))
     except OSError as exc:
         raise LinkClosedError(f"the link to the engine broke: {exc}") from exc
 
