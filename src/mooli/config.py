@@ -46,6 +46,29 @@ DEVICES = {
 }
 """Accepted `device` and `backend` to our backend's name. "auto" is settled by `EngineConfig.backend_name`."""
 
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """What a backend can do of that which arguments ask for: it is known by the backend's name, before it is loaded.
+
+    has_ranks: it computes one model in several processes. has_int8_kv: it keeps keys and values in 8 bits.
+    verifies_guesses: several tokens of a row are computed by the kernels of one, so that a guess changes no answer.
+    """
+
+    has_ranks: bool = False
+    has_int8_kv: bool = False
+    verifies_guesses: bool = False
+
+
+ABILITIES = {
+    "cpu": Ability(has_int8_kv=True, verifies_guesses=True),
+    "reference": Ability(has_int8_kv=True, verifies_guesses=True),
+    "torch": Ability(has_ranks=True),
+    "cuda": Ability(has_ranks=True),
+    "ascend": Ability(has_ranks=True),
+}
+"""By our backend's name."""
+
 KERNELS = ("auto", "native", "ascend")
 """`attention_backend` and `sampling_backend`: each device has one implementation, `ascend` is the one of NPUs."""
 
@@ -250,7 +273,8 @@ class EngineConfig(Arguments):
             raise ConfigError(
                 f"dp_size={self.dp_size} is not possible yet: use dp_size=1, and a server for each copy of the model"
             )
-        if self.tp_size != 1 and self.backend_name not in ("torch", "cuda", "ascend"):
+        ability = ABILITIES[self.backend_name]
+        if self.tp_size != 1 and not ability.has_ranks:
             raise ConfigError(
                 f"tp_size={self.tp_size} is not possible on device {self.backend_name!r}, where one process already"
                 " uses every core (see num_threads): use tp_size=1, or device='cuda' or 'npu' with several cards"
@@ -258,10 +282,11 @@ class EngineConfig(Arguments):
         if self.chunked_prefill_size == 0:
             raise ConfigError("chunked_prefill_size=0 computes nothing: use a positive number, or -1 for no chunking")
         self._check_speculation()
-        if self.kv_cache_dtype == "int8" and self.backend_name not in ("cpu", "reference"):
+        if self.kv_cache_dtype == "int8" and not ability.has_int8_kv:
+            able = " and ".join(name for name, other in ABILITIES.items() if other.has_int8_kv)
             raise ConfigError(
-                f"kv_cache_dtype='int8' is not possible on the {self.backend_name} backend, only on cpu and"
-                " reference: leave it out"
+                f"kv_cache_dtype='int8' is not possible on the {self.backend_name} backend, only on {able}:"
+                " leave it out"
             )
         for name in ("attention_backend", "sampling_backend"):
             if getattr(self, name) == "ascend" and self.backend_name != "ascend":
@@ -277,7 +302,7 @@ class EngineConfig(Arguments):
                         f"{name}={getattr(self, name)} has no effect without speculative_algorithm='NGRAM':"
                         " give both or neither"
                     )
-        elif self.backend_name not in ("cpu", "reference"):
+        elif not ABILITIES[self.backend_name].verifies_guesses:
             raise ConfigError(
                 f"speculative_algorithm={self.speculative_algorithm!r} is not possible on device {self.backend_name!r}:"
                 " there a guess is verified by other kernels than those of a single token, so that answers could"

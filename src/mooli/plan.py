@@ -19,7 +19,7 @@ from typing import Any, cast
 from mooli.arguments import parse_size
 from mooli.backends.base import Backend, KVSpec
 from mooli.backends.sizes import AscendSizes, CudaSizes, Sizes, TorchSizes
-from mooli.config import DTYPES
+from mooli.config import ABILITIES, DTYPES
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, kv_type, num_pool_pages
 from mooli.errors import ConfigError, OutOfMemoryError
 from mooli.formats.gguf import GGUFFile
@@ -114,7 +114,7 @@ def plan_memory(
     stored_types = stored_types or {}
     weights = _loaded_bytes(config, sizes, tp, stored_types)
     kv_dtype = kv_type(kv_cache_dtype, dtype, sizes.auto_dtype)
-    if kv_dtype == "int8" and device != "cpu":
+    if kv_dtype == "int8" and not ABILITIES[device].has_int8_kv:
         raise ConfigError(f"kv_cache_dtype='int8' is not possible on {device}, only on a CPU")
     page_size = sizes.default_page_size
     page_bytes = sizes.kv_bytes_per_page(kv_spec(config, kv_dtype, page_size, tp))
@@ -135,7 +135,8 @@ def plan_memory(
         problem = str(exc)
     context = context_for(needs, num_pages) if num_pages else context_length or config.max_position_embeddings
     has_int8 = TensorType.I8 in stored_types.values()
-    keeps_file = bool(stored_types) and not has_int8 and (device, dtype, quantization) == ("cpu", "auto", None)
+    chooses = dtype != "auto" or quantization is not None or sizes.auto_dtype is not None
+    keeps_file = bool(stored_types) and not has_int8 and not chooses
     lengths = sorted({*(n for n in EXAMPLE_CONTEXTS if n < context), context})
     return MemoryPlan(
         model=model,

@@ -9,12 +9,27 @@ import sys
 import pytest
 
 from mooli.backends import create_backend
+from mooli.backends.base import KVSpec
+from mooli.config import ABILITIES
 from mooli.errors import BackendUnavailableError, ConfigError
 
 
 def test_a_backend_is_made_by_its_name(backend_name: str) -> None:
     backend = create_backend(backend_name)
     assert backend.name == backend_name
+    backend.close()
+
+
+def test_a_backend_can_what_is_said_of_it_before_it_is_loaded(backend_name: str) -> None:
+    ability, backend = ABILITIES[backend_name], create_backend(backend_name)
+    spec = KVSpec(num_layers=1, num_kv_heads=2, head_dim=32, page_size=backend.default_page_size, dtype="int8")
+    if ability.has_int8_kv:
+        assert backend.kv_bytes_per_page(spec) > 0
+    else:
+        with pytest.raises(ConfigError, match="int8"):
+            backend.kv_bytes_per_page(spec)
+    assert hasattr(backend, "join") == ability.has_ranks
+    assert ability.verifies_guesses or not backend.is_exact, "guesses are on by default where answers are exact"
     backend.close()
 
 

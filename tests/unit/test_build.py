@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from model_files import demo_path
 from mooli.backends import create_backend
 from mooli.backends.base import MemoryInfo
 from mooli.backends.cpu import CpuBackend
+from mooli.backends.reference import ReferenceBackend
 from mooli.config import EngineConfig
 from mooli.engine.build import build_engine
 from mooli.engine.facts import EngineFacts
@@ -66,6 +69,38 @@ def test_three_engines_of_one_machine_take_no_more_than_it_has(folder: Path, mon
     found = MemoryInfo(machine, GIB // 2, machine - GIB // 2)
     with pytest.raises(OutOfMemoryError, match=r"0.50 GiB were available \(23.50 GiB more are other engines'\)"):
         built_with(folder, monkeypatch, found, found)
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_what_a_backend_says_of_itself_decides_about_guesses_and_the_length_of_steps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, is_exact: bool
+) -> None:
+    monkeypatch.setattr(ReferenceBackend, "is_exact", is_exact)
+    monkeypatch.setattr(ReferenceBackend, "mixed_step_parts", 8)
+    config = EngineConfig.from_kwargs(
+        model_path=str(folder), load_format="dummy", device="reference", context_length=512, max_total_tokens=512
+    )
+    built = build_engine(config, folder)
+    built.close()
+    assert built.facts.speculative_algorithm == ("NGRAM" if is_exact else None)
+    assert (built.core._pace is not None) == is_exact
+    assert built.core._scheduler.mixed_prefill_tokens == ReferenceBackend.default_chunked_prefill_size // 8
+
+
+ONE_DEVICE = """
+import sys
+from pathlib import Path
+from mooli.config import EngineConfig
+from mooli.engine.build import build_engine
+config = EngineConfig.from_kwargs(model_path=sys.argv[1], load_format="dummy", device="cpu", max_total_tokens=512)
+build_engine(config, Path(sys.argv[1])).close()
+print(sorted({"mooli.engine.ranks", "mooli.engine.rank_process", "mooli.backends.parallel"} & set(sys.modules)))
+"""
+
+
+def test_an_engine_on_one_device_imports_nothing_that_only_ranks_need(folder: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", ONE_DEVICE, str(folder)], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
 
 
 def planned_and_built(path: Path, monkeypatch: pytest.MonkeyPatch, device: str, **settings: Any) -> EngineFacts:

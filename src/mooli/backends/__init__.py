@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from mooli.backends.base import Backend
+from mooli.config import ABILITIES
 from mooli.errors import BackendUnavailableError, ConfigError
 
 BACKENDS: dict[str, tuple[str, str]] = {
@@ -19,9 +20,6 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "ascend": ("mooli.backends.ascend", "open_backend"),
 }
 """Name to (module, what makes a backend there). A module is imported only when its backend is asked for."""
-
-PARALLEL_BACKENDS = ("torch", "cuda", "ascend")
-"""Those that compute one model in several processes: see `mooli.backends.parallel`."""
 
 INSTALL: dict[str, str] = {
     "torch": "pip install mooli[torch]",
@@ -65,8 +63,9 @@ def create_backend(
         ) from exc
     settings: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "num_threads": num_threads}
     if rank:
-        if name not in PARALLEL_BACKENDS:
-            raise ConfigError(f"backend {name!r} computes in one process: use tp_size=1, or one of {PARALLEL_BACKENDS}")
+        if not ABILITIES[name].has_ranks:
+            parallel = ", ".join(other for other, ability in ABILITIES.items() if ability.has_ranks)
+            raise ConfigError(f"backend {name!r} computes in one process: use tp_size=1, or one of {parallel}")
         settings["rank"] = rank
     backend: Backend = make(**settings)
     return backend

@@ -153,6 +153,14 @@ class Backend(Protocol):
     """Cached prefixes are used in multiples of this: 1 unless the kernels want prompts to begin at certain places. It
     divides every page size."""
 
+    mixed_step_parts: int
+    """A step that streams wait for takes this part of the prompt tokens of one that nobody waits for."""
+
+    is_exact: bool
+    """What a row computes depends on that row alone, to the bit: not on what is computed beside it, and not on where a
+    prompt was cut. Then guesses change no answer and are on where the user says nothing, and the length of steps may
+    follow a clock (`mooli.scheduler.planning.Pace`)."""
+
     def check_page_size(self, page_size: int) -> None:
         """Raise ConfigError, naming the allowed sizes, if the kernels cannot use this page size."""
         ...

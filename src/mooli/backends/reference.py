@@ -230,6 +230,8 @@ class ReferenceBackend:
     default_chunked_prefill_size = 512
     default_max_running_requests = 48
     match_granularity_tokens = 1
+    mixed_step_parts = 4
+    is_exact = False
 
     def __init__(self, dtype: str = "auto", quantization: str | None = None, num_threads: int | None = None) -> None:
         """Raises ConfigError for anything but float32: the reference has no other arithmetic and owns no threads."""

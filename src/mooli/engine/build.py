@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MIXED_STEP_PARTS = 4
-"""A step that streams wait for takes this part of the prompt tokens of one that nobody waits for: a quarter of the gap,
-and prompts still come at 95 % of their speed (docs/log.md). More on a CPU that is fast enough for it (`Pace`)."""
-
 DRAFT_STEP_TOKENS = 8
 """A step takes draft tokens up to this many tokens: int8 kernels wait for memory up to about eight rows, int4 up to
 four, and so verify drafts in the time of one token."""
@@ -199,9 +195,9 @@ def _build(
     described = backend.describe()
     step_tokens = config.chunked_prefill_size or backend.default_chunked_prefill_size
     vocab_size = min(model_config.vocab_size, tokenizer_vocab_size() or model_config.vocab_size)
-    # No answer changes there, to the bit, and what repeats nothing costs next to nothing (docs/log.md).
-    drafts = draft_settings(config, "NGRAM" if backend.name == "cpu" else "none")
-    mixed_tokens = None if step_tokens == -1 else -(-step_tokens // MIXED_STEP_PARTS)
+    # No answer changes where a backend is exact, and what repeats nothing costs next to nothing (docs/log.md).
+    drafts = draft_settings(config, "NGRAM" if backend.is_exact else "none")
+    mixed_tokens = None if step_tokens == -1 else -(-step_tokens // backend.mixed_step_parts)
     scheduler = Scheduler(
         KVCache(
             num_pages,
@@ -262,8 +258,8 @@ def _build(
         facts.max_total_num_tokens,
         facts.weight_bytes / GIB,
     )
-    # On a CPU no answer depends on how a prompt is cut; elsewhere the cut must not depend on a clock.
-    pace = None if mixed_tokens is None or backend.name != "cpu" else Pace(mixed_tokens, step_tokens)
+    # Where an answer depends on how a prompt is cut, the cut must not depend on a clock.
+    pace = Pace(mixed_tokens, step_tokens) if backend.is_exact and mixed_tokens is not None else None
     core = EngineCore(scheduler, runner, pace)
 
     def close() -> None:

@@ -53,6 +53,8 @@ class TorchBackend:
     default_chunked_prefill_size = 512
     default_max_running_requests = TorchSizes.default_max_running_requests
     match_granularity_tokens = 1
+    mixed_step_parts = 4
+    is_exact = False
 
     def __init__(
         self,
