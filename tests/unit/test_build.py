@@ -98,6 +98,7 @@ print(sorted({"mooli.engine.ranks", "mooli.engine.rank_process", "mooli.backends
 """
 
 
+@pytest.mark.slow
 def test_an_engine_on_one_device_imports_nothing_that_only_ranks_need(folder: Path) -> None:
     result = subprocess.run([sys.executable, "-c", ONE_DEVICE, str(folder)], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
