@@ -1,7 +1,8 @@
 """The second room of the scheduler: a step is planned.
 
-Owns how many tokens each running request gets, who gives way where pages are too few, and what is computed on a guess.
-Never ends a request and never sees what a step computed. The order in which a step is filled is that of `scheduler.py`.
+Owns how many tokens each running request gets, who gives way where pages are too few, what is computed on a guess, and
+the speed from which follows how long a step may be that streams wait for. Never ends a request and never sees what a
+step computed. The order in which a step is filled is that of `scheduler.py`.
 """
 
 from __future__ import annotations
