@@ -33,6 +33,16 @@ void check_rows(const Rows& rows, int format, int columns) {
     throw std::invalid_argument("row length does not fit the storage format");
 }
 
+// `allowed` and `rows` of `n` rows of logits, or None and None.
+using Words = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+Masks masks_of(const Words& allowed, const In<int32_t>& rows, size_t n, int vocab) {
+  if (!allowed.is_valid() || !rows.is_valid()) return {};
+  if (rows.shape(0) < n || int64_t(allowed.shape(1)) * 32 < vocab) throw std::invalid_argument("masks of fewer rows or ids than are sampled");
+  for (size_t i = 0; i < n; i++)
+    if (rows.data()[i] >= int64_t(allowed.shape(0))) throw std::invalid_argument("a row of masks that there is not");
+  return {allowed.data(), rows.data(), allowed.shape(1)};
+}
+
 void check_ragged(const In<int32_t>& indptr, size_t values) {
   for (size_t i = 0; i < indptr.shape(0); i++)
     if (indptr.data()[i] < 0 || size_t(indptr.data()[i]) > values || (i > 0 && indptr.data()[i] < indptr.data()[i - 1]))
@@ -150,7 +160,7 @@ NB_MODULE(_native, m) {
       .def("sample", [](Device& d, Matrix logits, int vocab, Floats temperature, In<int32_t> top_k, Floats top_p, Floats min_p,
                         Floats frequency, Floats presence, Floats repetition, In<uint64_t> seeds, In<int64_t> positions,
                         In<int32_t> history, In<int32_t> history_indptr, In<int32_t> output_starts, In<int32_t> bias_ids,
-                        Floats bias_values, In<int32_t> bias_indptr, int first,
+                        Floats bias_values, In<int32_t> bias_indptr, Words allowed, In<int32_t> mask_rows, int first,
                         nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
         int n = int(out.shape(0));
         if (n > int(logits.shape(0)) || vocab > int(logits.shape(1)) || first < 0 || first + n > int(temperature.shape(0)))
@@ -162,6 +172,7 @@ NB_MODULE(_native, m) {
           if (length < end || length + 1 == 0) throw std::invalid_argument("sampling parameters of different lengths");
         check_ragged(history_indptr, history.shape(0));
         check_ragged(bias_indptr, std::min(bias_ids.shape(0), bias_values.shape(0)));
+        const Masks masks = masks_of(allowed, mask_rows, end, vocab);
         nb::gil_scoped_release release;
         std::atomic<int> next{0};
         auto job = [&](int thread) {
@@ -172,17 +183,24 @@ NB_MODULE(_native, m) {
             SamplingRow row{temperature.data()[s], top_p.data()[s], min_p.data()[s], frequency.data()[s], presence.data()[s],
                             repetition.data()[s], top_k.data()[s], seeds.data()[s], positions.data()[s], history.data() + h0,
                             history_indptr.data()[s + 1] - h0, output_starts.data()[s], bias_ids.data() + b0,
-                            bias_values.data() + b0, bias_indptr.data()[s + 1] - b0};
+                            bias_values.data() + b0, bias_indptr.data()[s + 1] - b0, masks.of(s)};
             out.data()[i] = sample_row(d.kernels, logits.data() + size_t(i) * logits.shape(1), vocab, row, scratch);
           }
         };
         if (n == 1) job(0); else d.pool.run(job);
-      })
-      .def("logprobs", [](Device& d, Matrix logits, int row, int vocab, int target, int num_top, std::vector<int> ids) {
+      }, nb::arg("logits"), nb::arg("vocab"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
+         nb::arg("frequency"), nb::arg("presence"), nb::arg("repetition"), nb::arg("seeds"), nb::arg("positions"),
+         nb::arg("history"), nb::arg("history_indptr"), nb::arg("output_starts"), nb::arg("bias_ids"), nb::arg("bias_values"),
+         nb::arg("bias_indptr"), nb::arg("allowed").none(), nb::arg("mask_rows").none(), nb::arg("first"), nb::arg("out"))
+      // `allowed` and `mask_rows` may be None
+      .def("logprobs", [](Device& d, Matrix logits, int row, int vocab, int target, int num_top, std::vector<int> ids, Words allowed,
+                          In<int32_t> mask_rows) {
         if (row < 0 || row >= int(logits.shape(0)) || vocab > int(logits.shape(1))) throw std::invalid_argument("no such row of logits");
-        LogprobRow r = logprob_row(d.kernels, logits.data() + size_t(row) * logits.shape(1), vocab, target, num_top, ids, d.sampling[0]);
+        const Masks masks = masks_of(allowed, mask_rows, size_t(row) + 1, vocab);
+        LogprobRow r = logprob_row(d.kernels, logits.data() + size_t(row) * logits.shape(1), vocab, masks.of(row), target, num_top, ids, d.sampling[0]);
         return nb::make_tuple(r.logprob, r.top, r.chosen);
-      })
+      }, nb::arg("logits"), nb::arg("row"), nb::arg("vocab"), nb::arg("target"), nb::arg("num_top"), nb::arg("ids"),
+         nb::arg("allowed").none(), nb::arg("mask_rows").none())
       // tera-operations a second of the integer dot product, all threads; 7.37 G vector instructions a second is healthy on Zen 4
       .def("gauge_dots", [](Device& d, long iterations) {
         nb::gil_scoped_release release;
@@ -241,15 +259,17 @@ NB_MODULE(_native, m) {
       .def("run_then", [](Tape& t, int rows, Tape& head, uintptr_t result, uintptr_t input, int width) {
         t.run_then(rows, head, (const float*)result, (float*)input, width);
       }, nb::call_guard<nb::gil_scoped_release>())
-      .def("run_choosing", [](Tape& t, int rows, Tape& head, uintptr_t result, uintptr_t input, int width, int vocab, bool may_begin_next,
-                              nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
+      .def("run_choosing", [](Tape& t, int rows, Tape& head, uintptr_t result, uintptr_t input, int width, int vocab, Words allowed,
+                              In<int32_t> mask_rows, bool may_begin_next, nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
         if (out.shape(0) != t.num_asked()) throw std::invalid_argument("not as many tokens as are asked for");
+        const Masks masks = masks_of(allowed, mask_rows, out.shape(0), vocab);
         int32_t* ids = out.data();
         const int n = int(out.shape(0));
         nb::gil_scoped_release release;
-        t.run_choosing(rows, head, (const float*)result, (float*)input, width, vocab, ids);
+        t.run_choosing(rows, head, (const float*)result, (float*)input, width, vocab, masks, ids);
         if (may_begin_next) t.begin_next(n, ids);
-      })
+      }, nb::arg("rows"), nb::arg("head"), nb::arg("result"), nb::arg("input"), nb::arg("width"), nb::arg("vocab"),
+         nb::arg("allowed").none(), nb::arg("mask_rows").none(), nb::arg("may_begin_next"), nb::arg("out"))
       .def("begin_next", [](Tape& t, In<int32_t> ids) { return t.begin_next(int(ids.shape(0)), ids.data()); })
       // (operation, seconds) for each entry of the tape
       .def("run_timed", [](Tape& t, int rows) {

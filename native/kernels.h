@@ -117,7 +117,9 @@ struct Kernels {
   void (*stream)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
   // Of each column of a panel of logits the largest so far, the lowest panel where equals are, for each row: kept holds
   // 32 values and 32 panels. `rest`, 32 zeros, is NaN where a value was not finite. is_beyond: no panel after it was seen.
-  void (*keep_largest)(const float* tile, int rows, int columns, const float* bias, int panel, bool is_beyond, float* kept, float* rest);
+  // allowed: null, or a word a row: a column whose bit is 0 is not looked at, but for being finite.
+  void (*keep_largest)(const float* tile, int rows, int columns, const float* bias, const uint32_t* allowed, int panel, bool is_beyond,
+                       float* kept, float* rest);
   // the bias of a gated panel has 32 entries, as its columns lie
   void (*store_silu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
   // out = exp((x - max) * inverse_temperature); returns the sum, in a fixed order. out may be null.

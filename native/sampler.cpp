@@ -41,6 +41,16 @@ void apply_penalties(float* x, int vocab, const SamplingRow& row, SamplerScratch
     if (row.bias_ids[i] >= 0 && row.bias_ids[i] < vocab) x[row.bias_ids[i]] += row.bias_values[i];
 }
 
+void apply_mask(float* x, int vocab, const uint32_t* allowed) {
+  constexpr float kBanned = -std::numeric_limits<float>::infinity();
+  for (int first = 0; first < vocab; first += 32, allowed++) {
+    const int n = std::min(32, vocab - first);
+    if (*allowed == 0) std::fill_n(x + first, n, kBanned);
+    else if (*allowed != ~0u)
+      for (int i = 0; i < n; i++) x[first + i] = *allowed >> i & 1 ? x[first + i] : kBanned;
+  }
+}
+
 // The tokens by their logits, largest first, equals by id, with exp((logit - largest) / temperature). Found and sorted only as far as
 // they are asked for: most draws end among the first few of a hundred thousand.
 class Ranking {
@@ -153,9 +163,10 @@ int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingR
   int best = k.argmax(logits, vocab, &largest);
   if (best < 0) return -1;
   const float* x = logits;
-  if (row.history_length > 0 || row.num_bias > 0) {
+  if (row.history_length > 0 || row.num_bias > 0 || row.allowed) {
     scratch.logits.assign(logits, logits + vocab);
     apply_penalties(scratch.logits.data(), vocab, row, scratch);
+    if (row.allowed) apply_mask(scratch.logits.data(), vocab, row.allowed);
     x = scratch.logits.data();
     best = k.argmax(x, vocab, &largest);
     if (best < 0) return -1;
@@ -165,8 +176,13 @@ int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingR
   return tokens.reaches(0) ? draw(tokens, row, vocab) : best;
 }
 
-LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, int target, int num_top, const std::vector<int>& ids,
-                       SamplerScratch& scratch) {
+LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, const uint32_t* allowed, int target, int num_top,
+                       const std::vector<int>& ids, SamplerScratch& scratch) {
+  if (allowed) {
+    scratch.logits.assign(logits, logits + vocab);
+    apply_mask(scratch.logits.data(), vocab, allowed);
+    logits = scratch.logits.data();
+  }
   LogprobRow out{std::numeric_limits<float>::quiet_NaN(), {}, {}};
   float largest;
   const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -194,7 +210,7 @@ LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, int tar
       if (found < n) found = k.find_between(logits, vocab, depth == infinity ? -infinity : largest - depth, infinity, order.data());
     std::partial_sort(order.begin(), order.begin() + n, order.begin() + found,
                       [&](int a, int b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
-    for (int i = 0; i < n; i++) out.top.emplace_back(at(order[size_t(i)]), order[size_t(i)]);
+    for (int i = 0; i < n && at(order[size_t(i)]) != -infinity; i++) out.top.emplace_back(at(order[size_t(i)]), order[size_t(i)]);
   }
   return out;
 }

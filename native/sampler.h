@@ -9,6 +9,15 @@
 
 namespace mooli {
 
+// Which ids rows may sample: `rows` has for each of them the row of `allowed`, or -1 for all ids. Bit i % 32 of word i / 32 is
+// that of id i, and a row has `words` of them, for the whole vocabulary.
+struct Masks {
+  const uint32_t* allowed = nullptr;
+  const int32_t* rows = nullptr;  // null: no row has a mask
+  size_t words = 0;
+  const uint32_t* of(int row) const { return rows && rows[row] >= 0 ? allowed + size_t(rows[row]) * words : nullptr; }
+};
+
 struct SamplingRow {
   float temperature, top_p, min_p, frequency_penalty, presence_penalty, repetition_penalty;
   int top_k;
@@ -19,6 +28,7 @@ struct SamplingRow {
   const int32_t* bias_ids;
   const float* bias_values;
   int num_bias;
+  const uint32_t* allowed;  // null: all ids
 };
 
 struct LogprobRow {
@@ -38,11 +48,12 @@ struct SamplerScratch {
   std::vector<Candidate> candidates;
 };
 
-// Token id, or -1 if the logits hold NaN or nothing can be chosen.
+// Token id, or -1 if the logits hold NaN, allowed or not, or nothing can be chosen.
 int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingRow& row, SamplerScratch& scratch);
 
-// Log-softmax of the raw logits at `target` (NaN if target < 0), of the `num_top` best and of `ids`.
-LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, int target, int num_top, const std::vector<int>& ids,
-                       SamplerScratch& scratch);
+// Log-softmax of the raw logits of the ids allowed (null: of all), at `target` (NaN if target < 0), at the `num_top` best, of
+// which those without any chance are left out, and at `ids`.
+LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, const uint32_t* allowed, int target, int num_top,
+                       const std::vector<int>& ids, SamplerScratch& scratch);
 
 }  // namespace mooli

@@ -50,6 +50,8 @@ MOOLI_INLINE vf keep_range(vf x, int base, int lo, int hi) {
   __mmask16 k = _mm512_cmple_epi32_mask(id, set1i(hi)) & _mm512_cmpge_epi32_mask(id, set1i(lo));
   return _mm512_mask_blend_ps(k, set1(-__builtin_inff()), x);
 }
+// lanes whose bit is set keep x, the others become -inf
+MOOLI_INLINE vf keep_bits(vf x, uint32_t bits) { return _mm512_mask_blend_ps(__mmask16(bits), set1(-__builtin_inff()), x); }
 MOOLI_INLINE vf where_negative(vf x, vf a, vf b) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), b, a); }
 MOOLI_INLINE float hmax(vf a) { return _mm512_reduce_max_ps(a); }
 MOOLI_INLINE bool any_nan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
@@ -120,6 +122,11 @@ MOOLI_INLINE vf keep_range(vf x, int base, int lo, int hi) {
   vi id = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), set1i(base));
   vi out = _mm256_or_si256(_mm256_cmpgt_epi32(id, set1i(hi)), _mm256_cmpgt_epi32(set1i(lo), id));
   return _mm256_blendv_ps(x, set1(-__builtin_inff()), _mm256_castsi256_ps(out));
+}
+MOOLI_INLINE vf keep_bits(vf x, uint32_t bits) {
+  const vi each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const vi kept = _mm256_cmpeq_epi32(_mm256_and_si256(set1i(int(bits)), each), each);
+  return _mm256_blendv_ps(set1(-__builtin_inff()), x, _mm256_castsi256_ps(kept));
 }
 MOOLI_INLINE vf where_negative(vf x, vf a, vf b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ)); }
 MOOLI_INLINE float hmax(vf a) {
@@ -248,6 +255,7 @@ MOOLI_INLINE vf keep_range(vf x, int base, int lo, int hi) {
   vi id = vi{0, 1, 2, 3} + base;
   return ((id <= hi) & (id >= lo)) ? x : set1(-__builtin_inff());
 }
+MOOLI_INLINE vf keep_bits(vf x, uint32_t bits) { return ((vi{1, 2, 4, 8} & int(bits)) != 0) ? x : set1(-__builtin_inff()); }
 MOOLI_INLINE vf where_negative(vf x, vf a, vf b) { return x < 0 ? a : b; }
 MOOLI_INLINE float hmax(vf a) {
   float m = a[0];

@@ -41,6 +41,10 @@ MOOLI_INLINE vf keep_range(vf x, int base, int lo, int hi) {
   vi id = vaddq_s32(vld1q_s32(lanes), set1i(base));
   return vbslq_f32(vandq_u32(vcleq_s32(id, set1i(hi)), vcgeq_s32(id, set1i(lo))), x, set1(-__builtin_inff()));
 }
+MOOLI_INLINE vf keep_bits(vf x, uint32_t bits) {
+  const uint32_t each[4] = {1, 2, 4, 8};
+  return vbslq_f32(vtstq_u32(vdupq_n_u32(bits), vld1q_u32(each)), x, set1(-__builtin_inff()));
+}
 MOOLI_INLINE vf where_negative(vf x, vf a, vf b) { return vbslq_f32(vcltzq_f32(x), a, b); }
 MOOLI_INLINE float hmax(vf a) {
   float t[4]; st(t, a);

@@ -139,12 +139,12 @@ void Tape::run_then(int rows, Tape& head, const float* result, float* input, int
   head.run(int(device_.asked.size()));
 }
 
-void Tape::run_choosing(int rows, Tape& head, const float* result, float* input, int width, int vocab, int32_t* token_ids) {
+void Tape::run_choosing(int rows, Tape& head, const float* result, float* input, int width, int vocab, const Masks& masks, int32_t* token_ids) {
   run_to(rows, result, input, width);
-  head.choose(int(device_.asked.size()), vocab, token_ids);
+  head.choose(int(device_.asked.size()), vocab, masks, token_ids);
 }
 
-void Tape::choose(int rows, int vocab, int32_t* token_ids) {
+void Tape::choose(int rows, int vocab, const Masks& masks, int32_t* token_ids) {
   const Op& last = ops_.back();
   if (last.code != LINEAR || last.weight->gated || last.a || vocab <= 0 || vocab > last.weight->n)
     throw std::invalid_argument("tokens are chosen among the outputs of a last linear without residual");
@@ -160,16 +160,19 @@ void Tape::choose(int rows, int vocab, int32_t* token_ids) {
     work.last_panel = -1;
   }
   choose_below_ = vocab;
+  choose_among_ = masks;
   device_.pool.run(*this);
   choose_below_ = 0;
+  choose_among_ = {};
   bool is_fit = true;
   for (const Device::Work& work : device_.work)
     for (float x : work.unfit) is_fit &= x == x;
-  if (!is_fit) {  // the rule for what is not finite is argmax's
+  if (!is_fit) {  // the rules for what is not finite are the sampler's
     run(rows);
+    SamplingRow greedy{};
     for (int r = 0; r < rows; r++) {
-      float largest;
-      token_ids[r] = device_.kernels.argmax(last.out + size_t(r) * last.weight->n, vocab, &largest);
+      greedy.allowed = masks.of(r);
+      token_ids[r] = sample_row(device_.kernels, last.out + size_t(r) * last.weight->n, vocab, greedy, device_.sampling[0]);
     }
     return;
   }
@@ -405,6 +408,19 @@ void Tape::gate_panels(const Op& op, const Blocks& blocks, int pair, int thread)
   });
 }
 
+// The words of panel `p` for `count` rows from `first` on. False if none of them has a mask.
+static bool allowed_of(const Masks& masks, int first, int count, int p, uint32_t* words) {
+  static_assert(kPanel == 32, "a panel of columns has one word of a mask");
+  if (!masks.rows) return false;
+  bool any = false;
+  for (int r = 0; r < count; r++) {
+    const uint32_t* mask = masks.of(first + r);
+    words[r] = mask ? mask[p] : ~0u;
+    any |= mask != nullptr;
+  }
+  return any;
+}
+
 void Tape::compute_linear(const Op& op, int thread, Part* parts) {
   const Kernels& k = device_.kernels;
   const Linear& w = *op.weight;
@@ -430,7 +446,10 @@ void Tape::compute_linear(const Op& op, int thread, Part* parts) {
         if (choose_below_ && &op == &ops_.back()) {
           columns = std::min(columns, choose_below_ - column);
           if (columns > 0) {
-            k.keep_largest(sums, r, columns, bias, p, p > work.last_panel, &work.chosen[size_t(r0) * 2 * kPanel], work.unfit);
+            uint32_t allowed[kMaxRows];
+            const bool is_masked = allowed_of(choose_among_, r0, r, p, allowed);
+            k.keep_largest(sums, r, columns, bias, is_masked ? allowed : nullptr, p, p > work.last_panel,
+                           &work.chosen[size_t(r0) * 2 * kPanel], work.unfit);
             if (r0 + r == op.rows) work.last_panel = std::max(work.last_panel, p);
           }
         } else if (is_streamed) k.stream(sums, r, columns, bias, out, width);

@@ -32,9 +32,10 @@ class Tape : private Region {
   // This tape on the planned step, then `head` on the asked tokens' rows of `result`, copied to its `input`, without the caller
   // in between. `width`: floats of a row.
   void run_then(int rows, Tape& head, const float* result, float* input, int width);
-  // The same for the token below `vocab` with the largest logit of each row, which the last operation of `head` must be a linear
-  // for; -1 where the logits hold a NaN or nothing above -inf. Logits are stored only if some are not finite.
-  void run_choosing(int rows, Tape& head, const float* result, float* input, int width, int vocab, int32_t* token_ids);
+  // The same for the token below `vocab` with the largest logit of each row among those its mask allows, which the last operation
+  // of `head` must be a linear for; -1 where the logits hold a NaN or nothing above -inf. Logits are stored only if some are not
+  // finite.
+  void run_choosing(int rows, Tape& head, const float* result, float* input, int width, int vocab, const Masks& masks, int32_t* token_ids);
   // Let the other threads begin with the step after the planned one, see Device::advance. It becomes what is computed if it is
   // planned next, and is abandoned if anything else is done. False where it cannot begin.
   bool begin_next(int num_rows, const int32_t* token_ids);
@@ -98,7 +99,7 @@ class Tape : private Region {
   void prepare_rows(const Op& op, int thread, Part* parts);
   template <class F> void multiply(const Product& x, F f) const;
   void run_to(int rows, const float* result, float* input, int width);
-  void choose(int rows, int vocab, int32_t* token_ids);
+  void choose(int rows, int vocab, const Masks& masks, int32_t* token_ids);
   void gate_panels(const Op& op, const Blocks& blocks, int pair, int thread);
   void store_tokens(const Op& op, int thread, Part* parts);
   Tiles tiles_of(const Op& op, const AttendSegment& segment, int block, int kv_head) const;
@@ -111,6 +112,7 @@ class Tape : private Region {
   std::vector<Stage> stages_;
   std::vector<Part> parts_;  // stage x thread
   int choose_below_ = 0;     // of what the last linear computes, only the largest of each row among so many columns is kept; 0: all
+  Masks choose_among_;       // and only of the columns allowed
 };
 
 }  // namespace mooli

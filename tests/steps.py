@@ -5,14 +5,14 @@ Owns building `ScheduleBatch` and `SamplingBatch` for tests of backends, models 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mooli.backends.base import Limits
-from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch
+from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch, TokenMasks
 
 LIMITS = Limits(max_tokens=128, max_rows=16, max_pages_per_row=64)
 """Room for every step that these tests make."""
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass
 class Choice:
-    """How one row samples. `prompt` and `output` are the history that penalties look at."""
+    """How one row samples. `prompt` and `output` are the history that penalties look at; `allowed`: None for any id."""
 
     temperature: float = 0.0
     top_k: int = -1
@@ -49,6 +49,21 @@ class Choice:
     bias: Mapping[int, float] = field(default_factory=dict)
     num_top: int = -1
     logprob_token_ids: tuple[int, ...] = ()
+    allowed: Set[int] | None = None
+
+
+def token_masks(choices: Sequence[Choice], num_ids: int = 1024) -> TokenMasks | None:
+    """The masks of these rows, in words for `num_ids` ids; None where all are free."""
+    sets = [choice.allowed for choice in choices]
+    wanted = [allowed for allowed in sets if allowed is not None]
+    if not wanted:
+        return None
+    words = np.zeros((len(wanted), num_ids // 32), np.uint32)
+    for row, allowed in enumerate(wanted):
+        for token_id in allowed:
+            words[row, token_id // 32] |= np.uint32(1 << token_id % 32)
+    rows = np.cumsum([allowed is not None for allowed in sets], dtype=np.int32) - 1
+    return TokenMasks(words, np.where([allowed is None for allowed in sets], np.int32(-1), rows).astype(np.int32))
 
 
 def sampling_batch(choices: Sequence[Choice]) -> SamplingBatch:
@@ -75,6 +90,7 @@ def sampling_batch(choices: Sequence[Choice]) -> SamplingBatch:
         bias_indptr=np.cumsum([0, *map(len, biases)], dtype=np.int32),
         num_top=np.array([choice.num_top for choice in choices], dtype=np.int32),
         logprob_token_ids=[choice.logprob_token_ids for choice in choices],
+        masks=token_masks(choices),
     )
 
 

@@ -38,6 +38,27 @@ class PromptLogprobRows:
 
 
 @dataclass(slots=True)
+class TokenMasks:
+    """Which ids may be sampled, for those of S sampling tokens that a constraint restricts.
+
+    allowed: uint32 (M, W), W words of 32 ids, at least as many as the vocabulary has: id i may be sampled where bit
+    i % 32 of word i // 32 is 1. Bits past the vocabulary mean nothing.
+    rows: int32 (S,), which row of `allowed` holds for each token; -1: every id may be sampled.
+    """
+
+    allowed: NDArray[np.uint32]
+    rows: NDArray[np.int32]
+
+    def ids_of(self, index: int, vocab_size: int) -> NDArray[np.bool_] | None:
+        """Whether each id may be the sampling token `index`: bool (vocab_size,); None where all may."""
+        row = int(self.rows[index])
+        if row < 0:
+            return None
+        octets = self.allowed[row].astype("<u4").view(np.uint8)
+        return np.unpackbits(octets, count=vocab_size, bitorder="little").astype(np.bool_)
+
+
+@dataclass(slots=True)
 class SamplingBatch:
     """Sampling inputs of the tokens that sample, in the order of the step's tokens; S = number of them.
 
@@ -48,6 +69,8 @@ class SamplingBatch:
     `bias_ids/values` hold logit_bias and, while `min_new_tokens` is not reached, -inf for every stopping id.
     `positions` is the index in the sequence of the token about to be sampled: with `seeds` it determines the draw.
     `num_top`: -1 for no log-probability, 0 for the sampled token's only, k for k alternatives.
+    `masks`: None where every token may be any id, which costs nothing. An id that is not allowed is no candidate: it is
+    gone before top-k, top-p, min-p and any sum over the vocabulary, that of log-probabilities included.
     """
 
     temperature: NDArray[np.float32]
@@ -67,6 +90,7 @@ class SamplingBatch:
     bias_indptr: NDArray[np.int32]
     num_top: NDArray[np.int32]
     logprob_token_ids: list[tuple[int, ...]]
+    masks: TokenMasks | None = None
 
     def __len__(self) -> int:
         return len(self.temperature)
@@ -131,7 +155,10 @@ class ScheduleBatch:
 
 @dataclass(slots=True)
 class LogprobRow:
-    """Log-probabilities at one position: of the target, of the `num_top` best (descending), of the ids asked for."""
+    """Log-probabilities at one position: of the target, of the `num_top` best (descending), of the ids asked for.
+
+    -inf for an id without any chance, which is never among the best: so these may be fewer.
+    """
 
     logprob: float
     top: list[tuple[float, int]] = field(default_factory=list)

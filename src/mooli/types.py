@@ -109,7 +109,8 @@ class Request:
 class TokenLogprobs:
     """Log-probabilities at one position: of the token itself and of the alternatives asked for.
 
-    All are natural-log softmax of the model's own logits, before penalties, bias and temperature.
+    All are natural-log softmax of the model's own logits, before penalties, bias and temperature; of a token that was
+    sampled under a constraint, of the logits that it allows alone: -inf for others, which are no alternatives.
     `logprob` is None for the first position of a prompt, which nothing predicts.
     """
 

@@ -285,13 +285,30 @@ def test_an_index_pointer_outside_its_values_is_refused() -> None:
                 sample(backend, arrays, sampling)
 
 
+def test_masks_of_fewer_rows_or_ids_and_rows_of_none_are_refused() -> None:
+    with cpu_backend() as backend:
+        sampling = sampling_batch([Choice(temperature=1.0)] * 3)
+        arrays = {field: getattr(sampling, field) for field in SAMPLING_ARRAYS}
+        words = np.ones((2, 1), np.uint32)
+        for allowed, rows in (
+            (words, [0, 1]),
+            (words, [0, 2, 1]),
+            (words[:, :0], [-1, -1, -1]),
+            (words[:0], [-1, 0, -1]),
+        ):
+            masks = {"allowed": np.ascontiguousarray(allowed), "mask_rows": np.array(rows, np.int32)}
+            with pytest.raises(ValueError, match="masks"):
+                sample(backend, arrays | masks, sampling)
+        sample(backend, arrays | {"allowed": words, "mask_rows": np.array([0, -1, 1], np.int32)}, sampling)
+
+
 def sample(backend: CpuBackend, arrays: dict[str, Any], sampling: Any) -> None:
     a = arrays
     backend._device.sample(
         np.zeros((3, 8), np.float32), 8, a["temperature"], a["top_k"], a["top_p"], a["min_p"], a["frequency_penalty"],
         a["presence_penalty"], a["repetition_penalty"], a["seeds"], a["positions"], sampling.history_ids,
-        a["history_indptr"], a["output_starts"], sampling.bias_ids, sampling.bias_values, a["bias_indptr"], 0,
-        np.empty(3, np.int32),
+        a["history_indptr"], a["output_starts"], sampling.bias_ids, sampling.bias_values, a["bias_indptr"],
+        a.get("allowed"), a.get("mask_rows"), 0, np.empty(3, np.int32),
     )  # fmt: skip
 
 

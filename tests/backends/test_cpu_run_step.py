@@ -44,10 +44,23 @@ class Head:
         return self.backend.sample(logits, batch.sampling, vocab_size)
 
 
-CHOICES = st.sampled_from(
-    [Choice(), Choice(), Choice(), Choice(temperature=0.8, seed=3), Choice(bias={9: 50.0}), Choice(num_top=2)]
+MASKS: list[frozenset[int]] = [
+    frozenset(range(0, VOCAB, 2)),
+    frozenset({1, 33, 66, 99}),
+    frozenset(range(64)),
+    frozenset(),
+]
+GREEDY = st.builds(Choice, allowed=st.none() | st.sampled_from(MASKS) | st.sets(st.integers(0, VOCAB), max_size=5))
+OTHERS = st.sampled_from(
+    [
+        *(Choice(temperature=0.8, seed=3), Choice(bias={9: 50.0}), Choice(num_top=2)),
+        *(Choice(num_top=2, allowed=mask, temperature=0.8) for mask in MASKS),
+    ]
 )
-ROWS = st.lists(st.tuples(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), CHOICES), min_size=1, max_size=7)
+TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9)
+ROWS = st.lists(st.tuples(TOKENS, GREEDY), min_size=1, max_size=7) | st.lists(
+    st.tuples(TOKENS, GREEDY | OTHERS), min_size=1, max_size=7
+)
 
 
 @pytest.mark.parametrize("spoilt", [0.0, np.inf, -np.inf, np.nan])

@@ -218,7 +218,63 @@ def test_a_nan_is_seen_even_where_it_is_banned(float32_backend: Backend) -> None
     assert result.logprobs == [None]
 
 
+# -- on every backend: masks --
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("logits", "allowed", "ids"),
+    [
+        ([9, 8, 7, 6], {3, 2}, {2, 3}),
+        ([9, 8, 7, 6], {3}, {3}),
+        ([9, INF, 7, 6], {0}, {0}),
+        ([-INF, 8, -INF, 6], {0, 2, 3}, {3}),
+        ([-INF, 8, 7, 6], {0}, {-1}),
+        ([9, 8, 7, 6], set(), {-1}),
+        ([9, 8, 7, 6], {64, 65, 100, 1000}, {-1}),  # ids that do not exist
+        ([9, math.nan, 7, 6], {0}, {-1}),
+    ],
+    ids=["two", "one", "plus inf", "minus inf", "no chance", "none", "beyond the vocabulary", "nan"],
+)
+def test_only_what_a_mask_allows_is_sampled(
+    float32_backend: Backend, logits: list[float], allowed: set[int], ids: set[int], temperature: float
+) -> None:
+    rows = np.zeros((3, 64), dtype=np.float32)
+    rows[:, :4] = logits
+    rows[1] = 0
+    rows[1, 9] = 50
+    choices = [Choice(temperature=temperature, seed=seed, allowed=None if seed == 1 else allowed) for seed in range(3)]
+    result = sample(float32_backend, rows, choices)
+    assert {int(result.token_ids[0]), int(result.token_ids[2])} <= ids
+    if temperature == 0.0:
+        assert result.token_ids[0] == min(ids)
+    assert result.token_ids[1] == 9, "a row without a mask, beside two that have one"
+
+
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        ({"top_k": 2}, {2, 4}),
+        ({"top_k": 1}, {2}),
+        ({"top_p": 0.3}, {2}),
+        ({"top_p": 0.5}, {2, 4}),
+        ({"min_p": 0.9}, {2, 4}),
+        ({"bias": {0: 100.0, 1: 100.0}}, {2, 3, 4, 5}),
+    ],
+    ids=str,
+)
+def test_a_mask_comes_before_every_cut_and_no_bias_undoes_it(
+    float32_backend: Backend, cut: dict[str, Any], expected: set[int]
+) -> None:
+    rows = np.full((20, 64), -9, dtype=np.float32)
+    rows[:, :6] = [9, 8, 3, 2, 3, 2]
+    choices = [Choice(temperature=1.0, seed=seed, allowed={3, 4, 5, 2}, **cut) for seed in range(20)]
+    assert set(sample(float32_backend, rows, choices).token_ids.tolist()) == expected
+
+
 # -- on every backend: the same ids as the reference --
+
+WIDE_SETS = [frozenset(range(0, 200, 2)), frozenset(range(200)) - {7}, frozenset(range(64, 96)), frozenset(range(999))]
 
 CHOICES = st.builds(
     Choice,
@@ -234,6 +290,7 @@ CHOICES = st.builds(
     prompt=st.lists(st.integers(0, 199), max_size=8),
     output=st.lists(st.integers(0, 199), max_size=8),
     bias=st.dictionaries(st.integers(0, 199), st.sampled_from([-INF, -100.0, -1.0, 2.0, 100.0]), max_size=5),
+    allowed=st.none() | st.sets(st.integers(0, 230), min_size=1, max_size=8) | st.sampled_from(WIDE_SETS),
 )
 
 
@@ -249,6 +306,10 @@ def acceptable_ids(logits: NDArray[np.float32], choice: Choice) -> set[int]:
         np.array(list(choice.bias), dtype=np.int32),
         np.array(list(choice.bias.values()), dtype=np.float32),
     )
+    if choice.allowed is not None:
+        adjusted[[i not in choice.allowed for i in range(len(adjusted))]] = -INF
+    if np.isneginf(adjusted).all():
+        return {-1}
     if choice.temperature == 0.0:
         return set(np.flatnonzero(adjusted >= adjusted.max() - 1e-5).tolist())
     u = uniform(choice.seed, choice.position)
@@ -338,6 +399,28 @@ def test_log_probabilities_are_of_the_raw_logits(float32_backend: Backend) -> No
     ]
 
 
+def test_log_probabilities_are_of_what_a_mask_allows(float32_backend: Backend) -> None:
+    rows = np.zeros((2, 64), dtype=np.float32) - INF
+    rows[:, :4] = with_probabilities(0.1, 0.5, 0.3, 0.1)
+    restricted = Choice(num_top=3, logprob_token_ids=(1, 3), allowed={0, 2, 63}, bias={0: 50.0})
+    free = Choice(num_top=1)
+    entry, beside = sample(float32_backend, rows, [restricted, free]).logprobs
+    assert entry is not None and beside is not None
+    logprob, top, chosen = entry
+    assert logprob == pytest.approx(math.log(0.25), abs=1e-5), "of the allowed alone, before biases"
+    assert [token_id for _, token_id in top] == [2, 0], "what has no chance is no alternative"
+    assert [math.exp(value) for value, _ in top] == pytest.approx([0.75, 0.25], abs=1e-5)
+    assert chosen == [(-INF, 1), (-INF, 3)]
+    assert beside[1] == [(pytest.approx(math.log(0.5), abs=1e-5), 1)]
+
+
+def test_the_only_allowed_token_has_log_probability_zero(float32_backend: Backend) -> None:
+    rows = np.random.default_rng(3).standard_normal((1, 64)).astype(np.float32)
+    result = sample(float32_backend, rows, [Choice(num_top=5, temperature=1.0, allowed={17})])
+    assert result.token_ids.tolist() == [17]
+    assert result.logprobs == [(0.0, [(0.0, 17)], [])]
+
+
 @pytest.mark.parametrize(("num_top", "expected"), [(-1, None), (0, 0), (5, 5), (300, 70)])
 def test_as_many_alternatives_as_asked_for(float32_backend: Backend, num_top: int, expected: int | None) -> None:
     rows = np.random.default_rng(1).standard_normal((2, 70)).astype(np.float32)
@@ -398,5 +481,5 @@ def test_choices_of_these_tests_cover_every_sampling_field() -> None:
     covered = {field.name for field in dataclasses.fields(Choice)}
     assert names - covered == {
         *("seeds", "positions", "history_ids", "history_indptr", "output_starts"),
-        *("bias_ids", "bias_values", "bias_indptr"),
+        *("bias_ids", "bias_values", "bias_indptr", "masks"),
     }

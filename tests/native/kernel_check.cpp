@@ -295,6 +295,35 @@ void check_attention(const Kernels& k) {
 
 // ---------------------------------------------------------------- the rest of the table
 
+// What is drawn under a mask, and its log-probability, are those of a row that is -inf elsewhere.
+void check_masks(const Kernels& k, const Floats& x, SamplingRow row, SamplerScratch& scratch) {
+  const int n = 1001;
+  Random random(24);
+  for (int trial = 0; trial < 60; trial++) {
+    std::vector<uint32_t> words(32);
+    for (uint32_t& word : words) word = trial % 3 == 0 ? 0 : trial % 3 == 1 ? ~0u : uint32_t(random.below(1 << 30)) << 2;
+    for (int i = trial % 4; i > 0; i--) words[size_t(random.below(32))] ^= 1u << random.below(32);
+    Floats masked(x);
+    int num_allowed = 0;
+    for (int i = 0; i < n; i++) {
+      if (words[size_t(i) / 32] >> i % 32 & 1) num_allowed++;
+      else masked[size_t(i)] = -INFINITY;
+    }
+    row.temperature = trial % 2 ? 0.f : 1.5f;
+    row.top_p = trial % 5 ? 1.f : 0.9f;
+    row.position = trial;
+    row.allowed = nullptr;
+    const int expected = sample_row(k, masked.data(), n, row, scratch);
+    row.allowed = words.data();
+    expect(sample_row(k, x.data(), n, row, scratch) == expected && (expected < 0) == (num_allowed == 0), k.name, "sample_row under a mask");
+    if (expected < 0) continue;
+    const LogprobRow of_masked = logprob_row(k, masked.data(), n, nullptr, expected, 5, {3, 700}, scratch);
+    const LogprobRow under_mask = logprob_row(k, x.data(), n, words.data(), expected, 5, {3, 700}, scratch);
+    expect(of_masked.logprob == under_mask.logprob && of_masked.top == under_mask.top && of_masked.chosen == under_mask.chosen &&
+               int(under_mask.top.size()) == std::min(5, num_allowed), k.name, "logprob_row under a mask");
+  }
+}
+
 void check_small_operations(const Kernels& k) {
   const Kernels& scalar = kernels_scalar();
   for (int n : {32, 100, 896}) {
@@ -342,11 +371,12 @@ void check_small_operations(const Kernels& k) {
           if (y[size_t(i)] >= from && (y[size_t(i)] < below || below == INFINITY)) expected.push_back(i);
         expect(found == expected, k.name, "find_between");
       }
-  const SamplingRow greedy{0.f, 1.f, 0.f, 0.f, 0.f, 1.f, -1, 1, 0, nullptr, 0, 0, nullptr, nullptr, 0};
+  SamplingRow row{0.f, 1.f, 0.f, 0.f, 0.f, 1.f, -1, 1, 0, nullptr, 0, 0, nullptr, nullptr, 0, nullptr};
   x = Random(9).numbers(1001);
   x[777] = 9.f;
   SamplerScratch scratch;
-  expect(sample_row(k, x.data(), 1001, greedy, scratch) == 777, k.name, "sample_row, greedy");
+  expect(sample_row(k, x.data(), 1001, row, scratch) == 777, k.name, "sample_row, greedy");
+  check_masks(k, x, row, scratch);
   expect(k.dot_gauge(80) > 0, k.name, "dot_gauge");
   k.read_gauge((const char*)x.data(), 3840);
 }
@@ -366,6 +396,9 @@ void check_keep_largest(const Kernels& k) {
     if (trial % 7 == 0) std::fill(logits.begin(), logits.begin() + n, -INFINITY);
     Floats kept(rows * 2 * kPanel, -INFINITY), rest(kPanel, 0.f);
     for (int r = 0; r < rows; r++) std::fill_n(kept.begin() + r * 2 * kPanel + kPanel, kPanel, -1.f);
+    std::vector<uint32_t> allowed(10 * rows, ~0u);  // a word a row for each panel
+    if (trial % 4 == 3)
+      for (uint32_t& word : allowed) word = random.below(4) ? uint32_t(random.below(1 << 30)) * 5 : 0;
     std::vector<int> order;
     for (int p = 0; p < 10; p++) order.insert(order.begin() + random.below(trial % 3 ? int(order.size()) + 1 : 1), p);
     if (trial % 3 == 0) std::reverse(order.begin(), order.end());
@@ -374,7 +407,8 @@ void check_keep_largest(const Kernels& k) {
       const int columns = std::min(kPanel, n - p * kPanel);
       Floats tile(rows * kPanel, 77.f);
       for (int r = 0; r < rows; r++) std::copy_n(logits.begin() + size_t(r) * n + p * kPanel, columns, tile.begin() + r * kPanel);
-      k.keep_largest(tile.data(), rows, columns, trial % 2 ? bias.data() + p * kPanel : nullptr, p, p > last, kept.data(), rest.data());
+      k.keep_largest(tile.data(), rows, columns, trial % 2 ? bias.data() + p * kPanel : nullptr,
+                     trial % 4 ? &allowed[size_t(p * rows)] : nullptr, p, p > last, kept.data(), rest.data());
       last = std::max(last, p);
     }
     bool finite = true, right = true, seen_finite = true;
@@ -385,7 +419,7 @@ void check_keep_largest(const Kernels& k) {
         for (int i = c; i < n; i += kPanel) {
           const float x = logits[size_t(r) * n + i] + (trial % 2 ? bias[size_t(i)] : 0.f);
           finite &= std::isfinite(x);
-          if (x > largest) { largest = x; panel = float(i / kPanel); }
+          if (x > largest && (allowed[size_t(i / kPanel * rows + r)] >> c & 1)) { largest = x; panel = float(i / kPanel); }
         }
         const float* of_row = kept.data() + r * 2 * kPanel;
         right &= of_row[c] == largest && of_row[kPanel + c] == panel;

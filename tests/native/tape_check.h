@@ -56,9 +56,9 @@ class Layer {
     return Floats(logits_.begin(), logits_.begin() + n * kVocabulary);
   }
   // The tokens below `vocab` with the largest of them.
-  std::vector<int32_t> choose(const std::vector<Sequence>& sequences, int vocab) {
+  std::vector<int32_t> choose(const std::vector<Sequence>& sequences, int vocab, const mooli::Masks& masks = {}) {
     std::vector<int32_t> chosen(size_t(plan(sequences)));
-    tape_.run_choosing(int(chosen.size()), head_tape_, x_.data(), hidden_.data(), kHidden, vocab, chosen.data());
+    tape_.run_choosing(int(chosen.size()), head_tape_, x_.data(), hidden_.data(), kHidden, vocab, masks, chosen.data());
     return chosen;
   }
   void spoil_head(float value) { head_->bias.assign(2 * mooli::kPanel, 0.f); head_->bias[33] = value; }
@@ -146,15 +146,24 @@ inline void check_choosing(const std::string& level, const std::string& name, La
     for (int count : {1, 5, 70}) {
       const std::vector<Sequence> sequences{{{ids.begin(), ids.begin() + count}, 0, 10}};
       const Floats logits = layer.run(sequences);
-      for (int vocab : {Layer::kVocabulary, 40, 20}) {
-        const std::vector<int32_t> chosen = layer.choose(sequences, vocab);
-        bool is_right = true;
-        for (int r = 0; r < count; r++) {
-          float largest;
-          is_right &= chosen[size_t(r)] == mooli::kernels_scalar().argmax(logits.data() + r * Layer::kVocabulary, vocab, &largest);
+      // some ids, nothing, what does not exist, one, all; two words a row, whose bits beyond the vocabulary mean nothing
+      const uint32_t allowed[] = {0x10203040, 0x5, 0, 0, 0, 0xfffc0000, 0, 2, ~0u, ~0u};
+      std::vector<int32_t> rows;
+      for (int r = 0; r < count; r++) rows.push_back(r % 6 - 1);
+      mooli::SamplerScratch scratch;
+      for (int vocab : {Layer::kVocabulary, 40, 20})
+        for (const mooli::Masks& masks : {mooli::Masks{}, mooli::Masks{allowed, rows.data(), 2}}) {
+          const std::vector<int32_t> chosen = layer.choose(sequences, vocab, masks);
+          bool is_right = true, is_allowed = true;
+          for (int r = 0; r < count; r++) {
+            mooli::SamplingRow greedy{};
+            greedy.allowed = masks.of(r);
+            const int id = chosen[size_t(r)];
+            is_right &= id == mooli::sample_row(mooli::kernels_scalar(), logits.data() + r * Layer::kVocabulary, vocab, greedy, scratch);
+            is_allowed &= id < 0 || (id < vocab && (!greedy.allowed || (greedy.allowed[id / 32] >> id % 32 & 1)));
+          }
+          expect(is_right && is_allowed, level, name + ": tokens chosen, " + std::to_string(spoilt));
         }
-        expect(is_right, level, name + ": tokens chosen, " + std::to_string(spoilt));
-      }
     }
   }
 }

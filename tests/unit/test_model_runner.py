@@ -149,6 +149,7 @@ def test_logits_of_many_rows_are_made_in_blocks_and_change_nothing() -> None:
             repetition_penalty=1.5,
             presence_penalty=0.3 * i,
             bias={i: 2.0, 20 + i: -1.0} if i % 3 else {},
+            allowed={i, 3 * i, 4 * i + 1} if i % 3 == 1 else None,
             num_top=i - 3 if i % 3 else -1,
             logprob_token_ids=(i,),
         )
@@ -165,7 +166,7 @@ def test_logits_of_many_rows_are_made_in_blocks_and_change_nothing() -> None:
         if one is not None and other is not None:
             assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
             assert [i for _, i in one.top] == [i for _, i in other.top]
-            assert len(one.top) == choice.num_top
+            assert len(one.top) == min(choice.num_top, VOCAB if choice.allowed is None else len(choice.allowed))
             assert [i for _, i in one.chosen] == list(choice.logprob_token_ids)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mooli.engine.ranks as ranks_module
-from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch, StepOutput
+from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch, StepOutput, TokenMasks
 from mooli.config import EngineConfig
 from mooli.engine import rank_process
 from mooli.engine.ranks import RankedRunner, Ranks
@@ -73,6 +73,7 @@ def a_step() -> ScheduleBatch:
         positions=np.array([2**40], np.int64), history_ids=ints(1, 2, 3), history_indptr=ints(0, 3),
         output_starts=ints(1), bias_ids=ints(4), bias_values=np.array([-np.inf], np.float32), bias_indptr=ints(0, 1),
         num_top=ints(-1), logprob_token_ids=[(5, 6)],
+        masks=TokenMasks(np.array([[2**32 - 1, 7]], np.uint32), ints(0)),
     )  # fmt: skip
     return ScheduleBatch(
         3, ints(8, 9), ints(0, 1), ints(16, 17), ints(0), ints(0), ints(2), ints(1), ints(1, -1).reshape(1, 2),
@@ -88,7 +89,12 @@ def test_every_field_of_a_step_arrives() -> None:
         if name not in ("sampling", "prompt_logprobs"):
             np.testing.assert_array_equal(getattr(got, name), getattr(sent, name), err_msg=name)
     for name in SamplingBatch.__slots__:
-        np.testing.assert_array_equal(getattr(got.sampling, name), getattr(sent.sampling, name), err_msg=name)
+        if name != "masks":
+            np.testing.assert_array_equal(getattr(got.sampling, name), getattr(sent.sampling, name), err_msg=name)
+    for name in TokenMasks.__slots__:
+        np.testing.assert_array_equal(
+            getattr(got.sampling.masks, name), getattr(sent.sampling.masks, name), err_msg=name
+        )
     assert got.token_ids.dtype == np.int32
     assert got.token_ids.flags.writeable
     assert got.prompt_logprobs[0].token_ids == (1,)

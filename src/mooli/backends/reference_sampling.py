@@ -121,7 +121,11 @@ def draw(choices: Candidates, u: float) -> int:
 
 
 def sample_row(logits: NDArray[np.floating], sampling: SamplingBatch, row: int) -> int:
-    """The token id of sampling row `row` for its raw logits (vocab,); NO_TOKEN if they hold NaN or are all -inf."""
+    """The token id of sampling row `row` for its raw logits (vocab,); NO_TOKEN if they hold NaN or are all -inf.
+
+    What a mask does not allow is -inf, after penalties and biases. A NaN counts even there: it says that the model's
+    computation has failed.
+    """
     if np.isnan(logits).any():
         return NO_TOKEN
     history = slice(sampling.history_indptr[row], sampling.history_indptr[row + 1])
@@ -136,6 +140,9 @@ def sample_row(logits: NDArray[np.floating], sampling: SamplingBatch, row: int) 
         sampling.bias_ids[bias],
         sampling.bias_values[bias],
     )
+    allowed = _allowed(sampling, row, len(logits))
+    if allowed is not None:
+        adjusted[~allowed] = -np.inf
     if np.isneginf(adjusted).all():
         return NO_TOKEN
     temperature = float(sampling.temperature[row])
@@ -150,8 +157,8 @@ def sample_row(logits: NDArray[np.floating], sampling: SamplingBatch, row: int) 
 def logprob_row(logits: NDArray[np.floating], target_id: int, num_top: int, token_ids: Sequence[int]) -> LogprobTuple:
     """Natural-log softmax of one row of raw logits at the target, the `num_top` best and `token_ids`.
 
-    Ties in the best go to the lower id. Logits with NaN, or all -inf, give NaN everywhere and no best.
-    Entries of +inf share all the probability.
+    Ties in the best go to the lower id, and what has no chance is not among them. Logits with NaN, or all -inf, give
+    NaN everywhere and no best. Entries of +inf share all the probability.
     """
     if np.isnan(logits).any() or np.isneginf(logits).all():
         return float("nan"), [], [(float("nan"), int(token_id)) for token_id in token_ids]
@@ -164,6 +171,7 @@ def logprob_row(logits: NDArray[np.floating], target_id: int, num_top: int, toke
         shifted = wide - largest
         values = shifted - np.log(np.exp(shifted).sum())
     best = np.argsort(-wide, kind="stable")[: max(0, num_top)]
+    best = best[~np.isneginf(values[best])]
     return (
         float(values[target_id]),
         [(float(values[token_id]), int(token_id)) for token_id in best],
@@ -172,16 +180,26 @@ def logprob_row(logits: NDArray[np.floating], target_id: int, num_top: int, toke
 
 
 def sample(logits: NDArray[np.floating], sampling: SamplingBatch) -> SampleResult:
-    """Sample every row of raw logits (S, vocab). Rows with `num_top` >= 0 and a token get log-probabilities."""
+    """Sample every row of raw logits (S, vocab). Rows with `num_top` >= 0 and a token get log-probabilities.
+
+    These are of the raw logits of what the row's mask allows: neither penalties nor biases nor temperature change them,
+    a mask does.
+    """
     token_ids = np.array([sample_row(logits[row], sampling, row) for row in range(len(sampling))], dtype=np.int32)
     logprobs: list[LogprobTuple | None] = []
     for row, token_id in enumerate(token_ids):
         num_top = int(sampling.num_top[row])
         if num_top < 0 or token_id == NO_TOKEN:
             logprobs.append(None)
-        else:
-            logprobs.append(logprob_row(logits[row], int(token_id), num_top, sampling.logprob_token_ids[row]))
+            continue
+        allowed = _allowed(sampling, row, logits.shape[1])
+        possible = logits[row] if allowed is None else np.where(allowed, logits[row], -np.inf)
+        logprobs.append(logprob_row(possible, int(token_id), num_top, sampling.logprob_token_ids[row]))
     return SampleResult(token_ids, logprobs)
+
+
+def _allowed(sampling: SamplingBatch, row: int, vocab_size: int) -> NDArray[np.bool_] | None:
+    return None if sampling.masks is None else sampling.masks.ids_of(row, vocab_size)
 
 
 def _keep(

@@ -68,6 +68,10 @@ class FakeRunner:
         for token in batch.sampling_tokens.tolist():
             logits = self._logits(batch, int(row_of_token[token]), int(batch.positions[token]) + 1)
             index = len(token_ids)
+            masks = batch.sampling.masks
+            allowed = None if masks is None else masks.ids_of(index, self.vocab_size)
+            if allowed is not None:
+                logits = np.where(allowed | np.isnan(logits), logits, -np.inf)
             token_ids.append(-1 if np.isnan(logits).any() else sample(logits, batch.sampling, index))
             num_top = int(batch.sampling.num_top[index])
             chosen = batch.sampling.logprob_token_ids[index]
@@ -143,7 +147,8 @@ def fake_logits(values: NDArray[np.uint64], vocab_size: int) -> NDArray[np.float
 
 
 def sample(logits: NDArray[np.float64], sampling: SamplingBatch, index: int) -> int:
-    """The token of sampling row `index`: penalties, bias, then greedy or the Gumbel trick on hashed (seed, position).
+    """The token of sampling row `index`: penalties, bias, then greedy or the Gumbel trick on hashed (seed, position);
+    -1 where no id is left. `logits` are -inf where the row's mask does not allow.
 
     Penalties and filters in the order and meaning of the public API (temperature, then top_k, top_p, min_p).
     """
@@ -158,6 +163,8 @@ def sample(logits: NDArray[np.float64], sampling: SamplingBatch, index: int) -> 
     biased = slice(int(sampling.bias_indptr[index]), int(sampling.bias_indptr[index + 1]))
     np.add.at(logits, sampling.bias_ids[biased], sampling.bias_values[biased])
     temperature = float(sampling.temperature[index])
+    if np.isneginf(logits).all():
+        return -1
     if temperature == 0.0:
         return int(logits.argmax())
     logits /= temperature
@@ -179,7 +186,7 @@ def logprob_row(logits: NDArray[np.float64], target: int, num_top: int, token_id
     """Log-softmax of `logits` at `target`, at the `num_top` best (ties: lower id first) and at `token_ids`."""
     logprobs = logits - logits.max()
     logprobs -= np.log(np.exp(logprobs).sum())
-    best = np.argsort(-logprobs, kind="stable")[:num_top].tolist()
+    best = [i for i in np.argsort(-logprobs, kind="stable")[:num_top].tolist() if logprobs[i] > -np.inf]
     return LogprobRow(
         float(logprobs[target]),
         [(float(logprobs[token_id]), token_id) for token_id in best],

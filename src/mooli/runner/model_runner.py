@@ -101,6 +101,9 @@ def _take_sampling_rows(sampling: SamplingBatch, rows: slice) -> SamplingBatch:
     cut: dict[str, Any] = {}
     for field in fields(sampling):
         values = getattr(sampling, field.name)
+        if field.name == "masks":
+            cut[field.name] = None if values is None else replace(values, rows=values.rows[rows])
+            continue
         pointer_name = _FLAT_FIELDS.get(field.name)
         if pointer_name is None:
             cut[field.name] = values[rows]

@@ -352,7 +352,7 @@ class CpuBackend:
     ) -> SampleResult:
         planned, s = self.plan(batch), batch.sampling
         if not (s.temperature.any() or s.history_ids.size or s.bias_ids.size) and s.num_top.max() < 0:
-            token_ids = forward.run_choosing(planned, logits, vocab_size, batch.may_begin_next)
+            token_ids = forward.run_choosing(planned, logits, vocab_size, s.masks, batch.may_begin_next)
             return SampleResult(token_ids, [None] * len(s))
         result = self.sample(forward.run_then(planned, logits), s, vocab_size)
         if batch.may_begin_next:
@@ -362,17 +362,24 @@ class CpuBackend:
     def sample(self, logits: Result, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
         s = sampling
         token_ids = np.empty(len(s), dtype=np.int32)
+        masks = (None, None) if s.masks is None else (s.masks.allowed, s.masks.rows)
         self._device.sample(
             logits.values, vocab_size,
             s.temperature, s.top_k, s.top_p, s.min_p, s.frequency_penalty, s.presence_penalty,
             s.repetition_penalty, s.seeds, s.positions, s.history_ids, s.history_indptr, s.output_starts, s.bias_ids,
-            s.bias_values, s.bias_indptr, 0, token_ids,
+            s.bias_values, s.bias_indptr, *masks, 0, token_ids,
         )  # fmt: skip
         if s.num_top.max() < 0:
             return SampleResult(token_ids, [None] * len(s))
         logprobs = [
             self._device.logprobs(
-                logits.values, row, vocab_size, int(token_ids[row]), int(num_top), list(s.logprob_token_ids[row])
+                logits.values,
+                row,
+                vocab_size,
+                int(token_ids[row]),
+                int(num_top),
+                list(s.logprob_token_ids[row]),
+                *masks,
             )
             if num_top >= 0 and token_ids[row] >= 0
             else None
@@ -385,7 +392,7 @@ class CpuBackend:
     ) -> list[tuple[float, list[tuple[float, int]], list[tuple[float, int]]]]:
         ids = list(token_ids)
         return [
-            self._device.logprobs(logits.values, row, vocab_size, int(target), num_top, ids)
+            self._device.logprobs(logits.values, row, vocab_size, int(target), num_top, ids, None, None)
             for row, target in enumerate(target_ids)
         ]
 

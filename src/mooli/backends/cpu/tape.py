@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mooli import _native
 from mooli.backends.base import AttentionSpec, RopeSpec
+from mooli.batch import TokenMasks
 from mooli.errors import ConfigError, EngineClosedError, OutOfMemoryError
 
 LAST_INTEGER_KIND = 2
@@ -275,14 +276,15 @@ class CapturedTape:
         return Result(head._output, len(planned.asked_tokens))
 
     def run_choosing(
-        self, planned: Planned, head: CapturedTape, vocab_size: int, may_begin_next: bool
+        self, planned: Planned, head: CapturedTape, vocab_size: int, masks: TokenMasks | None, may_begin_next: bool
     ) -> NDArray[np.int32]:
-        """The same, for the id below `vocab_size` with the largest value in each row of what `head` would give, which
-        need not be stored; -1 for a row with NaN. With `may_begin_next`, the other threads then begin with the next
-        step."""
+        """The same, for the id below `vocab_size` with the largest value, of those allowed, in each row of what `head`
+        would give, which need not be stored; -1 for a row with NaN or nothing allowed. With `may_begin_next`, the other
+        threads then begin with the next step: it is computed before its masks are asked for."""
         buffers = self._buffers_to(planned, head)
         token_ids = np.empty(len(planned.asked_tokens), dtype=np.int32)
-        self._tape.run_choosing(planned.num_tokens, head._tape, *buffers, vocab_size, may_begin_next, token_ids)
+        allowed, rows = (None, None) if masks is None else (masks.allowed, masks.rows)
+        self._tape.run_choosing(planned.num_tokens, head._tape, *buffers, vocab_size, allowed, rows, may_begin_next, token_ids)
         return token_ids
 
     def begin_next(self, token_ids: NDArray[np.int32]) -> None:

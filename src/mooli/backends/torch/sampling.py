@@ -19,10 +19,12 @@ from torch import Tensor
 from mooli.backends.base import SampleResult
 from mooli.backends.reference_sampling import NO_TOKEN, LogprobTuple, uniform
 from mooli.backends.torch.step_plan import Upload
-from mooli.batch import SamplingBatch
+from mooli.batch import SamplingBatch, TokenMasks
 
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 """Devices may take smaller numbers for zero. Already here every other logit than the largest has no probability."""
+
+_BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
 
 
 class TorchSampler:
@@ -33,7 +35,10 @@ class TorchSampler:
 
     def sample(self, logits: Tensor, sampling: SamplingBatch) -> SampleResult:
         """Sample every row of raw logits float32 (S, vocab). Rows with `num_top` >= 0 get log-probabilities."""
+        allowed = None if sampling.masks is None else self.allowed(sampling.masks, logits.shape[1])
         adjusted = self.adjust(logits, sampling)
+        if allowed is not None:
+            adjusted = torch.where(allowed, adjusted, -math.inf)
         has_token = ~torch.isnan(logits).any(dim=1) & (adjusted.amax(dim=1) != -math.inf)
         token_ids = self.choose(adjusted, sampling)
         token_ids = torch.where(has_token, token_ids, NO_TOKEN).to(torch.int32)
@@ -44,7 +49,8 @@ class TorchSampler:
         wanted = Wanted([int(sampling.num_top[row]) for row in rows], [sampling.logprob_token_ids[row] for row in rows])
         where = self.upload(rows.astype(np.int64))
         targets = token_ids.index_select(0, where).clamp(min=0).long()
-        packed = self.pack_logprobs(logits.index_select(0, where), targets, wanted)
+        possible = logits if allowed is None else torch.where(allowed, logits, -math.inf)
+        packed = self.pack_logprobs(possible.index_select(0, where), targets, wanted)
         # One copy for both.
         host = torch.cat([token_ids, packed.flatten()]).cpu().numpy()
         ids, entries = host[: len(sampling)], wanted.unpack(host[len(sampling) :])
@@ -62,6 +68,17 @@ class TorchSampler:
         return wanted.unpack(packed.flatten().cpu().numpy())
 
     # -- what `sample` is made of --
+
+    def allowed(self, masks: TokenMasks, vocab_size: int) -> Tensor:
+        """Whether each row may sample each id: bool (S, vocab). The bits travel packed."""
+        packed = self.upload(np.concatenate([masks.allowed.reshape(-1), _BITS]).view(np.int32))
+        words, bits = packed[:-32].view(masks.allowed.shape), packed[-32:]
+        # A product with each bit and no shift, which not every device has for integers.
+        each = torch.bitwise_and(words[:, :, None], bits) != 0
+        # A row of ones at the end, which -1 finds: the rows without a mask.
+        each = each.view(len(words), -1)[:, :vocab_size]
+        each = torch.cat([each, torch.ones_like(each[:1])])
+        return each.index_select(0, self.upload(np.where(masks.rows < 0, len(words), masks.rows).astype(np.int64)))
 
     def adjust(self, logits: Tensor, sampling: SamplingBatch) -> Tensor:
         """Penalties, then biases, on a copy of the rows that have any."""
@@ -196,7 +213,8 @@ class Wanted:
                 continue
             own = values[row].tolist()
             num_top = min(num_top, self.num_top)
-            best = list(zip(own[1 : 1 + num_top], best_ids[row, :num_top].tolist(), strict=True))
+            pairs = zip(own[1 : 1 + num_top], best_ids[row, :num_top].tolist(), strict=True)
+            best = [(value, token_id) for value, token_id in pairs if value != -math.inf]
             first = 1 + self.num_top
             entries.append((own[0], best, list(zip(own[first : first + len(chosen)], map(int, chosen), strict=True))))
         return entries
