@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from constraints import Automaton, Even, NotTwice, Rule, RuleConstraint
 from mooli.batch import SamplingBatch, ScheduleBatch
 from mooli.cache.kv_cache import KVCache
 from mooli.engine.core import EngineCore
 from mooli.errors import PromptError
 from mooli.runner.fake import FakeRunner, fake_logits, logprob_row, sample, stored_values
+from mooli.scheduler.constraint import ConstraintMaker
 from mooli.scheduler.drafts import DraftSettings
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
@@ -33,7 +35,7 @@ class Setting:
 
     is_crowded: all requests come at once and want long outputs, so that pages run out while they run. whole_pages:
     cached prefixes are used by the page. drafts: tokens are guessed, and the model has habits that can be guessed.
-    num_clients: whose the requests are, in turn.
+    num_clients: whose the requests are, in turn. constrained: most requests have a constraint.
     """
 
     page_size: int
@@ -52,8 +54,11 @@ class Setting:
     drafts: DraftSettings | None = None
     priorities: bool = False
     num_clients: int = 1
+    constrained: bool = False
 
-    def engine(self, runner: FakeRunner) -> tuple[EngineCore, Scheduler, KVCache]:
+    def engine(
+        self, runner: FakeRunner, constraints: ConstraintMaker | None = None
+    ) -> tuple[EngineCore, Scheduler, KVCache]:
         granularity = self.page_size if self.whole_pages else 1
         cache = KVCache(self.num_pages, self.page_size, self.enabled, match_granularity_tokens=granularity)
         scheduler = Scheduler(
@@ -66,6 +71,7 @@ class Setting:
             mixed_prefill_tokens=self.mixed_prefill_tokens,
             drafts=self.drafts,
             priorities=self.priorities,
+            constraints=constraints,
         )
         return EngineCore(scheduler, runner), scheduler, cache
 
@@ -147,7 +153,16 @@ class Expected:
     prompt_logprobs: list[TokenLogprobs] | None = None
 
 
-def reference(request: Request, setting: Setting) -> Expected:
+def random_rule(seed: int, rid: str) -> Rule | None:
+    """What a request of a constrained trial has to keep to; None for one in four."""
+    rng = random.Random(f"{seed} {rid}")
+    kind = rng.randrange(4)
+    if kind < 2:
+        return Automaton(VOCAB, rng.randrange(1000), num_ends=rng.choice([0, 1, 2]))
+    return rng.choice([Even(VOCAB), NotTwice(VOCAB)]) if kind == 2 else None
+
+
+def reference(request: Request, setting: Setting, rule: Rule | None = None) -> Expected:
     """The request computed alone, by the meaning of its fields."""
     expected, params = Expected(), request.sampling
     prompt = request.prompt_ids.tolist()
@@ -171,11 +186,17 @@ def reference(request: Request, setting: Setting) -> Expected:
             break
         logits = _logits(prompt + expected.tokens, has_habits)
         early = stops if len(expected.tokens) < params.min_new_tokens else frozenset()
+        if rule is not None:
+            allowed = rule.allowed(expected.tokens)
+            logits = np.where(allowed, logits, -np.inf)
+            if set(np.flatnonzero(allowed)) <= early:
+                early = frozenset()
         token = sample(logits, _sampling_of(params, prompt, expected.tokens, early), 0)
         expected.tokens.append(token)
         if request.return_logprob:
             expected.logprobs.append(_logprobs(logits, token, request))
-        if token in stops:
+        is_early = len(expected.tokens) <= params.min_new_tokens  # where nothing but a stop was allowed
+        if (token in stops and not is_early) or (rule is not None and rule.has_ended(expected.tokens)):
             expected.finish = FinishReason("stop", matched=token)
     return expected
 
@@ -224,7 +245,9 @@ class Trial:
 
     def __init__(self, seed: int, setting: Setting | None = None) -> None:
         self.rng = random.Random(seed)
-        self.setting = setting or replace(random_setting(self.rng), priorities=seed % 2 == 1, num_clients=1 + seed % 3)
+        self.setting = setting or replace(
+            random_setting(self.rng), priorities=seed % 2 == 1, num_clients=1 + seed % 3, constrained=seed % 5 < 2
+        )
         stem_tokens = 2 * self.setting.page_size + 6
         self.stems = [[self.rng.randrange(VOCAB) for _ in range(self.rng.randint(0, stem_tokens))] for _ in range(3)]
         self.runner = FakeRunner(
@@ -236,7 +259,10 @@ class Trial:
             favoured_logit=HABIT_LOGIT,
             gives_nan=self._gives_nan if self.setting.nan_rate else None,
         )
-        self.core, self.scheduler, self.cache = self.setting.engine(self.runner)
+        self.rules: dict[str, Rule | None] = {}
+        self.seed = seed
+        maker = self._constraint if self.setting.constrained else None
+        self.core, self.scheduler, self.cache = self.setting.engine(self.runner, maker)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.ended_early: set[str] = set()
@@ -277,6 +303,10 @@ class Trial:
         self.outputs[rid] = []
         if self.rng.random() < 0.3:
             self.stems.append(request.prompt_ids.tolist())
+
+    def _constraint(self, request: Request) -> RuleConstraint | None:
+        rule = self.rules[request.rid] = random_rule(self.seed, request.rid)
+        return None if rule is None else RuleConstraint(rule)
 
     def _end_one_early(self) -> None:
         if not self.requests:
@@ -331,7 +361,7 @@ class Trial:
             self.stems.append(self.requests[out.rid].prompt_ids.tolist() + done)
 
     def _compare(self, rid: str, request: Request) -> None:
-        outs, expected = self.outputs[rid], reference(request, self.setting)
+        outs, expected = self.outputs[rid], reference(request, self.setting, self.rules.get(rid))
         assert outs and outs[-1].finish is not None, f"{rid} never ended"
         finish = outs[-1].finish
         tokens = [token for out in outs for token in out.new_token_ids]

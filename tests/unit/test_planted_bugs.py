@@ -8,23 +8,28 @@ import numpy as np
 import pytest
 from core_trials import Trial, run_trial
 
-from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
+from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, TokenMasks
 from mooli.cache.kv_cache import KVCache, RequestPages
 from mooli.cache.radix_tree import TOKEN_BYTES, Insertion, Match, Node, RadixTree, token_key
+from mooli.scheduler import batch_builder
 from mooli.scheduler.admission import AdmissionControl, PrefixWaits
 from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
+from mooli.scheduler.constraint import Constrained
 from mooli.scheduler.drafts import Drafts
 from mooli.scheduler.landing import Acceptance, Accepted, Landing, Sample
 from mooli.scheduler.planning import Planner
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.running import Running
 from mooli.scheduler.scheduler import Scheduler
+from mooli.types import FinishReason
 
 pytestmark = pytest.mark.slow
 
 MAX_TRIALS = 300
 
 Plant = Callable[[pytest.MonkeyPatch], None]
+Samples = list[tuple[Row, int]]
+Masks = TokenMasks | None
 
 
 def match_whole_prompt(patch: pytest.MonkeyPatch) -> None:
@@ -325,9 +330,9 @@ def drafts_left_out_of_the_history(patch: pytest.MonkeyPatch) -> None:
     """Penalties and `min_new_tokens` do not see the drafts before the token."""
     original = BatchBuilder._sampling
 
-    def sampling(builder: BatchBuilder, samples: list[tuple[Row, int]], indices: np.ndarray) -> SamplingBatch:
-        batch = original(builder, [(row, 0) for row, _ in samples], indices)
-        batch.positions = original(builder, samples, indices).positions
+    def sampling(builder: BatchBuilder, samples: Samples, indices: np.ndarray, masks: Masks) -> SamplingBatch:
+        batch = original(builder, [(row, 0) for row, _ in samples], indices, masks)
+        batch.positions = original(builder, samples, indices, masks).positions
         return batch
 
     patch.setattr(BatchBuilder, "_sampling", sampling)
@@ -337,9 +342,9 @@ def drafts_drawn_at_one_position(patch: pytest.MonkeyPatch) -> None:
     """All tokens sampled in a row get the random number of its first."""
     original = BatchBuilder._sampling
 
-    def sampling(builder: BatchBuilder, samples: list[tuple[Row, int]], indices: np.ndarray) -> SamplingBatch:
-        batch = original(builder, samples, indices)
-        batch.positions = original(builder, [(row, 0) for row, _ in samples], indices).positions
+    def sampling(builder: BatchBuilder, samples: Samples, indices: np.ndarray, masks: Masks) -> SamplingBatch:
+        batch = original(builder, samples, indices, masks)
+        batch.positions = original(builder, [(row, 0) for row, _ in samples], indices, masks).positions
         return batch
 
     patch.setattr(BatchBuilder, "_sampling", sampling)
@@ -406,7 +411,90 @@ def admits_beside_a_preemption(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Planner, "_continue_running", continue_running)
 
 
+def masks_of_the_last_step(patch: pytest.MonkeyPatch) -> None:
+    """A batch made from the last one keeps its masks."""
+    original = BatchBuilder._next
+
+    def following(builder: BatchBuilder, step: int, plan: Plan, last: ScheduleBatch) -> ScheduleBatch:
+        batch = original(builder, step, plan, last)
+        batch.sampling.masks = last.sampling.masks
+        return batch
+
+    patch.setattr(BatchBuilder, "_next", following)
+
+
+def masks_one_row_off(patch: pytest.MonkeyPatch) -> None:
+    """Rows that sample nothing, or have no constraint, are not counted."""
+    original = BatchBuilder._masks
+
+    def masks(builder: BatchBuilder, rows: list[Row]) -> Masks:
+        made = original(builder, rows)
+        if made is not None:
+            made.rows = np.sort(made.rows)[::-1].copy()
+        return made
+
+    patch.setattr(BatchBuilder, "_masks", masks)
+
+
+def constraint_lost_by_preemption(patch: pytest.MonkeyPatch) -> None:
+    original = AdmissionControl.preempt
+
+    def preempt(admission: AdmissionControl, state: RequestState) -> None:
+        original(admission, state)
+        state.constrained = None
+
+    patch.setattr(AdmissionControl, "preempt", preempt)
+
+
+def constraint_never_ends(patch: pytest.MonkeyPatch) -> None:
+    original = Constrained.advance
+
+    def advance(constrained: Constrained, token_ids: list[int]) -> FinishReason | None:
+        finish = original(constrained, token_ids)
+        return None if finish is not None and finish.type == "stop" else finish
+
+    patch.setattr(Constrained, "advance", advance)
+
+
+def only_stop_banned_early(patch: pytest.MonkeyPatch) -> None:
+    """`min_new_tokens` leaves nothing where a constraint allows nothing but a stopping id."""
+    patch.setattr(batch_builder, "holds_no_other", lambda words, token_ids: False)
+
+
+def drafts_masked_as_the_first(patch: pytest.MonkeyPatch) -> None:
+    """All tokens sampled in a row get the mask of its first."""
+    original = Constrained.masks
+
+    def masks(constrained: Constrained, draft_ids: list[int]) -> np.ndarray | None:
+        allowed = original(constrained, draft_ids)
+        return None if allowed is None else np.repeat(allowed[:1], len(allowed), axis=0)
+
+    patch.setattr(Constrained, "masks", masks)
+
+
+def drafts_not_cut(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Constrained, "cut", lambda constrained, draft_ids: draft_ids)
+
+
+def constraint_told_of_wrong_drafts(patch: pytest.MonkeyPatch) -> None:
+    """A constraint moves with what was sampled after a wrong guess too."""
+    original = Acceptance.take
+
+    def take(acceptance: Acceptance, row: Row, samples: list[Sample]) -> Accepted:
+        accepted = original(acceptance, row, samples)
+        if row.state.constrained is not None and len(accepted.token_ids) < len(samples) and accepted.finish is None:
+            row.state.constrained.advance([samples[-1][0]])
+        return accepted
+
+    patch.setattr(Acceptance, "take", take)
+
+
 BUGS: list[Plant] = [
+    masks_of_the_last_step,
+    masks_one_row_off,
+    constraint_lost_by_preemption,
+    constraint_never_ends,
+    only_stop_banned_early,
     admits_beside_a_preemption,
     match_whole_prompt,
     logprob_start_ignored,
@@ -444,6 +532,9 @@ DRAFT_BUGS: list[Plant] = [
     drafts_drawn_at_one_position,
     draft_pages_not_grown,
     stop_ids_seen_only_at_the_end,
+    drafts_masked_as_the_first,
+    drafts_not_cut,
+    constraint_told_of_wrong_drafts,
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,18 +25,22 @@ def test_every_output_equals_the_request_run_alone_and_pages_balance_after_every
 
 @pytest.mark.slow
 def test_a_batch_made_from_the_last_one_is_the_batch_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = penalised = 0
+    compared = penalised = masked = 0
     make_next = BatchBuilder._next
 
     def both(self: BatchBuilder, step: int, plan: Plan, last: ScheduleBatch) -> ScheduleBatch:
-        nonlocal compared, penalised
+        nonlocal compared, penalised, masked
         batch = make_next(self, step, plan, last)
         compared += 1
         penalised += len(batch.sampling.history_ids) > 0
         anew = self._build(step, Plan(0, 0, rows=plan.rows, may_begin_next=plan.may_begin_next))
-        for one, other in ((batch, anew), (batch.sampling, anew.sampling)):
+        pairs: list[tuple[Any, Any]] = [(batch, anew), (batch.sampling, anew.sampling)]
+        if batch.sampling.masks is not None or anew.sampling.masks is not None:
+            masked += 1
+            pairs.append((batch.sampling.masks, anew.sampling.masks))
+        for one, other in pairs:
             for field in fields(one):
-                if field.name != "sampling":
+                if field.name not in ("sampling", "masks"):
                     a, b = getattr(one, field.name), getattr(other, field.name)
                     assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, field.name
                     assert getattr(a, "dtype", None) == getattr(b, "dtype", None), field.name
@@ -44,7 +49,7 @@ def test_a_batch_made_from_the_last_one_is_the_batch_made_anew(monkeypatch: pyte
     monkeypatch.setattr(BatchBuilder, "_next", both)
     for seed in range(100):
         run_trial(seed)
-    assert compared > 100 and penalised > 20, (compared, penalised)
+    assert compared > 100 and penalised > 20 and masked > 20, (compared, penalised, masked)
 
 
 SETTINGS = st.builds(
@@ -61,6 +66,7 @@ SETTINGS = st.builds(
     whole_pages=st.booleans(),
     priorities=st.booleans(),
     num_clients=st.integers(1, 3),
+    constrained=st.booleans(),
 )
 
 

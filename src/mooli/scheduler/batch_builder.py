@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch
+from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch, TokenMasks
+from mooli.scheduler.constraint import holds_no_other
 from mooli.scheduler.request_state import RequestState
 
 UINT64_MASK = (1 << 64) - 1
@@ -139,6 +140,7 @@ class BatchBuilder:
         self._num_top = np.full(max_rows, -1, np.int32)
         self._penalised = np.zeros(max_rows, np.bool_)
         self._biases: dict[int, _Bias] = {}
+        self._constrained: set[int] = set()
         self._last: _Last | None = None
         self._pages_changed = False  # since the last batch
 
@@ -158,6 +160,8 @@ class BatchBuilder:
         self._penalised[row] = bool(
             params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
         )
+        if state.constrained is not None:
+            self._constrained.add(row)
         early = state.stop_ids if params.min_new_tokens else frozenset()
         if params.logit_bias or early:
             chosen = {**dict(params.logit_bias), **dict.fromkeys(sorted(early), -np.inf)}
@@ -169,6 +173,7 @@ class BatchBuilder:
         self._page_table[req_index, : self._num_pages[req_index]] = -1
         self._num_pages[req_index] = 0
         self._biases.pop(req_index, None)
+        self._constrained.discard(req_index)
 
     def set_pages(self, req_index: int, pages: list[int], first: int = 0) -> None:
         """The pages of a request are `pages`; those before `first` are as they were."""
@@ -215,6 +220,7 @@ class BatchBuilder:
             slots = last.slots + 1
         sampling = copy(last.sampling)
         sampling.positions = last.sampling.positions + 1
+        sampling.masks = self._masks(rows)
         if len(last.sampling.history_ids):
             is_penalised = self._penalised[last.req_indices]
             histories = [
@@ -263,14 +269,39 @@ class BatchBuilder:
             num_samples=num_samples,
             page_table=page_table,
             sampling=self._sampling(
-                [(row, ahead) for row in rows for ahead in range(row.num_samples)], req_indices.repeat(num_samples)
+                [(row, ahead) for row in rows for ahead in range(row.num_samples)],
+                req_indices.repeat(num_samples),
+                self._masks(rows),
             ),
             copies=plan.copies,
             prompt_logprobs=_prompt_logprob_rows(rows),
             may_begin_next=plan.may_begin_next,
         )
 
-    def _sampling(self, samples: list[tuple[Row, int]], indices: NDArray[np.int32]) -> SamplingBatch:
+    def _masks(self, rows: list[Row]) -> TokenMasks | None:
+        """What constraints leave to the tokens that sample. One that fails ends its request as soon as this step is
+        over; what is sampled for it meanwhile does not count."""
+        if not self._constrained:
+            return None
+        filled: list[NDArray[np.uint32]] = []
+        mask_rows: list[int] = []
+        num_filled = 0
+        for row in rows:
+            constrained = row.state.constrained
+            allowed = constrained.masks(row.drafts) if constrained is not None and row.samples else None
+            if allowed is not None:
+                mask_rows += range(num_filled, num_filled + len(allowed))
+                filled.append(allowed)
+                num_filled += len(allowed)
+                continue
+            mask_rows += [-1] * row.num_samples
+            if constrained is not None and constrained.failure is not None:
+                row.state.pending_finish = constrained.failure
+        return TokenMasks(np.concatenate(filled), np.array(mask_rows, np.int32)) if filled else None
+
+    def _sampling(
+        self, samples: list[tuple[Row, int]], indices: NDArray[np.int32], masks: TokenMasks | None
+    ) -> SamplingBatch:
         """samples: a row, and after how many of its drafts the token is sampled. indices: req_index of each."""
         num_rows = len(samples)
         history_indptr = np.zeros(num_rows + 1, np.int32)
@@ -291,6 +322,9 @@ class BatchBuilder:
                 bias = self._biases.get(row.state.req_index)
                 if bias is not None:
                     is_early = row.state.num_output_tokens + ahead < row.state.request.sampling.min_new_tokens
+                    if is_early and masks is not None and masks.rows[i] >= 0:
+                        # Where the output can only stop, it stops.
+                        is_early = not holds_no_other(masks.allowed[masks.rows[i]], row.state.stop_ids)
                     ids, values = bias.early if is_early else bias.always
                     bias_ids.append(ids)
                     bias_values.append(values)
@@ -315,6 +349,7 @@ class BatchBuilder:
             bias_indptr=bias_indptr,
             num_top=self._num_top[indices],
             logprob_token_ids=[r.logprob_token_ids if r.return_logprob else () for r in requests],
+            masks=masks,
         )
 
 

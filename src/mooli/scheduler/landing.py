@@ -71,6 +71,9 @@ class Acceptance:
             accepted.finish = _finish_of(state, token_id)
             if accepted.finish is not None or draft != token_id:
                 break
+        if state.constrained is not None and (accepted.finish is None or accepted.finish.type == "length"):
+            # An output that is complete with its last token is complete, however long it could have become.
+            accepted.finish = state.constrained.advance(accepted.token_ids) or accepted.finish
         accepted.leaves_nan = self.has_error(samples[len(accepted.token_ids) :])
         return accepted
 

@@ -109,6 +109,8 @@ class Planner:
                 (len(held.pages) + spare_pages) * self.cache.page_size - state.num_tokens,
             )
             guesses = drafts.propose(state.tokens, held, state.drafts, most)
+            if guesses and state.constrained is not None:
+                guesses = state.constrained.cut(guesses)
             if guesses:
                 self.running.grow(state, held, state.num_tokens + len(guesses))
                 plan.add_drafts(row, guesses)

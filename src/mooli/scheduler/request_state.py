@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from mooli.batch import LogprobRow
 from mooli.cache.kv_cache import MatchEnd, RequestPages
 from mooli.cache.radix_tree import token_key
+from mooli.scheduler.constraint import Constrained
 from mooli.scheduler.drafts import DraftRecord
 from mooli.types import FinishReason, Request, TokenLogprobs
 
@@ -27,6 +28,7 @@ class RequestState:
     drafts: how the guesses at its next tokens have fared.
     given: the tree's pages that it computed, preempted or not.
     match_end: where it ended in the cache when it began to run, and why. waited_for: what held it last (see `Hold`).
+    constrained: what its output must keep to; None for a request that is free. It stands after the last token.
     leader: the running request that now computes a prefix this one waits for, until it has `leader_pages` in the tree.
     """
 
@@ -35,6 +37,7 @@ class RequestState:
         "_key",
         "arrival",
         "cached_tokens",
+        "constrained",
         "drafts",
         "due",
         "enqueued_at",
@@ -76,6 +79,7 @@ class RequestState:
         self.num_prompt_tokens = self.num_tokens = len(prompt)
         self.num_computed = self.num_found = 0
         self.cached_tokens = -1
+        self.constrained: Constrained | None = None
         self.drafts = DraftRecord()
         self.num_preemptions = 0
         self.pages: RequestPages | None = None

@@ -28,6 +28,7 @@ from mooli.cache.kv_cache import KVCache
 from mooli.errors import ConfigError, EngineError, RequestError
 from mooli.scheduler.admission import AdmissionControl, Hold, PrefixWaits, Waiting, check_request, head_start
 from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
+from mooli.scheduler.constraint import Constrained, ConstraintMaker
 from mooli.scheduler.drafts import Drafts, DraftSettings
 from mooli.scheduler.landing import Acceptance, Landing
 from mooli.scheduler.planning import Planner
@@ -49,6 +50,7 @@ class Scheduler:
     computed_in: the type of the computation, for the error of a request whose logits it could not hold.
     drafts: how to guess tokens ahead; None for never.
     priorities: those of requests count, see `head_start`; otherwise they are ignored.
+    constraints: makes what the output of a request must keep to; None where nothing ever does.
     holds: reasons why a request waits though it could begin, besides a prefix that is being computed.
     """
 
@@ -65,6 +67,7 @@ class Scheduler:
         computed_in: str | None = None,
         drafts: DraftSettings | None = None,
         priorities: bool = False,
+        constraints: ConstraintMaker | None = None,
         holds: Collection[Hold] = (),
     ) -> None:
         for name, value in (
@@ -89,6 +92,7 @@ class Scheduler:
         self._cache = cache
         self._vocab_size = vocab_size
         self._has_priorities = priorities
+        self._constraints = constraints
         self._num_added = 0
         self._states: dict[str, RequestState] = {}
         self._in_flight: tuple[int, list[Row]] | None = None
@@ -124,12 +128,16 @@ class Scheduler:
         return bool(self._landing.outputs)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises PromptError if it can never run, RequestError if its other fields cannot be used."""
+        """Queue a request. Raises PromptError if it can never run, RequestError if its other fields cannot be used, its
+        constraint among them."""
         if request.rid in self._states:
             raise RequestError(f"a request with rid {request.rid!r} is not finished yet; use another rid")
         max_tokens = check_request(request, self._cache, self.context_length, self._vocab_size)
         start = head_start(request.priority) if self._has_priorities else None
         state = RequestState(request, self._num_added, max_tokens, self.counters.computed_tokens, start)
+        constraint = None if self._constraints is None else self._constraints(request)
+        if constraint is not None:
+            state.constrained = Constrained(constraint, self._vocab_size)
         self._num_added += 1
         self.counters.requests += 1
         self._states[request.rid] = state

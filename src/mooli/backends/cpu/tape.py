@@ -284,7 +284,9 @@ class CapturedTape:
         buffers = self._buffers_to(planned, head)
         token_ids = np.empty(len(planned.asked_tokens), dtype=np.int32)
         allowed, rows = (None, None) if masks is None else (masks.allowed, masks.rows)
-        self._tape.run_choosing(planned.num_tokens, head._tape, *buffers, vocab_size, allowed, rows, may_begin_next, token_ids)
+        self._tape.run_choosing(
+            planned.num_tokens, head._tape, *buffers, vocab_size, allowed, rows, may_begin_next, token_ids
+        )
         return token_ids
 
     def begin_next(self, token_ids: NDArray[np.int32]) -> None:

@@ -1,0 +1,112 @@
+"""What restricts the tokens of one request, and what becomes of the request where that fails.
+
+Owns the contract between the scheduler and whoever knows a language (a grammar, a schema, a list of choices): token ids
+and bits, no text and no device. Never decides what runs, and never looks at logits: `TokenMasks` carry what is allowed
+to the device.
+
+A constraint stands after the last token of its request's output. It moves only with tokens that count: guesses are
+asked about and leave no trace, and a request that gives way takes its constraint along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli.types import FinishReason, Request
+
+
+class Constraint(Protocol):
+    """Which ids may follow the output of one request. Whatever it raises ends that request alone, with `error`."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing may follow: the output is complete."""
+        ...
+
+    def num_allowed(self, draft_ids: Sequence[int]) -> int:
+        """How many of these guesses may follow, from the first on, each leaving something to follow it."""
+        ...
+
+    def mask(self, draft_ids: Sequence[int], allowed: NDArray[np.uint32]) -> None:
+        """Set in row i of `allowed` the bits of the ids that may follow the first i of `draft_ids`.
+
+        allowed: (1 + len(draft_ids), W), all zero, as in `TokenMasks`. All of `draft_ids` are allowed, as
+        `num_allowed` says.
+        """
+        ...
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """These were sampled, each from what was allowed."""
+        ...
+
+
+ConstraintMaker = Callable[[Request], Constraint | None]
+"""A new constraint for a request, for each sample its own; None for a request that has none. May raise RequestError."""
+
+
+class Constrained:
+    """The constraint of one request, asked so that no failure of it reaches another request.
+
+    failure: why the request must end; None while all is well. Nothing is asked after a failure.
+    """
+
+    def __init__(self, constraint: Constraint, vocab_size: int) -> None:
+        self.failure: FinishReason | None = None
+        self._constraint = constraint
+        self._vocab_size = vocab_size
+
+    def cut(self, draft_ids: list[int]) -> list[int]:
+        """The guesses before the first that cannot come, or after which nothing could."""
+        try:
+            return draft_ids[: self._constraint.num_allowed(draft_ids)]
+        except Exception as exc:
+            self._fail(exc)
+            return []
+
+    def masks(self, draft_ids: Sequence[int]) -> NDArray[np.uint32] | None:
+        """A row of words for what may follow the output, and one for what may follow each draft; None on failure."""
+        if self.failure is not None:
+            return None
+        allowed = np.zeros((1 + len(draft_ids), -(-self._vocab_size // 32)), np.uint32)
+        try:
+            self._constraint.mask(draft_ids, allowed)
+        except Exception as exc:
+            self._fail(exc)
+            return None
+        if self._vocab_size % 32:
+            allowed[:, -1] &= np.uint32((1 << self._vocab_size % 32) - 1)
+        if allowed.any(axis=1).all():
+            return allowed
+        self.failure = _failure(
+            "the constraint of the output allows no token of the vocabulary here, and has not ended"
+        )
+        return None
+
+    def advance(self, token_ids: Sequence[int]) -> FinishReason | None:
+        """The output has got these. Why the request ends with them: the constraint has ended or failed; None if not."""
+        try:
+            self._constraint.advance(token_ids)
+            return FinishReason("stop", matched=token_ids[-1]) if self._constraint.has_ended else None
+        except Exception as exc:
+            self._fail(exc)
+            return self.failure
+
+    def _fail(self, exc: Exception) -> None:
+        self.failure = _failure(f"the constraint of the output failed: {type(exc).__name__}: {exc}")
+
+
+def _failure(message: str) -> FinishReason:
+    return FinishReason("error", message=message, status_code=500, err_type="ConstraintError")
+
+
+def holds_no_other(words: NDArray[np.uint32], token_ids: frozenset[int]) -> bool:
+    """Whether a mask allows nothing but some of `token_ids`. words: uint32 (W,)."""
+    rest = words.copy()
+    for token_id in token_ids:
+        if token_id < 32 * len(rest):
+            rest[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+    return not rest.any()
