@@ -2,7 +2,9 @@
 
 Random mixes of batch, chunk size, cold and warm cache, pools so small that requests are preempted, shared prefixes in
 one batch, and guessed tokens in every other mix (200 as the file has the weights, 40 at 8 bits, 20 with
-a KV cache of 8 bits): each request's tokens and log-probabilities are those of the request run alone and cold.
+a KV cache of 8 bits): each request's tokens and log-probabilities are those of the request run alone and cold. A third
+of the requests have a constraint, and of these the greedy ones give what decoding token by token gives, with logits
+from plain steps and the reference sampler.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from constraints import Automaton, Even, NotTwice, Rule, RuleConstraint, words_of
 from mooli.backends import create_backend
 from mooli.backends.base import KVSpec, Limits
+from mooli.backends.reference_sampling import sample_row
+from mooli.batch import TokenMasks
 from mooli.cache.kv_cache import KVCache
 from mooli.engine.core import EngineCore
 from mooli.models.loader import open_model
@@ -26,6 +31,7 @@ from mooli.runner.model_runner import ModelRunner
 from mooli.scheduler.drafts import DraftSettings
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import Request, RequestOutput, SamplingParams, TokenLogprobs
+from steps import Choice, Row, sampling_batch, step
 
 PAGE_SIZE = 32
 NUM_PAGES = 64
@@ -42,6 +48,7 @@ class RealModel:
     vocab_size: int
     num_mixes: int
     seed: int
+    rules: list[Rule]
 
     def core(
         self, *, num_pages: int, chunk: int, cache: KVCache | None = None, drafts: DraftSettings | None = None
@@ -55,9 +62,19 @@ class RealModel:
                 context_length=num_pages * PAGE_SIZE,
                 vocab_size=self.vocab_size,
                 drafts=drafts,
+                constraints=self.constraint,
             ),
             self.runner,
         )
+
+    def constraint(self, request: Request) -> RuleConstraint | None:
+        rule = self.rule(request)
+        return None if rule is None else RuleConstraint(rule)
+
+    def rule(self, request: Request) -> Rule | None:
+        """What every third request has to keep to."""
+        index = int(request.rid)
+        return self.rules[index // 3 % len(self.rules)] if index % 3 == 2 else None
 
 
 def on_all_processors(kind: str) -> bool:
@@ -87,7 +104,9 @@ def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
     kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, PAGE_SIZE, kv_dtype)
     backend.allocate(kv_spec, NUM_PAGES, Limits(MAX_TOKENS, 8, NUM_PAGES))
     runner = ModelRunner(built, backend, config.vocab_size)
-    yield RealModel(runner, config.vocab_size, *MIXES[kind])
+    size = config.vocab_size
+    rules: list[Rule] = [Even(size), NotTwice(size), Automaton(size, 1), Automaton(size, 2)]
+    yield RealModel(runner, size, *MIXES[kind], rules)
     backend.close()
 
 
@@ -168,3 +187,49 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
     assert cached > least * model.num_mixes, "the mixes must reuse what others computed"
     assert min(right, wrong) > model.num_mixes, "the mixes must have right and wrong guesses"
     assert preempted >= model.num_mixes // 20, "the mixes must preempt"
+
+
+def decode(model: RealModel, request: Request) -> list[int]:
+    """A greedy request token by token: a plain step each, and the reference sampler on its logits."""
+    backend, rule = model.runner._backend, model.rule(request)
+    prompt, made = request.prompt_ids.tolist(), []
+    for _ in range(request.sampling.max_new_tokens or 0):
+        ids, start = (made[-1:], len(prompt) + len(made) - 1) if made else (prompt, 0)
+        batch = step([Row(ids, start, range(8))], PAGE_SIZE)
+        hidden = model.runner._forward(backend.plan(batch))
+        logits = backend.to_host(model.runner._logits(backend.take_rows(hidden, batch.sampling_tokens)))
+        sampling = sampling_batch([Choice()])
+        if rule is not None:
+            words = words_of(rule.allowed(made), -(-model.vocab_size // 32))
+            sampling.masks = TokenMasks(words[None], np.zeros(1, np.int32))
+        made.append(sample_row(logits[0, : model.vocab_size], sampling, 0))
+    return made
+
+
+def test_constrained_requests_answer_as_they_do_token_by_token(model: RealModel) -> None:
+    draw = random.Random(3)
+    wanted = []
+    for index in range(12):
+        prompt = [draw.randrange(model.vocab_size) for _ in range(draw.choice([3, 20, 45]))] * 2
+        sampling = SamplingParams(max_new_tokens=60, temperature=0.0)
+        wanted.append(
+            Request(rid=str(3 * index + 2 * (index % 4 != 3)), prompt_ids=np.array(prompt, np.int32), sampling=sampling)
+        )
+    expected = {request.rid: decode(model, request) for request in wanted}
+    device = model.runner._backend._device  # type: ignore[attr-defined]
+    preempted = right = 0
+    for num_pages, chunk, drafts in (
+        (NUM_PAGES, MAX_TOKENS, None),
+        (12, 20, DraftSettings(8, 32, 1, 8)),
+        (12, 50, None),
+    ):
+        num_begun = device.num_begun_steps
+        core = model.core(num_pages=num_pages, chunk=chunk, drafts=drafts)
+        answers = run(core, wanted[:8] if drafts is None else wanted)
+        assert {rid: answer[0] for rid, answer in answers.items()} == {rid: expected[rid] for rid in answers}
+        stats = core.stats()
+        preempted += stats["preemptions"]
+        right += stats["correct_drafts"]
+        if drafts is None and device.num_threads > 1:
+            assert device.num_begun_steps > num_begun, "steps begin before their masks are known"
+    assert preempted and right
