@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mooli.backends import create_backend
-from mooli.backends.base import Backend, KVSpec, Limits
+from mooli.backends.base import Backend, Limits
 from mooli.batch import SamplingBatch, ScheduleBatch
 from mooli.models.config import ModelConfig
 from mooli.models.loader import open_model
@@ -57,7 +57,7 @@ class Loaded:
         self.model = create_model(self.config, checkpoint, self.backend)
         checkpoint.close()
         kv_dtype = kv_cache_dtype or ("float32" if backend_name == "reference" or dtype == "float32" else "bfloat16")
-        spec = KVSpec(self.config.num_layers, self.config.num_kv_heads, self.config.head_dim, PAGE_SIZE, kv_dtype)
+        spec = self.config.kv_spec(PAGE_SIZE, kv_dtype)
         self.backend.allocate(spec, num_pages, Limits(max_tokens, 64, 4096))
         self.forward = self.backend.capture(self.model.forward)
         self.logits = self.backend.capture(self.model.logits)

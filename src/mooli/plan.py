@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mooli.arguments import parse_size
-from mooli.backends.base import Backend, KVSpec
+from mooli.backends.base import Backend
 from mooli.backends.sizes import AscendSizes, CudaSizes, Sizes, TorchSizes
 from mooli.config import ABILITIES, DTYPES
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, kv_type, num_pool_pages
@@ -117,7 +117,7 @@ def plan_memory(
     if kv_dtype == "int8" and not ABILITIES[device].has_int8_kv:
         raise ConfigError(f"kv_cache_dtype='int8' is not possible on {device}, only on a CPU")
     page_size = sizes.default_page_size
-    page_bytes = sizes.kv_bytes_per_page(kv_spec(config, kv_dtype, page_size, tp))
+    page_bytes = sizes.kv_bytes_per_page(part_config(config, Place(0, tp)).kv_spec(page_size, kv_dtype))
     needs = PoolNeeds(
         available_bytes=memory_bytes,
         weight_bytes=weights,
@@ -195,12 +195,6 @@ def _loaded_bytes(config: ModelConfig, sizes: Sizes, tp: int, types: Mapping[str
 def auto_dtype(config: ModelConfig, device: str) -> str:
     """What dtype="auto" is for a model of this configuration."""
     return sizes_of(device, "auto", None).auto_dtype or config.dtype
-
-
-def kv_spec(config: ModelConfig, dtype: str, page_size: int, tp: int = 1) -> KVSpec:
-    """The pool of one of `tp` devices."""
-    part = part_config(config, Place(0, tp))
-    return KVSpec(config.num_layers, part.num_kv_heads, config.head_dim, page_size, dtype)
 
 
 def check_tp(config: ModelConfig, tp: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from mooli.backends import create_backend
 from mooli.backends.ascend.paths import PAGE_SIZE
-from mooli.backends.base import Backend, KVSpec, Limits
+from mooli.backends.base import Backend, Limits
 from mooli.cache.kv_cache import KVCache
 from mooli.engine.core import EngineCore
 from mooli.models.checkpoint import DummyCheckpoint
@@ -54,7 +54,7 @@ class Built:
 
     def __init__(self, backend: Backend, dtype: str) -> None:
         model = create_model(CONFIG, DummyCheckpoint(CONFIG, seed=3), backend)
-        spec = KVSpec(CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, PAGE_SIZE, dtype)
+        spec = CONFIG.kv_spec(PAGE_SIZE, dtype)
         backend.allocate(spec, POOL_PAGES, Limits(MAX_TOKENS, 8, POOL_PAGES))
         self.backend = backend
         self._runner = ModelRunner(model, backend, CONFIG.vocab_size)

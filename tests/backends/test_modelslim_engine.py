@@ -12,7 +12,7 @@ import pytest
 from modelslim_folder import CONFIG, FloatCheckpoint, made_static, quantised, write
 from mooli import Engine
 from mooli.backends import create_backend
-from mooli.backends.base import KVSpec, Limits
+from mooli.backends.base import Limits
 from mooli.cache.kv_cache import KVCache
 from mooli.engine.core import EngineCore
 from mooli.models.loader import open_model
@@ -37,7 +37,7 @@ def meant() -> list[tuple[list[int], list[int]]]:
     """Prompts that are decided clearly, with the float model's answers on the reference backend."""
     backend = create_backend("reference")
     model = create_model(CONFIG, FloatCheckpoint(quantised()[0]), backend)
-    spec = KVSpec(CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, 16, "float32")
+    spec = CONFIG.kv_spec(16, "float32")
     backend.allocate(spec, 32, Limits(256, 1, 32))
     runner = ModelRunner(model, backend, CONFIG.vocab_size)
     answers = []

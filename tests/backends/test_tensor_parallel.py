@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mooli.backends import create_backend
-from mooli.backends.base import Backend, KVSpec, Limits
+from mooli.backends.base import Backend, Limits
 from mooli.backends.parallel import CommunicationError, ParallelBackend, RankGroup
 from mooli.batch import ScheduleBatch, StepOutput
 from mooli.cache.kv_cache import KVCache
@@ -82,7 +82,7 @@ class Group:
         made = create_model(
             part_config(model, place), part_checkpoint(model, DummyCheckpoint(model, seed=3), place), backend
         )
-        spec = KVSpec(model.num_layers, made.config.num_kv_heads, model.head_dim, PAGE_SIZE, "float32")
+        spec = made.config.kv_spec(PAGE_SIZE, "float32")
         num_pages = POOL_TOKENS // PAGE_SIZE
         backend.allocate(spec, num_pages, Limits(MAX_TOKENS, 8, num_pages))
         self._runners[rank] = ModelRunner(made, backend, model.vocab_size)

@@ -15,7 +15,7 @@ from simulated_graphs import SimulatedGraphBackend
 
 from mooli import Engine
 from mooli.backends import create_backend
-from mooli.backends.base import Backend, KVSpec, Limits
+from mooli.backends.base import Backend, Limits
 from mooli.cache.kv_cache import KVCache
 from mooli.engine.core import EngineCore
 from mooli.models.checkpoint import DummyCheckpoint
@@ -67,7 +67,7 @@ class Built:
 
 def built(backend: Backend, page_size: int) -> Built:
     model = create_model(CONFIG, DummyCheckpoint(CONFIG, seed=3), backend)
-    spec = KVSpec(CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, page_size, "float32")
+    spec = CONFIG.kv_spec(page_size, "float32")
     num_pages = POOL_TOKENS // page_size
     backend.allocate(spec, num_pages, Limits(MAX_TOKENS, 8, num_pages))
     return Built(ModelRunner(model, backend, CONFIG.vocab_size), page_size)

@@ -20,7 +20,7 @@ import pytest
 
 from constraints import Automaton, Even, NotTwice, Rule, RuleConstraint, words_of
 from mooli.backends import create_backend
-from mooli.backends.base import KVSpec, Limits
+from mooli.backends.base import Limits
 from mooli.backends.reference_sampling import sample_row
 from mooli.batch import TokenMasks
 from mooli.cache.kv_cache import KVCache
@@ -101,7 +101,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
     built = create_model(config, checkpoint, backend)
     checkpoint.close()
     kv_dtype = "int8" if kind == "int8 KV" else "bfloat16"
-    kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, PAGE_SIZE, kv_dtype)
+    kv_spec = config.kv_spec(PAGE_SIZE, kv_dtype)
     backend.allocate(kv_spec, NUM_PAGES, Limits(MAX_TOKENS, 8, NUM_PAGES))
     runner = ModelRunner(built, backend, config.vocab_size)
     size = config.vocab_size

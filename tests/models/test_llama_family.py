@@ -16,7 +16,7 @@ import transformers
 from numpy.typing import NDArray
 
 from mooli.backends import create_backend
-from mooli.backends.base import Backend, KVSpec
+from mooli.backends.base import Backend
 from mooli.batch import PageCopy, PromptLogprobRows
 from mooli.errors import UnsupportedModelError
 from mooli.models.checkpoint import DummyCheckpoint, expected_shapes
@@ -106,7 +106,7 @@ class Runnable:
         config = model.config
         self.backend = backend
         self.page_size = backend.default_page_size
-        spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, self.page_size, kv_dtype)
+        spec = config.kv_spec(self.page_size, kv_dtype)
         backend.allocate(spec, 32, LIMITS)
         self.pages = Pages(32, self.page_size)
         self._forward = backend.capture(model.forward)

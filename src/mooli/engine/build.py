@@ -161,13 +161,8 @@ def _build(
         )
     finally:
         checkpoint.close()
-    kv_spec = KVSpec(
-        num_layers=model_config.num_layers,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model_config.head_dim,
-        page_size=page_size,
-        dtype=kv_type(config.kv_cache_dtype, config.dtype, backend.describe().get("dtype")),
-    )
+    kv_dtype = kv_type(config.kv_cache_dtype, config.dtype, backend.describe().get("dtype"))
+    kv_spec = model.config.kv_spec(page_size, kv_dtype)
     bytes_per_page = backend.kv_bytes_per_page(kv_spec)
     # While weights were loaded, others may have taken or claimed some.
     memory = backend.memory()

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli.backends import create_backend
-from mooli.backends.base import KVSpec, Limits
+from mooli.backends.base import Limits
 from mooli.backends.parallel import CommunicationError, ParallelBackend, RankGroup
 from mooli.batch import ScheduleBatch
 from mooli.config import EngineConfig
@@ -245,13 +245,7 @@ def _compute(connection: socket.socket) -> None:
     _send(connection, Loaded(available_bytes, backend.weight_bytes()))
 
     order = _expect(connection, Allocate)
-    spec = KVSpec(
-        num_layers=model.config.num_layers,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model.config.head_dim,
-        page_size=order.page_size,
-        dtype=order.kv_dtype,
-    )
+    spec = model.config.kv_spec(order.page_size, order.kv_dtype)
     backend.allocate(spec, order.num_pages, Limits(order.max_tokens, order.max_rows, order.max_pages_per_row))
     runner = ModelRunner(model, backend, order.vocab_size)
     _send(connection, Allocated())

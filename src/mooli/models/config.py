@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mooli.backends.base import KVSpec
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from mooli.models.fields import Fields, check_range, number, short
 
@@ -128,6 +129,10 @@ class ModelConfig:
             )
         if self.rope_scaling is not None:
             _check_scaling(self.rope_scaling, self.head_dim)
+
+    def kv_spec(self, page_size: int, dtype: str) -> KVSpec:
+        """What the layers keep of each token, in pages of `page_size`; of one rank, if this is its part."""
+        return KVSpec(self.num_layers, self.num_kv_heads, self.head_dim, page_size, dtype)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
