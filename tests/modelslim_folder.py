@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from mooli.backends.dequant import dequantize
 from mooli.models.checkpoint import DummyCheckpoint
-from mooli.models.config import ModelConfig
+from mooli.models.llama import LlamaConfig
 from mooli.tensor import RawTensor, TensorType
 
-CONFIG = ModelConfig(
+CONFIG = LlamaConfig(
     family="qwen2",
     architecture="Qwen2ForCausalLM",
     vocab_size=64,

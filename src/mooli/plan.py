@@ -22,14 +22,12 @@ from mooli.backends.sizes import AscendSizes, CudaSizes, Sizes, TorchSizes
 from mooli.config import ABILITIES, DTYPES
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, kv_type, num_pool_pages
 from mooli.errors import ConfigError, OutOfMemoryError
-from mooli.formats.gguf import GGUFFile
 from mooli.hub import resolve
-from mooli.models.checkpoint import ShapesCheckpoint, canonical_name
+from mooli.models.checkpoint import ShapesCheckpoint
 from mooli.models.config import ModelConfig
-from mooli.models.loader import open_model
-from mooli.models.modelslim import described_types, find_description
+from mooli.models.loader import open_model, stored_types
 from mooli.models.registry import create_model
-from mooli.models.sharding import Place, check_size, part_checkpoint, part_config
+from mooli.models.sharding import Place, check_size, part_checkpoint
 from mooli.plan_flags import DEVICE_NAMES
 from mooli.tensor import TensorType
 
@@ -117,7 +115,7 @@ def plan_memory(
     if kv_dtype == "int8" and not ABILITIES[device].has_int8_kv:
         raise ConfigError(f"kv_cache_dtype='int8' is not possible on {device}, only on a CPU")
     page_size = sizes.default_page_size
-    page_bytes = sizes.kv_bytes_per_page(part_config(config, Place(0, tp)).kv_spec(page_size, kv_dtype))
+    page_bytes = sizes.kv_bytes_per_page(config.part(tp).kv_spec(page_size, kv_dtype))
     needs = PoolNeeds(
         available_bytes=memory_bytes,
         weight_bytes=weights,
@@ -188,7 +186,7 @@ def _loaded_bytes(config: ModelConfig, sizes: Sizes, tp: int, types: Mapping[str
     place = Place(0, tp)
     checkpoint = part_checkpoint(config, ShapesCheckpoint(config, types), place)
     # Of a backend, loading a model uses no more than what `Sizes` has.
-    create_model(part_config(config, place), checkpoint, cast(Backend, sizes))
+    create_model(config.part(tp), checkpoint, cast(Backend, sizes))
     return sizes.weight_bytes()
 
 
@@ -213,11 +211,7 @@ def read_model(name: str) -> tuple[ModelConfig, dict[str, TensorType] | None]:
     path = given.parent if given.name == "config.json" and given.is_file() else resolve(name)
     config, checkpoint = open_model(path, load_format="dummy")
     checkpoint.close()
-    if path.is_dir():
-        description = find_description(path)
-        return config, None if description is None else described_types(description)
-    with GGUFFile(path) as file:
-        return config, {canonical_name(tensor): info.type for tensor, info in file.tensors.items()}
+    return config, stored_types(path, config)
 
 
 def plan_table(plan: MemoryPlan) -> str:

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from mooli.backends.base import AttentionSpec, KVSpec
 from mooli.batch import PageCopy
 from mooli.models.checkpoint import DummyCheckpoint
-from mooli.models.config import ModelConfig
-from mooli.models.llama import LlamaModel
+from mooli.models.llama import LlamaConfig
+from mooli.models.registry import create_model
 from mooli.runner.model_runner import ModelRunner
 from steps import LIMITS, Row, step
 
-CONFIG = ModelConfig(
+CONFIG = LlamaConfig(
     family="llama",
     architecture="LlamaForCausalLM",
     vocab_size=97,
@@ -39,7 +39,7 @@ PROMPTS = ([5, 6, 7, 8, 9], list(range(30)))
 @contextmanager
 def model_runner(num_threads: int, page_size: int = 32) -> Iterator[tuple[ModelRunner, Any]]:
     with cpu_backend(num_threads=num_threads, quantization="int8") as backend:
-        model = LlamaModel(CONFIG, DummyCheckpoint(CONFIG), backend)
+        model = create_model(CONFIG, DummyCheckpoint(CONFIG), backend)
         backend.allocate(KVSpec(3, 2, 16, page_size, "bfloat16"), 12, LIMITS)
         yield ModelRunner(model, backend, CONFIG.vocab_size), backend
 

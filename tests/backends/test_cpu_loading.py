@@ -14,9 +14,9 @@ from cpu_ops import allocate, cpu_backend, random, stored
 
 from mooli.backends import create_backend
 from mooli.errors import CheckpointError
-from mooli.models import llama
+from mooli.models import packer
 from mooli.models.checkpoint import DummyCheckpoint
-from mooli.models.config import ModelConfig
+from mooli.models.llama import LlamaConfig
 from mooli.models.registry import create_model
 from mooli.tensor import RawTensor
 from steps import Row, step
@@ -101,7 +101,7 @@ def num_threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
-CONFIG = ModelConfig(
+CONFIG = LlamaConfig(
     family="llama",
     architecture="LlamaForCausalLM",
     vocab_size=2000,
@@ -144,7 +144,7 @@ class Watched(DummyCheckpoint):
 def test_tensors_are_released_when_they_are_packed_and_few_wait_for_it(
     monkeypatch: pytest.MonkeyPatch, most_bytes: int
 ) -> None:
-    monkeypatch.setattr(llama, "MOST_UNREAD_BYTES", most_bytes)
+    monkeypatch.setattr(packer, "MOST_UNREAD_BYTES", most_bytes)
     checkpoint, told = Watched(), []
     with cpu_backend(dtype="bfloat16") as backend:
         create_model(CONFIG, checkpoint, backend, lambda done, total: told.append((done, total)))

@@ -25,8 +25,9 @@ from mooli.engine.core import EngineCore
 from mooli.errors import ConfigError
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
+from mooli.models.llama import LlamaConfig
 from mooli.models.registry import create_model
-from mooli.models.sharding import Place, part_checkpoint, part_config
+from mooli.models.sharding import Place, part_checkpoint
 from mooli.runner.model_runner import ModelRunner
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import Request, SamplingParams
@@ -44,7 +45,7 @@ def config(family: str, **changes: Any) -> ModelConfig:
         "vocab_size": 121, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4,
         "num_kv_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
     }  # fmt: skip
-    return ModelConfig(family=family, architecture=family, **(sizes | changes))
+    return LlamaConfig(family=family, architecture=family, **(sizes | changes))
 
 
 FAMILIES = {
@@ -80,7 +81,7 @@ class Group:
         if size > 1:
             cast(ParallelBackend, backend).join(RankGroup(rank, size, self._folder / "store", timeout_s=60))
         made = create_model(
-            part_config(model, place), part_checkpoint(model, DummyCheckpoint(model, seed=3), place), backend
+            model.part(place.size), part_checkpoint(model, DummyCheckpoint(model, seed=3), place), backend
         )
         spec = made.config.kv_spec(PAGE_SIZE, "float32")
         num_pages = POOL_TOKENS // PAGE_SIZE

@@ -19,13 +19,13 @@ from mooli.backends.base import Backend, Limits
 from mooli.cache.kv_cache import KVCache
 from mooli.engine.core import EngineCore
 from mooli.models.checkpoint import DummyCheckpoint
-from mooli.models.config import ModelConfig
+from mooli.models.llama import LlamaConfig
 from mooli.models.registry import create_model
 from mooli.runner.model_runner import ModelRunner
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import Request, RequestOutput, SamplingParams, TokenLogprobs
 
-CONFIG = ModelConfig(
+CONFIG = LlamaConfig(
     family="qwen2",
     architecture="Qwen2ForCausalLM",
     vocab_size=120,

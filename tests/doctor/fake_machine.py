@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from mooli import _native
 from mooli.doctor.surroundings import Surroundings
 from mooli.models.checkpoint import DummyCheckpoint
-from mooli.models.config import ModelConfig
+from mooli.models.registry import read_hf_config
 from mooli.tensor import TensorType
 
 MEMINFO = "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\n"
@@ -110,7 +110,7 @@ def model_folder(path: Path, **changes: object) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     raw = {**CONFIG, **changes}
     (path / "config.json").write_text(json.dumps(raw))
-    checkpoint = DummyCheckpoint(ModelConfig.from_hf(CONFIG))
+    checkpoint = DummyCheckpoint(read_hf_config(CONFIG))
     tensors = [checkpoint.tensor(name) for name in checkpoint.names()]
     write_shard(path / "model.safetensors", tensors)
     backend = Tokenizer(models.BPE({chr(c): c for c in range(256)}, []))
@@ -122,7 +122,7 @@ def model_folder(path: Path, **changes: object) -> Path:
 
 def shard(path: Path) -> Path:
     """The same model in two shards with an index."""
-    checkpoint = DummyCheckpoint(ModelConfig.from_hf(CONFIG))
+    checkpoint = DummyCheckpoint(read_hf_config(CONFIG))
     names = list(checkpoint.names())
     halves = {"model-00001-of-00002.safetensors": names[:8], "model-00002-of-00002.safetensors": names[8:]}
     size = 0

@@ -13,7 +13,7 @@ from modelslim_folder import quantised, write
 from mooli.doctor import model_folder as checks
 from mooli.doctor.model_folder import probe_model
 from mooli.models.checkpoint import DummyCheckpoint
-from mooli.models.config import ModelConfig
+from mooli.models.registry import read_hf_config
 from mooli.plan import weight_bytes
 
 GIB = 2**30
@@ -136,7 +136,7 @@ def test_a_broken_config_is_named(folder):
 
 
 def test_weights_of_another_tool_are_named(folder):
-    checkpoint = DummyCheckpoint(ModelConfig.from_hf({**CONFIG, "torch_dtype": "bfloat16"}))
+    checkpoint = DummyCheckpoint(read_hf_config({**CONFIG, "torch_dtype": "bfloat16"}))
     tensors = [checkpoint.tensor(name) for name in checkpoint.names()]
     write_shard(folder / "model.safetensors", tensors, dtype="I16")
     assert "tensors of type I16" in found(folder)["weights-of-other-type"].found
@@ -162,7 +162,7 @@ def test_a_model_larger_than_the_free_memory_is_out_of_memory(folder, backend):
 
 
 def test_quantisation_is_proposed_where_it_is_enough():
-    config = ModelConfig.from_hf({**CONFIG, "hidden_size": 1024, "intermediate_size": 2**17, "num_hidden_layers": 4})
+    config = read_hf_config({**CONFIG, "hidden_size": 1024, "intermediate_size": 2**17, "num_hidden_layers": 4})
     (finding,) = checks.memory_findings(config, 4 * GIB, 3 * GIB, "cpu", "m")
     assert finding.cure[0].startswith("start with --quantization int8: ")
 
@@ -213,7 +213,7 @@ def test_a_folder_of_msmodelslim_without_a_scale_is_broken(tmp_path):
 
 
 def test_int4_is_no_cure_on_an_npu(folder):
-    config = ModelConfig.from_hf(CONFIG)
+    config = read_hf_config(CONFIG)
     free = GIB + weight_bytes(config, "bfloat16", quantization="int4")
     on_cpu, on_npu = (found(folder, backend, free)["out-of-memory"].cure for backend in ("cpu", "ascend"))
     assert any("--quantization int4" in cure for cure in on_cpu)

@@ -21,7 +21,7 @@ from mooli.engine.child import exit_words
 from mooli.engine.pool_size import GIB, PoolNeeds, num_pool_pages
 from mooli.errors import EngineDeadError, MooliError
 from mooli.hub.locate import locate
-from mooli.models.config import ModelConfig
+from mooli.models.registry import read_hf_config
 from mooli.server.config import ServerConfig
 from mooli.server.flags import add_server_args, unknown_argument
 from mooli.server.launch import bound_socket
@@ -69,7 +69,7 @@ def unknown_flag(word: str) -> str:
 
 
 def unknown_family() -> str:
-    return str(ModelConfig.from_hf({"architectures": ["MixtralForCausalLM"]}))
+    return str(read_hf_config({"architectures": ["MixtralForCausalLM"]}))
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,12 @@ from mooli.backends import create_backend
 from mooli.backends.base import Backend
 from mooli.batch import PageCopy, PromptLogprobRows
 from mooli.errors import UnsupportedModelError
-from mooli.models.checkpoint import DummyCheckpoint, expected_shapes
+from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
+from mooli.models.family import Model
+from mooli.models.llama import LlamaConfig
 from mooli.models.loader import open_model
-from mooli.models.registry import Model, create_model
+from mooli.models.registry import create_model
 from steps import LIMITS, Pages, Row, step
 from variants import VARIANTS, Variant, require
 
@@ -214,7 +216,7 @@ def test_progress_is_told_from_nothing_to_everything(golden: Golden) -> None:
     told: list[tuple[int, int]] = []
     create_model(config, checkpoint, create_backend("reference"), lambda done, total: told.append((done, total)))
     checkpoint.close()
-    total = len(expected_shapes(config))
+    total = len(config.tensors())
     assert told[0] == (0, total) and told[-1] == (total, total)
     assert len(told) > config.num_layers
     assert all(before[0] < after[0] and after[1] == total for before, after in pairwise(told))
@@ -250,7 +252,7 @@ def test_each_tensor_is_released_once_it_is_packed(golden: Golden) -> None:
 
 
 def test_a_family_without_a_class_is_refused() -> None:
-    config = ModelConfig(
+    config = LlamaConfig(
         family="gpt9",
         architecture="Gpt9ForCausalLM",
         vocab_size=8,

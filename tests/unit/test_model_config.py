@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from mooli.models.config import ModelConfig, RopeScaling, merge_hf_overrides
-from mooli.models.rope import inv_freq
+from mooli.models.registry import merge_hf_overrides, read_gguf_config, read_hf_config
+from mooli.models.rope import RopeScaling, inv_freq
 
 SMALL = {
     "vocab_size": 96,
@@ -34,6 +34,10 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+def frequencies(config: Any) -> np.ndarray:
+    return inv_freq(config.head_dim, config.rope_theta, config.rope_scaling)
 
 
 def written_by_transformers(config: PreTrainedConfig, folder: Path) -> dict[str, Any]:
@@ -66,7 +70,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_config_that_transformers_writes_is_read(tmp_path: Path, name: str) -> None:
     hf = FAMILIES[name]
-    config = ModelConfig.from_hf(written_by_transformers(hf, tmp_path))
+    config = read_hf_config(written_by_transformers(hf, tmp_path))
     assert config.family == name.split()[0] == hf.model_type
     assert config.architecture == hf.architectures[0]
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (96, 32, 64)
@@ -91,8 +95,8 @@ def test_rotary_frequencies_equal_those_of_transformers(tmp_path: Path, name: st
     hf = ROPES[name]
     hf.architectures = ["Qwen3ForCausalLM" if name == "qwen3" else "LlamaForCausalLM"]
     rotary = (Qwen3RotaryEmbedding if name == "qwen3" else LlamaRotaryEmbedding)(hf)
-    config = ModelConfig.from_hf(written_by_transformers(hf, tmp_path))
-    actual = inv_freq(config)
+    config = read_hf_config(written_by_transformers(hf, tmp_path))
+    actual = frequencies(config)
     assert actual.dtype == np.float64
     np.testing.assert_allclose(actual, rotary.inv_freq.numpy(), rtol=1e-5)
     positions = torch.arange(9)[None]
@@ -101,31 +105,31 @@ def test_rotary_frequencies_equal_those_of_transformers(tmp_path: Path, name: st
 
 
 def test_frequency_factors_divide_each_frequency() -> None:
-    config = ModelConfig.from_hf(LLAMA)
+    config = read_hf_config(LLAMA)
     factors = (1.0, 2.0, 4.0, 8.0)
     scaled = dataclasses.replace(config, rope_scaling=RopeScaling(type="freq_factors", freq_factors=factors))
-    np.testing.assert_allclose(inv_freq(scaled) * factors, inv_freq(config))
+    np.testing.assert_allclose(frequencies(scaled) * factors, frequencies(config))
 
 
 def test_old_and_new_spellings_of_rope_and_dtype_agree() -> None:
     old = {**LLAMA, "torch_dtype": "bfloat16", "rope_theta": 5e5, "rope_scaling": {**LLAMA3_ROPE}}
     oldest = {**old, "rope_scaling": {**{k: v for k, v in LLAMA3_ROPE.items() if k != "rope_type"}, "type": "llama3"}}
     new = {**LLAMA, "dtype": "bfloat16", "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}}
-    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new) == ModelConfig.from_hf(oldest)
-    scaling = ModelConfig.from_hf(old).rope_scaling
+    assert read_hf_config(old) == read_hf_config(new) == read_hf_config(oldest)
+    scaling = read_hf_config(old).rope_scaling
     assert scaling is not None
     assert (scaling.type, scaling.factor) == ("llama3", 8.0)
 
 
 def test_missing_keys_take_the_defaults_of_transformers() -> None:
     bare = {key: value for key, value in LLAMA.items() if key not in ("architectures", "num_key_value_heads")}
-    config = ModelConfig.from_hf(bare)
+    config = read_hf_config(bare)
     assert (config.architecture, config.num_kv_heads, config.rope_theta) == ("LlamaForCausalLM", 4, 10000.0)
     assert (config.bos_id, config.eos_ids, config.dtype) == (1, (2,), "float32")
 
 
 def test_ending_ids_of_both_files_are_joined_without_repeats() -> None:
-    config = ModelConfig.from_hf({**LLAMA, "eos_token_id": 7}, {"eos_token_id": [9, 7, 8]})
+    config = read_hf_config({**LLAMA, "eos_token_id": 7}, {"eos_token_id": [9, 7, 8]})
     assert config.eos_ids == (9, 7, 8)
 
 
@@ -147,7 +151,7 @@ QWEN2 = {**SMALL, "architectures": ["Qwen2ForCausalLM"], "sliding_window": 16}
 def test_a_sliding_window_of_qwen2_counts_where_it_reaches_every_layer(
     settings: dict[str, Any], window: int | None
 ) -> None:
-    assert ModelConfig.from_hf({**QWEN2, **settings}).sliding_window == window
+    assert read_hf_config({**QWEN2, **settings}).sliding_window == window
 
 
 UNSUPPORTED = {
@@ -170,7 +174,7 @@ UNSUPPORTED = {
 @pytest.mark.parametrize(("config", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
 def test_what_is_not_implemented_is_named(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
-        ModelConfig.from_hf(config)
+        read_hf_config(config)
 
 
 WRONG = [
@@ -208,12 +212,12 @@ WRONG = [
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=lambda value: str(value)[:60])
 def test_a_value_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        ModelConfig.from_hf({**LLAMA, **change})
+        read_hf_config({**LLAMA, **change})
 
 
 def test_neither_architecture_nor_type_is_refused() -> None:
     with pytest.raises(CheckpointError, match="neither architectures nor model_type"):
-        ModelConfig.from_hf(SMALL)
+        read_hf_config(SMALL)
 
 
 def test_overrides_are_merged_into_nested_objects() -> None:
@@ -243,11 +247,11 @@ SHAPES = {"token_embd.weight": (96, 32), "blk.0.attn_q.bias": (32,)}
 
 
 def test_gguf_metadata_is_read() -> None:
-    config = ModelConfig.from_gguf(GGUF, SHAPES)
+    config = read_gguf_config(GGUF, SHAPES)
     assert (config.family, config.architecture, config.vocab_size) == ("qwen2", "Qwen2ForCausalLM", 96)
     assert (config.rms_norm_eps, config.rope_theta, config.head_dim) == (1e-6, 10000.0, 8)
     assert (config.tie_word_embeddings, config.qkv_bias, config.qk_norm) == (True, True, False)
-    assert not ModelConfig.from_gguf(GGUF, {**SHAPES, "output.weight": (96, 32)}).tie_word_embeddings
+    assert not read_gguf_config(GGUF, {**SHAPES, "output.weight": (96, 32)}).tie_word_embeddings
 
 
 def test_control_tokens_that_end_a_turn_are_endings_and_ordinary_ones_are_not() -> None:
@@ -257,19 +261,19 @@ def test_control_tokens_that_end_a_turn_are_endings_and_ordinary_ones_are_not() 
         "tokenizer.ggml.tokens": ["<|im_end|>", "<|eot_id|>", "<|endoftext|>", "x"],
         "tokenizer.ggml.token_type": np.array([1, 3, 3, 3]),
     }
-    assert ModelConfig.from_gguf({**GGUF, **vocabulary}, SHAPES).eos_ids == (3, 1, 2)
+    assert read_gguf_config({**GGUF, **vocabulary}, SHAPES).eos_ids == (3, 1, 2)
 
 
 def test_overrides_of_a_gguf_model_use_hugging_face_names() -> None:
     overrides = {"rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "eos_token_id": 4}
-    config = ModelConfig.from_gguf(GGUF, SHAPES, overrides=overrides)
+    config = read_gguf_config(GGUF, SHAPES, overrides=overrides)
     assert (config.rope_theta, config.rope_scaling, config.eos_ids) == (
         7.0,
         RopeScaling(type="linear", factor=2.0),
         (4,),
     )
     with pytest.raises(ConfigError, match="cannot override vocab_size of a GGUF model"):
-        ModelConfig.from_gguf(GGUF, SHAPES, overrides={"vocab_size": 3})
+        read_gguf_config(GGUF, SHAPES, overrides={"vocab_size": 3})
 
 
 @pytest.mark.parametrize(
@@ -286,7 +290,7 @@ def test_overrides_of_a_gguf_model_use_hugging_face_names() -> None:
 )
 def test_a_gguf_feature_that_is_not_implemented_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
-        ModelConfig.from_gguf({**GGUF, **change}, SHAPES)
+        read_gguf_config({**GGUF, **change}, SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -303,14 +307,14 @@ def test_gguf_metadata_that_cannot_be_is_refused(
     change: dict[str, Any], shapes: dict[str, tuple[int, ...]], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        ModelConfig.from_gguf({**GGUF, **change}, shapes)
+        read_gguf_config({**GGUF, **change}, shapes)
 
 
 def test_one_number_a_layer_is_read_if_all_agree() -> None:
     metadata = {**GGUF, "qwen2.attention.head_count_kv": np.array([2, 2])}
-    assert ModelConfig.from_gguf(metadata, SHAPES).num_kv_heads == 2
+    assert read_gguf_config(metadata, SHAPES).num_kv_heads == 2
 
 
 def test_frequency_factors_of_the_wrong_number_are_refused() -> None:
     with pytest.raises(CheckpointError, match="3 rope frequency factors for head_dim 8"):
-        ModelConfig.from_gguf(GGUF, SHAPES, freq_factors=(1.0, 1.0, 1.0))
+        read_gguf_config(GGUF, SHAPES, freq_factors=(1.0, 1.0, 1.0))

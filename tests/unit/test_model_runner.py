@@ -12,14 +12,14 @@ from mooli.backends.reference import ReferenceBackend
 from mooli.batch import PageCopy, PromptLogprobRows, ScheduleBatch
 from mooli.errors import ConfigError
 from mooli.models.checkpoint import DummyCheckpoint
-from mooli.models.config import ModelConfig
-from mooli.models.llama import LlamaModel
+from mooli.models.llama import LlamaConfig
+from mooli.models.registry import create_model
 from mooli.runner.model_runner import ModelRunner
 from steps import LIMITS, Choice, Row, step
 
 VOCAB = 61
 PAGE_SIZE = 4
-CONFIG = ModelConfig(
+CONFIG = LlamaConfig(
     family="llama",
     architecture="LlamaForCausalLM",
     vocab_size=VOCAB,
@@ -73,7 +73,7 @@ class Setup:
 
     def __init__(self, max_logit_rows: int = 32, vocab_size: int = VOCAB) -> None:
         self.backend = RecordingBackend()
-        self.model = LlamaModel(CONFIG, DummyCheckpoint(CONFIG), self.backend)
+        self.model = create_model(CONFIG, DummyCheckpoint(CONFIG), self.backend)
         self.backend.allocate(KVSpec(2, 2, 8, PAGE_SIZE, "float32"), 40, LIMITS)
         self.runner = ModelRunner(self.model, self.backend, vocab_size, max_logit_rows)
 

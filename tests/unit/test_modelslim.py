@@ -12,7 +12,6 @@ import pytest
 from modelslim_folder import CONFIG, FloatCheckpoint, Tensors, made_static, quantised, write
 from mooli.backends.dequant import dequantize, with_scales_in_groups
 from mooli.errors import CheckpointError, UnsupportedModelError
-from mooli.models.checkpoint import expected_shapes
 from mooli.models.loader import open_model
 from mooli.models.modelslim import described_types
 from mooli.tensor import TensorType
@@ -41,7 +40,7 @@ def test_what_is_float_stays_float(tmp_path: Path) -> None:
 
 def test_what_belongs_to_a_weight_has_no_name_of_its_own(tmp_path: Path) -> None:
     _, checkpoint = open_model(write(tmp_path, *quantised()))
-    assert set(checkpoint.names()) == set(expected_shapes(CONFIG))
+    assert set(checkpoint.names()) == set(CONFIG.tensors())
     checkpoint.close()
 
 
@@ -52,7 +51,7 @@ def test_static_layers_give_back_the_weights_and_biases_they_were_made_of(tmp_pa
     steps = {name: scale[:, 0] * 0.0625 for name, scale in tensors.items() if name.endswith("weight_scale")}
     made_static(tensors, description, is_float16=is_float16)
     _, checkpoint = open_model(write(tmp_path, tensors, description))
-    for name in expected_shapes(CONFIG):
+    for name in CONFIG.tensors():
         actual, expected = dequantize(checkpoint.tensor(name)), dequantize(meant.tensor(name))
         if name.endswith(".bias"):
             assert (np.abs(actual - expected) <= 0.51 * steps[name.removesuffix("bias") + "weight_scale"]).all()

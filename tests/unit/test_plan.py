@@ -15,9 +15,8 @@ from mooli import ConfigError, cli
 from mooli.backends import create_backend
 from mooli.backends.base import KVSpec
 from mooli.models.checkpoint import DummyCheckpoint
-from mooli.models.config import ModelConfig
 from mooli.models.loader import open_model
-from mooli.models.registry import create_model
+from mooli.models.registry import create_model, read_hf_config
 from mooli.plan import parse_memory, plan_memory, read_model, weight_bytes
 from mooli.tensor import TensorType
 from variants import simulated_npu
@@ -54,7 +53,7 @@ def kv_bytes_per_token(config, dtype, tp=1):
 
 @pytest.fixture(scope="module")
 def qwen():
-    return ModelConfig.from_hf(QWEN_7B)
+    return read_hf_config(QWEN_7B)
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def test_nine_tenths_of_a_card_of_64_gib(qwen):
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_the_weights_are_those_that_the_cpu_backend_packs(quantization, is_tied):
-    config = ModelConfig.from_hf({**SMALL, "tie_word_embeddings": is_tied})
+    config = read_hf_config({**SMALL, "tie_word_embeddings": is_tied})
     backend = create_backend("cpu", dtype="bfloat16", quantization=quantization, num_threads=1)
     try:
         create_model(config, DummyCheckpoint(config), backend)
@@ -125,7 +124,7 @@ def test_the_weights_are_those_that_the_cpu_backend_packs(quantization, is_tied)
 )
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_the_weights_are_those_that_the_backend_of_the_device_holds(device, dtype, quantization, is_tied):
-    config = ModelConfig.from_hf({**SMALL, "tie_word_embeddings": is_tied})
+    config = read_hf_config({**SMALL, "tie_word_embeddings": is_tied})
     with simulated_npu():
         backend = create_backend(device, dtype=dtype, quantization=quantization)
         create_model(config, DummyCheckpoint(config), backend)
@@ -189,7 +188,7 @@ def test_two_devices_hold_half_each_but_for_the_norms(qwen):
 
 
 def test_key_heads_that_are_too_few_are_on_several_devices():
-    config = ModelConfig.from_hf({**SMALL, "num_attention_heads": 8, "num_key_value_heads": 2})
+    config = read_hf_config({**SMALL, "num_attention_heads": 8, "num_key_value_heads": 2})
     assert kv_bytes_per_token(config, "bfloat16", tp=8) == kv_bytes_per_token(config, "bfloat16", tp=2)
 
 

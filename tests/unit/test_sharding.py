@@ -11,13 +11,14 @@ from model_files import QWEN_PATH
 
 from mooli.backends.dequant import dequantize
 from mooli.errors import ConfigError
-from mooli.models.checkpoint import Checkpoint, DummyCheckpoint, expected_shapes
+from mooli.models.checkpoint import Checkpoint, DummyCheckpoint
 from mooli.models.config import ModelConfig
+from mooli.models.llama import LlamaConfig
 from mooli.models.loader import open_model
-from mooli.models.sharding import COLUMNS, ROWS, Place, check_size, cut_tensor, part_checkpoint, part_config, split_of
+from mooli.models.sharding import COLUMNS, ROWS, Place, check_size, cut_tensor, part_checkpoint
 from mooli.tensor import BLOCK, RawTensor, TensorType, row_bytes
 
-CONFIG = ModelConfig(
+CONFIG = LlamaConfig(
     family="qwen2", architecture="Qwen2ForCausalLM", vocab_size=121, hidden_size=32, intermediate_size=48,
     num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, o_bias=True, mlp_bias=True,
 )  # fmt: skip
@@ -35,32 +36,32 @@ def joined(tensors: list[RawTensor], axis: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", sorted(expected_shapes(CONFIG)))
+@pytest.mark.parametrize("name", sorted(CONFIG.tensors()))
 def test_the_parts_of_every_tensor_make_the_whole(name: str, size: int) -> None:
     checkpoint = DummyCheckpoint(CONFIG, seed=1)
     whole, parts = dequantize(checkpoint.tensor(name)), parts_of(checkpoint, CONFIG, name, size)
-    split = split_of(name)
+    split = CONFIG.tensors()[name].split
     if split is None:
         assert "norm" in name
         assert all(np.array_equal(dequantize(part), whole) for part in parts)
         return
-    axis, counted = split
+    axis = split.axis
     if axis == COLUMNS and name.endswith("bias"):  # once in the sum
         assert np.array_equal(sum(dequantize(part) for part in parts), whole)
         return
-    if counted == "kv_heads" and size == 4:  # two ranks have the same head
+    if split.rule == "shared" and size == 4:  # two ranks have the same head
         parts = parts[::2]
     together = joined(parts, axis)
     assert np.array_equal(together[: len(whole)], whole)
     assert not together[len(whole) :].any()
-    assert len(together) == len(whole) or counted == "vocabulary"
+    assert len(together) == len(whole) or split.rule == "padded"
 
 
 def test_ranks_that_share_a_key_head_have_the_query_heads_that_read_it() -> None:
     checkpoint = DummyCheckpoint(CONFIG, seed=1)
     keys = parts_of(checkpoint, CONFIG, "model.layers.0.self_attn.k_proj.weight", 4)
     assert [np.array_equal(keys[i].data, keys[j].data) for i, j in [(0, 1), (2, 3), (1, 2)]] == [True, True, False]
-    assert part_config(CONFIG, Place(3, 4)).num_kv_heads == 1
+    assert CONFIG.part(4).num_kv_heads == 1
 
 
 @pytest.mark.parametrize("kind", list(TensorType), ids=lambda kind: kind.name)

@@ -19,6 +19,7 @@ from mooli.hub import resolve
 from mooli.models.config import DTYPES, ModelConfig
 from mooli.models.loader import open_model
 from mooli.models.modelslim import find_description
+from mooli.models.registry import read_hf_config
 from mooli.plan import auto_dtype, read_model, weight_bytes
 from mooli.plan_flags import DEVICE_NAMES
 
@@ -108,7 +109,7 @@ def config_findings(folder: Path, section: Section) -> list[Finding]:
         section.facts["architecture"] = ", ".join(map(str, raw.get("architectures") or [raw.get("model_type")]))
         if find_description(folder) is not None:
             raw.pop("quantization_config", None)  # as the loader does
-        ModelConfig.from_hf(raw)
+        read_hf_config(raw)
     except UnsupportedModelError as exc:
         return [_refused(exc)]
     except ModelError as exc:

@@ -26,7 +26,7 @@ from mooli.hub import model_digest
 from mooli.models.config import ModelConfig
 from mooli.models.loader import open_model
 from mooli.models.registry import create_model
-from mooli.models.sharding import Place, check_size, part_checkpoint, part_config
+from mooli.models.sharding import Place, check_size, part_checkpoint
 from mooli.runner.base import Runner
 from mooli.runner.model_runner import ModelRunner
 from mooli.scheduler.drafts import DraftSettings
@@ -154,7 +154,7 @@ def _build(
         available_bytes = team.meet(backend)
         place = Place(0, config.tp_size)
         model = create_model(
-            part_config(model_config, place),
+            model_config.part(config.tp_size),
             part_checkpoint(model_config, checkpoint, place),
             backend,
             lambda done, total: progress("Loading weights", done, total),

@@ -37,9 +37,10 @@ from mooli.config import EngineConfig
 from mooli.engine.child import SERVER_SIGNALS
 from mooli.errors import EngineError, MooliError
 from mooli.logs import set_up_logging
+from mooli.models.family import Model
 from mooli.models.loader import open_model
-from mooli.models.registry import Model, create_model
-from mooli.models.sharding import Place, part_checkpoint, part_config
+from mooli.models.registry import create_model
+from mooli.models.sharding import Place, part_checkpoint
 from mooli.runner.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -262,7 +263,7 @@ def _load(config: EngineConfig, path: Path, backend: ParallelBackend, place: Pla
         path, load_format=config.load_format, overrides=config.model_overrides, seed=config.random_seed or 0
     )
     try:
-        return create_model(part_config(whole, place), part_checkpoint(whole, checkpoint, place), backend)
+        return create_model(whole.part(place.size), part_checkpoint(whole, checkpoint, place), backend)
     finally:
         checkpoint.close()
 

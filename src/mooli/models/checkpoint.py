@@ -1,6 +1,6 @@
 """The weights of a model under one set of names, wherever they come from.
 
-Owns the canonical names (Hugging Face's), the shapes a configuration demands, and the translation from each source: a
+Owns the check that a source has what a configuration demands, and the translation from each kind of source: a
 safetensors folder, a GGUF file, or random numbers. Never packs or converts a weight; the backend does.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +23,7 @@ from mooli.tensor import RawTensor, TensorType, row_bytes
 
 
 class Checkpoint(Protocol):
-    """Where weights come from. Names are Hugging Face's, such as `model.layers.0.self_attn.q_proj.weight`."""
+    """Where weights come from. Names are those of `ModelConfig.tensors`."""
 
     def names(self) -> Iterable[str]: ...
 
@@ -45,59 +44,23 @@ class Checkpoint(Protocol):
     def close(self) -> None: ...
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor a model of this configuration needs, and its shape."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    linears = {
-        "self_attn.q_proj": (queries, hidden, config.qkv_bias),
-        "self_attn.k_proj": (keys, hidden, config.qkv_bias),
-        "self_attn.v_proj": (keys, hidden, config.qkv_bias),
-        "self_attn.o_proj": (hidden, queries, config.o_bias),
-        "mlp.gate_proj": (wide, hidden, config.mlp_bias),
-        "mlp.up_proj": (wide, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, wide, config.mlp_bias),
-    }
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        if config.qk_norm:
-            shapes[prefix + "self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[prefix + "self_attn.k_norm.weight"] = (config.head_dim,)
-        for name, (rows, columns, has_bias) in linears.items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if has_bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
-
-
 def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the checkpoint has exactly the tensors the configuration needs, in their shapes.
 
     A tensor too many is an error as well: a bias or norm left out would change every answer without a word.
     """
-    expected = expected_shapes(config)
+    expected = config.tensors()
     wrong = [f"{name} is missing" for name in expected if name not in checkpoint]
     for name in checkpoint.names():
         if name in expected:
             shape = checkpoint.shape(name)
-            if shape != expected[name]:
-                wrong.append(f"{name} has shape {list(shape)} instead of {list(expected[name])}")
-        elif not _may_be_ignored(name):
+            if shape != expected[name].shape:
+                wrong.append(f"{name} has shape {list(shape)} instead of {list(expected[name].shape)}")
+        elif not config.may_ignore(name):
             wrong.append(f"{name} has no place in a {config.family} model of {config.num_layers} layers")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CheckpointError(f"the weights do not fit the configuration: {'; '.join(wrong[:5])}{more}")
-
-
-def _may_be_ignored(name: str) -> bool:
-    # The head is stored next to a tied embedding by some tools; the others are frequencies, which the config gives.
-    return name in ("lm_head.weight", "rope_freqs.weight") or name.endswith("rotary_emb.inv_freq")
 
 
 class SafetensorsCheckpoint:
@@ -128,42 +91,13 @@ class SafetensorsCheckpoint:
         self._folder.close()
 
 
-_GGUF_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_GGUF_BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GGUF_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.([a-z_]+)\.(weight|bias)")
-_QUERY_OR_KEY = re.compile(r"\.self_attn\.([qk])_proj\.(weight|bias)$")
-
-
-def canonical_name(gguf_name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; a name that has none is returned as it is."""
-    block = _GGUF_BLOCK.fullmatch(gguf_name)
-    if block and block[2] in _GGUF_BLOCK_NAMES:
-        return f"model.layers.{block[1]}.{_GGUF_BLOCK_NAMES[block[2]]}.{block[3]}"
-    return _GGUF_NAMES.get(gguf_name, gguf_name)
+def gguf_names(config: ModelConfig) -> dict[str, str]:
+    """The name of every tensor in a GGUF file, to the name that the model has for it."""
+    return {spec.gguf: name for name, spec in config.tensors().items()}
 
 
 class GGUFCheckpoint:
-    """An open GGUF file. Takes over the file and closes it.
-
-    In files of architecture llama the rows of every query and key head are stored for interleaved rotation (pairs
-    2i, 2i + 1); they are put back, so that all models rotate halves (pairs i, i + head_dim / 2).
-    """
+    """An open GGUF file. Takes over the file and closes it. A tensor that has no name in the model keeps its own."""
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
         splits = file.metadata.get("split.count", 1)
@@ -172,9 +106,9 @@ class GGUFCheckpoint:
                 f"{file.path.name} is one of {splits} parts, which are not read; join them by llama-gguf-split --merge"
             )
         self._file = file
-        self._gguf_names = {canonical_name(name): name for name in file.tensors}
-        self._interleaved = file.metadata.get("general.architecture") == "llama"
-        self._num_heads = {"q": config.num_heads, "k": config.num_kv_heads}
+        self._tensors = config.tensors()
+        names = gguf_names(config)
+        self._gguf_names = {names.get(name, name): name for name in file.tensors}
 
     def names(self) -> Iterable[str]:
         return self._gguf_names.keys()
@@ -187,10 +121,10 @@ class GGUFCheckpoint:
 
     def tensor(self, name: str) -> RawTensor:
         raw = dataclasses.replace(self._file.tensor(self._gguf_name(name)), name=name)
-        part = _QUERY_OR_KEY.search(name)
-        if not part or not self._interleaved:
+        num_heads = self._tensors[name].gguf_paired_heads if name in self._tensors else 0
+        if not num_heads:
             return raw
-        order = _halves_from_pairs(raw.shape[0], self._num_heads[part[1]])
+        order = _halves_from_pairs(raw.shape[0], num_heads)
         if len(raw.shape) == 2:
             return raw.take_rows(order)
         item_bytes = row_bytes(raw.type, 1)
@@ -229,7 +163,7 @@ class DummyCheckpoint:
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        self._shapes = expected_shapes(config)
+        self._shapes = {name: spec.shape for name, spec in config.tensors().items()}
         self._type = _STORED_AS[config.dtype]
         self._seed = seed
 
@@ -273,7 +207,7 @@ class ShapesCheckpoint:
 
     def __init__(self, config: ModelConfig, types: Mapping[str, TensorType]) -> None:
         """types: by name; the others have the configuration's dtype."""
-        self._shapes = expected_shapes(config)
+        self._shapes = {name: spec.shape for name, spec in config.tensors().items()}
         self._types = types
         self._type = _STORED_AS[config.dtype]
 

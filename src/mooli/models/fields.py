@@ -1,17 +1,34 @@
-"""Typed, bounded access to values that came out of a file: JSON objects and GGUF metadata.
+"""What a model's files say of it, typed and bounded: JSON objects and GGUF metadata.
 
-Owns the wording of the errors for missing, mistyped and out-of-range values. Knows no model.
+Owns the wording of the errors for missing, mistyped and out-of-range values, and the reading of what all families have.
+Knows no family. Where a key is missing, the default is the one Transformers gives that family.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mooli.errors import CheckpointError, UnsupportedModelError
+
+HF_KEYS = frozenset(
+    (
+        *("architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"),
+        *("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "quantization_config"),
+    )
+)
+"""What is read of every config.json."""
+
+GGUF_KEYS = frozenset(("max_position_embeddings", "eos_token_id", "bos_token_id"))
+"""What may be overridden of every GGUF file, by its Hugging Face name."""
+
+_END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+_CONTROL_TOKEN = 3
+_MAX_EOS_IDS = 1024
 
 
 class Fields:
@@ -57,6 +74,97 @@ class Fields:
         return bool(value)
 
 
+@dataclass(frozen=True, slots=True)
+class HFSource:
+    """A Hugging Face folder's config.json, overrides laid over it, and its generation_config.json if there is one.
+
+    family, architecture: of the declaration that is to read it.
+    """
+
+    family: str
+    architecture: str
+    values: Mapping[str, Any]
+    generation: Mapping[str, Any]
+
+    @property
+    def fields(self) -> Fields:
+        return Fields(self.values, "config.json")
+
+    def common(
+        self, *, max_position_embeddings: int, bos_id: int | None = None, eos_id: int | None = None
+    ) -> dict[str, Any]:
+        """The fields of `ModelConfig`. The arguments are the family's defaults."""
+        fields = self.fields
+        dtype = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
+        return {
+            "family": self.family,
+            "architecture": self.architecture,
+            "vocab_size": fields.integer("vocab_size"),
+            "hidden_size": fields.integer("hidden_size"),
+            "num_layers": fields.integer("num_hidden_layers"),
+            "max_position_embeddings": fields.integer("max_position_embeddings", max_position_embeddings),
+            "dtype": str(dtype).removeprefix("torch."),
+            "eos_ids": self.eos_ids(eos_id),
+            "bos_id": fields.optional_integer("bos_token_id", bos_id),
+        }
+
+    def eos_ids(self, default: int | None = None) -> tuple[int, ...]:
+        generation = _id_list(self.generation.get("eos_token_id"), "generation_config.json")
+        return _merge_ids(generation, _id_list(self.values.get("eos_token_id", default), "config.json"))
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFSource:
+    """The metadata of a GGUF file of architecture `name`, and the (rows, columns) of its tensors.
+
+    family, architecture: of the declaration that is to read it. freq_factors: the content of `rope_freqs.weight`, if
+    the file has it. dtype: of the embedding, bfloat16 where that is quantised. overrides: by Hugging Face names.
+    """
+
+    family: str
+    architecture: str
+    name: str
+    metadata: Mapping[str, Any]
+    shapes: Mapping[str, Sequence[int]]
+    freq_factors: tuple[float, ...] = ()
+    dtype: str = "bfloat16"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> Fields:
+        """The keys of this architecture, without its name before them."""
+        return Fields(self.metadata, "GGUF metadata", f"{self.name}.")
+
+    def overridden(self, values: Mapping[str, Any]) -> Fields:
+        """Values by their Hugging Face names, overrides laid over them."""
+        return Fields({**values, **self.overrides}, "GGUF metadata")
+
+    def common(self) -> dict[str, Any]:
+        """The fields of `ModelConfig`."""
+        fields = self.fields
+        embedding = self.shapes.get("token_embd.weight")
+        if embedding is None or len(embedding) != 2:
+            raise CheckpointError("the GGUF file has no token_embd.weight of two dimensions")
+        changed = self.overridden(
+            {
+                "max_position_embeddings": fields.integer("context_length"),
+                "eos_token_id": _gguf_eos(self.metadata),
+                "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
+            }
+        )
+        return {
+            "family": self.family,
+            "architecture": self.architecture,
+            "vocab_size": int(embedding[0]),
+            "hidden_size": fields.integer("embedding_length"),
+            "num_layers": fields.integer("block_count"),
+            "max_position_embeddings": changed.integer("max_position_embeddings"),
+            "dtype": self.dtype,
+            "eos_ids": _id_list(changed.values["eos_token_id"], "GGUF metadata"),
+            "bos_id": changed.optional_integer("bos_token_id"),
+        }
+
+
 def number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise CheckpointError(f"{what} must be a number, got {short(value)}")
@@ -75,3 +183,35 @@ def short(value: Any) -> str:
 def check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise CheckpointError(f"{name} is {short(value)}, which is not between {low} and {high}")
+
+
+def equal_heads(hidden_size: int, num_heads: int) -> int:
+    """The head_dim of a model that does not name one: its heads share the hidden size."""
+    if num_heads < 1 or hidden_size % num_heads:
+        raise CheckpointError(f"hidden size {hidden_size} is not a multiple of the number of heads {num_heads}")
+    return hidden_size // num_heads
+
+
+def _id_list(value: Any, source: str) -> tuple[int, ...]:
+    entries = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if len(entries) > _MAX_EOS_IDS:  # they go to the engine with every request
+        raise CheckpointError(f"{source} has {len(entries)} eos_token_id; at most {_MAX_EOS_IDS} are read")
+    return tuple(Fields({"eos_token_id": entry}, source).integer("eos_token_id") for entry in entries)
+
+
+def _merge_ids(*lists: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(token_id for ids in lists for token_id in ids))
+
+
+def _gguf_eos(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids the file names as ending, then control tokens that end a turn by their well-known text.
+
+    GGUF has one eos where generation_config.json often lists several; without the others a chat model runs on.
+    """
+    named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    ids = _id_list([value for value in named if value is not None], "GGUF metadata")
+    tokens, kinds = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, Sequence) or not isinstance(kinds, (list, np.ndarray)) or len(kinds) != len(tokens):
+        return _merge_ids(ids)
+    control = np.flatnonzero(np.asarray(kinds) == _CONTROL_TOKEN)
+    return _merge_ids(ids, tuple(i for i in control.tolist() if tokens[i] in _END_OF_TURN))

@@ -1,91 +1,160 @@
-"""Decoders of the Llama family: Llama (SmolLM2 too), Mistral, Qwen2 and Qwen2.5, Qwen3.
+"""The Llama family: Llama (SmolLM2 too), Mistral, Qwen2 and Qwen2.5, Qwen3. One decoder; each is a declaration below.
 
-Owns the order of operations and the names of the weights. Never names a device, sees a request or touches an array:
-every computation is an operation of the backend seam. What differs between the families (biases, q/k norm, window, rope
-scaling, tied head) is data in the configuration.
+Owns their configuration, the names of their tensors in every kind of file, and the order of operations. What differs
+between them (biases, norms of queries and keys, a window, rope scaling, a tied head) is a field of `LlamaConfig`.
+
+Sources: LLaMA, arXiv 2302.13971; Mistral 7B, arXiv 2310.06825; Qwen2, arXiv 2407.10671; Qwen3, arXiv 2505.09388.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from mooli.backends.base import Array, AttentionSpec, Backend, RopeSpec, Weight
-from mooli.models.checkpoint import Checkpoint, expected_shapes
-from mooli.models.config import ModelConfig
-from mooli.models.rope import inv_freq
-from mooli.tensor import RawTensor
+from mooli.backends.base import Array, AttentionSpec, KVSpec, Ops, RopeSpec, Weight
+from mooli.errors import CheckpointError, UnsupportedModelError
+from mooli.models import rope
+from mooli.models.config import ModelConfig, TensorSpec
+from mooli.models.family import Family
+from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, equal_heads, short
+from mooli.models.layers import Attention, GatedMLP, norm_tensors, vocabulary_tensors
+from mooli.models.packer import Packer
+from mooli.models.rope import RopeScaling
 
-MOST_UNREAD_BYTES = 256 << 20
-"""Of tensors that a backend has been given and not read yet, those that are copies of what the file holds included. So
-much keeps it busy while the interpreter is somebody else's for a while: a tokenizer's library keeps it for 0.4 s."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """Hyper-parameters of a decoder of the family. CheckpointError if any is out of its bounds.
+
+    sliding_window: each token attends to this many last positions, itself included, in every layer; None for all.
+    """
+
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        ModelConfig.__post_init__(self)
+        check_range("intermediate_size", self.intermediate_size, 1, 2**20)
+        check_range("num_heads", self.num_heads, 1, 4096)
+        check_range("num_kv_heads", self.num_kv_heads, 1, self.num_heads)
+        check_range("head_dim", self.head_dim, 2, 1024)
+        check_range("rms_norm_eps", self.rms_norm_eps, 1e-30, 1.0)
+        check_range("rope_theta", self.rope_theta, 1e-3, 1e15)
+        if self.sliding_window is not None:
+            check_range("sliding_window", self.sliding_window, 1, 2**31)
+        if self.num_heads % self.num_kv_heads:
+            raise CheckpointError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise CheckpointError(f"head_dim {self.head_dim} is odd: rotary embedding needs pairs")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.head_dim)
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        hidden = self.hidden_size
+        tensors = vocabulary_tensors("model.embed_tokens", "token_embd", self.vocab_size, hidden)
+        for layer in range(self.num_layers):
+            name, gguf = f"model.layers.{layer}", f"blk.{layer}"
+            tensors |= norm_tensors(f"{name}.input_layernorm", f"{gguf}.attn_norm", hidden)
+            tensors |= Attention.tensors(
+                f"{name}.self_attn",
+                gguf,
+                hidden_size=hidden,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                qkv_bias=self.qkv_bias,
+                o_bias=self.o_bias,
+                qk_norm=self.qk_norm,
+                gguf_pairs=self.family == LLAMA.name,
+            )
+            tensors |= norm_tensors(f"{name}.post_attention_layernorm", f"{gguf}.ffn_norm", hidden)
+            tensors |= GatedMLP.tensors(
+                f"{name}.mlp", gguf, hidden_size=hidden, width=self.intermediate_size, bias=self.mlp_bias
+            )
+        tensors |= norm_tensors("model.norm", "output_norm", hidden)
+        if not self.tie_word_embeddings:
+            tensors |= vocabulary_tensors("lm_head", "output", self.vocab_size, hidden)
+        return tensors
+
+    def may_ignore(self, name: str) -> bool:
+        # The head is stored next to a tied embedding by some tools; the others are frequencies, which the config gives.
+        return name in ("lm_head.weight", "rope_freqs.weight") or name.endswith("rotary_emb.inv_freq")
+
+    def kv_spec(self, page_size: int, dtype: str) -> KVSpec:
+        return KVSpec(self.num_layers, self.num_kv_heads, self.head_dim, page_size, dtype)
+
+    def part(self, size: int) -> LlamaConfig:
+        return dataclasses.replace(
+            self,
+            num_heads=self.num_heads // size,
+            num_kv_heads=max(1, self.num_kv_heads // size),
+            intermediate_size=self.intermediate_size // size,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaLayer:
-    """One decoder layer's weights, as the backend packed them. q_norm and k_norm are None without q/k norm."""
+    """One decoder layer."""
 
     input_norm: Weight
-    qkv: Weight
-    q_norm: Weight | None
-    k_norm: Weight | None
-    o: Weight
+    attention: Attention
     post_attention_norm: Weight
-    gate_up: Weight
-    down: Weight
+    mlp: GatedMLP
 
 
 class LlamaModel:
-    """A decoder whose weights are packed when it is made. T tokens in a step, H hidden size."""
+    """A decoder with norms before attention and before the MLP. T tokens in a step, H hidden size."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        checkpoint: Checkpoint,
-        backend: Backend,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Pack every weight, releasing each tensor as soon as it is packed.
-
-        `progress(done, total)` is called before the first tensor, and whenever tensors have been packed.
-        Names and shapes were checked when the checkpoint was opened (`mooli.models.checkpoint.check_tensors`).
-        """
+    def __init__(self, config: LlamaConfig, ops: Ops, packer: Packer) -> None:
         self.config = config
-        self._ops = backend.ops
-        self._rope = RopeSpec(inv_freq(config))
-        self._attention = AttentionSpec(
+        self._ops = ops
+        spec = AttentionSpec(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             scale=config.head_dim**-0.5,
             window=config.sliding_window or 0,
         )
-        packer = _Packer(config, checkpoint, backend, progress)
+        rotary = RopeSpec(rope.inv_freq(config.head_dim, config.rope_theta, config.rope_scaling))
         if config.tie_word_embeddings:
-            self._embedding, self._head = packer.tied()
+            self._embedding, self._head = packer.tied("model.embed_tokens")
         else:
-            self._embedding, self._head = packer.embedding(), packer.head()
-        self._layers = [packer.layer(index) for index in range(config.num_layers)]
+            self._embedding, self._head = packer.embedding("model.embed_tokens"), packer.head("lm_head")
+        self._layers = [
+            LlamaLayer(
+                input_norm=packer.vector(f"{name}.input_layernorm.weight"),
+                attention=Attention.load(
+                    packer, f"{name}.self_attn", ops, spec, rotary, config.rms_norm_eps, qk_norm=config.qk_norm
+                ),
+                post_attention_norm=packer.vector(f"{name}.post_attention_layernorm.weight"),
+                mlp=GatedMLP.load(packer, f"{name}.mlp", ops),
+            )
+            for name in (f"model.layers.{index}" for index in range(config.num_layers))
+        ]
         self._norm = packer.vector("model.norm.weight")
-        packer.finish()
 
     def forward(self, batch: Any) -> Array:
         """The hidden states (T, H) of a planned step, before the final norm, of asked tokens. Stores the KV of all."""
         ops, eps = self._ops, self.config.rms_norm_eps
         hidden = ops.embed(batch, self._embedding)
         for index, layer in enumerate(self._layers):
-            qkv = ops.linear(ops.rms_norm(hidden, layer.input_norm, eps), layer.qkv)
-            if layer.q_norm is not None:
-                qkv = ops.head_norm(qkv, self._attention, layer.q_norm, layer.k_norm, eps)
-            qkv = ops.rope(batch, qkv, self._attention, self._rope)
-            mixed = ops.attend(batch, index, qkv, self._attention)
+            mixed = layer.attention.mix(batch, index, ops.rms_norm(hidden, layer.input_norm, eps))
             if index + 1 == len(self._layers):
                 mixed, hidden = ops.asked_rows(batch, mixed), ops.asked_rows(batch, hidden)
-            hidden = ops.linear(mixed, layer.o, residual=hidden)
-            gated = ops.linear_silu_mul(ops.rms_norm(hidden, layer.post_attention_norm, eps), layer.gate_up)
-            hidden = ops.linear(gated, layer.down, residual=hidden)
+            hidden = layer.attention.output(mixed, residual=hidden)
+            hidden = layer.mlp.output(ops.rms_norm(hidden, layer.post_attention_norm, eps), residual=hidden)
         return hidden
 
     def logits(self, hidden: Array) -> Array:
@@ -93,95 +162,160 @@ class LlamaModel:
         return self._ops.linear(self._ops.rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head)
 
 
-class _Packer:
-    """Reads tensors by name, has the backend pack them, and lets go of the file's pages when it has."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        checkpoint: Checkpoint,
-        backend: Backend,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self._config = config
-        self._checkpoint = checkpoint
-        self._backend = backend
-        self._progress = progress
-        self._unread: deque[tuple[RawTensor, ...]] = deque()
-        """The tensors of each call of the backend that may still read them."""
-        self._unread_bytes = self._num_read = 0
-        self._num_tensors = len(expected_shapes(config))
-        self._report()
-
-    def layer(self, index: int) -> LlamaLayer:
-        config, prefix = self._config, f"model.layers.{index}."
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        return LlamaLayer(
-            input_norm=self.vector(prefix + "input_layernorm.weight"),
-            qkv=self._linear([attention + name for name in ("q_proj", "k_proj", "v_proj")], biased=config.qkv_bias),
-            q_norm=self.vector(attention + "q_norm.weight") if config.qk_norm else None,
-            k_norm=self.vector(attention + "k_norm.weight") if config.qk_norm else None,
-            o=self._linear([attention + "o_proj"], biased=config.o_bias),
-            post_attention_norm=self.vector(prefix + "post_attention_layernorm.weight"),
-            gate_up=self._gated(mlp + "gate_proj", mlp + "up_proj"),
-            down=self._linear([mlp + "down_proj"], biased=config.mlp_bias),
+def _hf(source: HFSource, common: dict[str, Any], **own: Any) -> LlamaConfig:
+    """What all read of a config.json alike. common: what `source.common` read; own: what they read otherwise."""
+    fields = source.fields
+    activation = source.values.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedModelError(
+            f"activation {short(activation)} is not implemented; {source.family} models use silu"
         )
+    num_heads = fields.integer("num_attention_heads")
+    theta, scaling = rope.hf_rope(source.values)
+    alike: dict[str, Any] = {
+        "intermediate_size": fields.integer("intermediate_size"),
+        "num_heads": num_heads,
+        "num_kv_heads": fields.optional_integer("num_key_value_heads") or num_heads,
+        "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": fields.flag("tie_word_embeddings"),
+    }
+    if "head_dim" not in own:
+        alike["head_dim"] = fields.optional_integer("head_dim") or equal_heads(common["hidden_size"], num_heads)
+    return LlamaConfig(**{**common, **alike, **own})
 
-    def embedding(self) -> Weight:
-        table = self._checkpoint.tensor("model.embed_tokens.weight")
-        return self._packed(self._backend.load_embedding(table), table)
 
-    def head(self) -> Weight:
-        table = self._checkpoint.tensor("lm_head.weight")
-        return self._packed(self._backend.load_linear([table], head=True), table)
+def _hf_llama(source: HFSource) -> LlamaConfig:
+    bias = source.fields.flag("attention_bias")
+    common = source.common(max_position_embeddings=2048, bos_id=1, eos_id=2)
+    return _hf(source, common, qkv_bias=bias, o_bias=bias, mlp_bias=source.fields.flag("mlp_bias"))
 
-    def tied(self) -> tuple[Weight, Weight]:
-        table = self._checkpoint.tensor("model.embed_tokens.weight")
-        both: tuple[Weight, Weight] = self._packed(self._backend.load_tied(table), table)
-        return both
 
-    def vector(self, name: str) -> Weight:
-        vector = self._checkpoint.tensor(name)
-        return self._packed(self._backend.load_vector(vector), vector)
+def _hf_mistral(source: HFSource) -> LlamaConfig:
+    fields = source.fields
+    kv_heads = fields.optional_integer("num_key_value_heads", 8) or fields.integer("num_attention_heads")
+    common = source.common(max_position_embeddings=32768, bos_id=1, eos_id=2)
+    window = fields.optional_integer("sliding_window", 4096)
+    return _hf(source, common, num_kv_heads=kv_heads, sliding_window=window)
 
-    def _linear(self, names: list[str], *, biased: bool) -> Weight:
-        """Linear layers stacked along their outputs."""
-        tensors = [self._checkpoint.tensor(f"{name}.weight") for name in names]
-        biases = [self._checkpoint.tensor(f"{name}.bias") for name in names] if biased else []
-        return self._packed(self._backend.load_linear(tensors, biases), *tensors, *biases)
 
-    def _gated(self, gate_name: str, up_name: str) -> Weight:
-        gate, up = self._checkpoint.tensor(f"{gate_name}.weight"), self._checkpoint.tensor(f"{up_name}.weight")
-        if not self._config.mlp_bias:
-            return self._packed(self._backend.load_gated(gate, up), gate, up)
-        biases = [self._checkpoint.tensor(f"{name}.bias") for name in (gate_name, up_name)]
-        return self._packed(self._backend.load_gated(gate, up, biases), gate, up, *biases)
+def _hf_qwen2(source: HFSource) -> LlamaConfig:
+    common = source.common(max_position_embeddings=32768)
+    return _hf(source, common, qkv_bias=True, sliding_window=_hf_qwen_window(source.fields))
 
-    def _packed(self, weight: Weight, *tensors: RawTensor) -> Weight:
-        self._unread.append(tensors)
-        self._unread_bytes += sum(tensor.data.nbytes for tensor in tensors)
-        self._release(at_most=len(self._unread))
-        while self._unread_bytes > MOST_UNREAD_BYTES:
-            self._release(at_most=len(self._unread) - 1)
-        return weight
 
-    def finish(self) -> None:
-        """Returns when all is packed."""
-        while self._unread:
-            self._release(at_most=len(self._unread) - 1)
+def _hf_qwen3(source: HFSource) -> LlamaConfig:
+    fields, bias = source.fields, source.fields.flag("attention_bias")
+    common = source.common(max_position_embeddings=32768)
+    own: dict[str, Any] = {"head_dim": fields.integer("head_dim", 128), "sliding_window": _hf_qwen_window(fields)}
+    return _hf(source, common, qkv_bias=bias, o_bias=bias, qk_norm=True, **own)
 
-    def _release(self, at_most: int) -> None:
-        """Let go of what has been read, when it is all but `at_most` of the backend's calls."""
-        num_unread = self._backend.unread_loads(at_most)
-        if num_unread == len(self._unread):
-            return
-        while len(self._unread) > num_unread:
-            for tensor in self._unread.popleft():
-                self._unread_bytes -= tensor.data.nbytes
-                self._num_read += 1
-                self._checkpoint.release(tensor.name)
-        self._report()
 
-    def _report(self) -> None:
-        if self._progress is not None:
-            self._progress(self._num_read, self._num_tensors)
+def _hf_qwen_window(fields: Fields) -> int | None:
+    """The window of every layer. UnsupportedModelError for one in only some of the layers."""
+    window = fields.optional_integer("sliding_window", 4096)
+    if window is None or not fields.flag("use_sliding_window"):
+        return None
+    kinds = fields.values.get("layer_types")
+    if kinds is None:
+        first, num_layers = fields.integer("max_window_layers", 28), fields.integer("num_hidden_layers")
+        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(min(num_layers, 1024))]
+    if not isinstance(kinds, list) or any(not isinstance(kind, str) for kind in kinds):
+        raise CheckpointError(f"config.json: layer_types must be a list of names, got {short(kinds)}")
+    if set(kinds) <= {"full_attention"}:
+        return None
+    if set(kinds) == {"sliding_attention"}:
+        return window
+    raise UnsupportedModelError("a sliding window in only some of the layers is not implemented")
+
+
+def _gguf(source: GGUFSource) -> LlamaConfig:
+    """Of a GGUF file: what has a bias or a norm is seen by its tensors."""
+    fields, shapes = source.fields, source.shapes
+    if fields.integer("expert_count", 0):
+        raise UnsupportedModelError(f"mixture of experts ({source.name}.expert_count) is not implemented")
+    common = source.common()
+    num_heads = fields.per_layer("attention.head_count")
+    head_dim = fields.optional_integer("attention.key_length") or equal_heads(common["hidden_size"], num_heads)
+    if fields.integer("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedModelError("key and value heads of different length are not implemented")
+    if fields.integer("rope.dimension_count", head_dim) != head_dim:
+        raise UnsupportedModelError("partial rotary embedding is not implemented: whole heads are rotated")
+    trained = fields.integer("context_length")
+    window = fields.optional_integer("attention.sliding_window")
+    if source.family != LLAMA.name and window is not None and window < trained:
+        raise UnsupportedModelError(f"a sliding window in a {source.family} GGUF file is not implemented")
+    changed = source.overridden(
+        {
+            "rope_theta": fields.number("rope.freq_base", 10000.0),
+            "rope_scaling": rope.gguf_scaling(fields, source.freq_factors),
+            "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+            "sliding_window": window,
+        }
+    )
+    scaling = changed.values["rope_scaling"]
+    return LlamaConfig(
+        **common,
+        intermediate_size=fields.per_layer("feed_forward_length"),
+        num_heads=num_heads,
+        num_kv_heads=fields.per_layer("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        rms_norm_eps=changed.number("rms_norm_eps"),
+        rope_theta=changed.number("rope_theta"),
+        rope_scaling=scaling if isinstance(scaling, RopeScaling) else rope.read_scaling(scaling, trained),
+        tie_word_embeddings="output.weight" not in shapes,
+        qkv_bias="blk.0.attn_q.bias" in shapes,
+        o_bias="blk.0.attn_output.bias" in shapes,
+        mlp_bias="blk.0.ffn_gate.bias" in shapes,
+        qk_norm="blk.0.attn_q_norm.weight" in shapes,
+        sliding_window=changed.optional_integer("sliding_window"),
+    )
+
+
+_HF_KEYS = rope.HF_KEYS | frozenset(
+    (
+        *("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps"),
+        "tie_word_embeddings",
+    )
+)
+_QWEN_WINDOW_KEYS = frozenset(("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"))
+_GGUF_KEYS = frozenset(("rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window"))
+
+LLAMA = Family(
+    name="llama",
+    architectures=("LlamaForCausalLM",),
+    gguf=("llama",),
+    hf_keys=_HF_KEYS | {"attention_bias", "mlp_bias"},
+    gguf_keys=_GGUF_KEYS,
+    read_hf=_hf_llama,
+    read_gguf=_gguf,
+    model=LlamaModel,
+)
+MISTRAL = Family(
+    name="mistral",  # its GGUF files call themselves llama
+    architectures=("MistralForCausalLM",),
+    hf_keys=_HF_KEYS | {"sliding_window"},
+    read_hf=_hf_mistral,
+    model=LlamaModel,
+)
+QWEN2 = Family(
+    name="qwen2",
+    architectures=("Qwen2ForCausalLM",),
+    gguf=("qwen2",),
+    hf_keys=_HF_KEYS | _QWEN_WINDOW_KEYS,
+    gguf_keys=_GGUF_KEYS,
+    read_hf=_hf_qwen2,
+    read_gguf=_gguf,
+    model=LlamaModel,
+)
+QWEN3 = Family(
+    name="qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    gguf=("qwen3",),
+    hf_keys=_HF_KEYS | _QWEN_WINDOW_KEYS | {"attention_bias"},
+    gguf_keys=_GGUF_KEYS,
+    read_hf=_hf_qwen3,
+    read_gguf=_gguf,
+    model=LlamaModel,
+)

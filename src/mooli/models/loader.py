@@ -20,10 +20,11 @@ from mooli.models.checkpoint import (
     GGUFCheckpoint,
     SafetensorsCheckpoint,
     check_tensors,
-    expected_shapes,
+    gguf_names,
 )
-from mooli.models.config import ModelConfig, merge_hf_overrides
-from mooli.models.modelslim import ModelslimCheckpoint, find_description
+from mooli.models.config import ModelConfig
+from mooli.models.modelslim import ModelslimCheckpoint, described_types, find_description
+from mooli.models.registry import merge_hf_overrides, read_gguf_config, read_hf_config
 from mooli.tensor import TensorType
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
@@ -85,7 +86,7 @@ def _open_gguf(
         shapes = {name: info.shape for name, info in file.tensors.items()}
         embedding = file.tensors.get("token_embd.weight")
         dtype = _DTYPES.get(embedding.type, "bfloat16") if embedding else "bfloat16"
-        config = ModelConfig.from_gguf(
+        config = read_gguf_config(
             file.metadata, shapes, freq_factors=_freq_factors(file), dtype=dtype, overrides=overrides
         )
         if load_format == "dummy":
@@ -124,7 +125,7 @@ def _open_folder(
     # An override of the ending ids must win over the generation config, not be joined with it.
     overridden = "eos_token_id" in (overrides or {})
     generation = read_json(generation_path, _MAX_CONFIG_BYTES) if generation_path.is_file() and not overridden else None
-    config = ModelConfig.from_hf(raw, generation)
+    config = read_hf_config(raw, generation)
     if load_format == "dummy":
         return config, DummyCheckpoint(config, seed)
     if not any(path.glob("*.safetensors")):
@@ -135,17 +136,28 @@ def _open_folder(
     checkpoint = (
         SafetensorsCheckpoint(path)
         if description is None
-        else ModelslimCheckpoint(path, description, biases=expected_shapes(config))
+        else ModelslimCheckpoint(path, description, biases=config.tensors())
     )
     try:
-        if not (raw.get("dtype") or raw.get("torch_dtype")) and "model.embed_tokens.weight" in checkpoint:
-            stored = checkpoint.tensor("model.embed_tokens.weight").type
-            config = dataclasses.replace(config, dtype=_DTYPES[stored])
+        embedding = next(iter(config.tensors()))
+        if not (raw.get("dtype") or raw.get("torch_dtype")) and embedding in checkpoint:
+            config = dataclasses.replace(config, dtype=_DTYPES[checkpoint.tensor(embedding).type])
         check_tensors(config, checkpoint)
     except BaseException:
         checkpoint.close()
         raise
     return config, checkpoint
+
+
+def stored_types(path: Path, config: ModelConfig) -> dict[str, TensorType] | None:
+    """Types by the model's names, as they are stored at `path`: all tensors of a GGUF file, the int8 ones of a folder;
+    None for a folder without such. Raises any ModelError."""
+    if path.is_dir():
+        description = find_description(path)
+        return None if description is None else described_types(description)
+    names = gguf_names(config)
+    with GGUFFile(path) as file:
+        return {names.get(name, name): info.type for name, info in file.tensors.items()}
 
 
 def _pickle_error(name: str) -> UnsupportedModelError:

@@ -1,41 +1,81 @@
-"""Which class runs which model family.
+"""The model families that are implemented: which of them a file is of, its configuration, and its model.
 
-Owns the table and nothing else. Families that differ only in numbers and switches of the configuration share a class.
+Owns the list. A family is added by a module of its own and one entry here; nothing else names one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from mooli.backends.base import Array, Backend
-from mooli.errors import UnsupportedModelError
+from mooli.backends.base import Backend
+from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
+from mooli.models import llama
 from mooli.models.checkpoint import Checkpoint
 from mooli.models.config import ModelConfig
-from mooli.models.llama import LlamaModel
+from mooli.models.family import Family, Model
+from mooli.models.fields import GGUF_KEYS, HF_KEYS, GGUFSource, HFSource, short
+from mooli.models.packer import Packer
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3)}
+"""By the name that `ModelConfig.family` has."""
 
 
-class Model(Protocol):
-    """A model with its weights packed, written against a backend's operations."""
+def read_hf_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """From the contents of config.json and, if there is one, generation_config.json.
 
-    config: ModelConfig
+    Raises UnsupportedModelError for a family or feature that is not implemented, CheckpointError for bad values.
+    """
+    family, architecture = _hf_family(config)
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise UnsupportedModelError(
+            f"the checkpoint is quantised with {method!r}, which is not implemented; use the unquantised model"
+            " (and quantization='int8' or 'int4') or a GGUF file"
+        )
+    return family.read_hf(HFSource(family.name, architecture, config, generation or {}))
 
-    def forward(self, batch: Any) -> Array:
-        """The hidden states (T, H) of a planned step."""
-        ...
 
-    def logits(self, hidden: Array) -> Array:
-        """The logits (S, vocab_size) of rows of hidden states."""
-        ...
+def merge_hf_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """config.json with `json_model_override_args` laid over it; nested objects are merged key by key.
+
+    ConfigError for a key that the family does not read: an override must not be ignored.
+    """
+    merged = dict(config)
+    for key, value in (overrides or {}).items():
+        old = merged.get(key)
+        merged[key] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    if overrides:
+        family, _ = _hf_family(merged)
+        _check_override_names(overrides, HF_KEYS | family.hf_keys, f"a Hugging Face model of family {family.name}")
+    return merged
 
 
-MODELS: dict[str, type[LlamaModel]] = {
-    "llama": LlamaModel,
-    "mistral": LlamaModel,
-    "qwen2": LlamaModel,
-    "qwen3": LlamaModel,
-}
-"""Family, as `ModelConfig.family` names it, to class."""
+def read_gguf_config(
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    freq_factors: tuple[float, ...] = (),
+    dtype: str = "bfloat16",
+    overrides: Mapping[str, Any] | None = None,
+) -> ModelConfig:
+    """From the metadata and the tensors' (rows, columns) of a GGUF file.
+
+    `freq_factors` is the content of `rope_freqs.weight`, if the file has it. `overrides` uses Hugging Face names.
+    Raises ConfigError for an override that is not possible, and what `read_hf_config` raises.
+    """
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str):
+        raise CheckpointError("the GGUF file has no general.architecture: it is not a language model")
+    for family in FAMILIES.values():
+        if name in family.gguf and family.read_gguf is not None:
+            _check_override_names(overrides or {}, GGUF_KEYS | family.gguf_keys, "a GGUF model")
+            architecture = family.architectures[0]
+            return family.read_gguf(
+                GGUFSource(family.name, architecture, name, metadata, shapes, freq_factors, dtype, overrides or {})
+            )
+    raise _unknown_family(name, (known for family in FAMILIES.values() for known in family.gguf))
 
 
 def create_model(
@@ -44,13 +84,44 @@ def create_model(
     backend: Backend,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """The model of `config.family`, its weights packed. `progress(done, total)` is called as parts are done.
+    """The model of `config.family`, every weight packed and each tensor released as soon as it is.
 
+    `progress(done, total)` is called before the first tensor, and whenever tensors have been packed. Names and shapes
+    were checked when the checkpoint was opened (`mooli.models.checkpoint.check_tensors`).
     Raises UnsupportedModelError for a family that is not implemented.
     """
-    model_class = MODELS.get(config.family)
-    if model_class is None:
-        raise UnsupportedModelError(
-            f"model family {config.family!r} is not implemented; implemented: {', '.join(MODELS)}"
-        )
-    return model_class(config, checkpoint, backend, progress)
+    family = FAMILIES.get(config.family)
+    if family is None:
+        raise _unknown_family(config.family, FAMILIES)
+    packer = Packer(config, checkpoint, backend, progress)
+    model = family.model(config, backend.ops, packer)
+    packer.finish()
+    return model
+
+
+def _hf_family(config: Mapping[str, Any]) -> tuple[Family, str]:
+    """The family that a config.json names, and the class name, which may be left out."""
+    names = config.get("architectures")
+    implemented = {name: family for family in FAMILIES.values() for name in family.architectures}
+    if isinstance(names, (list, tuple)) and names:
+        if isinstance(names[0], str) and names[0] in implemented:
+            return implemented[names[0]], names[0]
+        raise _unknown_family(str(names[0])[:80], implemented)
+    if "model_type" not in config:
+        raise CheckpointError("config.json has neither architectures nor model_type")
+    for family in FAMILIES.values():
+        if config["model_type"] == family.name:
+            return family, family.architectures[0]
+    raise _unknown_family(str(config["model_type"])[:80], implemented)
+
+
+def _unknown_family(name: str, implemented: Iterable[str]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"model family {short(name)} is not implemented; implemented: {', '.join(implemented)}"
+    )
+
+
+def _check_override_names(overrides: Mapping[str, Any], known: frozenset[str], what: str) -> None:
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ConfigError(f"cannot override {', '.join(unknown)} of {what}; possible: {', '.join(sorted(known))}")

@@ -1,10 +1,8 @@
-"""Which part of each weight a rank holds under tensor parallelism, and how that part is read.
+"""The part of each weight that a rank holds under tensor parallelism, and how it is read.
 
-Owns the table, the rule which numbers of ranks fit a model, and the cutting, of stored bytes where blocks allow it.
-Never talks to another rank: a part says of itself what it is (`RawTensor.part`), and the backend knows what to do.
-
-Source: Shoeybi et al., Megatron-LM, arXiv 1909.08053: what makes the heads and the wide layer is cut along its outputs,
-what reads them along its inputs, so that a layer needs two sums over the ranks.
+Owns the rule which numbers of ranks fit a model, and the cutting, of stored bytes where blocks allow it; what is cut
+along what, families declare (`mooli.models.config.Split`). Never talks to another rank: a part says of itself what it
+is (`RawTensor.part`), and the backend knows what to do.
 """
 
 from __future__ import annotations
@@ -18,25 +16,8 @@ from numpy.typing import NDArray
 from mooli.backends.dequant import dequantize
 from mooli.errors import ConfigError
 from mooli.models.checkpoint import Checkpoint
-from mooli.models.config import ModelConfig
+from mooli.models.config import COLUMNS, ROWS, ModelConfig, Split
 from mooli.tensor import BLOCK, RawTensor, TensorPart, TensorType, row_bytes
-
-ROWS, COLUMNS = 0, 1
-
-SPLITS: dict[str, tuple[int, str]] = {
-    "model.embed_tokens": (ROWS, "vocabulary"),
-    "lm_head": (ROWS, "vocabulary"),
-    "self_attn.q_proj": (ROWS, "heads"),
-    "self_attn.k_proj": (ROWS, "kv_heads"),
-    "self_attn.v_proj": (ROWS, "kv_heads"),
-    "self_attn.o_proj": (COLUMNS, "heads"),
-    "mlp.gate_proj": (ROWS, "width"),
-    "mlp.up_proj": (ROWS, "width"),
-    "mlp.down_proj": (COLUMNS, "width"),
-}
-"""End of a module's name to the axis its weight is cut along, and what is counted there. Norms are in no table: every
-rank has them whole. A bias goes with the rows; where columns are cut, only the first rank has it, so that the sum over
-the ranks has it once."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,34 +28,27 @@ class Place:
     size: int
 
 
-def fits(config: ModelConfig, size: int) -> bool:
-    """Whether `size` ranks can share the model: each has as many heads, and whole ones."""
-    shares_kv = config.num_kv_heads % size == 0 or size % config.num_kv_heads == 0
-    return config.num_heads % size == 0 and config.intermediate_size % size == 0 and shares_kv
-
-
 def check_size(config: ModelConfig, size: int) -> None:
-    """Raise ConfigError, naming the numbers that are possible, if `size` ranks cannot share the model."""
-    if fits(config, size):
+    """Raise ConfigError, naming the numbers that are possible, if `size` ranks cannot share the model: each has as many
+    of everything, and whole ones."""
+    splits = list(dict.fromkeys(spec.split for spec in config.tensors().values() if spec.split is not None))
+    if all(_fits(split, size) for split in splits):
         return
-    possible = [str(n) for n in range(1, config.num_heads + 1) if fits(config, n)]
+    equal = {split.what: split.units for split in splits if split.rule == "even"}
+    shared = {split.what: split.units for split in splits if split.rule == "shared"}
+    words = ["divide its " + " and its ".join(f"{units} {what}" for what, units in equal.items())]
+    words += [f"divide its {units} {what} or be a multiple of them" for what, units in shared.items()]
+    most = min((*equal.values(), config.vocab_size))
+    possible = [str(n) for n in range(1, most + 1) if all(_fits(split, n) for split in splits)]
     raise ConfigError(
-        f"tp_size={size} does not fit this model: it must divide its {config.num_heads} attention heads and the"
-        f" {config.intermediate_size} columns of its wide layers, and divide its {config.num_kv_heads} key and value"
-        f" heads or be a multiple of them. Possible: tp_size={', '.join(possible)}"
+        f"tp_size={size} does not fit this model: it must {', and '.join(words)}."
+        f" Possible: tp_size={', '.join(possible)}"
     )
 
 
-def part_config(config: ModelConfig, place: Place) -> ModelConfig:
-    """The configuration of what one rank computes: its heads and its width, everything else as it is."""
-    if place.size == 1:
-        return config
-    return dataclasses.replace(
-        config,
-        num_heads=config.num_heads // place.size,
-        num_kv_heads=max(1, config.num_kv_heads // place.size),
-        intermediate_size=config.intermediate_size // place.size,
-    )
+def _fits(split: Split, size: int) -> bool:
+    shares = split.rule == "shared" and size % split.units == 0
+    return split.rule == "padded" or split.units % size == 0 or shares
 
 
 def part_checkpoint(config: ModelConfig, checkpoint: Checkpoint, place: Place) -> Checkpoint:
@@ -88,7 +62,7 @@ class PartCheckpoint:
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, place: Place) -> None:
         """Raises ConfigError for a number of ranks that does not fit the model."""
         check_size(config, place.size)
-        self._config = config
+        self._tensors = config.tensors()
         self._checkpoint = checkpoint
         self._place = place
 
@@ -99,23 +73,21 @@ class PartCheckpoint:
         return name in self._checkpoint
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape = self._checkpoint.shape(name)
-        split = split_of(name)
-        if split is None or (len(shape) == 1 and split[0] == COLUMNS):
+        shape, split = self._checkpoint.shape(name), self._split(name)
+        if split is None or (len(shape) == 1 and split.axis == COLUMNS):
             return shape
-        axis, counted = split
-        begin, end = self._bounds(counted)
-        return (end - begin, *shape[1:]) if axis == ROWS else (shape[0], end - begin)
+        begin, end = _bounds(split, shape[split.axis], self._place)
+        return (end - begin, *shape[1:]) if split.axis == ROWS else (shape[0], end - begin)
 
     def tensor(self, name: str) -> RawTensor:
-        raw, split, place = self._checkpoint.tensor(name), split_of(name), self._place
+        raw, split, place = self._checkpoint.tensor(name), self._split(name), self._place
         if split is None:
             return raw
-        axis, counted = split
-        if len(raw.shape) == 1 and axis == COLUMNS:
+        if len(raw.shape) == 1 and split.axis == COLUMNS:
             return raw if place.rank == 0 else zeros(raw)
-        cut = cut_tensor(raw, axis, *self._bounds(counted))
-        return dataclasses.replace(cut, part=TensorPart(axis, place.rank, place.size, raw.shape[axis]))
+        whole = raw.shape[split.axis]
+        cut = cut_tensor(raw, split.axis, *_bounds(split, whole, place))
+        return dataclasses.replace(cut, part=TensorPart(split.axis, place.rank, place.size, whole))
 
     def release(self, name: str) -> None:
         self._checkpoint.release(name)
@@ -123,27 +95,18 @@ class PartCheckpoint:
     def close(self) -> None:
         self._checkpoint.close()
 
-    def _bounds(self, counted: str) -> tuple[int, int]:
-        """The rows or columns of this rank. Those of a vocabulary may end beyond it, so that all parts are equal."""
-        config, rank, size = self._config, self._place.rank, self._place.size
-        if counted == "kv_heads":
-            if config.num_kv_heads < size:  # several ranks have query heads of the same one, and a copy of it each
-                first = rank * config.num_kv_heads // size
-                return first * config.head_dim, (first + 1) * config.head_dim
-            each = config.num_kv_heads // size * config.head_dim
-        elif counted == "heads":
-            each = config.num_heads // size * config.head_dim
-        elif counted == "width":
-            each = config.intermediate_size // size
-        else:
-            each = -(-config.vocab_size // size)
-        return rank * each, (rank + 1) * each
+    def _split(self, name: str) -> Split | None:
+        return self._tensors[name].split if name in self._tensors else None
 
 
-def split_of(name: str) -> tuple[int, str] | None:
-    """How a tensor of this name is cut: an entry of SPLITS; None for one that every rank has whole."""
-    module = name.rpartition(".")[0]
-    return SPLITS.get(module) or SPLITS.get(".".join(module.split(".")[-2:]))
+def _bounds(split: Split, whole: int, place: Place) -> tuple[int, int]:
+    """The rows or columns of a rank, of `whole`. Those of a padded split may end beyond, so that all are equal."""
+    unit, rank, size = whole // split.units, place.rank, place.size
+    if split.rule == "shared" and split.units < size:  # several ranks have what reads the same one, and a copy each
+        first = rank * split.units // size
+        return first * unit, (first + 1) * unit
+    each = -(-split.units // size) * unit
+    return rank * each, (rank + 1) * each
 
 
 def cut_tensor(raw: RawTensor, axis: int, begin: int, end: int) -> RawTensor:

@@ -1,0 +1,151 @@
+"""Layers that families share: their tensors, how they are loaded, and what they compute.
+
+Owns grouped-query attention with rotary embedding, and the gated MLP, as most decoders have them. Never names a device,
+sees a request or touches an array: every computation is an operation of the backend seam. T tokens in a step, H hidden
+size.
+
+Splits are those of Shoeybi et al., Megatron-LM, arXiv 1909.08053: what makes the heads and the wide layer is cut along
+its outputs, what reads them along its inputs, so that a layer needs two sums over the ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mooli.backends.base import Array, AttentionSpec, Ops, RopeSpec, Weight
+from mooli.models.config import COLUMNS, ROWS, Split, TensorSpec
+from mooli.models.packer import Packer
+
+Tensors = dict[str, TensorSpec]
+
+
+def vocabulary_tensors(name: str, gguf: str, vocab_size: int, hidden_size: int) -> Tensors:
+    """An embedding or an output head. Each rank has as many ids, the last ones beyond the vocabulary."""
+    return linear_tensors(name, gguf, (vocab_size, hidden_size), Split(ROWS, vocab_size, "ids", "padded"))
+
+
+def linear_tensors(
+    name: str, gguf: str, shape: tuple[int, int], split: Split, *, bias: bool = False, gguf_paired_heads: int = 0
+) -> Tensors:
+    """A linear layer of shape (outputs, inputs)."""
+    tensors = {f"{name}.weight": TensorSpec(shape, f"{gguf}.weight", split, gguf_paired_heads)}
+    if bias:
+        tensors[f"{name}.bias"] = TensorSpec(shape[:1], f"{gguf}.bias", split, gguf_paired_heads)
+    return tensors
+
+
+def norm_tensors(name: str, gguf: str, length: int) -> Tensors:
+    """The gain of a norm; every rank has it whole."""
+    return {f"{name}.weight": TensorSpec((length,), f"{gguf}.weight")}
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query self-attention of one layer. q_norm and k_norm are None where queries and keys have no norm.
+
+    Sources: GQA, arXiv 2305.13245; RoFormer, arXiv 2104.09864; Qwen3's norms, arXiv 2505.09388.
+    """
+
+    ops: Ops
+    spec: AttentionSpec
+    rope: RopeSpec
+    eps: float
+    qkv: Weight
+    q_norm: Weight | None
+    k_norm: Weight | None
+    o: Weight
+
+    @staticmethod
+    def tensors(
+        name: str,
+        gguf: str,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool,
+        o_bias: bool,
+        qk_norm: bool,
+        gguf_pairs: bool,
+    ) -> Tensors:
+        """name: of the module, as `model.layers.0.self_attn`; gguf: of the block, as `blk.0`. gguf_pairs: GGUF files
+        have the rows of queries and keys in pairs."""
+        queries, keys = num_heads * head_dim, num_kv_heads * head_dim
+        heads = Split(ROWS, num_heads, "attention heads")
+        kv_heads = Split(ROWS, num_kv_heads, "key and value heads", "shared")
+        tensors: Tensors = {}
+        for part, rows, split in (("q", queries, heads), ("k", keys, kv_heads), ("v", keys, kv_heads)):
+            tensors |= linear_tensors(
+                f"{name}.{part}_proj",
+                f"{gguf}.attn_{part}",
+                (rows, hidden_size),
+                split,
+                bias=qkv_bias,
+                gguf_paired_heads=split.units if gguf_pairs and part != "v" else 0,
+            )
+        if qk_norm:
+            tensors |= norm_tensors(f"{name}.q_norm", f"{gguf}.attn_q_norm", head_dim)
+            tensors |= norm_tensors(f"{name}.k_norm", f"{gguf}.attn_k_norm", head_dim)
+        summed = Split(COLUMNS, num_heads, "attention heads")
+        return tensors | linear_tensors(
+            f"{name}.o_proj", f"{gguf}.attn_output", (hidden_size, queries), summed, bias=o_bias
+        )
+
+    @classmethod
+    def load(
+        cls, packer: Packer, name: str, ops: Ops, spec: AttentionSpec, rope: RopeSpec, eps: float, *, qk_norm: bool
+    ) -> Attention:
+        """The module of this name. All layers take the same `spec` and `rope` where theirs are equal."""
+        return cls(
+            ops,
+            spec,
+            rope,
+            eps,
+            qkv=packer.linear(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"),
+            q_norm=packer.vector(f"{name}.q_norm.weight") if qk_norm else None,
+            k_norm=packer.vector(f"{name}.k_norm.weight") if qk_norm else None,
+            o=packer.linear(f"{name}.o_proj"),
+        )
+
+    def mix(self, batch: Any, layer: int, x: Array) -> Array:
+        """What each token takes from those before it: (T, H) to (T, num_heads * head_dim). Stores keys and values."""
+        qkv = self.ops.linear(x, self.qkv)
+        if self.q_norm is not None:
+            qkv = self.ops.head_norm(qkv, self.spec, self.q_norm, self.k_norm, self.eps)
+        qkv = self.ops.rope(batch, qkv, self.spec, self.rope)
+        return self.ops.attend(batch, layer, qkv, self.spec)
+
+    def output(self, mixed: Array, residual: Array) -> Array:
+        """What `mix` returned, projected and added: (T, H)."""
+        return self.ops.linear(mixed, self.o, residual=residual)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMLP:
+    """down(silu(gate x) * up x) of one layer. Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202."""
+
+    ops: Ops
+    gate_up: Weight
+    down: Weight
+
+    @staticmethod
+    def tensors(name: str, gguf: str, *, hidden_size: int, width: int, bias: bool) -> Tensors:
+        """name: of the module, as `model.layers.0.mlp`; gguf: of the block, as `blk.0`."""
+        what = "columns of wide layers"
+        made, summed = Split(ROWS, width, what), Split(COLUMNS, width, what)
+        return {
+            **linear_tensors(f"{name}.gate_proj", f"{gguf}.ffn_gate", (width, hidden_size), made, bias=bias),
+            **linear_tensors(f"{name}.up_proj", f"{gguf}.ffn_up", (width, hidden_size), made, bias=bias),
+            **linear_tensors(f"{name}.down_proj", f"{gguf}.ffn_down", (hidden_size, width), summed, bias=bias),
+        }
+
+    @classmethod
+    def load(cls, packer: Packer, name: str, ops: Ops) -> GatedMLP:
+        gate_up = packer.gated(f"{name}.gate_proj", f"{name}.up_proj")
+        return cls(ops, gate_up, packer.linear(f"{name}.down_proj"))
+
+    def output(self, x: Array, residual: Array) -> Array:
+        """(T, H), the residual added."""
+        return self.ops.linear(self.ops.linear_silu_mul(x, self.gate_up), self.down, residual=residual)

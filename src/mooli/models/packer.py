@@ -1,0 +1,104 @@
+"""A model's tensors on their way to the backend, one after the other.
+
+Owns which tensors are in use: each is read by name, packed by the backend, and let go of when the backend has read it,
+so that no more of a file is in memory than keeps the backend busy. Never converts a value and knows no family.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from mooli.backends.base import Backend, Weight
+from mooli.models.checkpoint import Checkpoint
+from mooli.models.config import ModelConfig
+from mooli.tensor import RawTensor
+
+MOST_UNREAD_BYTES = 256 << 20
+"""Of tensors that a backend has been given and not read yet, those that are copies of what the file holds included. So
+much keeps it busy while the interpreter is somebody else's for a while: a tokenizer's library keeps it for 0.4 s."""
+
+
+class Packer:
+    """Reads tensors by name and has the backend pack them. A module has a `.weight`, and may have a `.bias`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`progress(done, total)` is called at once, and whenever tensors have been packed."""
+        self._tensors = config.tensors()
+        self._checkpoint = checkpoint
+        self._backend = backend
+        self._progress = progress
+        self._unread: deque[tuple[RawTensor, ...]] = deque()
+        """The tensors of each call of the backend that may still read them."""
+        self._unread_bytes = self._num_read = 0
+        self._report()
+
+    def embedding(self, module: str) -> Weight:
+        table = self._checkpoint.tensor(f"{module}.weight")
+        return self._packed(self._backend.load_embedding(table), table)
+
+    def head(self, module: str) -> Weight:
+        table = self._checkpoint.tensor(f"{module}.weight")
+        return self._packed(self._backend.load_linear([table], head=True), table)
+
+    def tied(self, module: str) -> tuple[Weight, Weight]:
+        """The embedding and the head that are one table."""
+        table = self._checkpoint.tensor(f"{module}.weight")
+        both: tuple[Weight, Weight] = self._packed(self._backend.load_tied(table), table)
+        return both
+
+    def vector(self, name: str) -> Weight:
+        vector = self._checkpoint.tensor(name)
+        return self._packed(self._backend.load_vector(vector), vector)
+
+    def linear(self, *modules: str) -> Weight:
+        """Linear layers stacked along their outputs. All have a bias among the model's tensors, or none has."""
+        tensors, biases = self._weights(modules), self._biases(modules)
+        return self._packed(self._backend.load_linear(tensors, biases), *tensors, *biases)
+
+    def gated(self, gate: str, up: str) -> Weight:
+        """The weight of `Ops.linear_silu_mul`; biases as in `linear`."""
+        (first, second), biases = self._weights((gate, up)), self._biases((gate, up))
+        return self._packed(self._backend.load_gated(first, second, biases), first, second, *biases)
+
+    def finish(self) -> None:
+        """Returns when all is packed."""
+        while self._unread:
+            self._release(at_most=len(self._unread) - 1)
+
+    def _weights(self, modules: tuple[str, ...]) -> list[RawTensor]:
+        return [self._checkpoint.tensor(f"{module}.weight") for module in modules]
+
+    def _biases(self, modules: tuple[str, ...]) -> list[RawTensor]:
+        names = [f"{module}.bias" for module in modules]
+        return [self._checkpoint.tensor(name) for name in names if name in self._tensors]
+
+    def _packed(self, weight: Weight, *tensors: RawTensor) -> Weight:
+        self._unread.append(tensors)
+        self._unread_bytes += sum(tensor.data.nbytes for tensor in tensors)
+        self._release(at_most=len(self._unread))
+        while self._unread_bytes > MOST_UNREAD_BYTES:
+            self._release(at_most=len(self._unread) - 1)
+        return weight
+
+    def _release(self, at_most: int) -> None:
+        """Let go of what has been read, when it is all but `at_most` of the backend's calls."""
+        num_unread = self._backend.unread_loads(at_most)
+        if num_unread == len(self._unread):
+            return
+        while len(self._unread) > num_unread:
+            for tensor in self._unread.popleft():
+                self._unread_bytes -= tensor.data.nbytes
+                self._num_read += 1
+                self._checkpoint.release(tensor.name)
+        self._report()
+
+    def _report(self) -> None:
+        if self._progress is not None:
+            self._progress(self._num_read, len(self._tensors))
