@@ -23,6 +23,7 @@ from mooli.cache.kv_cache import KVCache
 from mooli.engine import rank_process
 from mooli.engine.core import EngineCore
 from mooli.errors import ConfigError
+from mooli.models import registry
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
 from mooli.models.llama import LlamaConfig
@@ -31,6 +32,7 @@ from mooli.models.sharding import Place, part_checkpoint
 from mooli.runner.model_runner import ModelRunner
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import Request, SamplingParams
+from toy_family import TOY, ToyConfig
 
 PAGE_SIZE = 16
 POOL_TOKENS = 640
@@ -48,7 +50,7 @@ def config(family: str, **changes: Any) -> ModelConfig:
     return LlamaConfig(family=family, architecture=family, **(sizes | changes))
 
 
-FAMILIES = {
+FAMILIES: dict[str, tuple[ModelConfig, int]] = {
     "llama, tied, biases on every layer": (
         config("llama", tie_word_embeddings=True, qkv_bias=True, o_bias=True, mlp_bias=True), 2,
     ),
@@ -56,6 +58,13 @@ FAMILIES = {
     "qwen2": (config("qwen2", qkv_bias=True), 2),
     "qwen3": (config("qwen3", qk_norm=True, num_kv_heads=4, num_layers=1), 4),
     "qwen2, key heads on two ranks each": (config("qwen2", qkv_bias=True, num_layers=1), 4),
+    "a family that the package does not know": (
+        ToyConfig(
+            family="toy", architecture="ToyLM", vocab_size=121, hidden_size=32, num_layers=2, num_queries=4,
+            num_kv_heads=2, width=64, has_bias=True, max_position_embeddings=512,
+        ),
+        2,
+    ),
 }  # fmt: skip
 
 
@@ -206,7 +215,10 @@ def values(entries: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_random_mixes_on_ranks_answer_as_one_rank_alone_and_cold(name: str, tmp_path: Path) -> None:
+def test_random_mixes_on_ranks_answer_as_one_rank_alone_and_cold(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.FAMILIES, TOY.name, TOY)
     model, size = FAMILIES[name]
     expected: dict[str, Answer] = {}
     with group(model, 1, tmp_path) as alone:
