@@ -112,8 +112,6 @@ def plan_memory(
     stored_types = stored_types or {}
     weights = _loaded_bytes(config, sizes, tp, stored_types)
     kv_dtype = kv_type(kv_cache_dtype, dtype, sizes.auto_dtype)
-    if kv_dtype == "int8" and not ABILITIES[device].has_int8_kv:
-        raise ConfigError(f"kv_cache_dtype='int8' is not possible on {device}, only on a CPU")
     page_size = sizes.default_page_size
     page_bytes = sizes.kv_bytes_per_page(config.part(tp).kv_spec(page_size, kv_dtype))
     needs = PoolNeeds(

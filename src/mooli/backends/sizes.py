@@ -158,7 +158,8 @@ def is_w8a8(tensors: Sequence[RawTensor], dtype: str, quantization: str | None, 
 def page_bytes(spec: KVSpec) -> int:
     """Bytes of one KV page of the backends of PyTorch, all layers. Raises ConfigError for an unknown KV type."""
     if spec.dtype not in ITEM_BYTES:
-        raise ConfigError(f"unknown type {spec.dtype!r}; choose one of {', '.join(ITEM_BYTES)}")
+        others = ", ".join(ITEM_BYTES)
+        raise ConfigError(f"kv_cache_dtype={spec.dtype!r} is possible only on a CPU; here it is one of {others}")
     return spec.num_layers * 2 * spec.page_size * spec.num_kv_heads * spec.head_dim * ITEM_BYTES[spec.dtype]
 
 
