@@ -171,7 +171,7 @@ def test_a_gguf_tensor_that_the_family_does_not_have_is_refused(tmp_path: Path) 
 
 @pytest.mark.parametrize("layer", ["00", "-1", "1e3", "99999"])
 def test_odd_layer_numbers_are_no_layer(layer: str) -> None:
-    names = gguf_names(DUMMY)
+    names = gguf_names(DUMMY.tensors())
     assert names["blk.1.attn_q.weight"] == "model.layers.1.self_attn.q_proj.weight"
     assert f"blk.{layer}.attn_q.weight" not in names
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.formats.gguf import GGUFFile
 from mooli.formats.safetensors import SafetensorsFolder
-from mooli.models.config import ModelConfig
+from mooli.models.config import ModelConfig, TensorSpec
 from mooli.tensor import RawTensor, TensorType, row_bytes
 
 
@@ -91,9 +91,9 @@ class SafetensorsCheckpoint:
         self._folder.close()
 
 
-def gguf_names(config: ModelConfig) -> dict[str, str]:
+def gguf_names(tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
     """The name of every tensor in a GGUF file, to the name that the model has for it."""
-    return {spec.gguf: name for name, spec in config.tensors().items()}
+    return {spec.gguf: name for name, spec in tensors.items()}
 
 
 class GGUFCheckpoint:
@@ -107,7 +107,7 @@ class GGUFCheckpoint:
             )
         self._file = file
         self._tensors = config.tensors()
-        names = gguf_names(config)
+        names = gguf_names(self._tensors)
         self._gguf_names = {names.get(name, name): name for name in file.tensors}
 
     def names(self) -> Iterable[str]:

@@ -134,9 +134,7 @@ def _open_folder(
             raise _pickle_error(pickles[0])
         raise ModelNotFoundError(f"{path} has config.json but no .safetensors file; download the weights too")
     checkpoint = (
-        SafetensorsCheckpoint(path)
-        if description is None
-        else ModelslimCheckpoint(path, description, biases=config.tensors())
+        SafetensorsCheckpoint(path) if description is None else ModelslimCheckpoint(path, description, config.tensors())
     )
     try:
         embedding = next(iter(config.tensors()))
@@ -155,7 +153,7 @@ def stored_types(path: Path, config: ModelConfig) -> dict[str, TensorType] | Non
     if path.is_dir():
         description = find_description(path)
         return None if description is None else described_types(description)
-    names = gguf_names(config)
+    names = gguf_names(config.tensors())
     with GGUFFile(path) as file:
         return {names.get(name, name): info.type for name, info in file.tensors.items()}
 

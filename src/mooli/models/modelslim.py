@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.formats.json_file import read_json
 from mooli.formats.safetensors import SafetensorsFolder
+from mooli.models.config import TensorSpec
 from mooli.models.fields import short
 from mooli.tensor import RawTensor, TensorType
 
 FLOAT, DYNAMIC, STATIC = "FLOAT", "W8A8_DYNAMIC", "W8A8"
 
-_EMBEDDING = "model.embed_tokens.weight"
 _PARTS = {
     DYNAMIC: ("weight_scale", "weight_offset"),
     STATIC: ("input_scale", "input_offset", "quant_bias", "deq_scale", "weight_scale", "weight_offset"),
@@ -64,14 +64,14 @@ def described_types(description: Path) -> dict[str, TensorType]:
 class ModelslimCheckpoint:
     """A folder of safetensors with a description. The biases of static layers are made from what is stored."""
 
-    def __init__(self, folder: Path, description: Path, biases: Container[str] = ()) -> None:
-        """`biases`: names of those that the model has; a static layer without one must have none in what it stores.
+    def __init__(self, folder: Path, description: Path, tensors: Mapping[str, TensorSpec]) -> None:
+        """`tensors`: those of the model; a static layer that has no bias there must have none in what it stores.
 
         Raises UnsupportedModelError for a quantisation that is not read, CheckpointError where description and tensors
         do not agree.
         """
         self._label = description.name
-        self._biases = biases
+        self._tensors = tensors
         kinds = _weight_kinds(self._label, read_json(description))
         self._folder = SafetensorsFolder(folder)
         try:
@@ -98,7 +98,7 @@ class ModelslimCheckpoint:
             raise
 
     def _check_quantised(self, name: str, kind: str, stored: Container[str]) -> None:
-        if name == _EMBEDDING:
+        if name == next(iter(self._tensors)):
             raise UnsupportedModelError(
                 f"{self._label} says that {name} is {kind}: a quantised embedding is not read; {_WHAT_TO_DO}"
             )
@@ -144,7 +144,7 @@ class ModelslimCheckpoint:
         if name not in self._kinds:
             return self._folder.tensor(name)
         codes = self._folder.array(name)
-        if _sibling(name, "bias") in self._made_biases and _sibling(name, "bias") not in self._biases:
+        if _sibling(name, "bias") in self._made_biases and _sibling(name, "bias") not in self._tensors:
             self._check_no_bias(name, codes)
         return RawTensor(name, TensorType.I8, codes.shape, codes.view(np.uint8), self._scales(name, len(codes)))
 

@@ -31,6 +31,8 @@ class Place:
 def check_size(config: ModelConfig, size: int) -> None:
     """Raise ConfigError, naming the numbers that are possible, if `size` ranks cannot share the model: each has as many
     of everything, and whole ones."""
+    if size == 1:
+        return
     splits = list(dict.fromkeys(spec.split for spec in config.tensors().values() if spec.split is not None))
     if all(_fits(split, size) for split in splits):
         return
