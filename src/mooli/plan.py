@@ -19,7 +19,7 @@ from typing import Any, cast
 from mooli.arguments import parse_size
 from mooli.backends.base import Backend
 from mooli.backends.sizes import AscendSizes, CudaSizes, Sizes, TorchSizes
-from mooli.config import ABILITIES, DTYPES
+from mooli.config import DTYPES
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, kv_type, num_pool_pages
 from mooli.errors import ConfigError, OutOfMemoryError
 from mooli.hub import resolve
