@@ -151,6 +151,20 @@ NB_MODULE(_native, m) {
       .def("settle", &Device::settle, nb::call_guard<nb::gil_scoped_release>())
       .def("release", &Device::release, nb::call_guard<nb::gil_scoped_release>())
       .def("copy_page", &Device::copy_page, nb::call_guard<nb::gil_scoped_release>())
+      .def("read_pages", [](Device& d, In<int32_t> pages, int64_t tokens, nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
+        nb::gil_scoped_release release;
+        d.read_pages(pages.data(), pages.shape(0), tokens, (char*)out.data(), out.shape(0));
+      })
+      .def("write_pages", [](Device& d, In<int32_t> pages, In<uint8_t> data) {
+        nb::gil_scoped_release release;
+        d.write_pages(pages.data(), pages.shape(0), (const char*)data.data(), data.shape(0));
+      })
+      .def_ro("num_pages", &Device::num_pages)
+      // how keys and values lie in their tiles: see kernels.h
+      .def_prop_ro("kv_layout", [](const Device& d) {
+        constexpr const char* kNames[kNumKvTypes] = {"float32", "float16", "bfloat16", "bfloat16 panels", "int8"};
+        return std::string(kNames[d.kv_type]);
+      })
       .def("plan", [](Device& d, In<int32_t> ids, In<int32_t> positions, In<int32_t> lengths,
                       nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> table, In<int32_t> asked, int vocab) {
         if (positions.shape(0) != ids.shape(0) || table.shape(0) != lengths.shape(0)) throw std::invalid_argument("step arrays of different lengths");

@@ -263,6 +263,45 @@ void Device::copy_page(int source, int target, int tokens) {
     }
 }
 
+void Device::check_pages(const int32_t* pages, size_t count, size_t bytes) const {
+  for (size_t i = 0; i < count; i++)
+    if (pages[i] < 0 || pages[i] >= num_pages) throw std::invalid_argument("page " + std::to_string(pages[i]) + " outside the pool");
+  if (num_pages == 0 || bytes % page_bytes() != 0 || bytes / page_bytes() != count)
+    throw std::invalid_argument(std::to_string(bytes) + " bytes are not those of " + std::to_string(count) + " pages");
+}
+
+void Device::read_pages(const int32_t* pages, size_t count, int64_t tokens, char* out, size_t bytes) {
+  check_pages(pages, count, bytes);
+  if (tokens < 0 || tokens > int64_t(count) * page_size) throw std::invalid_argument("more tokens than the pages hold");
+  settle();  // what has begun may be storing behind their tokens
+  const size_t stride = page_bytes(), heads = size_t(layers) * kv_heads, k_bytes = k_tile_bytes(kv_type, head_dim);
+  const int per_page = page_size / kTile;
+  Buffer tile(tile_bytes());
+  const std::vector<float> zeros(size_t(head_dim), 0.f);
+  for (size_t i = 0; i < count; i++, out += stride) {
+    memcpy(out, k_tile(0, pages[i] * per_page, 0), stride);
+    for (int t = 0; t < per_page; t++) {
+      const int64_t left = tokens - int64_t(i) * page_size - int64_t(t) * kTile;
+      char* at = out + t * heads * tile_bytes();
+      if (left <= 0) memset(at, 0, heads * tile_bytes());
+      if (left <= 0 || left >= kTile) continue;
+      for (size_t h = 0; h < heads; h++, at += tile_bytes()) {  // in memory that is aligned, which `out` need not be
+        memcpy(tile.data(), at, tile_bytes());
+        for (int token = int(left); token < kTile; token++)
+          kernels.store_kv[kv_type](zeros.data(), zeros.data(), head_dim, tile.data(), tile.data() + k_bytes, token);
+        memcpy(at, tile.data(), tile_bytes());
+      }
+    }
+  }
+}
+
+void Device::write_pages(const int32_t* pages, size_t count, const char* data, size_t bytes) {
+  check_pages(pages, count, bytes);
+  settle();  // what has begun may be storing into pages that have changed hands since
+  for (size_t i = 0; i < count; i++)
+    memcpy(k_tile(0, pages[i] * (page_size / kTile), 0), data + i * page_bytes(), page_bytes());
+}
+
 void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, const int32_t* lengths, const int32_t* page_table,
                   int pages_per_row, int num_asked, const int32_t* asked_tokens, int vocab_size) {
   if (ahead == BEGUN && is_planned_already(tokens, ids, pos, rows, lengths, page_table, pages_per_row, num_asked, asked_tokens)) {

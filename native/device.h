@@ -89,6 +89,11 @@ class Device {
   void allocate_kv(int kv_type, int layers, int kv_heads, int head_dim, int page_size, int64_t num_pages);
   void allocate_scratch(int max_tokens, int max_k, int num_heads, int head_dim);
   void copy_page(int source, int target, int tokens);
+  // Pages as bytes, one behind the other, and pages from such bytes. `tokens`: how many they hold, counted from the first one's
+  // first; those behind them are as if zeros had been stored. Throws std::invalid_argument on an index out of range, and if
+  // there are not as many bytes as pages have.
+  void read_pages(const int32_t* pages, size_t count, int64_t tokens, char* out, size_t bytes);
+  void write_pages(const int32_t* pages, size_t count, const char* data, size_t bytes);
   void release();  // give back KV pool and scratch
   // Take over the host arrays of a step. Throws std::invalid_argument on an index out of range.
   // `asked`: ascending, the tokens whose hidden states are wanted.
@@ -109,6 +114,7 @@ class Device {
     return kv.data() + (size_t(tile) * layers + layer) * kv_heads * tile_bytes() + size_t(head) * tile_bytes();
   }
   char* v_tile(int layer, int tile, int head) const { return k_tile(layer, tile, head) + k_tile_bytes(kv_type, head_dim); }
+  size_t page_bytes() const { return size_t(page_size / kTile) * layers * kv_heads * tile_bytes(); }
   void clear_v(char* tile, int from) const;
 
   ThreadPool pool;
@@ -148,6 +154,7 @@ class Device {
   WorkQueue packing;                     // the last member: its jobs use the others
 
  private:
+  void check_pages(const int32_t* pages, size_t count, size_t bytes) const;
   int last_position(const AttendMember& m) const { return positions[m.first_token + m.tokens - 1]; }
   int full_blocks(const AttendMember& m) const { return (last_position(m) + 1) / kBlock; }
   int tile_of(const int32_t* pages, int pages_per_row, int tile) const;

@@ -4,7 +4,8 @@ Random mixes of batch, chunk size, cold and warm cache, pools so small that requ
 one batch, and guessed tokens in every other mix (200 as the file has the weights, 40 at 8 bits, 20 with
 a KV cache of 8 bits): each request's tokens and log-probabilities are those of the request run alone and cold. A third
 of the requests have a constraint, and of these the greedy ones give what decoding token by token gives, with logits
-from plain steps and the reference sampler.
+from plain steps and the reference sampler. Nor does an answer depend on pages that were carried off as bytes and
+brought back elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pytest
 
 from constraints import Automaton, Even, NotTwice, Rule, RuleConstraint, words_of
 from mooli.backends import create_backend
-from mooli.backends.base import Limits
+from mooli.backends.base import Backend, Limits
 from mooli.backends.reference_sampling import sample_row
 from mooli.batch import TokenMasks
 from mooli.cache.kv_cache import KVCache
@@ -31,6 +32,7 @@ from mooli.runner.model_runner import ModelRunner
 from mooli.scheduler.drafts import DraftSettings
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import Request, RequestOutput, SamplingParams, TokenLogprobs
+from page_moves import Place
 from steps import Choice, Row, sampling_batch, step
 
 PAGE_SIZE = 32
@@ -45,6 +47,7 @@ Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs] | None]
 @dataclass(frozen=True)
 class RealModel:
     runner: ModelRunner
+    backend: Backend
     vocab_size: int
     num_mixes: int
     seed: int
@@ -106,7 +109,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
     runner = ModelRunner(built, backend, config.vocab_size)
     size = config.vocab_size
     rules: list[Rule] = [Even(size), NotTwice(size), Automaton(size, 1), Automaton(size, 2)]
-    yield RealModel(runner, size, *MIXES[kind], rules)
+    yield RealModel(runner, backend, size, *MIXES[kind], rules)
     backend.close()
 
 
@@ -191,7 +194,7 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
 
 def decode(model: RealModel, request: Request) -> list[int]:
     """A greedy request token by token: a plain step each, and the reference sampler on its logits."""
-    backend, rule = model.runner._backend, model.rule(request)
+    backend, rule = model.backend, model.rule(request)
     prompt, made = request.prompt_ids.tolist(), []
     for _ in range(request.sampling.max_new_tokens or 0):
         ids, start = (made[-1:], len(prompt) + len(made) - 1) if made else (prompt, 0)
@@ -216,7 +219,7 @@ def test_constrained_requests_answer_as_they_do_token_by_token(model: RealModel)
             Request(rid=str(3 * index + 2 * (index % 4 != 3)), prompt_ids=np.array(prompt, np.int32), sampling=sampling)
         )
     expected = {request.rid: decode(model, request) for request in wanted}
-    device = model.runner._backend._device  # type: ignore[attr-defined]
+    device = model.backend._device  # type: ignore[attr-defined]
     preempted = right = 0
     for num_pages, chunk, drafts in (
         (NUM_PAGES, MAX_TOKENS, None),
@@ -233,3 +236,13 @@ def test_constrained_requests_answer_as_they_do_token_by_token(model: RealModel)
         if drafts is None and device.num_threads > 1:
             assert device.num_begun_steps > num_begun, "steps begin before their masks are known"
     assert preempted and right
+
+
+def test_sequences_whose_pages_are_carried_off_and_back_answer_as_if_they_had_stayed(model: RealModel) -> None:
+    place = Place(model.runner, model.backend, PAGE_SIZE, NUM_PAGES, model.vocab_size, MAX_TOKENS)
+    draw = random.Random(model.seed)
+    for length in (1, 32, 77, 300):
+        prompt = [draw.randrange(model.vocab_size) for _ in range(length)]
+        pages = draw.sample(range(NUM_PAGES), -(-(length + 12) // PAGE_SIZE))
+        stayed = place.decode(prompt, 12, pages)
+        assert place.decode(prompt, 12, pages, draw) == stayed, f"a prompt of {length} tokens"

@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
 from mooli.tensor import RawTensor
 
+NUMERIC_VERSION = 1
+"""Raised by whoever changes a bit of what a model leaves in a KV page, on any backend: operations, packing, layouts,
+models. Pages of another version are never used. `tests/backends/test_numeric_version.py` notices most changes."""
+
 Array = Any
 """Opaque to models. Activations have shape (tokens, features)."""
 
@@ -213,6 +217,33 @@ class Backend(Protocol):
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy-on-write: the first `num_tokens` tokens of each source page, in order."""
+        ...
+
+    def read_pages(
+        self, pages: Sequence[int] | NDArray[np.int32], num_tokens: int | None = None, out: Any = None
+    ) -> NDArray[np.uint8]:
+        """Pages as bytes: uint8 (pages, `kv_bytes_per_page`), each page whole and in one piece, in the order given.
+
+        num_tokens: how many the pages hold, counted from the first one's first; those behind them come as if their keys
+        and values were zeros, so that equal tokens are equal bytes. None: every page is full. out: a contiguous buffer
+        of that size to read into, and then nothing is allocated. Called between steps, on their thread; the interpreter
+        is not held while bytes are copied.
+
+        Raises EngineError for pages outside the pool or given twice, and for a buffer that does not fit.
+        """
+        ...
+
+    def write_pages(self, pages: Sequence[int] | NDArray[np.int32], data: Any) -> None:
+        """Pages from the bytes that `read_pages` gave of as many pages, whichever they were: exact to the bit.
+
+        data: any contiguous buffer. Its meaning is not looked at: it must come from a pool of the same `page_format`,
+        of the same model. Called between steps, on their thread. Raises EngineError as `read_pages` does.
+        """
+        ...
+
+    def page_format(self) -> dict[str, str]:
+        """What besides model and arguments decides the bits of a page of the allocated pool, by name: where values
+        lie, instruction set, libraries. Pages may be written where it is the same."""
         ...
 
     # -- a step --

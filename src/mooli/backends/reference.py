@@ -24,6 +24,7 @@ from mooli.backends.base import (
 )
 from mooli.backends.dequant import dequantize
 from mooli.backends.host_memory import host_memory
+from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
 from mooli.errors import ConfigError, OutOfMemoryError
 from mooli.tensor import RawTensor
@@ -249,7 +250,7 @@ class ReferenceBackend:
                 "set OMP_NUM_THREADS before the start, or use backend 'cpu'"
             )
         self.ops = ReferenceOps()
-        self._page_size = 0
+        self._page_size = self._num_pages = self._page_bytes = 0
         self._weight_bytes = 0
 
     def check_page_size(self, page_size: int) -> None:
@@ -310,7 +311,8 @@ class ReferenceBackend:
                 f"a KV pool of {num_pages} pages needs {needed} bytes; lower max_total_tokens or mem_fraction_static"
             ) from exc
         self.ops.kv_dtype = spec.dtype
-        self._page_size = spec.page_size
+        self._page_size, self._num_pages = spec.page_size, num_pages
+        self._page_bytes = self.kv_bytes_per_page(spec)
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         for copy in copies:
@@ -318,6 +320,34 @@ class ReferenceBackend:
             kept = self.ops.kv[:, :, source : source + copy.num_tokens].copy()
             self.ops.kv[:, :, target : target + copy.num_tokens] = kept
             self.ops.kv[:, :, target + copy.num_tokens : target + self._page_size] = 0
+
+    def read_pages(
+        self, pages: Sequence[int] | NDArray[np.int32], num_tokens: int | None = None, out: Any = None
+    ) -> Bytes:
+        numbers = page_numbers(pages, self._num_pages)
+        held = held_tokens(num_tokens, len(numbers), self._page_size)
+        result = read_into(out, len(numbers), self._page_bytes)
+        read = self._pages()[numbers]
+        for index in range(held // self._page_size, len(numbers)):
+            read[index, :, :, max(0, held - index * self._page_size) :] = 0
+        result[:] = read.reshape(len(numbers), self._page_bytes // 4).view(np.uint8)
+        return result
+
+    def write_pages(self, pages: Sequence[int] | NDArray[np.int32], data: Any) -> None:
+        numbers = page_numbers(pages, self._num_pages)
+        given = pages_of(data, len(numbers), self._page_bytes)
+        whole = self._pages()
+        whole[numbers] = given.view(np.float32).reshape(len(numbers), *whole.shape[1:])
+
+    def page_format(self) -> dict[str, str]:
+        return {"layout": "[layer][K, V][token][kv head][value] float32", "library": f"numpy {np.__version__}"}
+
+    def _pages(self) -> Floats:
+        """The pool as (pages, layers, 2, page size, kv heads, head_dim)."""
+        layers, _, _, *head = self.ops.kv.shape
+        pool = self.ops.kv.reshape(layers, 2, self._num_pages, self._page_size, *head)
+        pages: Floats = pool.transpose(2, 0, 1, 3, 4, 5)
+        return pages
 
     def plan(self, batch: ScheduleBatch) -> ForwardBatch:
         rows = []
@@ -364,6 +394,7 @@ class ReferenceBackend:
     def close(self) -> None:
         """Give the KV pool back. Weights go with the model that holds them."""
         self.ops.kv = np.empty((0, 2, 0, 0, 0), dtype=np.float32)
+        self._num_pages = 0
 
     def _count(self, array: Floats) -> Floats:
         self._weight_bytes += array.nbytes

@@ -187,6 +187,9 @@ class AscendBackend(TorchBackend):
         if self.graphs is not None:
             self._steps = StaticSteps(limits, num_pages, self.device)
 
+    def page_format(self) -> dict[str, str]:
+        return {**super().page_format(), "switched off": ", ".join(sorted(self._switches.off))}
+
     # ------------------------------------------------------------------ a step
 
     def plan(self, batch: ScheduleBatch) -> ForwardBatch:

@@ -32,6 +32,7 @@ from mooli.backends.cpu.processors import cpu_quota, default_num_threads, usable
 from mooli.backends.cpu.tape import CapturedTape, Planned, Result, Rows, TapeOps
 from mooli.backends.dequant import dequantize, with_scales_in_groups
 from mooli.backends.host_memory import host_memory
+from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
 from mooli.errors import ConfigError, EngineError, OutOfMemoryError, UnsupportedModelError
 from mooli.tensor import BLOCK, RawTensor, TensorType
@@ -323,6 +324,28 @@ class CpuBackend:
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         for copy in copies:
             self._device.copy_page(copy.source, copy.target, copy.num_tokens)
+
+    def read_pages(
+        self, pages: Sequence[int] | NDArray[np.int32], num_tokens: int | None = None, out: Any = None
+    ) -> Bytes:
+        spec, numbers = self._pool(), page_numbers(pages, self._device.num_pages)
+        held = held_tokens(num_tokens, len(numbers), spec.page_size)
+        result = read_into(out, len(numbers), page_bytes(spec))
+        self._device.read_pages(numbers, held, result.reshape(-1))
+        return result
+
+    def write_pages(self, pages: Sequence[int] | NDArray[np.int32], data: Any) -> None:
+        spec, numbers = self._pool(), page_numbers(pages, self._device.num_pages)
+        self._device.write_pages(numbers, pages_of(data, len(numbers), page_bytes(spec)).reshape(-1))
+
+    def page_format(self) -> dict[str, str]:
+        layout = f"[tile of {TILE}][layer][kv head][K, V] {self._device.kv_layout}"
+        return {"layout": layout, "instruction set": self._device.isa}
+
+    def _pool(self) -> KVSpec:
+        if self._kv is None:
+            raise ConfigError("allocate the KV pool before reading or writing pages")
+        return self._kv
 
     # ------------------------------------------------------------------ a step
 

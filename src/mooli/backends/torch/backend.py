@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mooli.backends.base import KVSpec, Limits, MemoryInfo, SampleResult
 from mooli.backends.host_memory import host_memory
+from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
 from mooli.backends.parallel import RankGroup
 from mooli.backends.reference_sampling import LogprobTuple
 from mooli.backends.sizes import TorchSizes, cannot_quantise, page_bytes
@@ -251,6 +252,27 @@ class TorchBackend:
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         with torch.no_grad():
             self._allocated().copy(copies)
+
+    def read_pages(
+        self, pages: Sequence[int] | NDArray[np.int32], num_tokens: int | None = None, out: Any = None
+    ) -> Bytes:
+        pool = self._allocated()
+        numbers = page_numbers(pages, pool.num_pages)
+        held = held_tokens(num_tokens, len(numbers), pool.page_size)
+        result = read_into(out, len(numbers), pool.page_bytes)
+        with torch.no_grad():
+            pool.read(numbers.tolist(), held, result)
+        return result
+
+    def write_pages(self, pages: Sequence[int] | NDArray[np.int32], data: Any) -> None:
+        pool = self._allocated()
+        numbers = page_numbers(pages, pool.num_pages)
+        with torch.no_grad():
+            pool.write(numbers.tolist(), pages_of(data, len(numbers), pool.page_bytes))
+
+    def page_format(self) -> dict[str, str]:
+        layout = "[layer][K, V][token][kv head][value]"
+        return {"layout": f"{layout} {self._allocated().storage.dtype}", "library": self.describe()["library"]}
 
     def _allocated(self) -> KVPool:
         if self.pool is None:

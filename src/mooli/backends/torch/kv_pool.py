@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mooli.backends.base import KVSpec
+from mooli.backends.page_bytes import Bytes
 from mooli.backends.sizes import page_bytes
 from mooli.backends.torch.dtypes import torch_dtype
 from mooli.batch import PageCopy
@@ -30,12 +31,13 @@ class KVPool:
         self.num_kv_heads = spec.num_kv_heads
         self.head_dim = spec.head_dim
         self.num_pages = num_pages
+        self.page_bytes = page_bytes(spec)
         shape = (spec.num_layers, 2, num_pages + num_spare_pages, spec.page_size, spec.num_kv_heads, spec.head_dim)
         dtype = torch_dtype(spec.dtype)
         try:
             self.storage = torch.empty(shape, dtype=dtype, device=device)
         except RuntimeError as exc:  # of which torch's own out-of-memory error is one
-            size = num_pages * page_bytes(spec)
+            size = num_pages * self.page_bytes
             raise OutOfMemoryError(
                 f"no memory on {device} for a KV pool of {size / 2**30:.2f} GiB ({str(exc).splitlines()[0]}): "
                 "lower mem_fraction_static or max_total_tokens"
@@ -67,3 +69,19 @@ class KVPool:
         for item in copies:
             source = self.storage[:, :, item.source, : item.num_tokens]
             self.storage[:, :, item.target, : item.num_tokens].copy_(source)
+
+    def read(self, pages: Sequence[int], num_tokens: int, out: Bytes) -> None:
+        """Pages to the host, as uint8 (pages, page bytes): of each [layer][K, V][offset][kv head][value], zeros behind
+        `num_tokens` of all pages together. The device has room for one page more meanwhile."""
+        for index, page in enumerate(pages):
+            host = self._on_host(out[index])
+            host.copy_(self.storage[:, :, page])
+            host[:, :, max(0, num_tokens - index * self.page_size) :] = 0
+
+    def write(self, pages: Sequence[int], data: Bytes) -> None:
+        """The inverse of `read`."""
+        for index, page in enumerate(pages):
+            self.storage[:, :, page].copy_(self._on_host(data[index] if data.flags.writeable else data[index].copy()))
+
+    def _on_host(self, page: Bytes) -> Tensor:
+        return torch.from_numpy(page).view(self.storage.dtype).view(self.storage[:, :, 0].shape)
