@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mooli.backends import create_backend
-from mooli.backends.base import Backend, KVSpec, Limits
+from mooli.backends.base import NUMERIC_VERSION, Backend, KVSpec, Limits
 from mooli.cache.kv_cache import KVCache
 from mooli.config import NGRAM_DRAFT_TOKENS, EngineConfig
 from mooli.engine.core import EngineCore
-from mooli.engine.facts import EngineFacts, device_words
+from mooli.engine.facts import CacheNamespace, EngineFacts, device_words
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, kv_type, num_pool_pages
 from mooli.errors import ConfigError, EngineDeadError
 from mooli.hub import model_digest
@@ -222,6 +222,7 @@ def _build(
     progress("Allocating KV cache", 1, 1)
     own_runner = ModelRunner(model, backend, vocab_size)
     runner = team.runner(own_runner)
+    namespace = cache_namespace(config, model_path, model_config, backend, kv_spec)
     facts = EngineFacts(
         resolved_model_path=str(model_path),
         architecture=model_config.architecture,
@@ -240,9 +241,10 @@ def _build(
         weight_bytes=sum(need.weight_bytes for need in each),
         kv_cache_bytes=num_pages * bytes_per_page * config.tp_size,
         load_time_s=time.perf_counter() - started,
-        cache_namespace=_namespace(config, model_path, backend.name, kv_spec),
+        cache_namespace=namespace.digest,
         speculative_algorithm=None if drafts is None else "NGRAM",
         backend={**described, **team.describe(each)},
+        cache_ingredients=namespace.to_dict(),
     )
     logger.info(
         "%s on backend %s (%s): context %d tokens, KV cache %d tokens, weights %.2f GiB",
@@ -287,19 +289,25 @@ def draft_settings(config: EngineConfig, default: str = "none") -> DraftSettings
     return DraftSettings(tokens, max(tokens, DRAFT_STEP_TOKENS), *config.ngram_match_window)
 
 
-def _namespace(config: EngineConfig, model_path: Path, backend_name: str, kv_spec: KVSpec) -> str:
-    """A key of everything that decides the values in the KV cache; 32 hex digits."""
-    parts = [
-        model_digest(model_path),
-        config.load_format,
-        config.json_model_override_args,
-        str(config.random_seed) if config.load_format == "dummy" else "",
-        backend_name,
-        config.dtype,
-        str(config.quantization),
-        kv_spec.dtype,
-    ]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+def cache_namespace(
+    config: EngineConfig, model_path: Path, model_config: ModelConfig, backend: Backend, kv_spec: KVSpec
+) -> CacheNamespace:
+    """What decides the values in the KV cache of an engine whose pool is allocated."""
+    is_random = config.load_format == "dummy"
+    return CacheNamespace(
+        model=model_digest(model_path),
+        load_format=config.load_format,
+        seed=(config.random_seed or 0) if is_random else None,
+        numbers=hashlib.sha256(repr(model_config).encode()).hexdigest()[:32],
+        backend=backend.name,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        kv_cache_dtype=kv_spec.dtype,
+        page_size=kv_spec.page_size,
+        parts=config.tp_size,
+        page_format=backend.page_format(),
+        numeric_version=NUMERIC_VERSION,
+    )
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -1,20 +1,57 @@
 """What building an engine settled, as plain data that can leave the process.
 
-Owns `EngineFacts` and how it is said in words. Never builds anything.
+Owns `EngineFacts`, how it is said in words, and what the namespace of its KV cache is made of. Never builds anything.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheNamespace:
+    """Everything that decides the bits of a KV page, by name. Pages pass between engines of one digest alone.
+
+    model: digest of its files. load_format, seed: of random weights; the seed is None where they come from files.
+    numbers: digest of the configuration as it is used: rotations, norms and heads, overrides of arguments included.
+    adapter: digest of what is merged into the weights; empty where nothing is. parts: that a model is cut in, each
+    with pages of its own. page_format: `Backend.page_format`. numeric_version: `mooli.backends.base.NUMERIC_VERSION`.
+    """
+
+    model: str
+    load_format: str
+    seed: int | None
+    numbers: str
+    adapter: str = ""
+    backend: str
+    dtype: str
+    quantization: str | None
+    kv_cache_dtype: str
+    page_size: int
+    parts: int
+    page_format: Mapping[str, str]
+    numeric_version: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
     """Sizes in tokens, pages or bytes as their names say, and the device in words.
 
-    vocab_size: ids that can be prompted and sampled. cache_namespace: everything that makes KV of two engines differ.
+    vocab_size: ids that can be prompted and sampled. cache_namespace: the digest of what makes KV of two engines
+    differ, which `cache_ingredients` has by name (`CacheNamespace`).
     speculative_algorithm: how tokens are guessed; None where they are not.
     """
 
@@ -38,6 +75,7 @@ class EngineFacts:
     cache_namespace: str
     speculative_algorithm: str | None
     backend: dict[str, Any]
+    cache_ingredients: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
