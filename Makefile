@@ -29,8 +29,8 @@ test-quick: $(VENV)/.installed $(VENV)/.demo $(VENV)/.test
 	$(PY) -m pytest tests/unit --quick
 
 check: $(VENV)/.installed $(VENV)/.check
-	$(VENV)/bin/ruff format --check src tests benchmarks
-	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/ruff format --check src simulate tests benchmarks
+	$(VENV)/bin/ruff check src simulate tests benchmarks
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 

@@ -40,7 +40,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
 settings.load_profile("same")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+_TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(_TESTS))
+
+# The simulated NPU is of this tree, here and in the processes that a test starts.
+_SIMULATOR = str(_TESTS.parent / "simulate")
+sys.path.insert(1, _SIMULATOR)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_SIMULATOR, os.environ.get("PYTHONPATH")]))
 
 
 _HEAVY = re.compile(r"^(import|from) (torch|transformers|gguf|made_tokenizers)\b", re.MULTILINE)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import mooli_simulate_ascend as sim
 from mooli.backends import create_backend
-from mooli.backends.ascend import sim
 from mooli.backends.ascend.backend import AscendBackend
 from mooli.backends.ascend.bring_up import Npu, open_npu
 from mooli.backends.ascend.graphs import SIZES

@@ -176,3 +176,14 @@ def test_a_switch_with_another_value_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MOOLI_SIMULATE_ASCEND", "yes")
     with pytest.raises(ConfigError, match=r"MOOLI_SIMULATE_ASCEND=yes.*8\.2"):
         create_backend("ascend")
+
+
+def test_without_the_simulator_the_error_says_where_it_is() -> None:
+    hide = "import sys; sys.modules['mooli_simulate_ascend'] = None\n"
+    said = run_python(hide + ASK, MOOLI_SIMULATE_ASCEND="1")
+    assert "MOOLI_SIMULATE_ASCEND is set" in said and "pip install ./simulate" in said
+
+
+def test_without_the_switch_the_simulator_is_not_imported() -> None:
+    asked = ASK + "import sys; print([name for name in sys.modules if 'simulate' in name])"
+    assert run_python(asked).splitlines()[-1] == "[]"

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mooli.backends.ascend import sim  # noqa: E402
+import mooli_simulate_ascend as sim  # noqa: E402
 
 
 @pytest.fixture

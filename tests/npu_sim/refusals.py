@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mooli.backends.ascend import sim
+import mooli_simulate_ascend as sim
 
 
 def refused(call: Callable[..., Any], right: dict[str, Any], wrong: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from refusals import refused
 
-from mooli.backends.ascend import sim
+import mooli_simulate_ascend as sim
 
 
 def cache(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

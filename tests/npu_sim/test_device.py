@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
-from mooli.backends.ascend import sim
+import mooli_simulate_ascend as sim
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_memory_is_counted_and_given_back() -> None:
 
 
 def test_more_than_the_card_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mooli.backends.ascend.sim import memory
+    from mooli_simulate_ascend import memory
 
     monkeypatch.setattr(memory, "TOTAL_BYTES", torch.npu.memory_allocated() + 1000)
     torch.zeros(200, device="npu")
@@ -170,9 +170,9 @@ def test_a_profile_has_its_versions_and_operations(
 
 
 def test_every_schema_has_a_simulation() -> None:
-    from mooli.backends.ascend.sim.profiles import PROFILES
-    from mooli.backends.ascend.sim.schemas import schemas
-    from mooli.backends.ascend.sim.tasks import OPERATIONS
+    from mooli_simulate_ascend.profiles import PROFILES
+    from mooli_simulate_ascend.schemas import schemas
+    from mooli_simulate_ascend.tasks import OPERATIONS
 
     wanted = set()
     for profile in PROFILES.values():

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from paged import close
 from refusals import refused
 
-from mooli.backends.ascend import sim
+import mooli_simulate_ascend as sim
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -9,7 +9,7 @@ import torch
 from paged import PAGE, Requests, close, make_requests, scale_of, triangle
 from refusals import refused
 
-from mooli.backends.ascend import sim
+import mooli_simulate_ascend as sim
 
 MASK = triangle(2048)
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from paged import PAGE, Requests, close, make_requests, scale_of
 
-from mooli.backends.ascend import sim
-from mooli.backends.ascend.sim import streams
-from mooli.backends.ascend.sim.capture import abandon_update
+import mooli_simulate_ascend as sim
+from mooli_simulate_ascend import streams
+from mooli_simulate_ascend.capture import abandon_update
 
 
 def capture(run: Callable[[], Any], **options: Any) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import torch
 from paged import close
 from refusals import refused
 
-from mooli.backends.ascend import sim
+import mooli_simulate_ascend as sim
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -15,7 +15,7 @@ if hasattr(registration, "_setup_privateuseone_for_python_backend"):
 
 import pytest
 from paged import close, make_requests, scale_of
-from mooli.backends.ascend import sim
+import mooli_simulate_ascend as sim
 
 sim.install("8.2")
 assert not sim.has_device()
@@ -50,7 +50,7 @@ print("fine")
 
 
 def test_operations_on_cpu_tensors() -> None:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "simulate")]
     script = f"import sys; sys.path[:0] = {paths!r}\n{SCRIPT}"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert ran.stdout.strip() == "fine", ran.stderr

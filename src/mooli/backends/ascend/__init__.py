@@ -4,8 +4,9 @@ Owns the one entry, `open_backend`. Importing this package imports neither torch
 and CANN not, `import torch` itself fails, and that has to become an error that says so.
 
 Written from the vendor's operation schemas and documents and from what other engines ship; proven on a simulated device
-(`mooli.backends.ascend.sim`, MOOLI_SIMULATE_ASCEND=1), whose checks are those of the documents. On its first start on a
-machine the backend compares every operation it would use with plain torch (`selftest.py`), and uses what agrees.
+(MOOLI_SIMULATE_ASCEND=1; its package is the repository's `simulate/`), whose checks are those of the documents. On its
+first start on a machine the backend compares every operation it would use with plain torch (`selftest.py`), and uses
+what agrees.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 SIMULATE_SWITCH = "MOOLI_SIMULATE_ASCEND"
 """Environment variable: 1 simulates a device with CANN 8.2, a version (8.2, 8.3, 8.5) one with that CANN."""
 
+SIMULATOR = "mooli_simulate_ascend"
+"""The package that simulates. It is no part of Mooli's: `simulate/` of the repository has it."""
+
 PROFILES = {"1": "8.2", "8.2": "8.2", "8.3": "8.3", "8.5": "8.5"}
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -169,8 +172,13 @@ def _opened(torch_npu: Any, rank: int) -> Npu:
 def _simulated(profile: str) -> Npu:
     import torch
 
-    from mooli.backends.ascend import sim
-
+    try:
+        sim = importlib.import_module(SIMULATOR)
+    except ImportError as exc:
+        raise BackendUnavailableError(
+            f"{SIMULATE_SWITCH} is set, and the simulator does not import: {_first_line(exc)}. It is not part of mooli:"
+            " install it from a clone of Mooli's repository, pip install ./simulate"
+        ) from exc
     try:
         sim.install(profile)
     except sim.SimulationError as exc:

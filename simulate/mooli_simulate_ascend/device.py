@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mooli.backends.ascend.sim import capture, streams
-from mooli.backends.ascend.sim.counters import operations
-from mooli.backends.ascend.sim.errors import SimulationError
-from mooli.backends.ascend.sim.formats import FRACTAL_NZ, format_of, mark
-from mooli.backends.ascend.sim.launch import launch
-from mooli.backends.ascend.sim.memory import Allocation, memory
-from mooli.backends.ascend.sim.profiles import Profile
-from mooli.backends.ascend.sim.tasks import OPERATIONS, harmless, poison
+from mooli_simulate_ascend import capture, streams
+from mooli_simulate_ascend.counters import operations
+from mooli_simulate_ascend.errors import SimulationError
+from mooli_simulate_ascend.formats import FRACTAL_NZ, format_of, mark
+from mooli_simulate_ascend.launch import launch
+from mooli_simulate_ascend.memory import Allocation, memory
+from mooli_simulate_ascend.profiles import Profile
+from mooli_simulate_ascend.tasks import OPERATIONS, harmless, poison
 
 DEVICE = "npu:0"
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mooli.backends.ascend.sim.profiles import Profile
+from mooli_simulate_ascend.profiles import Profile
 
 
 @dataclass

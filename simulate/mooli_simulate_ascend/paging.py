@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mooli.backends.ascend.sim.errors import check
+from mooli_simulate_ascend.errors import check
 
 PAGE_SIZE = 128
 MAX_CACHE_NUMEL = 2**31 - 1

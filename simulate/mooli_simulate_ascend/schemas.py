@@ -5,7 +5,7 @@ Facts of an interface: argument names, order, types and defaults as registered b
 
 from __future__ import annotations
 
-from mooli.backends.ascend.sim.profiles import FUSED, Profile
+from mooli_simulate_ascend.profiles import FUSED, Profile
 
 _FUSED_ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, *, Tensor? pse_shift=None, Tensor? atten_mask=None, "

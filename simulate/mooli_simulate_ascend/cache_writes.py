@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mooli.backends.ascend.sim.errors import NotSimulatedError, check
-from mooli.backends.ascend.sim.formats import FRACTAL_NZ, format_of
-from mooli.backends.ascend.sim.paging import check_contiguous
-from mooli.backends.ascend.sim.profiles import Profile
-from mooli.backends.ascend.sim.tasks import Task, operation, poison
+from mooli_simulate_ascend.errors import NotSimulatedError, check
+from mooli_simulate_ascend.formats import FRACTAL_NZ, format_of
+from mooli_simulate_ascend.paging import check_contiguous
+from mooli_simulate_ascend.profiles import Profile
+from mooli_simulate_ascend.tasks import Task, operation, poison
 
 CACHE_TYPES = (torch.float16, torch.bfloat16, torch.int8)
 SCATTER_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.int64, torch.bool)

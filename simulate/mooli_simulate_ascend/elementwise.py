@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from mooli.backends.ascend.sim.errors import check, check_simulated
-from mooli.backends.ascend.sim.paging import HALF_TYPES, check_contiguous
-from mooli.backends.ascend.sim.profiles import Profile
-from mooli.backends.ascend.sim.tasks import Task, operation
+from mooli_simulate_ascend.errors import check, check_simulated
+from mooli_simulate_ascend.paging import HALF_TYPES, check_contiguous
+from mooli_simulate_ascend.profiles import Profile
+from mooli_simulate_ascend.tasks import Task, operation
 
 FLOAT_TYPES = (*HALF_TYPES, torch.float32)
 MAX_TOP_K = 1024

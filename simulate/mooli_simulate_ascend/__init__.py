@@ -59,9 +59,9 @@ captured: one that is not recorded by the time of the replay is an error (a devi
 
 from __future__ import annotations
 
-from mooli.backends.ascend.sim.counters import Operations, operations
-from mooli.backends.ascend.sim.errors import NotSimulatedError, SimulationError
-from mooli.backends.ascend.sim.installation import has_device, install, is_installed, profile
+from mooli_simulate_ascend.counters import Operations, operations
+from mooli_simulate_ascend.errors import NotSimulatedError, SimulationError
+from mooli_simulate_ascend.installation import has_device, install, is_installed, profile
 
 __all__ = [
     "NotSimulatedError",

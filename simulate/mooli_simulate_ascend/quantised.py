@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mooli.backends.ascend.sim.elementwise import check_sum, normed
-from mooli.backends.ascend.sim.errors import check, check_simulated
-from mooli.backends.ascend.sim.formats import FRACTAL_NZ, format_of
-from mooli.backends.ascend.sim.paging import HALF_TYPES, check_contiguous
-from mooli.backends.ascend.sim.profiles import Profile
-from mooli.backends.ascend.sim.tasks import Task, operation
+from mooli_simulate_ascend.elementwise import check_sum, normed
+from mooli_simulate_ascend.errors import check, check_simulated
+from mooli_simulate_ascend.formats import FRACTAL_NZ, format_of
+from mooli_simulate_ascend.paging import HALF_TYPES, check_contiguous
+from mooli_simulate_ascend.profiles import Profile
+from mooli_simulate_ascend.tasks import Task, operation
 
 MAX_WIDTH = 65535
 

@@ -10,7 +10,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from mooli.backends.ascend.sim import capture
+from mooli_simulate_ascend import capture
 
 TOTAL_BYTES = int(60.97 * 2**30)
 """What PyTorch reports of a 64 GB card."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mooli.backends.ascend.sim.errors import check
-from mooli.backends.ascend.sim.fused_call import (
+from mooli_simulate_ascend.errors import check
+from mooli_simulate_ascend.fused_call import (
     FIRST,
     SECOND,
     Call,
@@ -21,15 +21,15 @@ from mooli.backends.ascend.sim.fused_call import (
     row_lengths_kv,
     row_lengths_q,
 )
-from mooli.backends.ascend.sim.paging import (
+from mooli_simulate_ascend.paging import (
     attend,
     check_contiguous,
     hidden_by_position,
     is_upper_triangle,
     read_pages,
 )
-from mooli.backends.ascend.sim.profiles import FUSED, Profile
-from mooli.backends.ascend.sim.tasks import Task, operation
+from mooli_simulate_ascend.profiles import FUSED, Profile
+from mooli_simulate_ascend.tasks import Task, operation
 
 
 @operation(FUSED)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mooli.backends.ascend.sim.errors import check
-from mooli.backends.ascend.sim.paging import (
+from mooli_simulate_ascend.errors import check
+from mooli_simulate_ascend.paging import (
     PAGE_SIZE,
     attend,
     check_block_table,
@@ -28,8 +28,8 @@ from mooli.backends.ascend.sim.paging import (
     is_upper_triangle,
     read_pages,
 )
-from mooli.backends.ascend.sim.profiles import Profile
-from mooli.backends.ascend.sim.tasks import Task, operation
+from mooli_simulate_ascend.profiles import Profile
+from mooli_simulate_ascend.tasks import Task, operation
 
 
 @dataclass

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mooli.backends.ascend.sim.errors import check, check_simulated
-from mooli.backends.ascend.sim.paging import (
+from mooli_simulate_ascend.errors import check, check_simulated
+from mooli_simulate_ascend.paging import (
     check_block_table,
     check_cache_numel,
     check_contiguous,
@@ -25,7 +25,7 @@ from mooli.backends.ascend.sim.paging import (
     check_table_width,
     check_types,
 )
-from mooli.backends.ascend.sim.profiles import FUSED, Profile
+from mooli_simulate_ascend.profiles import FUSED, Profile
 
 LAYOUTS = ("BSH", "BSND", "BNSD", "TND")
 UNLIMITED = 2**31 - 1

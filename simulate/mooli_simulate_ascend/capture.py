@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mooli.backends.ascend.sim.errors import SimulationError
-from mooli.backends.ascend.sim.profiles import Profile
-from mooli.backends.ascend.sim.tasks import Task
+from mooli_simulate_ascend.errors import SimulationError
+from mooli_simulate_ascend.profiles import Profile
+from mooli_simulate_ascend.tasks import Task
 
 Step = Callable[[], None]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mooli.backends.ascend.sim.errors import check, check_simulated
-from mooli.backends.ascend.sim.profiles import Profile
-from mooli.backends.ascend.sim.tasks import Task, operation
+from mooli_simulate_ascend.errors import check, check_simulated
+from mooli_simulate_ascend.profiles import Profile
+from mooli_simulate_ascend.tasks import Task, operation
 
 ND = 2
 FRACTAL_NZ = 29

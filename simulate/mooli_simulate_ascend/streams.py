@@ -10,9 +10,9 @@ import threading
 import time
 from typing import Any
 
-from mooli.backends.ascend.sim import capture
-from mooli.backends.ascend.sim.counters import operations
-from mooli.backends.ascend.sim.errors import SimulationError
+from mooli_simulate_ascend import capture
+from mooli_simulate_ascend.counters import operations
+from mooli_simulate_ascend.errors import SimulationError
 
 HANG_SECONDS = 5.0
 

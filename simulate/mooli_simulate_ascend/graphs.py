@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mooli.backends.ascend.sim import capture, streams
-from mooli.backends.ascend.sim.capture import Recording
-from mooli.backends.ascend.sim.counters import operations
-from mooli.backends.ascend.sim.device import simulation
-from mooli.backends.ascend.sim.errors import SimulationError
+from mooli_simulate_ascend import capture, streams
+from mooli_simulate_ascend.capture import Recording
+from mooli_simulate_ascend.counters import operations
+from mooli_simulate_ascend.device import simulation
+from mooli_simulate_ascend.errors import SimulationError
 
 
 class PoolHandle:

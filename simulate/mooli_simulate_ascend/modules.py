@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from mooli.backends.ascend.sim import capture, graphs, streams
-from mooli.backends.ascend.sim.counters import operations
-from mooli.backends.ascend.sim.device import DEVICE, simulation
-from mooli.backends.ascend.sim.errors import NotSimulatedError, SimulationError
-from mooli.backends.ascend.sim.formats import config
-from mooli.backends.ascend.sim.memory import TOTAL_BYTES, free_bytes, memory
+from mooli_simulate_ascend import capture, graphs, streams
+from mooli_simulate_ascend.counters import operations
+from mooli_simulate_ascend.device import DEVICE, simulation
+from mooli_simulate_ascend.errors import NotSimulatedError, SimulationError
+from mooli_simulate_ascend.formats import config
+from mooli_simulate_ascend.memory import TOTAL_BYTES, free_bytes, memory
 
 DEVICE_NAME = "Ascend910B3"
 
@@ -146,7 +146,7 @@ def torch_npu_module(npu: types.ModuleType) -> types.ModuleType:
     profile = simulation.profile
     return new_module(
         "torch_npu",
-        "A simulated torch_npu: see mooli.backends.ascend.sim.",
+        "A simulated torch_npu: see mooli_simulate_ascend.",
         __simulated__=True,
         __version__=profile.torch_npu if profile is not None else "",
         __path__=[],

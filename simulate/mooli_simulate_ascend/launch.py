@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mooli.backends.ascend.sim import capture, streams
-from mooli.backends.ascend.sim.capture import CapturedTask, Recording, TaskGroup, Updatable
-from mooli.backends.ascend.sim.counters import operations
-from mooli.backends.ascend.sim.errors import SimulationError
-from mooli.backends.ascend.sim.profiles import FUSED, Profile
-from mooli.backends.ascend.sim.tasks import Operation, Task, arguments_of, harmless, poisoned, results_of, run_now
+from mooli_simulate_ascend import capture, streams
+from mooli_simulate_ascend.capture import CapturedTask, Recording, TaskGroup, Updatable
+from mooli_simulate_ascend.counters import operations
+from mooli_simulate_ascend.errors import SimulationError
+from mooli_simulate_ascend.profiles import FUSED, Profile
+from mooli_simulate_ascend.tasks import Operation, Task, arguments_of, harmless, poisoned, results_of, run_now
 
 Address = tuple[int, tuple[int, ...], tuple[int, ...]]
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import torch.utils.backend_registration as registration
 
-from mooli.backends.ascend.sim import atb_attention, cache_writes, elementwise, fused_attention, quantised
-from mooli.backends.ascend.sim.device import register_operators, simulation
-from mooli.backends.ascend.sim.errors import SimulationError
-from mooli.backends.ascend.sim.formats import format_of
-from mooli.backends.ascend.sim.launch import launch
-from mooli.backends.ascend.sim.modules import npu_module, torch_npu_module
-from mooli.backends.ascend.sim.profiles import PROFILES, Profile
-from mooli.backends.ascend.sim.schemas import schemas
-from mooli.backends.ascend.sim.tasks import OPERATIONS
+from mooli_simulate_ascend import atb_attention, cache_writes, elementwise, fused_attention, quantised
+from mooli_simulate_ascend.device import register_operators, simulation
+from mooli_simulate_ascend.errors import SimulationError
+from mooli_simulate_ascend.formats import format_of
+from mooli_simulate_ascend.launch import launch
+from mooli_simulate_ascend.modules import npu_module, torch_npu_module
+from mooli_simulate_ascend.profiles import PROFILES, Profile
+from mooli_simulate_ascend.schemas import schemas
+from mooli_simulate_ascend.tasks import OPERATIONS
 
 SIMULATED = (atb_attention, cache_writes, elementwise, fused_attention, quantised)
 """Modules that register operations."""
