@@ -24,8 +24,7 @@ from mooli.errors import ConfigError
 from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
 from mooli.frontend.generation import generations_of
 from mooli.frontend.inputs import GenerateCall
-from mooli.frontend.model_info import model_info
-from mooli.frontend.native_answer import NativeAnswer, native_answers
+from mooli.frontend.native_answer import NativeAnswer, model_info, native_answers
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, with_seed
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.hub.locate import locate

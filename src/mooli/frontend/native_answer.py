@@ -1,6 +1,7 @@
 """The native answer: dicts as SGLang's `Engine.generate` and /generate have them, whole or in chunks.
 
-Owns their shape, and what of it a stream says once. Never waits for a sequence and never changes one.
+Owns their shape, what of it a stream says once, and SGLang's words for the model. Never waits for a sequence and never
+changes one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mooli.config import EngineConfig
+from mooli.engine.facts import EngineFacts
 from mooli.frontend.generation import Generation
 from mooli.frontend.parts import PartReader
 from mooli.frontend.tokenizer import Tokenizer
@@ -191,4 +193,24 @@ def _draft_info(drafts: DraftCounts, completion_tokens: int) -> dict[str, Any]:
         "spec_num_proposed_drafts": drafts.num_proposed,
         "spec_verify_ct": drafts.num_steps,
         "spec_correct_drafts_histogram": list(drafts.histogram),
+    }
+
+
+def model_info(config: EngineConfig, facts: EngineFacts) -> dict[str, Any]:
+    """Which model is served: None and False stand for what this engine does not have."""
+    return {
+        "model_path": config.model_path,
+        "tokenizer_path": config.tokenizer_path or config.model_path,
+        "served_model_name": config.served_model_name or config.model_path,
+        "is_generation": True,
+        "preferred_sampling_params": config.preferred_sampling_params,
+        "weight_version": WEIGHT_VERSION,
+        "load_format": config.load_format,
+        "reasoning_parser": None,
+        "tool_call_parser": None,
+        "disaggregation_mode": "null",
+        "has_image_understanding": False,
+        "has_audio_understanding": False,
+        "architectures": [facts.architecture],
+        "max_model_len": facts.context_length,
     }

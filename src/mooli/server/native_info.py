@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-from mooli.frontend.model_info import model_info
+from mooli.frontend.native_answer import model_info
 from mooli.server.routing import Access, Dialect, Handler, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
 from mooli.version import __version__
