@@ -16,6 +16,7 @@ from mooli.engine.facts import EngineFacts
 from mooli.errors import EngineClosedError, EngineError, MooliError, RequestError, RequestFailedError
 from mooli.frontend.call import Call, Listener, run_async
 from mooli.frontend.generation import Generation
+from mooli.frontend.native_answer import NativeAnswer
 from mooli.link.client import EngineClient
 from mooli.link.link import Link, Sink
 from mooli.link.thread import EngineLoop
@@ -243,12 +244,12 @@ class Faulty(Listener):
 
 def generations(*rids: str, max_new_tokens: int = 3) -> list[Generation]:
     requests = [request(rid, max_new_tokens=max_new_tokens) for rid in rids]
-    return [Generation(item, None, index=i) for i, item in enumerate(requests)]
+    return [Generation(item, None) for item in requests]
 
 
 def test_a_mailed_call_has_the_same_answer_over_every_link(on_link):
     async def test(link: Link) -> None:
-        answers = await run_async(link, generations("a", "b"))
+        answers = await run_async(link, [NativeAnswer(item, None) for item in generations("a", "b")])
         assert [answer["output_ids"] for answer in answers] == [[7] * 3] * 2
 
     on_link(test)
