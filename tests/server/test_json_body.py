@@ -18,11 +18,12 @@ from live import LiveServer
 from openai_raw import refusal, user
 
 from mooli.server import json_body
-from mooli.server.anthropic_types import InputMessage, MessagesBody, conversation
+from mooli.server.anthropic import InputMessage, MessagesBody, conversation
 from mooli.server.config import ServerConfig
 from mooli.server.json_body import LONG_BODY_BYTES, MAX_DEPTH, read_body
 from mooli.server.native_generate import GenerateBody
-from mooli.server.openai_types import ChatBody, CompletionBody
+from mooli.server.openai_chat import ChatBody
+from mooli.server.openai_completions import CompletionBody
 from mooli.server.routing import LONG_VALUE, HttpError
 
 MIB = 2**20

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server import text_threads
-from mooli.server.openai_answers import LOWEST
+from mooli.server.openai import LOWEST
 from mooli.server.openai_chat import chat_logprobs
 from mooli.server.openai_completions import LegacyLogprobs, legacy_text
 from mooli.server.text_threads import TextThreads

@@ -19,9 +19,8 @@ from mooli.server.anthropic import MessagesBody, create_message
 from mooli.server.config import ServerConfig
 from mooli.server.launch import make_service
 from mooli.server.native_generate import GenerateBody, generate
-from mooli.server.openai_chat import chat_completions
-from mooli.server.openai_completions import completions
-from mooli.server.openai_types import ChatBody, CompletionBody
+from mooli.server.openai_chat import ChatBody, chat_completions
+from mooli.server.openai_completions import CompletionBody, completions
 from mooli.server.routing import Client, EventStream, Incoming, Reply
 from mooli.server.service import Service
 from mooli.types import FinishReason, RequestOutput, TokenLogprobs

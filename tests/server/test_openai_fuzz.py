@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from live import LiveServer
 from openai_raw import complete, user
 
-from mooli.server.openai_types import ChatBody, CompletionBody
+from mooli.server.openai_chat import ChatBody
+from mooli.server.openai_completions import CompletionBody
 
 VALUES = st.recursive(
     st.none()

@@ -1,7 +1,8 @@
 """Anthropic's Messages API: POST /v1/messages, whole or as events, and /v1/messages/count_tokens.
 
-Owns the shapes of its answers and events. Never reads what the fields of a body mean (`mooli.server.anthropic_types`)
-and never writes error bodies, which the HTTP layer does in this API's words.
+Owns its bodies, the way from them to a conversation for the chat template, and the shapes of answers and events. A
+field whose effect Mooli does not have is refused by its name, unless its value asks for nothing. Never writes error
+bodies, which the HTTP layer does in this API's words.
 
 Usage has the API's meaning: `input_tokens` are the tokens of the prompt that had to be computed, and those from the
 cache are in `cache_read_input_tokens` alone; the whole prompt is their sum. Everything computed is cached, marked with
@@ -16,18 +17,18 @@ Source: Anthropic's API reference, Messages, Streaming messages, Count Message t
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part, PartKind, PartReader, parser_for
-from mooli.frontend.unsupported import Api, names_of
-from mooli.server.anthropic_types import CountTokensBody, MessagesBody, check_served, conversation
-from mooli.server.openai_fields import require_chat_template, require_tokenizer
-from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
+from mooli.frontend.unsupported import Api, asked, names_of
+from mooli.server.json_body import check_count
+from mooli.server.openai import require_chat_template, require_tokenizer
+from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, ModelName, Reply, Route, sse
 from mooli.server.service import Service
 
 NAMES = {
@@ -38,12 +39,101 @@ NAMES = {
 }
 
 
+# -- bodies ----------------------------------------------------------------------------------------------------------
+Block = dict[str, Any]
+"""A content block: an object with a `type`. Only {"type": "text", "text": …} is served."""
+
+PART_SEPARATOR = "\n"
+"""Between the blocks of a message, and between messages of one role that become one turn."""
+
+
+class InputMessage(msgspec.Struct, kw_only=True):
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Block]
+
+
+class CountTokensBody(msgspec.Struct, kw_only=True):
+    """What makes up a prompt."""
+
+    model: ModelName
+    messages: Annotated[list[InputMessage], msgspec.Meta(min_length=1)]
+    system: str | list[Block] | None = None
+
+
+class MessagesBody(CountTokensBody, kw_only=True):
+    """A request for an answer. metadata and service_tier change nothing here, as their meaning has it."""
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    top_p: float | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+    def sampling_params(self) -> dict[str, Any]:
+        """What the body says of sampling, in Mooli's names; `max_tokens` is left to who knows the prompt's length."""
+        params: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "stop": self.stop_sequences}
+        if self.top_k is not None:
+            params["top_k"] = self.top_k or -1
+        return {name: value for name, value in params.items() if value is not None}
+
+
+def check_served(given: Mapping[str, Any]) -> None:
+    """Raise HttpError (400) that names the field if one asks for what is not served."""
+    name = asked(given, Api.ANTHROPIC)
+    if name is not None:
+        raise HttpError(400, f"{name} is not supported yet: leave it out.", param=name)
+
+
+def conversation(body: CountTokensBody, max_items: int) -> tuple[list[dict[str, str]], bool]:
+    """Messages for a chat template, and whether the last one is to be continued (it is the assistant's).
+
+    Messages of one role in a row become one turn, as the API has it. Raises HttpError (400) for a block that is not
+    text, and for more than `max_items` messages and blocks together.
+    """
+    blocks = [body.system, *(message.content for message in body.messages)]
+    count = len(body.messages) + sum(len(content) for content in blocks if isinstance(content, list))
+    check_count("messages", count, max_items)
+    turns: list[tuple[str, list[str]]] = []
+    if body.system:
+        turns.append(("system", [_text(body.system, "system")]))
+    for index, message in enumerate(body.messages):
+        text = _text(message.content, f"messages[{index}].content")
+        if turns and turns[-1][0] == message.role:
+            turns[-1][1].append(text)
+        else:
+            turns.append((message.role, [text]))
+    told = [{"role": role, "content": PART_SEPARATOR.join(texts)} for role, texts in turns]
+    return told, told[-1]["role"] == "assistant"
+
+
+def _text(content: str | Sequence[Block], where: str) -> str:
+    if isinstance(content, str):
+        return content
+    return PART_SEPARATOR.join(_block_text(block, f"{where}[{index}]") for index, block in enumerate(content))
+
+
+def _block_text(block: Block, where: str) -> str:
+    kind = block.get("type")
+    if not isinstance(kind, str):
+        raise HttpError(400, f"{where} has no type: a text is {{'type': 'text', 'text': …}}.", param=where)
+    if kind != "text":
+        raise HttpError(400, f"{where} is of type {kind[:40]!r}, but only text is supported yet.", param=where)
+    text = block.get("text")
+    if not isinstance(text, str):
+        raise HttpError(400, f"{where}.text must be a string.", param=where)
+    return text
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
 async def create_message(service: Service, request: Incoming) -> Reply | EventStream:
     """POST /v1/messages. Raises RequestError, ChatTemplateError or EngineError."""
     body: MessagesBody = request.body
     ids = await _prompt_ids(service, request)
     room = service.facts.context_length - len(ids)
-    params = _sampling(service, body)
+    params = service.chat_sampling({**body.sampling_params(), "n": 1})
     # Without room the rules refuse the prompt itself, with a better reason.
     params["max_new_tokens"] = min(body.max_tokens, room) if room > 0 else body.max_tokens
     rid = f"msg_{uuid.uuid4().hex[:24]}"
@@ -62,13 +152,6 @@ async def create_message(service: Service, request: Incoming) -> Reply | EventSt
 async def count_tokens(service: Service, request: Incoming) -> Reply:
     """POST /v1/messages/count_tokens: the tokens of the prompt, cached or not. Raises as `create_message`."""
     return Reply({"input_tokens": len(await _prompt_ids(service, request))})
-
-
-def _sampling(service: Service, body: MessagesBody) -> dict[str, Any]:
-    """The body's parameters over the model's own; those that the operator prefers go between the two."""
-    preferred = service.engine_config.preferred_sampling
-    defaults = {name: value for name, value in service.sampling_defaults.items() if name not in preferred}
-    return {**defaults, **body.sampling_params(), "n": 1}
 
 
 async def _prompt_ids(service: Service, request: Incoming) -> list[int]:

@@ -22,9 +22,8 @@ from mooli.frontend.native_answer import NativeAnswer, native_answers
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.unsupported import Api, names_of, refuse_unsupported
 from mooli.server.json_body import check_count
-from mooli.server.openai_chat import conversation_ids
-from mooli.server.openai_fields import require_tokenizer
-from mooli.server.openai_types import ChatBody, ChatMessage
+from mooli.server.openai import require_tokenizer
+from mooli.server.openai_chat import ChatBody, ChatMessage, conversation_ids
 from mooli.server.routing import SSE_DONE, Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
 from mooli.server.service import Service
 

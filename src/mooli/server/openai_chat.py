@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from mooli.errors import RequestError
 from mooli.frontend.generation import Generation
@@ -17,22 +19,27 @@ from mooli.frontend.parts import Part, PartKind, parser_for
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.errors import in_names
 from mooli.server.json_body import check_count, num_entries
-from mooli.server.openai_answers import LOWEST, AnswerShape, answer, finish_fields
-from mooli.server.openai_fields import (
+from mooli.server.openai import (
     COMMON_NAMES,
+    LOWEST,
     UNSUPPORTED,
+    AnswerShape,
+    GenerationBody,
+    answer,
     cache_salt,
+    finish_fields,
     refuse_unsupported,
     require_chat_template,
     require_tokenizer,
     sampling_params,
 )
-from mooli.server.openai_types import ChatBody, ChatMessage
 from mooli.server.routing import Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
 from mooli.types import FinishReason, TokenLogprobs
 
 NAMES = {**COMMON_NAMES, "input_ids": "messages", "top_logprobs_num": "top_logprobs"}
+
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
 _OWN_ARGUMENTS = frozenset(
     (
@@ -41,6 +48,33 @@ _OWN_ARGUMENTS = frozenset(
     )
 )  # fmt: skip
 """What `chat_template_kwargs` must not change: the request has its own fields for it, or it guards the conversation."""
+
+
+class ChatMessage(msgspec.Struct, kw_only=True):
+    """One message. content: a text or parts, of which only those of type "text" are served."""
+
+    role: Role
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Any] | None = None
+    function_call: Any = None
+    refusal: str | None = None
+    audio: Any = None
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    rid: str | None = None
 
 
 async def chat_completions(service: Service, request: Incoming) -> Reply | EventStream:
@@ -99,11 +133,8 @@ def _length(body: ChatBody) -> tuple[str, int | None]:
 
 
 def _sampling(service: Service, body: ChatBody, max_tokens: int | None) -> dict[str, Any]:
-    """The request's parameters over the model's own; those that the operator prefers go between the two."""
-    preferred = service.engine_config.preferred_sampling
-    defaults = {name: value for name, value in service.sampling_defaults.items() if name not in preferred}
-    params = {**defaults, **sampling_params(body)}
-    if max_tokens is not None or "max_new_tokens" not in preferred:
+    params = service.chat_sampling(sampling_params(body))
+    if max_tokens is not None or "max_new_tokens" not in service.engine_config.preferred_sampling:
         params["max_new_tokens"] = max_tokens
     return params
 

@@ -16,21 +16,34 @@ from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.json_body import check_count
-from mooli.server.openai_answers import LOWEST, AnswerShape, answer, finish_fields
-from mooli.server.openai_fields import (
+from mooli.server.openai import (
     COMMON_NAMES,
+    LOWEST,
     UNSUPPORTED,
+    AnswerShape,
+    GenerationBody,
+    answer,
     cache_salt,
+    finish_fields,
     refuse_unsupported,
     require_tokenizer,
     sampling_params,
 )
-from mooli.server.openai_types import CompletionBody
 from mooli.server.routing import Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
 from mooli.types import Request, TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    """POST /v1/completions. prompt: a text, token ids, or a list of either."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    rid: str | list[str] | None = None
 
 
 async def completions(service: Service, request: Incoming) -> Reply | EventStream:

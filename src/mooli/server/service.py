@@ -123,6 +123,12 @@ class Service:
             lambda: encode_chat(tokenizer, messages, context_length=limit, **template_arguments),
         )
 
+    def chat_sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Sampling parameters of a chat: those given over the model's own; what the operator prefers goes between."""
+        preferred = self.engine_config.preferred_sampling
+        own = {name: value for name, value in self.sampling_defaults.items() if name not in preferred}
+        return {**own, **given}
+
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Raises PromptError, or RequestError without a tokenizer."""
         tokenizer = self.tokenizer

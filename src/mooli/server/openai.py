@@ -1,24 +1,134 @@
-"""What completions and chats have in common on the way back: usage, and the order of what is said.
+"""What OpenAI's completions and chats have in common: fields of bodies, usage, and the order of what is said.
 
-Owns the order of a stream's chunks. Never knows what a choice looks like: the routes' modules do.
+Owns the names and types of those fields, where `null` means the same as leaving a field out, and the order of a
+stream's chunks. Never checks values and knows no defaults: that is done under the native names
+(`mooli.frontend.sampling`). Never knows what a choice looks like: the routes' modules do.
+
+Source: OpenAI API reference, completions and chat; SGLang's extensions of both.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
 
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.native_answer import WEIGHT_VERSION
 from mooli.frontend.parts import PLAIN_TEXT, Parser, PartReader
-from mooli.server.openai_types import GenerationBody, StreamOptions
-from mooli.server.routing import SSE_DONE, EventStream, Reply, sse
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.unsupported import Api, asked, names_of
+from mooli.server.routing import SSE_DONE, EventStream, HttpError, ModelName, Reply, sse
 from mooli.server.service import Service
 from mooli.types import FinishReason
 
+COMMON_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+"""What both routes call arguments of the native side."""
+
+UNSUPPORTED = frozenset(names_of(Api.OPENAI))
+
+_SAMPLING_NAMES = {
+    "min_tokens": "min_new_tokens",
+    **{
+        name: name
+        for name in (
+            "n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
+            "repetition_penalty", "stop", "stop_token_ids", "no_stop_trim", "ignore_eos", "skip_special_tokens",
+            "spaces_between_special_tokens", "stream_interval", "seed", "logit_bias",
+        )
+    },
+}  # fmt: skip
+
+
+# -- bodies ----------------------------------------------------------------------------------------------------------
+class StreamOptions(msgspec.Struct, kw_only=True):
+    """include_usage: a last chunk without choices that has the usage. continuous_usage_stats: each chunk has the usage
+    of its choice so far."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(msgspec.Struct, kw_only=True):
+    """What completions and chats have in common. `model` is not checked: any name is served."""
+
+    model: ModelName | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    logit_bias: dict[str, float] | None = None
+    # SGLang's extensions
+    top_k: int | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    no_stop_trim: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    stream_interval: int | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    extra_key: str | None = None
+    return_token_ids: bool | None = None
+    return_cached_tokens_details: bool | None = None
+
+
+def refuse_unsupported(given: Mapping[str, Any]) -> None:
+    """Raise HttpError (400) naming the first field that asks for what is not served.
+
+    All other names are left aside, as OpenAI's clients expect of newer fields. Some are known to mean nothing here:
+    user, metadata, store, service_tier, prompt_cache_key, prompt_cache_retention, safety_identifier,
+    parallel_tool_calls, verbosity, separate_reasoning, stream_reasoning.
+    """
+    name = asked(given, Api.OPENAI)
+    if name is not None:
+        raise HttpError(400, f"{name} is not supported by this server: leave it out", param=name)
+
+
+def require_tokenizer(service: Service) -> Tokenizer:
+    """Raises HttpError (400) where there is none."""
+    if service.tokenizer is None:
+        raise HttpError(400, "this server has no tokenizer: use /generate with input_ids")
+    return service.tokenizer
+
+
+def require_chat_template(service: Service) -> None:
+    """Raises HttpError (400) where a conversation cannot be written down."""
+    if require_tokenizer(service).chat_template is None:
+        raise HttpError(400, "this model has no chat template: use /v1/completions or /generate", param="messages")
+
+
+def sampling_params(body: GenerationBody) -> dict[str, Any]:
+    """The fields that are given, under their native names. The length of the answer is not among them: its default
+    belongs to the route."""
+    given = {native: getattr(body, name) for name, native in _SAMPLING_NAMES.items()}
+    return {native: value for native, value in given.items() if value is not None}
+
+
+def cache_salt(body: GenerationBody) -> str | None:
+    """What separates this request's cache from others'. SGLang's `extra_key` is another name for it.
+
+    Raises HttpError (400) if both are given and differ.
+    """
+    if body.extra_key and body.cache_salt and body.extra_key != body.cache_salt:
+        raise HttpError(400, "extra_key and cache_salt mean the same here and differ: give one", param="extra_key")
+    return body.cache_salt or body.extra_key
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
 LOWEST = -9999.0
 """Stands for a log-probability of minus infinity, which JSON cannot write; OpenAI's API has the same."""
 
