@@ -18,7 +18,7 @@ from mooli.batch import PromptLogprobRows
 from mooli.frontend.tokenizer import load_tokenizer
 
 POSITIONS = 1000
-"""Prose, instructions, code, SQL, JSON. With 200, which of two ways to quantise is better was chance (docs/log.md)."""
+"""Prose, instructions, code, SQL, JSON. With 200, which of two ways is better was chance (docs/log/kernels.md)."""
 PROMPT = "The three laws of motion say that"
 FORMATS = [("as in the file", "auto", None), ("int8", "auto", "int8"), ("int4 (int8 head)", "auto", "int4")]
 

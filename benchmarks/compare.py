@@ -22,7 +22,7 @@ from comparison.run import Limits, ModelRun
 from comparison.table import (
     MODEL_NAMES,
     MarkersMissingError,
-    readme_block,
+    short_block,
     whole_text,
     with_block,
     workloads_text,
@@ -57,8 +57,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="the folder that `make peers` fills")
     parser.add_argument("--results", type=Path, help="the JSON file (default: .peers/results/TIME.json)")
     parser.add_argument("--from", dest="source", type=Path, help="measure nothing: make the tables of this file")
-    parser.add_argument("--update-readme", action="store_true", help="put the short table into --readme")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--update", action="store_true", help="put the short table into --document")
+    parser.add_argument("--document", type=Path, default=Path("docs/figures.md"))
     args = parser.parse_args(arguments)
     if args.quick:
         args.scale, args.rounds = QUICK_SCALE, QUICK_ROUNDS
@@ -147,16 +147,16 @@ def main(arguments: list[str]) -> int:
     else:
         results = measure(args)
     print(whole_text(results))
-    if args.update_readme:
+    if args.update:
         if not results.is_complete:
             print("error: the run did not finish; the table stays as it was", file=sys.stderr)
             return 1
         try:
-            text = with_block(args.readme.read_text(encoding="utf-8"), readme_block(results))
+            text = with_block(args.document.read_text(encoding="utf-8"), short_block(results))
         except (OSError, MarkersMissingError) as exc:
-            print(f"error: {args.readme}: {exc}", file=sys.stderr)
+            print(f"error: {args.document}: {exc}", file=sys.stderr)
             return 1
-        args.readme.write_text(text, encoding="utf-8")
+        args.document.write_text(text, encoding="utf-8")
     if not results.is_complete:
         return 130
     mine = [facts for variants in results.variants.values() for facts in variants.values() if facts.engine == MOOLI]

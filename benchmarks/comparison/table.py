@@ -34,7 +34,7 @@ _COLUMNS = (
     ("multiturn: tok/s", "multiturn", "total_tok_s"),
 )
 
-_README_BITS = (4, 8)
+_SHORT_BITS = (4, 8)
 _FIGURE_NAMES = {"ttft_ms": "TTFT, ms", "ms_per_token": "ms per token", "total_tok_s": "tok/s"}
 
 
@@ -176,7 +176,7 @@ def _versions(results: Results) -> str:
     return ", ".join(sorted(names))
 
 
-def readme_block(results: Results) -> str:
+def short_block(results: Results) -> str:
     """Markdown for between the markers: a row to a workload, a column to each of Mooli's formats that have goals."""
     threads = results.settings.get("threads", "?")
     began = results.began.split(" ")[0]
@@ -185,7 +185,7 @@ def readme_block(results: Results) -> str:
         f"{results.settings.get('rounds', '?')} rounds in turns, {_health_share(results)}; {_versions(results)}): how "
         "many times faster Mooli is than the fastest peer at equal or finer weights (time per token: the same size), "
         "median (least..most) of the rounds, then both figures. The workloads are in "
-        "[docs/benchmarking.md](docs/benchmarking.md#mooli-beside-other-engines-make-compare)."
+        "[benchmarking.md](benchmarking.md#mooli-beside-other-engines-make-compare)."
     )
     lines = [
         *textwrap.wrap(caption, 120, break_long_words=False, break_on_hyphens=False),
@@ -198,18 +198,18 @@ def readme_block(results: Results) -> str:
         wanted = {(each.workload, each.figure, each.bits): each for each in targets(model)}
         for workload, figure in dict.fromkeys((workload, figure) for workload, figure, _ in wanted):
             cells = [
-                _readme_cell(results, against_best_peer(results, model, wanted[workload, figure, bits]))
-                for bits in _README_BITS
+                _short_cell(results, against_best_peer(results, model, wanted[workload, figure, bits]))
+                for bits in _SHORT_BITS
             ]
             if any(cell != "–" for cell in cells):
                 lines.append(f"| {name}, {workload}: {_FIGURE_NAMES[figure]} | {' | '.join(cells)} |")
-        cells = [_readme_kl(results, model, bits) for bits in _README_BITS]
+        cells = [_short_kl(results, model, bits) for bits in _SHORT_BITS]
         if any(cell != "–" for cell in cells):
             lines.append(f"| {name}, mean KL from float32 | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _readme_cell(results: Results, ratio: Ratio | None) -> str:
+def _short_cell(results: Results, ratio: Ratio | None) -> str:
     if ratio is None:
         return "–"
     theirs = results.variants[ratio.model][ratio.theirs]
@@ -217,7 +217,7 @@ def _readme_cell(results: Results, ratio: Ratio | None) -> str:
     return f"**{_ratio_words(ratio)}** {number(ratio.ours_value)}, {number(ratio.theirs_value)} {peer}"
 
 
-def _readme_kl(results: Results, model: str, bits: int) -> str:
+def _short_kl(results: Results, model: str, bits: int) -> str:
     """Of every engine at this size, Mooli first."""
     found = {
         f"{facts.engine} {facts.weights}": results.quality.get(model, {}).get(f"{facts.engine} {facts.weights}", {})

@@ -25,7 +25,7 @@ from comparison.table import (
     MarkersMissingError,
     aligned,
     engine_rows,
-    readme_block,
+    short_block,
     target_rows,
     whole_text,
     with_block,
@@ -107,7 +107,7 @@ def test_columns_are_aligned() -> None:
 
 
 def test_the_block_of_the_readme_is_a_table_of_the_rows_that_were_measured(results: Results) -> None:
-    caption, _, table = readme_block(results).partition("\n\n")
+    caption, _, table = short_block(results).partition("\n\n")
     said = " ".join(caption.splitlines())
     assert "2030-01-02, Some Processor, 2 threads, 3 rounds" in said
     assert "Mooli 1.2, llama.cpp b1" in said
@@ -156,11 +156,11 @@ def test_the_command_makes_tables_of_a_file_and_updates_a_document(results: Resu
     path, readme = tmp_path / "results.json", tmp_path / "README.md"
     results.save(path)
     readme.write_text(f"# T\n{BEGIN}\n{END}\n")
-    command = [sys.executable, str(COMPARE), "--from", str(path), "--update-readme"]
-    done = subprocess.run([*command, "--readme", str(readme)], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(COMPARE), "--from", str(path), "--update"]
+    done = subprocess.run([*command, "--document", str(readme)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == whole_text(results) + "\n"
-    assert readme.read_text() == f"# T\n{BEGIN}\n{readme_block(results)}\n{END}\n"
+    assert readme.read_text() == f"# T\n{BEGIN}\n{short_block(results)}\n{END}\n"
 
 
 def test_each_dialect_asks_for_the_exact_length_and_reads_the_ids() -> None:

@@ -190,7 +190,7 @@ def _build(
     described = backend.describe()
     step_tokens = config.chunked_prefill_size or backend.default_chunked_prefill_size
     vocab_size = min(model_config.vocab_size, tokenizer_vocab_size() or model_config.vocab_size)
-    # No answer changes where a backend is exact, and what repeats nothing costs next to nothing (docs/log.md).
+    # No answer changes where a backend is exact, and what repeats nothing costs next to nothing (docs/log/serving.md).
     drafts = draft_settings(config, "NGRAM" if backend.is_exact else "none")
     mixed_tokens = None if step_tokens == -1 else -(-step_tokens // backend.mixed_step_parts)
     scheduler = Scheduler(

@@ -80,7 +80,7 @@ class CpuBackend:
     default_max_running_requests = MAX_RUNNING_REQUESTS
     match_granularity_tokens = 1
     mixed_step_parts = 4
-    """A quarter of the gap, and prompts still come at 95 % of their speed (docs/log.md)."""
+    """A quarter of the gap, and prompts still come at 95 % of their speed (docs/log/serving.md)."""
 
     is_exact = True
 
