@@ -81,6 +81,7 @@ async def chat_completions(service: Service, request: Incoming) -> Reply | Event
     """Raises HttpError for a request that is wrong, and what `Call.changes` raises."""
     body: ChatBody = request.body
     refuse_unsupported(request.unsupported)
+    require_tokenizer(service)
     inputs = await _prepare(service, body, request.client)
     shape = AnswerShape.of(service, body, has_logprobs=bool(body.logprobs))
     del request, body
