@@ -38,6 +38,13 @@ def test_it_follows_a_machine_that_becomes_slower() -> None:
     assert abs(pace.prefill_tokens - 1_000 * STEP_S) <= 1
 
 
+def test_short_prompts_beside_a_long_one_do_not_make_it_look_fast() -> None:
+    pace = Pace(128, 512)
+    for tokens_per_s in [1_000, 3_000] * 20:
+        pace.learn(prompt(256), 256 / tokens_per_s)
+    assert pace.prefill_tokens < 1_500 * STEP_S
+
+
 def test_short_steps_and_a_clock_that_stands_still_teach_nothing() -> None:
     pace = Pace(128, 512)
     pace.learn(prompt(8), 1e-6)

@@ -143,8 +143,9 @@ STEP_S = 0.15
 SHORTEST_SAMPLE_TOKENS = 64
 """Steps with fewer prompt tokens say little about the speed of prompts: reading the weights dominates them."""
 
-PACE_MEMORY = 0.5
-"""Weight of the speed so far against the newest step."""
+SLOWER_MEMORY, FASTER_MEMORY = 0.5, 0.9
+"""Weight of the speed so far against a newest step that was slower, or faster. Tokens far back in a context take twice
+as long as first ones: beside short prompts of others a long one must not look fast."""
 
 
 class Pace:
@@ -165,9 +166,9 @@ class Pace:
         if tokens < min(SHORTEST_SAMPLE_TOKENS, self._most) or seconds <= 0:
             return
         speed = tokens / seconds
-        self._tokens_per_s = (
-            PACE_MEMORY * self._tokens_per_s + (1 - PACE_MEMORY) * speed if self._tokens_per_s else speed
-        )
+        before = self._tokens_per_s or speed
+        memory = SLOWER_MEMORY if speed < before else FASTER_MEMORY
+        self._tokens_per_s = memory * before + (1 - memory) * speed
 
     @property
     def prefill_tokens(self) -> int:
