@@ -16,7 +16,7 @@ import operator
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mooli.errors import MooliError
 from mooli.frontend.generation import Generation
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEFT = "Nobody waits for the answer any more."
+
+CallT = TypeVar("CallT", bound="Call")
 
 _Item = tuple[int, "RequestOutput | MooliError"]
 
@@ -138,7 +140,7 @@ class Call:
             for index in left:
                 self._finished(self.generations[index])
 
-    def __enter__(self) -> Call:
+    def __enter__(self: CallT) -> CallT:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -281,14 +283,11 @@ class MailedCall(Call):
 def run(link: Link, answers: Sequence[NativeAnswer]) -> list[dict[str, Any]]:
     """Submit and wait for all answers. Any thread; a running event loop in it is simply blocked."""
     bell = Bell()
-    call = MailedCall(link, answers, bell.ring)
-    try:
+    with MailedCall(link, answers, bell.ring) as call:
         while not call.is_done:
             bell.wait()
             call.changed()
         return call.results()
-    finally:
-        call.close()
 
 
 async def run_async(link: Link, answers: Sequence[NativeAnswer]) -> list[dict[str, Any]]:
@@ -296,15 +295,12 @@ async def run_async(link: Link, answers: Sequence[NativeAnswer]) -> list[dict[st
     import asyncio
 
     event = asyncio.Event()
-    call = MailedCall(link, answers, _waker(event))
-    try:
+    with MailedCall(link, answers, _waker(event)) as call:
         while not call.is_done:
             await event.wait()
             event.clear()
             call.changed()
         return call.results()
-    finally:
-        call.close()
 
 
 class _Stream:
