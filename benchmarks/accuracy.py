@@ -33,11 +33,13 @@ def all_logits(loaded: Loaded, ids: np.ndarray) -> np.ndarray:
     pages = list(range(-(-len(ids) // PAGE_SIZE)))
     batch = loaded.step([(0, len(ids), pages)], ids)
     batch.prompt_logprobs = [PromptLogprobRows(0, 0, batch.token_ids)]  # no row is left out
-    hidden = loaded.forward(loaded.backend.plan(batch))
+    planned = loaded.backend.plan(batch)
+    hidden = loaded.forward(planned)
     blocks = []
     for begin in range(0, len(ids), 32):
         rows = np.arange(begin, min(begin + 32, len(ids)), dtype=np.int32)
-        blocks.append(loaded.backend.to_host(loaded.logits(loaded.backend.take_rows(hidden, rows))).copy())
+        logits = loaded.logits(*loaded.backend.take_rows(planned, hidden, rows))
+        blocks.append(loaded.backend.to_host(logits).copy())
     return np.concatenate(blocks)[:, : loaded.config.vocab_size]
 
 

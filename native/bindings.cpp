@@ -165,11 +165,12 @@ NB_MODULE(_native, m) {
         constexpr const char* kNames[kNumKvTypes] = {"float32", "float16", "bfloat16", "bfloat16 panels", "int8"};
         return std::string(kNames[d.kv_type]);
       })
-      .def("plan", [](Device& d, In<int32_t> ids, In<int32_t> positions, In<int32_t> lengths,
+      .def("plan", [](Device& d, In<int32_t> ids, In<int32_t> positions, In<int32_t> rope_positions, In<int32_t> lengths,
                       nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> table, In<int32_t> asked, int vocab) {
-        if (positions.shape(0) != ids.shape(0) || table.shape(0) != lengths.shape(0)) throw std::invalid_argument("step arrays of different lengths");
+        if (positions.shape(0) != ids.shape(0) || rope_positions.shape(0) != ids.shape(0) || table.shape(0) != lengths.shape(0)) throw std::invalid_argument("step arrays of different lengths");
         // The interpreter is kept: what waits for it has the whole step that follows, and would take longer than this does.
-        d.plan(int(ids.shape(0)), ids.data(), positions.data(), int(lengths.shape(0)), lengths.data(), table.data(), int(table.shape(1)), int(asked.shape(0)), asked.data(), vocab);
+        d.plan(int(ids.shape(0)), ids.data(), positions.data(), rope_positions.data(), int(lengths.shape(0)), lengths.data(), table.data(),
+               int(table.shape(1)), int(asked.shape(0)), asked.data(), vocab);
       })
       .def("sample", [](Device& d, Matrix logits, int vocab, Floats temperature, In<int32_t> top_k, Floats top_p, Floats min_p,
                         Floats frequency, Floats presence, Floats repetition, In<uint64_t> seeds, In<int64_t> positions,

@@ -302,9 +302,9 @@ void Device::write_pages(const int32_t* pages, size_t count, const char* data, s
     memcpy(k_tile(0, pages[i] * (page_size / kTile), 0), data + i * page_bytes(), page_bytes());
 }
 
-void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, const int32_t* lengths, const int32_t* page_table,
-                  int pages_per_row, int num_asked, const int32_t* asked_tokens, int vocab_size) {
-  if (ahead == BEGUN && is_planned_already(tokens, ids, pos, rows, lengths, page_table, pages_per_row, num_asked, asked_tokens)) {
+void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, const int32_t* rope_pos, int rows, const int32_t* lengths,
+                  const int32_t* page_table, int pages_per_row, int num_asked, const int32_t* asked_tokens, int vocab_size) {
+  if (ahead == BEGUN && is_planned_already(tokens, ids, pos, rope_pos, rows, lengths, page_table, pages_per_row, num_asked, asked_tokens)) {
     for (int r = 0; r < rows; r++) next_tile[r] = tile_of(page_table + size_t(r) * pages_per_row, pages_per_row, (positions[r] + 1) / kTile);
     ahead = PLANNED;
     num_begun_steps++;
@@ -320,11 +320,14 @@ void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, 
   asked.assign(asked_tokens, asked_tokens + num_asked);
   token_ids.assign(ids, ids + tokens);
   positions.assign(pos, pos + tokens);
+  rope_positions.assign(rope_pos, rope_pos + tokens);
   token_tile.resize(tokens);
   row_first.resize(rows);
   row_length.assign(lengths, lengths + rows);
   row_tiles.resize(rows);
   next_tile.resize(rows);
+  // Tables of angles reach to the largest.
+  const int64_t most_rope = int64_t(std::max(num_pages, int64_t(pages_per_row))) * page_size;
   int first = 0;
   max_token_id = 0;
   for (int r = 0; r < rows; r++) {
@@ -345,6 +348,8 @@ void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, int rows, 
     for (int i = first; i < first + lengths[r]; i++) {
       if (ids[i] < 0 || ids[i] >= vocab_size) throw std::invalid_argument("token id " + std::to_string(ids[i]) + " outside the vocabulary");
       if (pos[i] != pos[first] + i - first) throw std::invalid_argument("a row's positions are not consecutive");
+      if (rope_pos[i] < 0 || rope_pos[i] >= most_rope)
+        throw std::invalid_argument("rotary position " + std::to_string(rope_pos[i]) + " outside the tokens of the pool");
       max_token_id = std::max(max_token_id, ids[i]);
       token_tile[i] = table[pos[i] / kTile];
     }
@@ -369,11 +374,13 @@ int Device::tile_of(const int32_t* pages, int pages_per_row, int tile) const {
 }
 
 // Whether that is what `advance` has made: one token a row, all asked for.
-bool Device::is_planned_already(int tokens, const int32_t* ids, const int32_t* pos, int rows, const int32_t* lengths,
-                                const int32_t* page_table, int pages_per_row, int num_asked, const int32_t* asked_tokens) const {
+bool Device::is_planned_already(int tokens, const int32_t* ids, const int32_t* pos, const int32_t* rope_pos, int rows,
+                                const int32_t* lengths, const int32_t* page_table, int pages_per_row, int num_asked,
+                                const int32_t* asked_tokens) const {
   if (tokens != num_tokens || rows != num_rows || num_asked != tokens) return false;
   for (int r = 0; r < rows; r++) {
     if (lengths[r] != 1 || asked_tokens[r] != r || ids[r] != token_ids[r] || pos[r] != positions[r]) return false;
+    if (rope_pos[r] != rope_positions[r]) return false;
     for (size_t t = 0; t < row_tiles[r].size(); t++)
       if (row_tiles[r][t] != tile_of(page_table + size_t(r) * pages_per_row, pages_per_row, int(t))) return false;
   }
@@ -384,9 +391,13 @@ bool Device::advance(int count, const int32_t* ids) {
   if (ahead != NONE || num_rows == 0 || count != num_rows) return false;
   for (int r = 0; r < count; r++)
     if (ids[r] < 0 || next_tile[r] < 0) return false;
-  std::vector<int32_t> next(static_cast<size_t>(count));
-  for (int r = 0; r < count; r++) next[r] = positions[row_first[r] + row_length[r] - 1] + 1;
+  std::vector<int32_t> next(static_cast<size_t>(count)), next_rope(static_cast<size_t>(count));
+  for (int r = 0; r < count; r++) {
+    next[r] = positions[row_first[r] + row_length[r] - 1] + 1;
+    next_rope[r] = rope_positions[row_first[r] + row_length[r] - 1] + 1;
+  }
   positions.swap(next);
+  rope_positions.swap(next_rope);
   token_ids.assign(ids, ids + count);
   token_tile = next_tile;
   max_token_id = *std::max_element(ids, ids + count);
@@ -410,7 +421,7 @@ void Device::settle() {
 }
 
 void Device::prepare_rope(RopeTable& rope) const {
-  const size_t half = rope.inv_freq.size(), wanted = size_t(*std::max_element(positions.begin(), positions.begin() + num_tokens)) + 1;
+  const size_t half = rope.inv_freq.size(), wanted = size_t(*std::max_element(rope_positions.begin(), rope_positions.begin() + num_tokens)) + 1;
   for (size_t position = rope.cosines.size() / half; position < wanted; position++)
     for (double frequency : rope.inv_freq) {
       const double angle = double(position) * frequency;

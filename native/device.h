@@ -96,8 +96,8 @@ class Device {
   void write_pages(const int32_t* pages, size_t count, const char* data, size_t bytes);
   void release();  // give back KV pool and scratch
   // Take over the host arrays of a step. Throws std::invalid_argument on an index out of range.
-  // `asked`: ascending, the tokens whose hidden states are wanted.
-  void plan(int num_tokens, const int32_t* token_ids, const int32_t* positions, int num_rows, const int32_t* lengths,
+  // `asked`: ascending, the tokens whose hidden states are wanted. `rope_positions`: where rotations say that tokens are.
+  void plan(int num_tokens, const int32_t* token_ids, const int32_t* positions, const int32_t* rope_positions, int num_rows, const int32_t* lengths,
             const int32_t* page_table, int pages_per_row, int num_asked, const int32_t* asked, int vocab_size);
   // Make the plan of the step that follows if each row has one token more, `ids`. False, and nothing done, if these are not as
   // many as rows, one is below 0, or a row has no page for it.
@@ -130,7 +130,7 @@ class Device {
   // Whether a tape has begun with the step before it was planned, and whether it then was.
   enum { NONE, BEGUN, PLANNED } ahead = NONE;
   int64_t num_begun_steps = 0;  // that were planned
-  std::vector<int32_t> token_ids, positions, asked, token_tile, row_first, row_length;
+  std::vector<int32_t> token_ids, positions, rope_positions, asked, token_tile, row_first, row_length;
   std::vector<std::vector<int32_t>> row_tiles;
   std::vector<int32_t> next_tile;  // of the token that would follow each row; -1 where the row has none for it
   std::vector<TileRun> tile_runs;
@@ -158,7 +158,7 @@ class Device {
   int last_position(const AttendMember& m) const { return positions[m.first_token + m.tokens - 1]; }
   int full_blocks(const AttendMember& m) const { return (last_position(m) + 1) / kBlock; }
   int tile_of(const int32_t* pages, int pages_per_row, int tile) const;
-  bool is_planned_already(int num_tokens, const int32_t* ids, const int32_t* pos, int num_rows, const int32_t* lengths,
+  bool is_planned_already(int num_tokens, const int32_t* ids, const int32_t* pos, const int32_t* rope_pos, int num_rows, const int32_t* lengths,
                           const int32_t* page_table, int pages_per_row, int num_asked, const int32_t* asked_tokens) const;
   int shared_blocks(const AttendMember& a, const AttendMember& b, int from) const;
   void add_segments(AttendPlan& plan, int first, int count, int block) const;

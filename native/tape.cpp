@@ -219,7 +219,7 @@ void Tape::compute(int stage, int thread) {
     case ROPE:
       share(parts, thread, [&](int i) {
         const int width = (op.heads + 2 * op.kv_heads) * op.head_dim, half = op.head_dim / 2;
-        const size_t angles = size_t(device_.positions[size_t(i)]) * size_t(half);
+        const size_t angles = size_t(device_.rope_positions[size_t(i)]) * size_t(half);
         const float* x = op.x + size_t(i) * width;
         float* y = op.out + size_t(i) * width;
         if (x != y) memcpy(y, x, size_t(width) * 4);

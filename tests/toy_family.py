@@ -104,14 +104,14 @@ class ToyModel:
         hidden = ops.embed(batch, self._embedding)
         for index, (norm, qkv, o, gate_up, down) in enumerate(self._layers):
             x = ops.rms_norm(hidden, norm, EPS)
-            rotated = ops.rope(batch, ops.linear(x, qkv), self._spec, self._rope)
+            rotated = ops.rope(batch, ops.linear(batch, x, qkv), self._spec, self._rope)
             mixed = ops.attend(batch, index, rotated, self._spec)
-            hidden = ops.linear(mixed, o, residual=hidden)
-            hidden = ops.linear(ops.linear_silu_mul(x, gate_up), down, residual=hidden)
+            hidden = ops.linear(batch, mixed, o, residual=hidden)
+            hidden = ops.linear(batch, ops.linear_silu_mul(batch, x, gate_up), down, residual=hidden)
         return ops.asked_rows(batch, hidden)
 
-    def logits(self, hidden: Array) -> Array:
-        return self._ops.linear(self._ops.rms_norm(hidden, self._norm, EPS), self._head)
+    def logits(self, batch: Any, hidden: Array) -> Array:
+        return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, EPS), self._head)
 
 
 def _read_hf(source: HFSource) -> ToyConfig:

@@ -100,8 +100,10 @@ class SamplingBatch:
 class ScheduleBatch:
     """One step of work. R rows, T = sum of lengths tokens, S = sum of num_samples tokens that sample.
 
-    Flat per token, rows one after the other: `token_ids` int32 (T,), `positions` int32 (T,),
+    Flat per token, rows one after the other: `token_ids` int32 (T,), `positions` int32 (T,): the index in its sequence,
     `slots` int32 (T,): page * page_size + offset, where the token's KV is stored.
+    `rope_positions` int32 (T,): where rotary embeddings say that a token is; None where that is its index. At least 0,
+    and below the number of tokens that the pool holds. What a row attends to is decided by `positions` alone.
     Per row: `req_indices`, `starts`, `lengths` int32 (R,); `num_samples` int32 (R,): how many of its last tokens
     sample: 0 where a prompt goes on in the next step, 1 as a rule, 1 + n where the last n tokens are drafts to verify;
     `page_table` int32 (R, max_pages), -1 past a row's pages. A row attends to positions 0 .. its own position.
@@ -123,6 +125,7 @@ class ScheduleBatch:
     copies: list[PageCopy] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobRows] = field(default_factory=list)
     may_begin_next: bool = False
+    rope_positions: NDArray[np.int32] | None = None
 
     @property
     def num_tokens(self) -> int:

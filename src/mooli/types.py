@@ -78,6 +78,10 @@ class FinishReason:
         }
 
 
+FIRST_CONTENT_ID = 1 << 30
+"""In `Request.key_ids`, ids from here to 2^31 are content's. No vocabulary is that large."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Request:
     """One sequence to generate, as the engine sees it.
@@ -87,6 +91,9 @@ class Request:
     logprob_start: first prompt index whose log-probability is wanted; None for no prompt log-probabilities.
         The entry at `logprob_start` itself is always null: it would need the token before it.
     num_top_logprobs: how many alternatives per position; `logprob_token_ids`: ids whose log-probability is wanted too.
+    key_ids: int32 (prompt tokens,), what the cache knows the prompt by; None where that is its own ids. A token that
+        stands for content (an image's placeholder) may have 30 bits of the content's digest there, from
+        `FIRST_CONTENT_ID` on; every other has its own id. They are compared, and never computed with.
     namespace: requests of different namespaces never share cache pages (salt, adapter).
     priority: larger goes first, where priorities count (`enable_priority_scheduling`).
     client: whose it is, in the words of whoever took it in; the queue is shared fairly among clients. "" for nobody's.
@@ -94,6 +101,7 @@ class Request:
 
     rid: str
     prompt_ids: NDArray[np.int32]
+    key_ids: NDArray[np.int32] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     eos_ids: frozenset[int] = frozenset()
     return_logprob: bool = False

@@ -116,10 +116,11 @@ class Inputs:
         allocate(backend)
         embedded = backend.capture(lambda batch: backend.ops.embed(batch, table))
         pages = list(range(-(-len(values) // 32)))
-        self._hidden = embedded(backend.plan(step([Row(range(len(values)), 0, pages)], 32)))
+        self._planned = backend.plan(step([Row(range(len(values)), 0, pages)], 32))
+        self._hidden = embedded(self._planned)
 
-    def through(self, captured: Callable[[Any], Any], rows: Sequence[int]) -> Floats:
-        result = captured(self._backend.take_rows(self._hidden, np.array(rows, np.int32)))
+    def through(self, captured: Callable[..., Any], rows: Sequence[int]) -> Floats:
+        result = captured(*self._backend.take_rows(self._planned, self._hidden, np.array(rows, np.int32)))
         return np.array(self._backend.to_host(result))
 
 

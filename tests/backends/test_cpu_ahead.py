@@ -45,10 +45,11 @@ def model_runner(num_threads: int, page_size: int = 32) -> Iterator[tuple[ModelR
 
 
 class Requests:
-    """Two greedy requests, each decoded a token a step."""
+    """Two greedy requests, each decoded a token a step. turned_by: how far behind their indices rotations are."""
 
     def __init__(self, runner: ModelRunner, page_size: int = 32) -> None:
         self.runner, self.page_size = runner, page_size
+        self.turned_by: int | None = None
         self.tokens = [list(prompt) for prompt in PROMPTS]
         self.computed = [0, 0]
 
@@ -56,6 +57,8 @@ class Requests:
         rows = [Row(self.tokens[i][self.computed[i] :], self.computed[i], PAGES[i]) for i in requests]
         batch = step(rows, self.page_size, copies=copies)
         batch.may_begin_next = may_begin_next
+        if self.turned_by is not None:
+            batch.rope_positions = np.maximum(batch.positions - np.int32(self.turned_by), 0)
         sampled = self.runner.execute(batch).token_ids.tolist()
         for i, token in zip(requests, sampled, strict=True):
             self.computed[i] = len(self.tokens[i])
@@ -98,6 +101,21 @@ def test_a_step_that_has_begun_gives_each_layer_its_own_window(monkeypatch: pyte
             return made
 
     assert tokens(may_begin_next=True) == tokens(may_begin_next=False)
+
+
+def test_a_step_that_has_begun_turns_by_its_own_positions() -> None:
+    with model_runner(1) as (plain, _), model_runner(2) as (runner, backend):
+        expected, actual = Requests(plain), Requests(runner)
+        for number in range(12):
+            for requests in (expected, actual):
+                requests.turned_by = (3, 3, 3, 1)[number % 4]  # where it changes, nothing of what has begun counts
+                requests.step([0, 1], may_begin_next=requests is actual)
+        assert actual.tokens == expected.tokens
+        assert backend._device.num_begun_steps == 6
+        other = Requests(plain)
+        for _ in range(12):
+            other.step([0, 1], may_begin_next=False)
+        assert other.tokens != expected.tokens
 
 
 ACTIONS = st.lists(st.sampled_from(["both", "both", "first", "second", "copy", "use", "token"]), max_size=30)

@@ -41,7 +41,7 @@ def product(x: Floats, weight: Floats) -> Floats:
 def through_linear(level: str, tensor: RawTensor, x: Floats, rows: range) -> Floats:
     with cpu_backend(level, dtype="auto") as backend:
         weight = backend.load_linear([tensor])
-        captured = backend.capture(lambda hidden: backend.ops.linear(hidden, weight))
+        captured = backend.capture(lambda batch, hidden: backend.ops.linear(batch, hidden, weight))
         return Inputs(backend, x).through(captured, rows)
 
 

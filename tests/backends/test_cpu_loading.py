@@ -45,7 +45,7 @@ def test_operations_wait_for_the_weights_that_they_use() -> None:
         embedding, linears = load(backend)
         ops = backend.ops
         captured = [
-            backend.capture(lambda planned, weight=weight: ops.linear(ops.embed(planned, embedding), weight))
+            backend.capture(lambda planned, weight=weight: ops.linear(planned, ops.embed(planned, embedding), weight))
             for weight in reversed(linears)
         ]
         assert backend.unread_loads(100) > 0  # a second's twentieth of packing has just begun

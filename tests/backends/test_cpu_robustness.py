@@ -49,20 +49,21 @@ class Model:
         backend.allocate(KVSpec(1, SPEC.num_kv_heads, SPEC.head_dim, 32, kv_dtype), NUM_PAGES, LIMITS)
         ops = backend.ops
         self._forward = backend.capture(lambda batch: ops.attend(batch, 0, ops.embed(batch, embedding), spec))
-        self._logits = backend.capture(lambda hidden: ops.linear(hidden, weight))
+        self._logits = backend.capture(lambda batch, hidden: ops.linear(batch, hidden, weight))
 
     def logits(self, batch: ScheduleBatch) -> Floats:
         """(R, VOCAB) at the last token of each row."""
         self.backend.copy_pages(batch.copies)
-        hidden = self._forward(self.backend.plan(batch))
+        return np.array(self.backend.to_host(self._of_last(batch)))
+
+    def _of_last(self, batch: ScheduleBatch) -> Any:
+        planned = self.backend.plan(batch)
         last = np.cumsum(batch.lengths, dtype=np.int32) - np.int32(1)
-        return np.array(self.backend.to_host(self._logits(self.backend.take_rows(hidden, last))))
+        return self._logits(*self.backend.take_rows(planned, self._forward(planned), last))
 
     def tokens(self, batch: ScheduleBatch) -> list[int]:
-        hidden = self._forward(self.backend.plan(batch))
-        last = np.cumsum(batch.lengths, dtype=np.int32) - np.int32(1)
-        logits = self._logits(self.backend.take_rows(hidden, last))
-        choices = sampling_batch([Choice(num_top=2) for _ in last])
+        logits = self._of_last(batch)
+        choices = sampling_batch([Choice(num_top=2) for _ in batch.lengths])
         sampled = self.backend.sample(logits, choices, VOCAB)
         assert [entry is None for entry in sampled.logprobs] == [token < 0 for token in sampled.token_ids]
         return sampled.token_ids.tolist()
@@ -123,6 +124,9 @@ WRONG_STEPS = {
     "positions descending": changed(positions=[*range(39, -1, -1), 0, 1, 2]),
     "positions that overflow": changed(positions=[*range(INT_MAX - 42, INT_MAX + 1)]),
     "positions too few": changed(positions=range(40)),
+    "rotary position negative": changed(rope_positions=positions_with(42, -1)),
+    "rotary position past the pool": changed(rope_positions=positions_with(42, NUM_PAGES * 32)),
+    "rotary positions too few": changed(rope_positions=range(40)),
     "too many tokens": step([Row([1] * 60, 0, [1, 2]), Row([2] * 5, 0, [3])], 32),
     "empty": changed(token_ids=np.zeros(0), positions=np.zeros(0), lengths=np.zeros(0), page_table=np.zeros((0, 1))),
 }
@@ -162,9 +166,10 @@ def test_a_weight_loaded_after_the_pool_finds_its_buffers_large_enough() -> None
         allocate(backend)
         weight = backend.load_linear([stored(random(6, 20, 9000))])
         embedded = backend.capture(lambda batch: backend.ops.embed(batch, table))
-        captured = backend.capture(lambda hidden: backend.ops.linear(hidden, weight))
+        captured = backend.capture(lambda batch, hidden: backend.ops.linear(batch, hidden, weight))
         rows = np.zeros(128, np.int32)
-        result = captured(backend.take_rows(embedded(backend.plan(step([Row([0], 0, [0])], 32))), rows))
+        planned = backend.plan(step([Row([0], 0, [0])], 32))
+        result = captured(*backend.take_rows(planned, embedded(planned), rows))
         assert_same_bits(np.array(backend.to_host(result)), np.repeat(backend.to_host(result)[:1], 128, 0))
 
 
@@ -400,7 +405,7 @@ def test_a_bad_weight_shows_in_the_logits(level: str, dtype: str, quantization: 
         table = backend.load_embedding(stored(np.abs(random(10, 3, 96)) + 1))
         weight = backend.load_linear([stored(matrix)])
         allocate(backend)
-        captured = backend.capture(lambda b: backend.ops.linear(backend.ops.embed(b, table), weight))
+        captured = backend.capture(lambda b: backend.ops.linear(b, backend.ops.embed(b, table), weight))
         result = backend.to_host(captured(backend.plan(step([Row(range(3), 0, [0])], 32))))
         assert not np.isfinite(result[:, 40]).any()
         assert np.isfinite(np.delete(result, 40, axis=1)).all()
@@ -429,7 +434,7 @@ def test_a_bad_activation_stays_in_its_row(level: str, dtype: str, quantization:
 
 
 def capture(backend: CpuBackend, table: Any, weight: Any) -> Any:
-    return backend.capture(lambda b: backend.ops.linear(backend.ops.embed(b, table), weight))
+    return backend.capture(lambda b: backend.ops.linear(b, backend.ops.embed(b, table), weight))
 
 
 # ------------------------------------------------------------------ threads

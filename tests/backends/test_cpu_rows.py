@@ -36,10 +36,10 @@ def test_a_row_of_a_linear_has_the_same_bits_among_1_to_40(level: str, kind: str
         parts = [random_tensor(storage, 50, 160, seed=seed) for seed in (1, 2)]
         if gated:
             weight = backend.load_gated(*parts)
-            captured = backend.capture(lambda x: backend.ops.linear_silu_mul(x, weight))
+            captured = backend.capture(lambda batch, x: backend.ops.linear_silu_mul(batch, x, weight))
         else:
             weight = backend.load_linear(parts)
-            captured = backend.capture(lambda x: backend.ops.linear(x, weight))
+            captured = backend.capture(lambda batch, x: backend.ops.linear(batch, x, weight))
         assert backend.describe()["weight_kinds"] == {kind: 1}
         values = random(3, MOST_ROWS, 160) * np.logspace(-3, 3, MOST_ROWS, dtype=np.float32)[:, None]
         inputs = Inputs(backend, values)
@@ -181,14 +181,18 @@ def test_a_gated_linear_and_the_next_in_one_have_the_bits_of_one_after_the_other
     with cpu_backend(level, dtype=dtype, quantization=quantization) as backend:
         gate_up = backend.load_gated(*(random_tensor(storage, width, 160, seed=seed) for seed in (1, 2)))
         down = backend.load_linear([random_tensor(down_storage, 70, width, seed=3)])
-        gated = backend.capture(lambda x: backend.ops.linear_silu_mul(x, gate_up))
-        both = backend.capture(lambda x: backend.ops.linear(backend.ops.linear_silu_mul(x, gate_up), down))
+        gated = backend.capture(lambda batch, x: backend.ops.linear_silu_mul(batch, x, gate_up))
+        both = backend.capture(
+            lambda batch, x: backend.ops.linear(batch, backend.ops.linear_silu_mul(batch, x, gate_up), down)
+        )
         values = random(4, MOST_ROWS, 160)
         inputs = Inputs(backend, values)
         for count in (1, 2, 5, 6, 7, 13, MOST_ROWS):
             rows = list(range(count))
             middle = inputs.through(gated, rows)
-            after = Inputs(backend, middle).through(backend.capture(lambda x: backend.ops.linear(x, down)), rows)
+            after = Inputs(backend, middle).through(
+                backend.capture(lambda batch, x: backend.ops.linear(batch, x, down)), rows
+            )
             assert_same_bits(inputs.through(both, rows), after, f"{count} rows")
 
 
@@ -208,10 +212,10 @@ def layer_bits(level: str, num_threads: int, dtype: str, quantization: str | Non
 
         def layer(batch: Any) -> Any:
             x = ops.embed(batch, table)
-            qkv = ops.rope(batch, ops.linear(ops.rms_norm(x, gain, 1e-5), qkv_weight), SPEC, rope)
-            x = ops.linear(ops.attend(batch, 0, qkv, SPEC), out_weight, residual=x)
-            x = ops.linear(ops.linear_silu_mul(ops.rms_norm(x, gain, 1e-5), gated), down, residual=x)
-            return ops.linear(x, head)
+            qkv = ops.rope(batch, ops.linear(batch, ops.rms_norm(x, gain, 1e-5), qkv_weight), SPEC, rope)
+            x = ops.linear(batch, ops.attend(batch, 0, qkv, SPEC), out_weight, residual=x)
+            x = ops.linear(batch, ops.linear_silu_mul(batch, ops.rms_norm(x, gain, 1e-5), gated), down, residual=x)
+            return ops.linear(batch, x, head)
 
         captured = backend.capture(layer)
         pages = [[5 * i + j for j in range(5)] for i in range(8)]

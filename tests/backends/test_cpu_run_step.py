@@ -33,14 +33,14 @@ class Head:
         self.backend = backend
         cut = backend.ops.asked_rows if is_cut else lambda batch, x: x
         self.forward = backend.capture(lambda batch: cut(batch, backend.ops.embed(batch, table)))
-        self.logits = backend.capture(lambda hidden: backend.ops.linear(hidden, weight))
+        self.logits = backend.capture(lambda batch, hidden: backend.ops.linear(batch, hidden, weight))
 
     def at_once(self, batch: ScheduleBatch, vocab_size: int) -> SampleResult:
         return self.backend.run_step(self.forward, self.logits, batch, vocab_size)
 
     def in_parts(self, batch: ScheduleBatch, vocab_size: int) -> SampleResult:
-        hidden = self.forward(self.backend.plan(batch))
-        logits = self.logits(self.backend.take_rows(hidden, batch.sampling_tokens))
+        planned = self.backend.plan(batch)
+        logits = self.logits(*self.backend.take_rows(planned, self.forward(planned), batch.sampling_tokens))
         return self.backend.sample(logits, batch.sampling, vocab_size)
 
 
@@ -94,7 +94,7 @@ def test_what_is_no_head_is_refused() -> None:
         batch = step([Row([1, 2], 0, [0])], 32)
         with pytest.raises(ValueError, match="last linear"):
             model.at_once(batch, VOCAB + 1)
-        no_head = backend.capture(lambda hidden: backend.ops.asked_rows(None, hidden))
+        no_head = backend.capture(lambda batch, hidden: backend.ops.asked_rows(batch, hidden))
         with pytest.raises(ValueError, match="last linear"):
             backend.run_step(model.forward, no_head, batch, WIDTH)
         assert model.at_once(batch, VOCAB).token_ids.tolist() == model.in_parts(batch, VOCAB).token_ids.tolist()

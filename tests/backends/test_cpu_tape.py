@@ -71,12 +71,12 @@ class Weights:
             if op.name == "norm":
                 results.append((width, ops.rms_norm(source, self.norms[width], 1e-5)))
             elif op.name == "linear":
-                results.append((op.width, ops.linear(source, self.linears[op.width, width])))
+                results.append((op.width, ops.linear(batch, source, self.linears[op.width, width])))
             elif op.name == "residual":
                 target, residual = pick(op.other)
-                results.append((target, ops.linear(source, self.linears[target, width], residual=residual)))
+                results.append((target, ops.linear(batch, source, self.linears[target, width], residual=residual)))
             elif op.name == "gated":
-                results.append((op.width, ops.linear_silu_mul(source, self.gated[op.width, width])))
+                results.append((op.width, ops.linear_silu_mul(batch, source, self.gated[op.width, width])))
             elif op.name == "attend" and not attended:
                 attended = True  # a layer's keys are stored once a step
                 results.append((64, ops.attend(batch, 0, pick(op.source, QKV)[1], SPEC)))
@@ -140,7 +140,7 @@ def test_keeping_results_for_later_changes_no_bit(cpu: Weights, graph: list[Op],
 def test_a_function_of_rows_grows_with_the_rows_it_is_given() -> None:
     with cpu_backend() as backend:
         weight = backend.load_linear([stored(random(4, 70, 96))])
-        captured = backend.capture(lambda x: backend.ops.linear(x, weight, residual=None))
+        captured = backend.capture(lambda batch, x: backend.ops.linear(batch, x, weight, residual=None))
         values = random(5, 100, 96)
         inputs = Inputs(backend, values)
         expected = np.concatenate([inputs.through(captured, [row]) for row in range(100)])
@@ -155,11 +155,12 @@ def test_a_result_taken_before_growth_stays_readable() -> None:
         table = backend.load_embedding(stored(random(7, 64, 96)))
         allocate(backend)
         embedded = backend.capture(lambda batch: backend.ops.embed(batch, table))
-        captured = backend.capture(lambda x: backend.ops.linear(x, weight))
-        hidden = embedded(backend.plan(step([Row(range(64), 0, [0, 1])], 32)))
-        few = captured(backend.take_rows(hidden, np.array([3], np.int32)))
+        captured = backend.capture(lambda batch, x: backend.ops.linear(batch, x, weight))
+        planned = backend.plan(step([Row(range(64), 0, [0, 1])], 32))
+        hidden = embedded(planned)
+        few = captured(*backend.take_rows(planned, hidden, np.array([3], np.int32)))
         seen = np.array(backend.to_host(few))
-        captured(backend.take_rows(hidden, np.arange(64, dtype=np.int32)))
+        captured(*backend.take_rows(planned, hidden, np.arange(64, dtype=np.int32)))
         assert_same_bits(np.array(backend.to_host(few)), seen)
 
 
@@ -173,26 +174,29 @@ def test_rows_nobody_asks_for_are_left_out_and_the_others_keep_their_bits(asked:
 
         def function(batch: Any) -> Any:
             x = backend.ops.embed(batch, table)
-            doubled = backend.ops.linear(x, weight, residual=x)
+            doubled = backend.ops.linear(batch, x, weight, residual=x)
             # `x` is still read by the second, so only that may take its place
             first, second = backend.ops.asked_rows(batch, doubled), backend.ops.asked_rows(batch, x)
-            return backend.ops.linear(first, weight, residual=second)
+            return backend.ops.linear(batch, first, weight, residual=second)
 
         captured = backend.capture(function)
-        take = backend.capture(lambda x: backend.ops.linear(x, weight))
+        take = backend.capture(lambda batch, x: backend.ops.linear(batch, x, weight))
 
         def taken(tokens: list[int]) -> Floats:
             batch = step([Row(range(70), 0, [0, 1, 2], samples=samples)], 32)
             rows = [PromptLogprobRows(0, token, np.zeros(1, np.int32)) for token in tokens]
             batch.prompt_logprobs = rows
-            hidden = captured(backend.plan(batch))
+            planned = backend.plan(batch)
+            hidden = captured(planned)
             sampled = set(range(70 - samples, 70))
             outside = sorted(set(range(70)) - sampled - set(tokens))
             if outside:
                 with pytest.raises(EngineError, match="asked"):
-                    backend.take_rows(hidden, np.array(outside[-1:], np.int32))
+                    backend.take_rows(planned, hidden, np.array(outside[-1:], np.int32))
             wanted = np.array(asked or sorted(sampled), np.int32)
-            return np.array(backend.to_host(take(backend.take_rows(hidden, wanted)))) if len(wanted) else random(1, 1)
+            if not len(wanted):
+                return random(1, 1)
+            return np.array(backend.to_host(take(*backend.take_rows(planned, hidden, wanted))))
 
         assert_same_bits(taken(asked), taken(list(range(70))))
 
@@ -202,7 +206,7 @@ def test_results_too_large_for_a_cache_keep_their_bits(rows_of_weight: int) -> N
     """More than 8 MB are stored past the caches, where rows begin with a cache line."""
     with cpu_backend() as backend:
         weight = backend.load_linear([stored(random(23, rows_of_weight, 32))], [stored(random(24, rows_of_weight))])
-        captured = backend.capture(lambda x: backend.ops.linear(x, weight))
+        captured = backend.capture(lambda batch, x: backend.ops.linear(batch, x, weight))
         inputs = Inputs(backend, random(25, 128, 32))
         together = inputs.through(captured, list(range(128)))
         assert together.nbytes > 8 << 20
@@ -224,7 +228,7 @@ def test_asked_tokens_outside_the_step_are_refused() -> None:
 def test_more_rows_than_a_step_may_have_are_refused() -> None:
     with cpu_backend() as backend:
         weight = backend.load_linear([stored(random(8, 70, 96))])
-        captured = backend.capture(lambda x: backend.ops.linear(x, weight))
+        captured = backend.capture(lambda batch, x: backend.ops.linear(batch, x, weight))
         inputs = Inputs(backend, random(9, 5, 96))
         with pytest.raises(ValueError, match="max_tokens"):
             inputs.through(captured, [0] * (LIMITS.max_tokens + 1))
@@ -234,8 +238,8 @@ def test_more_rows_than_a_step_may_have_are_refused() -> None:
 def test_a_function_may_return_its_input_or_use_it_twice() -> None:
     with cpu_backend() as backend:
         square = backend.load_linear([stored(np.eye(64, dtype=np.float32))])
-        same = backend.capture(lambda x: x)
-        double = backend.capture(lambda x: backend.ops.linear(x, square, residual=x))
+        same = backend.capture(lambda batch, x: x)
+        double = backend.capture(lambda batch, x: backend.ops.linear(batch, x, square, residual=x))
         values = random(10, 9, 64)
         inputs = Inputs(backend, values)
         assert_same_bits(inputs.through(same, [4, 2, 4]), values[[4, 2, 4]])
@@ -243,16 +247,18 @@ def test_a_function_may_return_its_input_or_use_it_twice() -> None:
 
 
 WRONG = {
-    "linear": lambda ops, w, x: ops.linear(x, w["linear"]),
-    "gated weight": lambda ops, w, x: ops.linear(ops.linear(x, w["square"]), w["gated"]),
-    "gated": lambda ops, w, x: ops.linear_silu_mul(x, w["gated"]),
-    "weight that is not gated": lambda ops, w, x: ops.linear_silu_mul(x, w["square"]),
-    "residual": lambda ops, w, x: ops.linear(x, w["square"], residual=ops.linear(x, w["narrow"])),
+    "linear": lambda ops, w, x: ops.linear(None, x, w["linear"]),
+    "gated weight": lambda ops, w, x: ops.linear(None, ops.linear(None, x, w["square"]), w["gated"]),
+    "gated": lambda ops, w, x: ops.linear_silu_mul(None, x, w["gated"]),
+    "weight that is not gated": lambda ops, w, x: ops.linear_silu_mul(None, x, w["square"]),
+    "residual": lambda ops, w, x: ops.linear(None, x, w["square"], residual=ops.linear(None, x, w["narrow"])),
     "norm": lambda ops, w, x: ops.rms_norm(x, w["gain"], 1e-5),
     "head norm": lambda ops, w, x: ops.head_norm(x, SPEC, w["gain"], w["gain"], 1e-5),
-    "head norm's weight": lambda ops, w, x: ops.head_norm(ops.linear(x, w["qkv"]), SPEC, w["gain"], w["gain"], 1e-5),
+    "head norm's weight": lambda ops, w, x: ops.head_norm(
+        ops.linear(None, x, w["qkv"]), SPEC, w["gain"], w["gain"], 1e-5
+    ),
     "rope": lambda ops, w, x: ops.rope(None, x, SPEC, ROPE),
-    "rope's frequencies": lambda ops, w, x: ops.rope(None, ops.linear(x, w["qkv"]), SPEC, RopeSpec(np.ones(9))),
+    "rope's frequencies": lambda ops, w, x: ops.rope(None, ops.linear(None, x, w["qkv"]), SPEC, RopeSpec(np.ones(9))),
     "attend": lambda ops, w, x: ops.attend(None, 0, x, SPEC),
 }
 
@@ -269,7 +275,7 @@ def test_operands_that_do_not_fit_are_refused_every_time(name: str) -> None:
             "gain": backend.load_vector(stored(random(17, 64))),
         }
         inputs = Inputs(backend, random(18, 5, 80))
-        captured = backend.capture(lambda x: WRONG[name](backend.ops, weights, x))
+        captured = backend.capture(lambda batch, x: WRONG[name](backend.ops, weights, x))
         for _ in range(2):
             with pytest.raises((ConfigError, ValueError)):
                 inputs.through(captured, [0])

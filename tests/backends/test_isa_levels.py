@@ -84,10 +84,14 @@ def linears(level: str, storage: TensorType, quantization: str | None) -> list[F
         gated = backend.load_gated(*(random_tensor(storage, 50, 256, seed=seed) for seed in (3, 4)))
         ops = backend.ops
 
-        def residual(x: Any) -> Any:
-            return ops.linear(x, square, residual=x)
+        def residual(batch: Any, x: Any) -> Any:
+            return ops.linear(batch, x, square, residual=x)
 
-        functions = (lambda x: ops.linear(x, weight), residual, lambda x: ops.linear_silu_mul(x, gated))
+        functions = (
+            lambda batch, x: ops.linear(batch, x, weight),
+            residual,
+            lambda batch, x: ops.linear_silu_mul(batch, x, gated),
+        )
         captured = [backend.capture(function) for function in functions]
         inputs = Inputs(backend, random(5, 33, 256, scale=3))
         return [inputs.through(function, range(33)) for function in captured]
@@ -140,7 +144,10 @@ def test_a_row_has_the_same_bits_in_any_number_of_rows(level: str, storage: Tens
         gated = backend.load_gated(*(random_tensor(storage, 288, 608, seed=seed) for seed in (3, 4)))
         down = backend.load_linear([random_tensor(storage, 40, 288, seed=5)])
         ops = backend.ops
-        functions = (lambda x: ops.linear(x, plain), lambda x: ops.linear(ops.linear_silu_mul(x, gated), down))
+        functions = (
+            lambda batch, x: ops.linear(batch, x, plain),
+            lambda batch, x: ops.linear(batch, ops.linear_silu_mul(batch, x, gated), down),
+        )
         inputs = Inputs(backend, random(6, 70, 608, scale=3))
         for captured in [backend.capture(function) for function in functions]:
             alone = np.concatenate([inputs.through(captured, [row]) for row in range(70)])

@@ -115,7 +115,9 @@ def test_rms_norm_divides_by_the_root_mean_square(backend: Backend, variant: Var
 def test_linear_is_a_matrix_product(backend: Backend, variant: Variant, num_tokens: int) -> None:
     matrix = random(3, 96, HIDDEN)
     weight = backend.load_linear([raw(matrix)])
-    x, actual = run_op(backend, variant, random(4, num_tokens, HIDDEN), lambda _, x: backend.ops.linear(x, weight))
+    x, actual = run_op(
+        backend, variant, random(4, num_tokens, HIDDEN), lambda batch, x: backend.ops.linear(batch, x, weight)
+    )
     assert_close(actual, x @ matrix.T.astype(np.float64), variant.linear)
 
 
@@ -124,7 +126,10 @@ def test_linear_stacks_its_tensors_and_adds_biases_and_residual(backend: Backend
     biases = [random(9 + i, rows, scale=10) for i, rows in enumerate((64, 32, 32))]
     weight = backend.load_linear([raw(part) for part in parts], [raw(bias) for bias in biases])
     x, actual = run_op(
-        backend, variant, random(12, 7, HIDDEN, scale=3), lambda _, x: backend.ops.linear(x, weight, residual=x)
+        backend,
+        variant,
+        random(12, 7, HIDDEN, scale=3),
+        lambda batch, x: backend.ops.linear(batch, x, weight, residual=x),
     )
     product = x @ np.concatenate(parts).T.astype(np.float64)
     assert_close(actual - np.concatenate(biases) - x, product, variant.linear + 3e-6)
@@ -134,7 +139,7 @@ def test_linear_stacks_its_tensors_and_adds_biases_and_residual(backend: Backend
 def test_the_head_may_have_any_number_of_outputs(backend: Backend, variant: Variant, rows: int) -> None:
     matrix = random(13, rows, HIDDEN)
     weight = backend.load_linear([raw(matrix)], head=True)
-    x, actual = run_op(backend, variant, random(14, 3, HIDDEN), lambda _, x: backend.ops.linear(x, weight))
+    x, actual = run_op(backend, variant, random(14, 3, HIDDEN), lambda batch, x: backend.ops.linear(batch, x, weight))
     assert_close(actual, x @ matrix.T.astype(np.float64), variant.head)
 
 
@@ -163,7 +168,7 @@ def test_linear_takes_every_storage_type(backend: Backend, variant: Variant, kin
     columns = 256
     tensor, exact = block_tensor(kind, 64, columns, seed=20)
     weight = backend.load_linear([tensor])
-    x, actual = run_op(backend, variant, random(15, 5, columns), lambda _, x: backend.ops.linear(x, weight))
+    x, actual = run_op(backend, variant, random(15, 5, columns), lambda batch, x: backend.ops.linear(batch, x, weight))
     bound = variant.blocks
     if kind in (TensorType.F32, TensorType.F16, TensorType.BF16):
         bound = variant.linear
@@ -180,7 +185,7 @@ def test_linear_takes_int8_with_a_scale_for_each_row(backend: Backend, variant: 
     tensor = RawTensor("t", TensorType.I8, codes.shape, codes.view(np.uint8), scales)
     halves = tensor.take_rows(np.arange(40)), tensor.take_rows(np.arange(40, 96))
     weight = backend.load_linear(halves)
-    x, actual = run_op(backend, variant, random(15, 5, 256), lambda _, x: backend.ops.linear(x, weight))
+    x, actual = run_op(backend, variant, random(15, 5, 256), lambda batch, x: backend.ops.linear(batch, x, weight))
     # On NPUs in 16 bits it is the quantised product, with one step for a whole row of activations.
     bound = 0.016 if variant.backend == "ascend" else max(variant.lossless, variant.linear)
     if variant.quantization == "int8" and variant.backend == "torch":
@@ -195,7 +200,9 @@ def test_gated_linear_multiplies_silu_of_gate_with_up(backend: Backend, variant:
     gate, up = random(16, 96, HIDDEN, scale=0.2), random(17, 96, HIDDEN, scale=0.2)
     biases = [random(18, 96), random(19, 96)] if biased else []
     weight = backend.load_gated(raw(gate), raw(up), [raw(bias) for bias in biases])
-    x, actual = run_op(backend, variant, random(20, 6, HIDDEN), lambda _, x: backend.ops.linear_silu_mul(x, weight))
+    x, actual = run_op(
+        backend, variant, random(20, 6, HIDDEN), lambda batch, x: backend.ops.linear_silu_mul(batch, x, weight)
+    )
     gate_bias, up_bias = biases or (0, 0)
     expected = silu(x @ gate.T.astype(np.float64) + gate_bias) * (x @ up.T.astype(np.float64) + up_bias)
     # A product of two inexact factors; silu's slope never exceeds 1.1.
@@ -208,7 +215,7 @@ def test_silu_keeps_its_limits_for_large_inputs(backend: Backend, variant: Varia
     inputs = np.zeros((2, HIDDEN), dtype=np.float32)
     inputs[:, 0] = 64, 250  # exp(250) is beyond float32, and the square of 250 is not beyond float16
     weight = backend.load_gated(raw(gate), raw(up))
-    x, actual = run_op(backend, variant, inputs, lambda _, x: backend.ops.linear_silu_mul(x, weight))
+    x, actual = run_op(backend, variant, inputs, lambda batch, x: backend.ops.linear_silu_mul(batch, x, weight))
     square = np.broadcast_to(x[:, :1] ** 2, (2, 16))
     np.testing.assert_allclose(actual[:, 0::2], square, rtol=0.02)
     np.testing.assert_allclose(actual[:, 1::2], 0, atol=1e-6)
@@ -250,6 +257,26 @@ def test_rope_turns_queries_and_keys_by_position(backend: Backend, variant: Vari
     x = run(backend, table, batch).astype(np.float64)
     actual = run(backend, table, batch, lambda b, x: backend.ops.rope(b, x, SPEC, RopeSpec(inv_freq)))
     assert_close(actual, rotated(x, batch.positions, inv_freq), variant.norm)
+
+
+def test_rope_turns_by_its_own_positions_and_attention_goes_by_indices(backend: Backend, variant: Variant) -> None:
+    """A picture's tokens have one place in the text and many in the cache; a graph has both in buffers of its own."""
+    rope = RopeSpec(10000.0 ** (-np.arange(0, SPEC.head_dim, 2) / SPEC.head_dim))
+    table = backend.load_embedding(raw(random(27, 24, QKV_SIZE)))
+    page_size = allocate(backend, variant)
+    pages = Pages(NUM_PAGES, page_size).take(24)
+    places = np.array([*range(4), *[4] * 9, *range(40, 51)], np.int32)
+    qkv = embedded(backend, table, 24, page_size)
+    expected = attended(rotated(qkv, places, rope.inv_freq), SPEC)
+
+    def turned(batch: Any, x: Any) -> Any:
+        return backend.ops.attend(batch, 0, backend.ops.rope(batch, x, SPEC, rope), SPEC)
+
+    for first, end in ((0, 20), (20, 21), (21, 22), (22, 24)):
+        batch = step([Row(range(first, end), first, pages)], page_size)
+        batch.rope_positions = places[first:end].copy()
+        actual = run(backend, table, batch, turned)
+        assert_close(actual, expected[first:end], max(variant.attend, variant.norm))
 
 
 def attended(qkv: Floats, spec: AttentionSpec) -> Floats:
@@ -462,9 +489,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(backend: Backend, variant: 
 
     def layer(batch: Any, x: Any) -> Any:
         ops = backend.ops
-        qkv = ops.linear(ops.rms_norm(x, gain, eps), qkv_weight)
-        x = ops.linear(ops.attend(batch, 0, qkv, SPEC), out_weight, residual=x)
-        return ops.linear_silu_mul(x, gated)
+        qkv = ops.linear(batch, ops.rms_norm(x, gain, eps), qkv_weight)
+        x = ops.linear(batch, ops.attend(batch, 0, qkv, SPEC), out_weight, residual=x)
+        return ops.linear_silu_mul(batch, x, gated)
 
     together = run(backend, table, step([Row([i], 0, [i % NUM_PAGES]) for i in range(13)], page_size), layer)
     alone = [run(backend, table, step([Row([i], 0, [5])], page_size), layer)[0] for i in range(13)]
@@ -480,11 +507,14 @@ def test_taken_rows_feed_another_function(backend: Backend, variant: Variant) ->
     weight = backend.load_linear([raw(head)], head=True)
     page_size = allocate(backend, variant)
     forward = backend.capture(lambda batch: backend.ops.embed(batch, table))
-    logits = backend.capture(lambda hidden: backend.ops.linear(hidden, weight))
-    hidden = forward(backend.plan(step([Row(range(9), 0, [0] * (9 // page_size + 1))], page_size)))
+    logits = backend.capture(lambda batch, hidden: backend.ops.linear(batch, hidden, weight))
+    planned = backend.plan(step([Row(range(9), 0, [0] * (9 // page_size + 1))], page_size))
+    hidden = forward(planned)
     x = np.array(backend.to_host(hidden), dtype=np.float64)
     for rows in ([8], [0, 3, 8], [4, 4, 1]):
-        actual = np.array(backend.to_host(logits(backend.take_rows(hidden, np.array(rows, dtype=np.int32)))))
+        taken = backend.take_rows(planned, hidden, np.array(rows, dtype=np.int32))
+        assert taken[0].tokens.tolist() == rows
+        actual = np.array(backend.to_host(logits(*taken)))
         assert_close(actual, x[rows] @ head.T.astype(np.float64), variant.head)
 
 
@@ -493,11 +523,12 @@ def test_a_tied_table_is_embedding_and_head(backend: Backend, variant: Variant) 
     embedding, head = backend.load_tied(raw(table))
     page_size = allocate(backend, variant)
     forward = backend.capture(lambda batch: backend.ops.embed(batch, embedding))
-    logits = backend.capture(lambda hidden: backend.ops.linear(hidden, head))
-    hidden = forward(backend.plan(step([Row([3, 89, 0, 41], 0, [0])], page_size)))
+    logits = backend.capture(lambda batch, hidden: backend.ops.linear(batch, hidden, head))
+    planned = backend.plan(step([Row([3, 89, 0, 41], 0, [0])], page_size))
+    hidden = forward(planned)
     rows = np.array(backend.to_host(hidden), dtype=np.float64)
     assert_close(rows, table[[3, 89, 0, 41]].astype(np.float64), variant.embed)
-    actual = np.array(backend.to_host(logits(backend.take_rows(hidden, np.arange(4, dtype=np.int32)))))
+    actual = np.array(backend.to_host(logits(*backend.take_rows(planned, hidden, np.arange(4, dtype=np.int32)))))
     assert_close(actual, rows @ table.T.astype(np.float64), variant.head)
 
 

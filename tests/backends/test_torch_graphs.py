@@ -47,19 +47,23 @@ class OneLayer:
         assert backend.pool is not None
         backend.pool.storage.fill_(torch.nan)
         self._forward = backend.capture(self._compute)
-        self._logits = backend.capture(lambda hidden: backend.ops.linear(hidden, self._head))
+        self._logits = backend.capture(lambda batch, hidden: backend.ops.linear(batch, hidden, self._head))
 
     def _compute(self, batch: Any) -> Any:
         ops = self.backend.ops
         qkv = ops.embed(batch, self._table)
         qkv = ops.rope(batch, qkv, self._spec, RopeSpec(np.array([1.0, 0.3, 0.1, 0.03])))
-        return ops.linear(ops.attend(batch, 0, qkv, self._spec), self._out)
+        return ops.linear(batch, ops.attend(batch, 0, qkv, self._spec), self._out)
 
-    def logits(self, rows: list[Row]) -> NDArray[np.float32]:
-        hidden = self._forward(self.backend.plan(step(rows, PAGE_SIZE)))
+    def logits(self, rows: list[Row], turned_by: int = 0) -> NDArray[np.float32]:
+        """turned_by: how far rotations are from the indices."""
+        batch = step(rows, PAGE_SIZE)
+        batch.rope_positions = batch.positions + np.int32(turned_by) if turned_by else None
+        planned = self.backend.plan(batch)
+        hidden = self._forward(planned)
         everything = np.arange(sum(len(row.token_ids) for row in rows), dtype=np.int32)
-        taken = self.backend.take_rows(hidden, everything[:32])
-        return np.array(self.backend.to_host(self._logits(taken)))
+        taken = self.backend.take_rows(planned, hidden, everything[:32])
+        return np.array(self.backend.to_host(self._logits(*taken)))
 
 
 def prompts(count: int) -> list[Row]:
@@ -90,6 +94,19 @@ def test_replayed_steps_give_what_eager_ones_give(count: int, window: int) -> No
     # Steps were replayed, at one size, padded to the next there is.
     padded = next(size for size in BATCH_SIZES if size >= count)
     assert backend.recorder.replays.count(padded) >= 5
+
+
+@pytest.mark.parametrize("turned_by", [5, PAGE_SIZE * LIMITS.max_pages_per_row])
+def test_replayed_steps_turn_by_their_own_positions(turned_by: int) -> None:
+    backend = SimulatedGraphBackend()
+    graphed, eager = OneLayer(backend), OneLayer(TorchBackend())
+    rows = prompts(3)
+    for token in range(4):
+        actual = graphed.logits(rows, turned_by * token)
+        np.testing.assert_allclose(actual, eager.logits(rows, turned_by * token), atol=2e-5)
+        rows = decode(rows, token)
+    # Three heads, and their steps: a graph holds tables of its capture, and what lies beyond them goes without one.
+    assert backend.recorder.replays.count(4) == (3 + 3 if turned_by == 5 else 3)
 
 
 def test_a_smaller_step_after_a_larger_one_sees_nothing_of_it() -> None:

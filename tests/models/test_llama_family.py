@@ -118,12 +118,13 @@ class Runnable:
         """(T, VOCAB) of all tokens of a step."""
         batch = step(rows, self.page_size)
         batch.prompt_logprobs = [PromptLogprobRows(0, 0, batch.token_ids)]  # no row is left out
-        hidden = self._forward(self.backend.plan(batch))
+        planned = self.backend.plan(batch)
+        hidden = self._forward(planned)
         everything = np.arange(batch.num_tokens, dtype=np.int32)
         parts = []
         for begin in range(0, batch.num_tokens, LIMITS.max_rows):
-            taken = self.backend.take_rows(hidden, everything[begin : begin + LIMITS.max_rows])
-            parts.append(np.array(self.backend.to_host(self._logits(taken)), dtype=np.float32))
+            taken = self.backend.take_rows(planned, hidden, everything[begin : begin + LIMITS.max_rows])
+            parts.append(np.array(self.backend.to_host(self._logits(*taken)), dtype=np.float32))
         return np.concatenate(parts)
 
 

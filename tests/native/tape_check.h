@@ -79,7 +79,7 @@ class Layer {
     }
     const int n = int(ids.size());
     for (int i = 0; i < n; i++) asked.push_back(i);
-    device_.plan(n, ids.data(), positions.data(), int(lengths.size()), lengths.data(), pages.data(), 5, n, asked.data(), kVocabulary);
+    device_.plan(n, ids.data(), positions.data(), positions.data(), int(lengths.size()), lengths.data(), pages.data(), 5, n, asked.data(), kVocabulary);
     return n;
   }
   std::unique_ptr<mooli::Linear> weight(Random& random, mooli::Kind kind, int n, int k, bool gated) {

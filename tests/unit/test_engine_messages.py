@@ -6,6 +6,7 @@ import asyncio
 import socket
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from engine_link import connected, request, submit, with_engine, within
 from fake_engine import byte_tokenizer, fake_build
@@ -138,13 +139,19 @@ def test_each_request_keeps_what_is_its_own():
         prompt=["a", "bcd", "bcd"], sampling_params=given, return_logprob=[True, True, False],
         logprob_start_len=[0, 1, None], top_logprobs_num=[4, 0, None],
     )  # fmt: skip
+    # The second stands for content, and the third has its prompt and no content.
+    requests[1].key_ids = np.array([2**30 + 5] * len(requests[1].prompt_ids), np.int32)
+    requests[2].prompt_ids = requests[1].prompt_ids
     (submit,) = messages.Frames(messages.ToEngine).push(
         messages.encode(messages.Submit.of((request.rid, request) for request in requests))
     )
+    assert [got.key_ids is None for got in submit.to_requests()] == [True, False, True]
     for sent, got in zip(requests, submit.to_requests(), strict=True):
         assert got.prompt_ids.tolist() == sent.prompt_ids.tolist()
         for name in Request.__slots__:
-            if name not in ("prompt_ids", "sampling"):
+            if name == "key_ids" and sent.key_ids is not None:
+                assert got.key_ids is not None and got.key_ids.tolist() == sent.key_ids.tolist()
+            elif name not in ("prompt_ids", "sampling"):
                 assert getattr(got, name) == getattr(sent, name), name
         assert got.sampling == replace(sent.sampling, stop=())
 

@@ -43,10 +43,11 @@ class RecordingBackend(ReferenceBackend):
     def capture(self, function: Any) -> Any:
         self.captured.append(function.__name__)
 
-        def recorded(argument: Any) -> Any:
-            rows = len(argument.token_ids) if function.__name__ == "forward" else len(argument)
+        def recorded(planned: Any, *hidden: Any) -> Any:
+            rows = len(hidden[0]) if hidden else len(planned.token_ids)
+            assert planned.tokens is None or len(planned.tokens) == rows
             self.calls.append(f"{function.__name__} {rows}")
-            return function(argument)
+            return function(planned, *hidden)
 
         return recorded
 
@@ -79,7 +80,8 @@ class Setup:
 
     def all_logits(self, token_ids: list[int], pages: list[int]) -> Any:
         batch = step([Row(token_ids, 0, pages)], PAGE_SIZE)
-        return self.model.logits(self.model.forward(self.backend.plan(batch)))
+        planned = self.backend.plan(batch)
+        return self.model.logits(planned, self.model.forward(planned))
 
 
 def test_functions_are_captured_once_when_the_runner_is_made() -> None:

@@ -77,7 +77,7 @@ def a_step() -> ScheduleBatch:
     )  # fmt: skip
     return ScheduleBatch(
         3, ints(8, 9), ints(0, 1), ints(16, 17), ints(0), ints(0), ints(2), ints(1), ints(1, -1).reshape(1, 2),
-        sampling, [PageCopy(1, 2, 3)], [PromptLogprobRows(0, 0, ints(9), 2, (1,))],
+        sampling, [PageCopy(1, 2, 3)], [PromptLogprobRows(0, 0, ints(9), 2, (1,))], rope_positions=ints(4, 4),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from mooli.runner.fake import FakeRunner
 from mooli.scheduler.admission import head_start
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.scheduler import Scheduler
-from mooli.types import Request, RequestOutput, SamplingParams
+from mooli.types import FIRST_CONTENT_ID, Request, RequestOutput, SamplingParams
 
 VOCAB = 1000
 
@@ -101,6 +101,64 @@ def test_a_long_prompt_is_computed_in_chunks_and_only_the_last_samples() -> None
     bench.run()
     assert [spans(batch) for batch in bench.batches] == [[(0, 5)], [(5, 5)], [(10, 2)]]
     assert [batch.num_samples.tolist() for batch in bench.batches] == [[0], [0], [1]]
+
+
+# -- content, which the cache knows by other ids than the model ------------------------------------------------------
+PICTURE = [*range(6), *[9] * 8, *range(20, 26)]  # 9 is the placeholder
+
+
+def with_picture(rid: str, picture: int, max_new_tokens: int = 4, **fields: Any) -> Request:
+    """PICTURE, whose placeholders are those of one of several pictures."""
+    key = np.array(PICTURE, np.int32)
+    key[6:14] = FIRST_CONTENT_ID + 1000 * picture + np.arange(8)
+    return request(rid, PICTURE, max_new_tokens, key_ids=key, **fields)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+def test_equal_tokens_of_different_content_share_nothing_from_there_on(together: bool) -> None:
+    bench = Bench()
+    for each in (with_picture("a", 1), with_picture("b", 2), with_picture("c", 1), request("d", PICTURE)):
+        bench.add(each)
+        if not together:
+            bench.run()
+    bench.run()
+    assert [bench.last(rid).cached_tokens for rid in "abcd"] == [0, 6, 19, 6]
+    # The model sees the same tokens, so that the answers are one.
+    assert len({tuple(bench.tokens(rid)) for rid in "abcd"}) == 1
+    assert all(batch.token_ids.max() < VOCAB for batch in bench.batches)
+
+
+def test_an_answer_to_content_is_found_again_after_preemption_and_by_who_asks_more() -> None:
+    bench = Bench(num_pages=12, max_batch_tokens=32)
+    bench.add(with_picture("a", 1, 20), with_picture("b", 2, 20))
+    bench.run()
+    assert bench.last("a").num_preemptions + bench.last("b").num_preemptions > 0
+    assert bench.tokens("a") == bench.tokens("b")
+    said = bench.tokens("b")
+    longer = with_picture("c", 2)
+    longer.prompt_ids = np.array([*PICTURE, *said, 7], np.int32)
+    assert longer.key_ids is not None
+    longer.key_ids = np.concatenate([longer.key_ids, longer.prompt_ids[len(PICTURE) :]])
+    bench.add(longer)
+    bench.run()
+    assert bench.last("c").cached_tokens == len(PICTURE) + len(said) - 1
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ([0, 1, 2], "one for each of 4"),
+        ([0, 1, 2, 4], r"key_ids\[3\]=4 is neither the token id 3"),
+        ([0, 1, 2, -(2**31)], "neither"),
+        ([0, 1, 2, FIRST_CONTENT_ID - 1], "neither"),
+    ],
+    ids=["too few", "another token's", "negative", "between"],
+)
+def test_a_key_that_is_neither_the_tokens_own_nor_contents_is_refused(key: list[int], words: str) -> None:
+    with pytest.raises(PromptError, match=words):
+        Bench().add(request("a", [0, 1, 2, 3], key_ids=np.array(key, np.int32)))
+    with pytest.raises(PromptError, match="int64"):
+        Bench().add(request("a", [0, 1], key_ids=np.array([0, 1], np.int64)))
 
 
 def test_minus_one_means_prompts_are_not_cut() -> None:

@@ -93,6 +93,7 @@ class Limits:
 class Ops(Protocol):
     """The operations models are written in. `batch` is opaque and passed through.
 
+    It says which row of the step each row of x belongs to: what depends on that takes it, the others cannot.
     Shapes: T tokens in the step, H hidden size, x (T, H).
     """
 
@@ -104,11 +105,11 @@ class Ops(Protocol):
         """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
         ...
 
-    def linear(self, x: Array, weight: Weight, residual: Array | None = None) -> Array:
+    def linear(self, batch: Any, x: Array, weight: Weight, residual: Array | None = None) -> Array:
         """x @ weight.T + bias (+ residual). The weight knows its packing and its bias."""
         ...
 
-    def linear_silu_mul(self, x: Array, weight: Weight) -> Array:
+    def linear_silu_mul(self, batch: Any, x: Array, weight: Weight) -> Array:
         """silu(x @ gate.T) * (x @ up.T) for a weight of `load_gated`. One op: the wide product stays in cache."""
         ...
 
@@ -117,7 +118,7 @@ class Ops(Protocol):
         ...
 
     def rope(self, batch: Any, qkv: Array, spec: AttentionSpec, rope: RopeSpec) -> Array:
-        """Rotate query and key heads by the step's positions. Values pass through."""
+        """Rotate query and key heads by `ScheduleBatch.rope_positions`. Values pass through."""
         ...
 
     def attend(self, batch: Any, layer: int, qkv: Array, spec: AttentionSpec) -> Array:
@@ -252,11 +253,12 @@ class Backend(Protocol):
         ...
 
     def capture(self, function: Callable[..., Array]) -> Callable[..., Array]:
-        """`function(batch)` or `function(hidden)` made fast: a tape on CPU, a graph on devices, itself elsewhere."""
+        """`function(batch)` or `function(batch, hidden)` made fast: a tape on CPU, a graph on devices, or itself."""
         ...
 
-    def take_rows(self, hidden: Array, rows: NDArray[np.int32]) -> Array:
-        """The given token rows of a captured function's result, as input for another.
+    def take_rows(self, batch: Any, hidden: Array, rows: NDArray[np.int32]) -> tuple[Any, Array]:
+        """The given token rows of what a captured function gave for `batch`: the arguments of another, which are the
+        batch of these tokens alone and their rows.
 
         Only asked tokens may be taken from a result that has gone through `asked_rows`.
         """

@@ -7,7 +7,7 @@ by row. Whatever another backend computes is compared with this.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,12 +66,16 @@ class RowPlan:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """A step as the operations take it. token_ids, positions, slots: int64 (T,)."""
+    """A step as the operations take it. token_ids, rope_positions, slots: int64 (T,).
+
+    tokens: int32, those of the step that an operation's rows stand for; None for all of them.
+    """
 
     token_ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
+    rope_positions: NDArray[np.int64]
     slots: NDArray[np.int64]
     rows: tuple[RowPlan, ...]
+    tokens: NDArray[np.int32] | None = None
 
 
 def round_to(dtype: str, values: Floats) -> Floats:
@@ -131,7 +135,7 @@ class ReferenceOps:
         normed: Floats = x / np.sqrt(mean_square + np.float32(eps)) * weight
         return normed
 
-    def linear(self, x: Floats, weight: LinearWeight, residual: Floats | None = None) -> Floats:
+    def linear(self, batch: ForwardBatch, x: Floats, weight: LinearWeight, residual: Floats | None = None) -> Floats:
         product: Floats = x @ weight.values.T
         if weight.bias is not None:
             product += weight.bias
@@ -139,10 +143,10 @@ class ReferenceOps:
             product += residual
         return product
 
-    def linear_silu_mul(self, x: Floats, weight: GatedWeight) -> Floats:
-        gate = self.linear(x, weight.gate)
+    def linear_silu_mul(self, batch: ForwardBatch, x: Floats, weight: GatedWeight) -> Floats:
+        gate = self.linear(batch, x, weight.gate)
         with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
-            gated: Floats = gate / (1 + np.exp(-gate)) * self.linear(x, weight.up)
+            gated: Floats = gate / (1 + np.exp(-gate)) * self.linear(batch, x, weight.up)
         return gated
 
     def head_norm(self, qkv: Floats, spec: AttentionSpec, q_weight: Floats, k_weight: Floats, eps: float) -> Floats:
@@ -151,7 +155,7 @@ class ReferenceOps:
 
     def rope(self, batch: ForwardBatch, qkv: Floats, spec: AttentionSpec, rope: RopeSpec) -> Floats:
         # Angles in float64: positions in the tens of thousands leave float32 too few digits.
-        angles = batch.positions[:, None, None] * rope.inv_freq
+        angles = batch.rope_positions[:, None, None] * rope.inv_freq
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         q, k, v = split_heads(qkv, spec)
         return merge_heads(rotate_half(q, cos, sin), rotate_half(k, cos, sin), v)
@@ -358,24 +362,23 @@ class ReferenceBackend:
             slots = pages * self._page_size + positions % self._page_size
             rows.append(RowPlan(first_token, start, length, slots))
             first_token += length
+        rope_positions = batch.positions if batch.rope_positions is None else batch.rope_positions
         return ForwardBatch(
-            batch.token_ids.astype(np.int64),
-            batch.positions.astype(np.int64),
-            batch.slots.astype(np.int64),
-            tuple(rows),
+            batch.token_ids.astype(np.int64), rope_positions.astype(np.int64), batch.slots.astype(np.int64), tuple(rows)
         )
 
     def capture(self, function: Callable[..., Floats]) -> Callable[..., Floats]:
         return function
 
-    def take_rows(self, hidden: Floats, rows: NDArray[np.int32]) -> Floats:
-        return hidden[rows]
+    def take_rows(self, batch: ForwardBatch, hidden: Floats, rows: NDArray[np.int32]) -> tuple[ForwardBatch, Floats]:
+        return replace(batch, tokens=rows), hidden[rows]
 
     def run_step(
         self, forward: Callable[..., Floats], logits: Callable[..., Floats], batch: ScheduleBatch, vocab_size: int
     ) -> SampleResult:
-        hidden = forward(self.plan(batch))
-        return self.sample(logits(self.take_rows(hidden, batch.sampling_tokens)), batch.sampling, vocab_size)
+        planned = self.plan(batch)
+        taken = self.take_rows(planned, forward(planned), batch.sampling_tokens)
+        return self.sample(logits(*taken), batch.sampling, vocab_size)
 
     def sample(self, logits: Floats, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
         return reference_sampling.sample(logits[:, :vocab_size], sampling)

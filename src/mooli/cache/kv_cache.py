@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import takewhile
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from mooli.batch import PageCopy
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import TOKEN_BYTES, Match, Node, RadixTree
 from mooli.errors import ConfigError, EngineError
+from mooli.types import FIRST_CONTENT_ID
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +72,7 @@ class MatchEnd:
     """Where a request's tokens stopped agreeing with the tree, and why; the cache may have used fewer of them.
 
     reason: None where all were there that may be: at least one token of a request is always computed.
-    found: the token id that the tree has at index `num_tokens`, where it has DIVERGED.
+    found: what the tree has at index `num_tokens`, where it has DIVERGED: an id of a token or of content.
     """
 
     num_tokens: int
@@ -93,7 +95,11 @@ class Admission:
 
 
 class KVCache:
-    """All pages of the KV pool. With `enabled=False` nothing is shared: every match is empty, nothing is kept."""
+    """All pages of the KV pool. With `enabled=False` nothing is shared: every match is empty, nothing is kept.
+
+    A page number stands for the same tokens in every layer, whatever the layers keep of them: groups of layers that
+    could give up pages at different times (`CacheSpec.page_groups`) are given them together.
+    """
 
     def __init__(
         self, num_pages: int, page_size: int, enabled: bool = True, *, match_granularity_tokens: int = 1
@@ -228,14 +234,15 @@ class KVCache:
         return RequestPages(list(match.pages), len(match.pages), node, source, set() if given is None else given)
 
     def following(self, held: RequestPages, key: bytes, num_tokens: int) -> list[int]:
-        """Up to `num_tokens` token ids that others had after the same tokens from the start on. Changes nothing.
+        """Up to `num_tokens` token ids that others had after the same tokens from the start on, content left out.
+        Changes nothing.
 
         key: the request's tokens after its shared pages, at most a page of them; for more, nothing is found.
         """
         if held.node is None or len(key) > self.page_size * TOKEN_BYTES:
             return []
         found: list[int] = np.frombuffer(self._tree.following(held.node, key, num_tokens * TOKEN_BYTES), ">i4").tolist()
-        return found
+        return list(takewhile(lambda key_id: key_id < FIRST_CONTENT_ID, found))
 
     def drop_copy_source(self, held: RequestPages) -> None:
         """The copy has been made, or is no longer wanted: the source may be evicted. Does nothing without a source."""

@@ -34,7 +34,7 @@ MOST_BRANCHES = 8
 
 
 def token_key(token_ids: NDArray[np.int32]) -> bytes:
-    """Token ids (n,), none negative, as the bytes the tree works with (4 n bytes)."""
+    """Ids (n,), none negative, of tokens or of content (`Request.key_ids`), as the bytes the tree works with: 4 n."""
     return token_ids.astype(">i4").tobytes()
 
 

@@ -64,10 +64,11 @@ class WireShared(msgspec.Struct, array_like=True, frozen=True):
 
 
 class WireRequest(msgspec.Struct, array_like=True, frozen=True):
-    """The rest of a `Request`. name: its `rid` in the engine. prompt, shared: where they are in `Submit`."""
+    """The rest of a `Request`. name: its `rid` in the engine. prompt, key, shared: where they are in `Submit`."""
 
     name: str
     prompt: int
+    key: int | None
     shared: int
     seed: int
     max_new_tokens: int | None
@@ -76,7 +77,7 @@ class WireRequest(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Submit(Message, frozen=True):
-    """prompts: as little-endian int32."""
+    """prompts: as little-endian int32, and `key_ids` of those that have them."""
 
     requests: list[WireRequest]
     prompts: list[bytes]
@@ -88,11 +89,15 @@ class Submit(Message, frozen=True):
         requests: list[WireRequest] = []
         prompts: list[bytes] = []
         shared: list[WireShared] = []
-        last_prompt, last_shared = None, None
+        last_prompt, last_key, last_shared = None, None, None
+        prompt = key = 0
         for name, request in named:
             if request.prompt_ids is not last_prompt:
-                last_prompt = request.prompt_ids
+                last_prompt, prompt = request.prompt_ids, len(prompts)
                 prompts.append(np.ascontiguousarray(last_prompt, dtype="<i4").tobytes())
+            if request.key_ids is not None and request.key_ids is not last_key:
+                last_key, key = request.key_ids, len(prompts)
+                prompts.append(np.ascontiguousarray(last_key, dtype="<i4").tobytes())
             common = _common(request)
             if common != last_shared:
                 last_shared = common
@@ -101,7 +106,8 @@ class Submit(Message, frozen=True):
             requests.append(
                 WireRequest(
                     name=name,
-                    prompt=len(prompts) - 1,
+                    prompt=prompt,
+                    key=None if request.key_ids is None else key,
                     shared=len(shared) - 1,
                     seed=sampling.seed,
                     max_new_tokens=sampling.max_new_tokens,
@@ -113,13 +119,14 @@ class Submit(Message, frozen=True):
 
     def to_requests(self) -> list[Request]:
         prompts = [np.frombuffer(prompt, dtype="<i4").astype(np.int32, copy=False) for prompt in self.prompts]
-        return [self._request(wire, prompts[wire.prompt], self.shared[wire.shared]) for wire in self.requests]
+        return [self._request(wire, prompts, self.shared[wire.shared]) for wire in self.requests]
 
     @staticmethod
-    def _request(wire: WireRequest, prompt: NDArray[np.int32], shared: WireShared) -> Request:
+    def _request(wire: WireRequest, prompts: list[NDArray[np.int32]], shared: WireShared) -> Request:
         return Request(
             rid=wire.name,
-            prompt_ids=prompt,
+            prompt_ids=prompts[wire.prompt],
+            key_ids=None if wire.key is None else prompts[wire.key],
             sampling=replace(
                 shared.sampling,
                 seed=wire.seed,

@@ -25,8 +25,8 @@ class Model(Protocol):
         """The hidden states (T, H) of a planned step, of asked tokens. Stores what the layers keep of all."""
         ...
 
-    def logits(self, hidden: Array) -> Array:
-        """The logits (S, vocab_size) of rows of hidden states (S, H), as `forward` returned them."""
+    def logits(self, batch: Any, hidden: Array) -> Array:
+        """The logits (S, vocab_size) of rows of hidden states (S, H), as `forward` returned them, and their batch."""
         ...
 
 

@@ -111,15 +111,15 @@ class Attention:
 
     def mix(self, batch: Any, layer: int, x: Array) -> Array:
         """What each token takes from those before it: (T, H) to (T, num_heads * head_dim). Stores keys and values."""
-        qkv = self.ops.linear(x, self.qkv)
+        qkv = self.ops.linear(batch, x, self.qkv)
         if self.q_norm is not None:
             qkv = self.ops.head_norm(qkv, self.spec, self.q_norm, self.k_norm, self.eps)
         qkv = self.ops.rope(batch, qkv, self.spec, self.rope)
         return self.ops.attend(batch, layer, qkv, self.spec)
 
-    def output(self, mixed: Array, residual: Array) -> Array:
+    def output(self, batch: Any, mixed: Array, residual: Array) -> Array:
         """What `mix` returned, projected and added: (T, H)."""
-        return self.ops.linear(mixed, self.o, residual=residual)
+        return self.ops.linear(batch, mixed, self.o, residual=residual)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,7 @@ class GatedMLP:
         gate_up = packer.gated(f"{name}.gate_proj", f"{name}.up_proj")
         return cls(ops, gate_up, packer.linear(f"{name}.down_proj"))
 
-    def output(self, x: Array, residual: Array) -> Array:
+    def output(self, batch: Any, x: Array, residual: Array) -> Array:
         """(T, H), the residual added."""
-        return self.ops.linear(self.ops.linear_silu_mul(x, self.gate_up), self.down, residual=residual)
+        gated = self.ops.linear_silu_mul(batch, x, self.gate_up)
+        return self.ops.linear(batch, gated, self.down, residual=residual)

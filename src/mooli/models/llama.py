@@ -153,13 +153,16 @@ class LlamaModel:
             mixed = layer.attention.mix(batch, index, ops.rms_norm(hidden, layer.input_norm, eps))
             if index + 1 == len(self._layers):
                 mixed, hidden = ops.asked_rows(batch, mixed), ops.asked_rows(batch, hidden)
-            hidden = layer.attention.output(mixed, residual=hidden)
-            hidden = layer.mlp.output(ops.rms_norm(hidden, layer.post_attention_norm, eps), residual=hidden)
+            hidden = layer.attention.output(batch, mixed, residual=hidden)
+            hidden = layer.mlp.output(batch, ops.rms_norm(hidden, layer.post_attention_norm, eps), residual=hidden)
         return hidden
 
-    def logits(self, hidden: Array) -> Array:
-        """The logits (S, vocab_size) of rows of hidden states (S, H), as `forward` returned them."""
-        return self._ops.linear(self._ops.rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head)
+    def logits(self, batch: Any, hidden: Array) -> Array:
+        """The logits (S, vocab_size) of rows of hidden states (S, H), as `forward` returned them.
+
+        batch: of these rows alone.
+        """
+        return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head)
 
 
 def _hf(source: HFSource, common: dict[str, Any], **own: Any) -> LlamaConfig:

@@ -21,7 +21,7 @@ class CallableModel(Protocol):
 
     def forward(self, batch: Any) -> Array: ...
 
-    def logits(self, hidden: Array) -> Array: ...
+    def logits(self, batch: Any, hidden: Array) -> Array: ...
 
 
 class ModelRunner:
@@ -48,39 +48,40 @@ class ModelRunner:
             return StepOutput(token_ids=np.empty(0, dtype=np.int32), logprobs=[])
         if not batch.prompt_logprobs and 0 < len(batch.sampling) <= self._max_logit_rows:
             results = [self._backend.run_step(self._forward, self._logits, batch, self._vocab_size)]
-            hidden = None
+            planned = hidden = None
         else:
-            hidden = self._forward(self._backend.plan(batch))
-            results = self._sample(hidden, batch)
+            planned = self._backend.plan(batch)
+            hidden = self._forward(planned)
+            results = self._sample(planned, hidden, batch)
         if len(results) == 1:
             token_ids = results[0].token_ids
         else:
             token_ids = np.concatenate([np.empty(0, np.int32), *(result.token_ids for result in results)])
         logprobs = [None if entry is None else LogprobRow(*entry) for result in results for entry in result.logprobs]
-        prompt_logprobs = [self._prompt_logprobs(hidden, rows) for rows in batch.prompt_logprobs]
+        prompt_logprobs = [self._prompt_logprobs(planned, hidden, rows) for rows in batch.prompt_logprobs]
         return StepOutput(token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     def close(self) -> None:
         """Give the backend's memory and threads back. Nothing can be executed afterwards."""
         self._backend.close()
 
-    def _sample(self, hidden: Array, batch: ScheduleBatch) -> list[SampleResult]:
+    def _sample(self, planned: Any, hidden: Array, batch: ScheduleBatch) -> list[SampleResult]:
         """The tokens that sample, as many at a time as there may be logits."""
         tokens, results = batch.sampling_tokens, []
         for begin in range(0, len(tokens), self._max_logit_rows):
             rows = slice(begin, begin + self._max_logit_rows)
-            logits = self._logits(self._backend.take_rows(hidden, tokens[rows]))
+            logits = self._logits(*self._backend.take_rows(planned, hidden, tokens[rows]))
             sampling = _take_sampling_rows(batch.sampling, rows)
             results.append(self._backend.sample(logits, sampling, self._vocab_size))
         return results
 
-    def _prompt_logprobs(self, hidden: Array, wanted: PromptLogprobRows) -> list[LogprobRow]:
+    def _prompt_logprobs(self, planned: Any, hidden: Array, wanted: PromptLogprobRows) -> list[LogprobRow]:
         result: list[LogprobRow] = []
         for begin in range(0, len(wanted.target_ids), self._max_logit_rows):
             target_ids = wanted.target_ids[begin : begin + self._max_logit_rows]
             first = wanted.first_token + begin
             tokens = np.arange(first, first + len(target_ids), dtype=np.int32)
-            logits = self._logits(self._backend.take_rows(hidden, tokens))
+            logits = self._logits(*self._backend.take_rows(planned, hidden, tokens))
             entries = self._backend.logprobs(logits, target_ids, wanted.num_top, wanted.token_ids, self._vocab_size)
             result += [LogprobRow(*entry) for entry in entries]
         return result

@@ -31,6 +31,8 @@ from heapq import heapify, heappop, heapreplace
 from math import log2
 from typing import Protocol
 
+import numpy as np
+
 from mooli.cache.kv_cache import KVCache
 from mooli.cache.radix_tree import token_key
 from mooli.errors import ConfigError, ContextLengthError, EngineError, PromptError, RequestError
@@ -38,7 +40,7 @@ from mooli.scheduler.batch_builder import Plan
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.running import Running
 from mooli.scheduler.stats import Counters
-from mooli.types import Request
+from mooli.types import FIRST_CONTENT_ID, Request
 
 POLICIES = ("fcfs", "lpm")
 
@@ -60,7 +62,8 @@ come when SHARES * D more have been computed."""
 def check_request(request: Request, cache: KVCache, context_length: int, vocab_size: int) -> int:
     """Return the number of tokens, prompt and output, at which the request ends with `length`.
 
-    Raises PromptError if the prompt is empty or not of this vocabulary, ContextLengthError if it is too long for the
+    Raises PromptError if the prompt is empty or not of this vocabulary, or its `key_ids` are neither its own nor
+    content's; ContextLengthError if it is too long for the
     context or, with the output it asks for, for the whole KV pool: such a request could never run. Raises RequestError
     for a bad `logprob_start`.
     """
@@ -98,6 +101,20 @@ def _check_ids(request: Request, vocab_size: int) -> None:
     for token_id in (int(prompt.min()), int(prompt.max())):
         if not 0 <= token_id < vocab_size:
             raise PromptError(f"token id {token_id} of the prompt is outside the vocabulary of {vocab_size} ids")
+    key = request.key_ids
+    if key is None:
+        return
+    if key.dtype != np.int32 or key.shape != prompt.shape:
+        raise PromptError(
+            f"key_ids are {key.dtype} of shape {key.shape}; give int32, one for each of {len(prompt)} tokens"
+        )
+    wrong = (key != prompt) & (key < FIRST_CONTENT_ID)
+    if wrong.any():
+        at = int(wrong.argmax())
+        raise PromptError(
+            f"key_ids[{at}]={int(key[at])} is neither the token id {int(prompt[at])} nor content, which begins at"
+            f" {FIRST_CONTENT_ID}"
+        )
 
 
 # -- the order in which requests wait ----------------------------------------------------------------------------------
@@ -313,7 +330,7 @@ class PrefixWaits:
         page_size = self._cache.page_size
         first = state.pages.num_shared * page_size
         if first + page_size <= state.num_tokens:
-            page = token_key(state.tokens[first : first + page_size])
+            page = token_key(state.key_ids[first : first + page_size])
             self._leaders.setdefault((state.request.namespace, state.pages.num_shared, page), []).append(state)
 
     def holds(self, state: RequestState) -> bool:
@@ -331,7 +348,7 @@ class PrefixWaits:
         first, last = num_pages * page_size, (num_pages + 1) * page_size
         if last > state.match_limit:  # would have to compute that page in any case
             return False
-        page = token_key(state.tokens[first:last])
+        page = token_key(state.key_ids[first:last])
         for leader in self._leaders.get((state.request.namespace, num_pages, page), ()):
             common = _common_tokens(leader, state) // page_size
             if common > num_pages:
@@ -343,7 +360,7 @@ class PrefixWaits:
 
 def _common_tokens(a: RequestState, b: RequestState) -> int:
     count = min(a.num_tokens, b.num_tokens)
-    differs = a.tokens[:count] != b.tokens[:count]
+    differs = a.key_ids[:count] != b.key_ids[:count]
     return int(differs.argmax()) if differs.any() else count
 
 

@@ -95,15 +95,25 @@ class Drafts:
         self.settings = settings
         self._cache = cache
 
-    def propose(self, tokens: NDArray[np.int32], held: RequestPages, record: DraftRecord, most: int) -> list[int]:
-        """Up to `most` ids that may follow `tokens` (all of a running request's); none where no guess is worth it."""
+    def propose(
+        self,
+        tokens: NDArray[np.int32],
+        key_ids: NDArray[np.int32],
+        held: RequestPages,
+        record: DraftRecord,
+        most: int,
+    ) -> list[int]:
+        """Up to `most` ids that may follow `tokens` (all of a running request's); none where no guess is worth it.
+
+        key_ids: what the cache knows `tokens` by.
+        """
         most = min(most, self.settings.tokens_per_request - 1)
         if record.pause:
             record.pause -= 1
             return []
         if most < 1:
             return []
-        unshared = token_key(tokens[held.num_shared * self._cache.page_size :])
+        unshared = token_key(key_ids[held.num_shared * self._cache.page_size :])
         return self._cache.following(held, unshared, most) or what_followed(
             tokens, most, self.settings.shortest_match, self.settings.longest_match
         )

@@ -108,7 +108,7 @@ class Planner:
                 state.max_tokens - state.num_tokens - 1,  # the token after the last draft is the request's last
                 (len(held.pages) + spare_pages) * self.cache.page_size - state.num_tokens,
             )
-            guesses = drafts.propose(state.tokens, held, state.drafts, most)
+            guesses = drafts.propose(state.tokens, state.key_ids, held, state.drafts, most)
             if guesses and state.constrained is not None:
                 guesses = state.constrained.cut(guesses)
             if guesses:

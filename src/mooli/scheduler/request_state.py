@@ -35,6 +35,7 @@ class RequestState:
     __slots__ = (
         "_buffer",
         "_key",
+        "_key_buffer",
         "arrival",
         "cached_tokens",
         "constrained",
@@ -99,6 +100,10 @@ class RequestState:
             self.next_prompt_logprob = start + 1
         self._buffer = np.empty(min(max_tokens, self.num_tokens + 64), np.int32)
         self._buffer[: self.num_tokens] = prompt
+        self._key_buffer = self._buffer
+        if request.key_ids is not None:
+            self._key_buffer = np.empty_like(self._buffer)
+            self._key_buffer[: self.num_tokens] = request.key_ids
         self._key: bytes | None = None
 
     @property
@@ -109,6 +114,11 @@ class RequestState:
     def tokens(self) -> NDArray[np.int32]:
         """Prompt and output so far, int32 (num_tokens,): a view."""
         return self._buffer[: self.num_tokens]
+
+    @property
+    def key_ids(self) -> NDArray[np.int32]:
+        """What the cache knows the tokens by, int32 (num_tokens,): a view. See `Request.key_ids`."""
+        return self._key_buffer[: self.num_tokens]
 
     @property
     def num_missing(self) -> int:
@@ -140,18 +150,25 @@ class RequestState:
     def key(self) -> bytes:
         """All tokens as a key of the radix tree."""
         if self._key is None:
-            self._key = token_key(self.tokens)
+            self._key = token_key(self.key_ids)
         return self._key
 
     def append(self, token_id: int) -> None:
         """Add a sampled token."""
+        has_own_key = self._key_buffer is not self._buffer
         if self.num_tokens == len(self._buffer):
-            grown = np.empty(min(self.max_tokens, 2 * self.num_tokens), np.int32)
-            grown[: self.num_tokens] = self._buffer
-            self._buffer = grown
+            self._buffer = self._grown(self._buffer)
+            self._key_buffer = self._grown(self._key_buffer) if has_own_key else self._buffer
         self._buffer[self.num_tokens] = token_id
+        if has_own_key:
+            self._key_buffer[self.num_tokens] = token_id
         self.num_tokens += 1
         self._key = None
+
+    def _grown(self, buffer: NDArray[np.int32]) -> NDArray[np.int32]:
+        grown = np.empty(min(self.max_tokens, 2 * self.num_tokens), np.int32)
+        grown[: self.num_tokens] = buffer
+        return grown
 
     def collect_prompt_logprobs(self, target_ids: NDArray[np.int32], rows: list[LogprobRow]) -> None:
         """Append what a step computed for the next `len(target_ids)` prompt tokens."""

@@ -47,7 +47,7 @@ class Running:
             return
         first, last = held.num_shared, state.num_computed // page_size
         if last > first:
-            self._cache.insert(held, token_key(state.tokens[first * page_size : last * page_size]))
+            self._cache.insert(held, token_key(state.key_ids[first * page_size : last * page_size]))
             self._tables.set_pages(state.req_index, held.pages, first)
 
     def leave(self, state: RequestState, *, keep: bool) -> None:
@@ -57,7 +57,7 @@ class Running:
             raise EngineError(f"request {state.rid!r} is not running")
         if keep:
             first = held.num_shared * self._cache.page_size
-            self._cache.release(held, token_key(state.tokens[first : state.num_computed]))
+            self._cache.release(held, token_key(state.key_ids[first : state.num_computed]))
         else:
             self._cache.discard(held)
         self.states.remove(state)

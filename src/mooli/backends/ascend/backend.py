@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -203,14 +204,14 @@ class AscendBackend(TorchBackend):
     def capture(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Decode steps are replayed, and the head with them once it is known: it is the function of rows."""
 
-        def run(argument: ForwardBatch | Tensor) -> Tensor:
+        def run(batch: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
             with torch.no_grad():
-                if isinstance(argument, AscendStep) and argument.is_static:
-                    return self._decode(function, argument)
-                if isinstance(argument, Tensor):
-                    return self._of_rows(function, argument)
+                if hidden is not None:
+                    return self._of_rows(function, batch, hidden)
+                if isinstance(batch, AscendStep) and batch.is_static:
+                    return self._decode(function, batch)
                 self._done = self._taken = None
-                return function(argument)
+                return function(batch)
 
         return run
 
@@ -223,20 +224,20 @@ class AscendBackend(TorchBackend):
             self._done = (result.hidden, result.logits)
         return result.hidden
 
-    def _of_rows(self, head: Callable[..., Tensor], rows: Tensor) -> Tensor:
+    def _of_rows(self, head: Callable[..., Tensor], batch: ForwardBatch, rows: Tensor) -> Tensor:
         self._head = head
         if self._taken is not None and self._taken[0] is rows:
             return self._taken[1]
-        return head(rows)
+        return head(batch, rows)
 
-    def take_rows(self, hidden: Tensor, rows: NDArray[np.int32]) -> Tensor:
+    def take_rows(self, batch: ForwardBatch, hidden: Tensor, rows: NDArray[np.int32]) -> tuple[ForwardBatch, Tensor]:
         begin, count = int(rows[0]) if len(rows) else 0, len(rows)
         if begin + count > len(hidden) or not np.array_equal(rows, np.arange(begin, begin + count)):
-            return hidden.index_select(0, self.upload(rows.astype(np.int32)))
+            return replace(batch, tokens=rows), hidden.index_select(0, self.upload(rows.astype(np.int32)))
         taken = hidden[begin : begin + count]
         if self._done is not None and self._done[0] is hidden:
             self._taken = (taken, self._done[1][begin : begin + count])
-        return taken
+        return replace(batch, tokens=rows), taken
 
     def close(self) -> None:
         if self.graphs is not None:

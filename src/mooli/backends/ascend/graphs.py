@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mooli.backends.ascend.paths import PAGE_SIZE
@@ -54,23 +55,27 @@ class StaticSteps:
             return None
         if batch.page_table.shape[1] > self._width:
             return None
+        turned_to = batch.positions if batch.rope_positions is None else batch.rope_positions
+        longest = int(turned_to.max())
+        if longest >= self._width * PAGE_SIZE:  # a graph holds the rotary tables of its capture
+            return None
         size = SIZES[bisect_left(SIZES, batch.num_rows)]
         if size not in self._steps:
             self._steps[size] = self._new_step(size)
         buffer, step = self._steps[size]
-        self._fill(buffer, step, batch)
-        return replace(step, num_tokens=batch.num_rows, max_position=int(batch.positions.max()), memo={})
+        self._fill(buffer, step, batch, turned_to)
+        return replace(step, num_tokens=batch.num_rows, max_rope_position=longest, memo={})
 
     def _new_step(self, size: int) -> tuple[Tensor, AscendStep]:
         buffer = torch.zeros(size * (3 + self._width), dtype=torch.int32, device=self._device)
-        token_ids, positions, slots = buffer[: 3 * size].view(3, size).unbind(0)
+        token_ids, rope_positions, slots = buffer[: 3 * size].view(3, size).unbind(0)
         table = buffer[3 * size :].view(size, self._width)
         step = AscendStep(
             num_tokens=size,
             token_ids=token_ids,
-            positions=positions,
+            rope_positions=rope_positions,
             slots=slots,
-            max_position=0,
+            max_rope_position=0,
             decode=(),
             chunks=(),
             graph_key=(size,),
@@ -79,13 +84,13 @@ class StaticSteps:
         )
         return buffer, step
 
-    def _fill(self, buffer: Tensor, step: AscendStep, batch: ScheduleBatch) -> None:
+    def _fill(self, buffer: Tensor, step: AscendStep, batch: ScheduleBatch, turned_to: NDArray[np.int32]) -> None:
         """Padding rows are token 0 at position 0 of the spare page; each stores in a slot of its own."""
         if step.rows is None:
             return
         size, count = len(step.rows.lengths), batch.num_rows
         columns = np.zeros((3, size), dtype=np.int32)
-        columns[:, :count] = batch.token_ids, batch.positions, batch.slots
+        columns[:, :count] = batch.token_ids, turned_to, batch.slots
         columns[2, count:] = self._spare_page * PAGE_SIZE + np.arange(size - count)
         table = np.full((size, self._width), self._spare_page, dtype=np.int32)
         width = batch.page_table.shape[1]
@@ -135,7 +140,7 @@ class DecodeGraphs:
         def run() -> tuple[Tensor, Tensor | None]:
             memo.clear()
             hidden = forward(replace(step, memo=memo))
-            return hidden, None if head is None else head(hidden)
+            return hidden, None if head is None else head(step, hidden)
 
         try:
             # Workspaces and tables are made in these, and whatever libraries set up at a first run.

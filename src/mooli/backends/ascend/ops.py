@@ -35,9 +35,9 @@ class AscendOps(TorchOps):
         normed: Tensor = torch.ops.npu.npu_rms_norm(x.contiguous(), weight, eps)[0]
         return normed
 
-    def linear_silu_mul(self, x: Tensor, weight: LinearWeight) -> Tensor:
+    def linear_silu_mul(self, batch: ForwardBatch, x: Tensor, weight: LinearWeight) -> Tensor:
         if not self._is_on(SWIGLU):
-            return super().linear_silu_mul(x, weight)
+            return super().linear_silu_mul(batch, x, weight)
         gated: Tensor = torch.ops.npu.npu_swiglu(weight.matmul(x).contiguous(), -1)
         return gated
 
@@ -51,15 +51,15 @@ class AscendOps(TorchOps):
         return torch.cat([turned[0], heads[0, :, turning:]], dim=1).flatten(1)
 
     def _rotations_in(self, dtype: torch.dtype, batch: ForwardBatch, rope: RopeSpec) -> tuple[Tensor, Tensor]:
-        """Cosines and sines at the step's positions, each half twice: (1, T, 1, head_dim) in the type of the heads."""
+        """Cosines and sines at the step's rotary positions, each half twice: (1, T, 1, head_dim) in the heads' type."""
         name = (rope.inv_freq.tobytes(), dtype)
         key = ("rotations", *name)
         if key not in batch.memo:
             table = self._tables.get(name)
-            if table is None or len(table[0]) <= batch.max_position:
-                self.num_positions = max(self.num_positions, batch.max_position + 1)
+            if table is None or len(table[0]) <= batch.max_rope_position:
+                self.num_positions = max(self.num_positions, batch.max_rope_position + 1)
                 table = self._tables[name] = self._table(rope, dtype)
-            batch.memo[key] = tuple(part.index_select(0, batch.positions)[None, :, None, :] for part in table)
+            batch.memo[key] = tuple(part.index_select(0, batch.rope_positions)[None, :, None, :] for part in table)
         cos, sin = batch.memo[key]
         return cos, sin
 

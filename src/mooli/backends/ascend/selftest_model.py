@@ -68,16 +68,16 @@ class SmallModel:
         backend.allocate(spec, NUM_PAGES, LIMITS)
         self._forward = backend.capture(self._compute)
         self._logits = backend.capture(
-            lambda x: backend.ops.linear(backend.ops.rms_norm(x, self._norm, 1e-6), self._head)
+            lambda batch, x: backend.ops.linear(batch, backend.ops.rms_norm(x, self._norm, 1e-6), self._head)
         )
 
     def _compute(self, batch: Any) -> Any:
         ops = self.backend.ops
         x = ops.embed(batch, self._table)
         for index, (norm, qkv, out, after, gated, down) in enumerate(self._layers):
-            packed = ops.rope(batch, ops.linear(ops.rms_norm(x, norm, 1e-6), qkv), SPEC, self._rope)
-            x = ops.linear(ops.attend(batch, index, packed, SPEC), out, residual=x)
-            x = ops.linear(ops.linear_silu_mul(ops.rms_norm(x, after, 1e-6), gated), down, residual=x)
+            packed = ops.rope(batch, ops.linear(batch, ops.rms_norm(x, norm, 1e-6), qkv), SPEC, self._rope)
+            x = ops.linear(batch, ops.attend(batch, index, packed, SPEC), out, residual=x)
+            x = ops.linear(batch, ops.linear_silu_mul(batch, ops.rms_norm(x, after, 1e-6), gated), down, residual=x)
         return x
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
@@ -85,14 +85,15 @@ class SmallModel:
 
     def greedy(self, parts: Sequence[Part]) -> NDArray[np.int32]:
         """int32 (rows,): the likeliest tokens, by the whole way of an engine's step."""
-        hidden = self._forward(self.backend.plan(step_of(parts)))
-        taken = self.backend.take_rows(hidden, _last_tokens(parts))
-        return self.backend.sample(self._logits(taken), _greedy_sampling(len(parts)), VOCAB).token_ids
+        return self.backend.sample(self._of_last(parts), _greedy_sampling(len(parts)), VOCAB).token_ids
 
     def logits(self, parts: Sequence[Part]) -> NDArray[np.float32]:
         """float32 (rows, VOCAB): after the last token of each part."""
-        hidden = self._forward(self.backend.plan(step_of(parts)))
-        return self.backend.to_host(self._logits(self.backend.take_rows(hidden, _last_tokens(parts))))
+        return self.backend.to_host(self._of_last(parts))
+
+    def _of_last(self, parts: Sequence[Part]) -> Any:
+        planned = self.backend.plan(step_of(parts))
+        return self._logits(*self.backend.take_rows(planned, self._forward(planned), _last_tokens(parts)))
 
 
 def step_of(parts: Sequence[Part]) -> ScheduleBatch:

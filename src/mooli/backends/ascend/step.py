@@ -44,8 +44,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class AscendStep(ForwardBatch):
-    """token_ids, positions, slots: int32 (T,). rows: all of them. is_static: its tensors stay where they are, so that a
-    graph may be captured on them; `rows.kv_lengths` is then changed in place from step to step."""
+    """token_ids, rope_positions, slots: int32 (T,). rows: all of them. is_static: its tensors stay where they are, so
+    that a graph may be captured on them; `rows.kv_lengths` is then changed in place from step to step."""
 
     rows: Rows | None = None
     is_static: bool = False
@@ -54,11 +54,12 @@ class AscendStep(ForwardBatch):
 def plan_rows(batch: ScheduleBatch, upload: Upload) -> AscendStep:
     """Everything of a step in one upload."""
     num_tokens = batch.num_tokens
-    columns = np.stack([batch.token_ids, batch.positions, batch.slots]).astype(np.int32)
+    turned_to = batch.positions if batch.rope_positions is None else batch.rope_positions
+    columns = np.stack([batch.token_ids, turned_to, batch.slots]).astype(np.int32)
     # Entries past a row's pages are not read, but must be pages.
     table = np.maximum(batch.page_table, 0).astype(np.int32)
     sent = upload(np.concatenate([columns.reshape(-1), table.reshape(-1)]))
-    token_ids, positions, slots = sent[: 3 * num_tokens].view(3, num_tokens).unbind(0)
+    token_ids, rope_positions, slots = sent[: 3 * num_tokens].view(3, num_tokens).unbind(0)
     rows = Rows(
         0,
         batch.lengths.tolist(),
@@ -68,9 +69,9 @@ def plan_rows(batch: ScheduleBatch, upload: Upload) -> AscendStep:
     return AscendStep(
         num_tokens=num_tokens,
         token_ids=token_ids,
-        positions=positions,
+        rope_positions=rope_positions,
         slots=slots,
-        max_position=int(batch.positions.max(initial=0)),
+        max_rope_position=int(turned_to.max(initial=0)),
         decode=(),
         chunks=chunk_rows(rows),
         rows=rows,
@@ -84,7 +85,7 @@ def cut(step: AscendStep) -> AscendStep:
     return replace(
         step,
         token_ids=step.token_ids[:count],
-        positions=step.positions[:count],
+        rope_positions=step.rope_positions[:count],
         slots=step.slots[:count],
         chunks=() if rows is None else chunk_rows(rows),
         graph_key=None,

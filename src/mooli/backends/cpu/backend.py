@@ -10,7 +10,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -353,7 +353,10 @@ class CpuBackend:
         if self._loads:
             self.unread_loads(0)
         asked = batch.asked_tokens
-        self._device.plan(batch.token_ids, batch.positions, batch.lengths, batch.page_table, asked, self._vocab_size)
+        rope_positions = batch.positions if batch.rope_positions is None else batch.rope_positions
+        self._device.plan(
+            batch.token_ids, batch.positions, rope_positions, batch.lengths, batch.page_table, asked, self._vocab_size
+        )
         return Planned(batch.num_tokens, asked)
 
     def capture(self, function: Callable[..., Array]) -> Callable[..., Result]:
@@ -361,14 +364,15 @@ class CpuBackend:
         self._captured.append(captured)
         return captured
 
-    def take_rows(self, hidden: Result, rows: NDArray[np.int32]) -> Rows:
+    def take_rows(self, batch: Planned, hidden: Result, rows: NDArray[np.int32]) -> tuple[Planned, Rows]:
+        taken = replace(batch, tokens=rows)
         if hidden.tokens is None:
-            return Rows(hidden.values, rows)
+            return taken, Rows(hidden.values, rows)
         places = np.searchsorted(hidden.tokens, rows)
         if len(rows) and (places.max() >= hidden.num_rows or not np.array_equal(hidden.tokens[places], rows)):
             missing = np.setdiff1d(rows, hidden.tokens)
             raise EngineError(f"token {missing[0]} of this step was not asked for, so it has no hidden state")
-        return Rows(hidden.values, places.astype(np.int32))
+        return taken, Rows(hidden.values, places.astype(np.int32))
 
     def run_step(
         self, forward: CapturedTape, logits: CapturedTape, batch: ScheduleBatch, vocab_size: int

@@ -89,10 +89,14 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A step whose host arrays the device has taken over. asked_tokens: int32, ascending."""
+    """A step whose host arrays the device has taken over. asked_tokens: int32, ascending.
+
+    tokens: int32, those of the step that the rows of a function of rows stand for; None for all of them.
+    """
 
     num_tokens: int
     asked_tokens: NDArray[np.int32]
+    tokens: NDArray[np.int32] | None = None
 
 
 @dataclass(slots=True)
@@ -124,10 +128,11 @@ class TapeOps:
         self._ropes: dict[bytes, Any] = {}
         self.attention_specs: list[AttentionSpec] = []
 
-    def record(self, function: Callable[[Any], Register], argument: Any) -> tuple[Recording, Register]:
+    def record(self, function: Callable[..., Register], *inputs: Register) -> tuple[Recording, Register]:
+        """What `function` does of a batch, of which nothing is known yet, and of `inputs`."""
         self._recording = Recording()
         try:
-            return self._recording, function(argument)
+            return self._recording, function(None, *inputs)
         finally:
             self._recording = None
 
@@ -149,14 +154,14 @@ class TapeOps:
         normed.norm = Norm(x, weight, eps)
         return normed
 
-    def linear(self, x: Register, weight: Any, residual: Register | None = None) -> Register:
+    def linear(self, batch: Any, x: Register, weight: Any, residual: Register | None = None) -> Register:
         if weight.native.gated or x.width != weight.native.k:
             raise ConfigError(f"linear takes rows of {weight.native.k} values and an ungated weight, got {x.width}")
         if residual is not None and residual.width != weight.native.n:
             raise ConfigError(f"a residual of {residual.width} values on a linear weight of {weight.native.n}")
         return self._linear(x, weight, residual)
 
-    def linear_silu_mul(self, x: Register, weight: Any) -> Register:
+    def linear_silu_mul(self, batch: Any, x: Register, weight: Any) -> Register:
         if not weight.native.gated or x.width != weight.native.k:
             raise ConfigError(f"linear_silu_mul takes rows of {weight.native.k} values and a gated weight")
         return self._linear(x, weight, None)
@@ -236,7 +241,7 @@ def _check_heads(qkv: Register, spec: AttentionSpec) -> tuple[int, int, int]:
 class CapturedTape:
     """A function of operations as a native tape. Recorded at the first call, when all sizes are known."""
 
-    def __init__(self, device: Any, ops: TapeOps, function: Callable[[Any], Any], prepare: Callable[[], int]) -> None:
+    def __init__(self, device: Any, ops: TapeOps, function: Callable[..., Any], prepare: Callable[[], int]) -> None:
         """`prepare()` makes the device ready for what was recorded and returns the most tokens of a step."""
         self._device, self._ops, self._function, self._prepare = device, ops, function, prepare
         self._tape: Any = None
@@ -253,20 +258,20 @@ class CapturedTape:
         self._capacity = 0
         self._function = _closed
 
-    def __call__(self, argument: Planned | Rows) -> Result:
-        if isinstance(argument, Rows):
-            count = len(argument.indices)
-            self._take_rows(count, argument.source.shape[1])
+    def __call__(self, planned: Planned, rows: Rows | None = None) -> Result:
+        if rows is not None:
+            count = len(rows.indices)
+            self._take_rows(count, rows.source.shape[1])
             assert self._input is not None
-            np.take(argument.source, argument.indices, axis=0, out=self._input[:count], mode="clip")
+            np.take(rows.source, rows.indices, axis=0, out=self._input[:count], mode="clip")
         else:
-            count = argument.num_tokens
+            count = planned.num_tokens
             self._take_steps()
         self._tape.run(count)
         assert self._output is not None
-        if isinstance(argument, Rows) or not self._has_asked_rows or len(argument.asked_tokens) == count:
+        if rows is not None or not self._has_asked_rows or len(planned.asked_tokens) == count:
             return Result(self._output, count)
-        return Result(self._output, len(argument.asked_tokens), argument.asked_tokens)
+        return Result(self._output, len(planned.asked_tokens), planned.asked_tokens)
 
     def run_then(self, planned: Planned, head: CapturedTape) -> Result:
         """This on the planned step, then `head` on its asked tokens, without Python in between: what `head` gives."""
@@ -313,7 +318,7 @@ class CapturedTape:
     def _record(self, input_width: int | None, rows: int) -> None:
         """Record the function. With `input_width`, it takes a register of that width instead of a planned step."""
         first = Register(input_width) if input_width is not None else None
-        recording, result = self._ops.record(self._function, None if first is None else first)
+        recording, result = self._ops.record(self._function, *([] if first is None else [first]))
         entries = _drop_unread(recording.entries, result)
         # Also for a function of rows: its weights may be wider than all that was loaded before.
         max_tokens = self._prepare()
@@ -350,7 +355,7 @@ class CapturedTape:
         self._result_address = result.address
 
 
-def _closed(argument: Any) -> Any:
+def _closed(*arguments: Any) -> Any:
     raise EngineClosedError("the backend was closed")
 
 

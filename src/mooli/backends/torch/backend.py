@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -287,22 +288,24 @@ class TorchBackend:
     def capture(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The function itself: nothing is captured on the CPU."""
 
-        def run(argument: ForwardBatch | Tensor) -> Tensor:
+        def run(batch: ForwardBatch, *hidden: Tensor) -> Tensor:
             with torch.no_grad():
-                return function(argument)
+                return function(batch, *hidden)
 
         return run
 
-    def take_rows(self, hidden: Tensor, rows: NDArray[np.int32]) -> Tensor:
+    def take_rows(self, batch: ForwardBatch, hidden: Tensor, rows: NDArray[np.int32]) -> tuple[ForwardBatch, Tensor]:
+        taken = replace(batch, tokens=rows)
         if len(rows) <= len(hidden) and np.array_equal(rows, np.arange(len(rows))):
-            return hidden[: len(rows)]  # a decode step samples every row
-        return hidden.index_select(0, self.upload(rows.astype(np.int64)))
+            return taken, hidden[: len(rows)]  # a decode step samples every row
+        return taken, hidden.index_select(0, self.upload(rows.astype(np.int64)))
 
     def run_step(
         self, forward: Callable[..., Tensor], logits: Callable[..., Tensor], batch: ScheduleBatch, vocab_size: int
     ) -> SampleResult:
-        hidden = forward(self.plan(batch))
-        return self.sample(logits(self.take_rows(hidden, batch.sampling_tokens)), batch.sampling, vocab_size)
+        planned = self.plan(batch)
+        taken = self.take_rows(planned, forward(planned), batch.sampling_tokens)
+        return self.sample(logits(*taken), batch.sampling, vocab_size)
 
     def sample(self, logits: Tensor, sampling: SamplingBatch, vocab_size: int) -> SampleResult:
         with torch.no_grad():

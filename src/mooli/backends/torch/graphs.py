@@ -66,7 +66,7 @@ class StaticSteps:
     def plan(self, batch: ScheduleBatch) -> ForwardBatch | None:
         """The step in buffers that a graph can be replayed on; None if it fits no graph."""
         key = self.key_of(batch)
-        if key is None:
+        if key is None or not self._turns_by_table(batch):
             return None
         if key not in self._steps:
             self._steps[key] = self._new_step(*key)
@@ -85,17 +85,22 @@ class StaticSteps:
         num_keys = max(wanted, min(num_keys, self._limits.max_pages_per_row * self._page_size))
         return (num_rows, num_keys) if num_rows * num_keys <= GATHERED_TOKENS else None
 
+    def _turns_by_table(self, batch: ScheduleBatch) -> bool:
+        """Whether rotary tables that are not made longer reach this far: a graph holds those of its capture."""
+        longest = self._limits.max_pages_per_row * self._page_size
+        return batch.rope_positions is None or int(batch.rope_positions.max()) < longest
+
     def _new_step(self, num_rows: int, num_keys: int) -> tuple[Tensor, ForwardBatch]:
         width = -(-num_keys // self._page_size)
-        buffer = torch.zeros(num_rows * (3 + width), dtype=torch.int64, device=self._device)
-        token_ids, positions, slots = buffer[: 3 * num_rows].view(3, num_rows)
-        page_table = buffer[3 * num_rows :].view(num_rows, width)
+        buffer = torch.zeros(num_rows * (4 + width), dtype=torch.int64, device=self._device)
+        token_ids, rope_positions, slots, positions = buffer[: 4 * num_rows].view(4, num_rows)
+        page_table = buffer[4 * num_rows :].view(num_rows, width)
         step = ForwardBatch(
             num_tokens=num_rows,
             token_ids=token_ids,
-            positions=positions,
+            rope_positions=rope_positions,
             slots=slots,
-            max_position=num_keys - 1,
+            max_rope_position=num_keys - 1,
             decode=(DecodeGroup(None, page_table, positions, num_keys, is_even=False),),
             chunks=(),
             graph_key=(num_rows, num_keys),
@@ -105,8 +110,9 @@ class StaticSteps:
     def _fill(self, batch: ScheduleBatch, num_rows: int, num_keys: int) -> NDArray[np.int64]:
         """What goes into the buffer. Padding rows are token 0 at position 0 of the spare page."""
         count = batch.num_rows
-        columns = np.zeros((3, num_rows), dtype=np.int64)
-        columns[:, :count] = batch.token_ids, batch.positions, batch.slots
+        columns = np.zeros((4, num_rows), dtype=np.int64)
+        rope_positions = batch.positions if batch.rope_positions is None else batch.rope_positions
+        columns[:, :count] = batch.token_ids, rope_positions, batch.slots, batch.positions
         columns[2, count:] = self._spare_page * self._page_size
         table = np.full((num_rows, -(-num_keys // self._page_size)), self._spare_page, dtype=np.int64)
         width = min(table.shape[1], batch.page_table.shape[1])
@@ -125,11 +131,9 @@ class GraphedFunction:
         self._recorded: dict[tuple[object, ...], tuple[Recorded, Tensor | None]] = {}
         self._gave_up = False
 
-    def __call__(self, argument: ForwardBatch | Tensor) -> Tensor:
+    def __call__(self, batch: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
         """The result is overwritten by the next replay."""
-        if isinstance(argument, ForwardBatch):
-            return self._step(argument)
-        return self._rows(argument)
+        return self._step(batch) if hidden is None else self._rows(batch, hidden)
 
     def close(self) -> None:
         """Let go of every graph."""
@@ -146,15 +150,15 @@ class GraphedFunction:
         recorded.replay()
         return recorded.output[: batch.num_tokens]
 
-    def _rows(self, hidden: Tensor) -> Tensor:
+    def _rows(self, batch: ForwardBatch, hidden: Tensor) -> Tensor:
         num_rows, width = hidden.shape
         if not 0 < num_rows <= self._max_rows:
-            return self._function(hidden)
+            return self._function(batch, hidden)
         key = ("rows", BATCH_SIZES[bisect_left(BATCH_SIZES, num_rows)], width, hidden.dtype)
         if key not in self._recorded:
             rows = torch.zeros((key[1], width), dtype=hidden.dtype, device=hidden.device)
-            if not self._record(key, lambda: self._function(rows), rows):
-                return self._function(hidden)
+            if not self._record(key, lambda: self._function(batch, rows), rows):
+                return self._function(batch, hidden)
         recorded, buffer = self._recorded[key]
         if buffer is not None:
             buffer[:num_rows].copy_(hidden)

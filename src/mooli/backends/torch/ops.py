@@ -41,11 +41,11 @@ class TorchOps:
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight).to(x.dtype)
 
-    def linear(self, x: Tensor, weight: LinearWeight, residual: Tensor | None = None) -> Tensor:
+    def linear(self, batch: ForwardBatch, x: Tensor, weight: LinearWeight, residual: Tensor | None = None) -> Tensor:
         product = weight.matmul(x)
         return product if residual is None else product.add_(residual)
 
-    def linear_silu_mul(self, x: Tensor, weight: LinearWeight) -> Tensor:
+    def linear_silu_mul(self, batch: ForwardBatch, x: Tensor, weight: LinearWeight) -> Tensor:
         gate, up = weight.matmul(x).chunk(2, dim=-1)
         return F.silu(gate) * up
 
@@ -76,15 +76,15 @@ class TorchOps:
         return x
 
     def rotations(self, batch: ForwardBatch, rope: RopeSpec) -> tuple[Tensor, Tensor]:
-        """Cosines and sines at the step's positions, float32 (T, 1, head_dim / 2) each."""
+        """Cosines and sines at the step's rotary positions, float32 (T, 1, head_dim / 2) each."""
         name = rope.inv_freq.tobytes()
         key = ("rotations", name)
         if key not in batch.memo:
             table = self._rotary.get(name)
-            if table is None or len(table[0]) <= batch.max_position:
-                self.num_positions = max(self.num_positions, batch.max_position + 1)
+            if table is None or len(table[0]) <= batch.max_rope_position:
+                self.num_positions = max(self.num_positions, batch.max_rope_position + 1)
                 table = self._rotary[name] = rotary_table(rope, self.num_positions, self.device)
-            batch.memo[key] = tuple(part.index_select(0, batch.positions)[:, None, :] for part in table)
+            batch.memo[key] = tuple(part.index_select(0, batch.rope_positions)[:, None, :] for part in table)
         cos, sin = batch.memo[key]
         return cos, sin
 

@@ -56,20 +56,22 @@ class ChunkRow:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """token_ids, positions, slots: int64 (T,). num_tokens: rows of a result that mean something, T unless padded.
+    """token_ids, rope_positions, slots: int64 (T,). num_tokens: rows of a result that mean something, T unless padded.
 
-    max_position: of any token. `memo` keeps what all layers share, such as the slots of keys: it belongs to one run of
-    a model's forward function. `graph_key` names the captured graph that may carry the step out, if any.
+    max_rope_position: of any token. `memo` keeps what all layers share, such as the slots of keys: it belongs to one
+    run of a model's forward function. `graph_key` names the captured graph that may carry the step out, if any.
+    tokens: int32 on the host, those of the step that an operation's rows stand for; None for all of them.
     """
 
     num_tokens: int
     token_ids: Tensor
-    positions: Tensor
+    rope_positions: Tensor
     slots: Tensor
-    max_position: int
+    max_rope_position: int
     decode: tuple[DecodeGroup, ...]
     chunks: tuple[ChunkRow, ...]
     graph_key: tuple[int, ...] | None = None
+    tokens: NDArray[np.int32] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -94,7 +96,8 @@ def decode_groups(num_keys: Sequence[int]) -> list[list[int]]:
 def plan_step(batch: ScheduleBatch, page_size: int, upload: Upload) -> ForwardBatch:
     """Index tensors of a step, uploaded together."""
     uploads = _Uploads()
-    tokens = [uploads.add(values) for values in (batch.token_ids, batch.positions, batch.slots)]
+    rope_positions = batch.positions if batch.rope_positions is None else batch.rope_positions
+    tokens = [uploads.add(values) for values in (batch.token_ids, rope_positions, batch.slots)]
     first_tokens = np.cumsum(batch.lengths) - batch.lengths
     num_keys = (batch.starts + batch.lengths).tolist()
     ones = np.flatnonzero(batch.lengths == 1)
@@ -128,9 +131,9 @@ def plan_step(batch: ScheduleBatch, page_size: int, upload: Upload) -> ForwardBa
     return ForwardBatch(
         num_tokens=batch.num_tokens,
         token_ids=sent[tokens[0]],
-        positions=sent[tokens[1]],
+        rope_positions=sent[tokens[1]],
         slots=sent[tokens[2]],
-        max_position=int(batch.positions.max(initial=0)),
+        max_rope_position=int(rope_positions.max(initial=0)),
         decode=tuple(
             DecodeGroup(None if where is None else sent[where], sent[table], sent[positions], longest, is_even)
             for where, table, positions, longest, is_even in planned_groups
