@@ -163,7 +163,10 @@ NB_MODULE(_native, m) {
       // how keys and values lie in their tiles: see kernels.h
       .def_prop_ro("kv_layout", [](const Device& d) {
         constexpr const char* kNames[kNumKvTypes] = {"float32", "float16", "bfloat16", "bfloat16 panels", "int8"};
-        return std::string(kNames[d.kv_type]);
+        std::string names;  // of the types that layers have, in their order
+        for (const KvLayer& layer : d.kv_layers)
+          if (names.find(kNames[layer.type]) == std::string::npos) names += (names.empty() ? "" : ", ") + std::string(kNames[layer.type]);
+        return names;
       })
       .def("plan", [](Device& d, In<int32_t> ids, In<int32_t> positions, In<int32_t> rope_positions, In<int32_t> lengths,
                       nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> table, In<int32_t> asked, int vocab) {

@@ -178,20 +178,32 @@ void Device::fill(Embedding& table, const uint8_t* rows, size_t row_stride) {
   });
 }
 
-void Device::allocate_kv(int type, int layers_, int kv_heads_, int head_dim_, int page_size_, int64_t pages) {
-  if (page_size_ % kTile != 0 || head_dim_ % 16 != 0) throw std::invalid_argument("page size or head size does not fit the kernels");
-  if (type == KV_INT8 && head_dim_ > kMaxInt8HeadDim) throw std::invalid_argument("head size too large for int8 keys and values");
-  if (type < KV_F32 || (type > KV_BF16 && type != KV_INT8) || layers_ <= 0 || kv_heads_ <= 0 || head_dim_ <= 0 || page_size_ <= 0 || pages <= 0)
+void Device::allocate_kv(int type, const std::vector<int>& kv_heads, const std::vector<int>& head_dims, int page_size_, int64_t pages) {
+  if (type < KV_F32 || (type > KV_BF16 && type != KV_INT8) || kv_heads.empty() || kv_heads.size() != head_dims.size() || page_size_ <= 0 ||
+      pages <= 0)
     throw std::invalid_argument("bad shape of a KV pool");
+  for (size_t i = 0; i < kv_heads.size(); i++) {
+    if (kv_heads[i] <= 0 || head_dims[i] <= 0) throw std::invalid_argument("bad shape of a KV pool");
+    if (page_size_ % kTile != 0 || head_dims[i] % 16 != 0) throw std::invalid_argument("page size or head size does not fit the kernels");
+    if (type == KV_INT8 && head_dims[i] > kMaxInt8HeadDim) throw std::invalid_argument("head size too large for int8 keys and values");
+  }
   settle();
   // No step may run on a pool whose allocation failed.
   num_pages = num_tiles = num_tokens = 0;
-  kv_type = KvType(type);
-  if (kv_type == KV_BF16 && kernels.has_bf16_dot && head_dim_ % 32 == 0) kv_type = KV_BF16_DOT;
-  layers = layers_; kv_heads = kv_heads_; head_dim = head_dim_; page_size = page_size_;
+  page_size = page_size_;
+  kv_layers.clear();
+  all_layers_bytes = 0;
+  for (size_t i = 0; i < kv_heads.size(); i++) {
+    KvLayer layer{KvType(type), kv_heads[i], head_dims[i], all_layers_bytes, 0, 0};
+    if (type == KV_BF16 && kernels.has_bf16_dot && layer.head_dim % 32 == 0) layer.type = KV_BF16_DOT;
+    layer.k_bytes = k_tile_bytes(layer.type, layer.head_dim);
+    layer.tile_bytes = layer.k_bytes + v_tile_bytes(layer.type, layer.head_dim);
+    kv_layers.push_back(layer);
+    if (__builtin_add_overflow(all_layers_bytes, size_t(layer.kv_heads) * layer.tile_bytes, &all_layers_bytes)) throw std::bad_alloc();
+  }
   const int64_t tiles = page_size / kTile;
   size_t bytes;
-  if (pages > INT32_MAX / tiles || __builtin_mul_overflow(size_t(layers) * kv_heads * tile_bytes(), size_t(pages * tiles), &bytes) ||
+  if (pages > INT32_MAX / tiles || __builtin_mul_overflow(all_layers_bytes, size_t(pages * tiles), &bytes) ||
       bytes > size_t(INT64_MAX))
     throw std::bad_alloc();
   kv = Buffer(bytes);
@@ -235,15 +247,16 @@ void Device::release() {
   num_pages = num_tiles = max_tokens = num_tokens = 0;
 }
 
-void Device::clear_v(char* tile, int from) const {
-  if (kv_type == KV_INT8) {  // a scale of zero makes values zero whatever their codes
+void Device::clear_v(const KvLayer& layer, char* tile, int from) {
+  const int head_dim = layer.head_dim;
+  if (layer.type == KV_INT8) {  // a scale of zero makes values zero whatever their codes
     memset(tile + size_t(kTile) * head_dim + from * 4, 0, size_t(kTile - from) * 4);
-  } else if (kv_type == KV_BF16_DOT) {
+  } else if (layer.type == KV_BF16_DOT) {
     uint16_t* v = (uint16_t*)tile;
     for (int d = 0; d < head_dim; d++)
       for (int t = from; t < kTile; t++) v[size_t(d / 32) * kTile * 32 + size_t(t / 2) * 64 + (d % 32) * 2 + (t & 1)] = 0;
   } else {
-    size_t row = size_t(head_dim) * kv_element_bytes(kv_type);
+    size_t row = size_t(head_dim) * kv_element_bytes(layer.type);
     memset(tile + from * row, 0, (kTile - from) * row);
   }
 }
@@ -253,14 +266,16 @@ void Device::copy_page(int source, int target, int tokens) {
     throw std::invalid_argument("page copy out of range");
   settle();
   const int per_page = page_size / kTile;
-  for (int layer = 0; layer < layers; layer++)
+  for (int i = 0; i < int(kv_layers.size()); i++) {
+    const KvLayer& layer = kv_layers[size_t(i)];
     for (int t = 0; t * kTile < tokens; t++) {
       int from = source * per_page + t, to = target * per_page + t;
-      memcpy(k_tile(layer, to, 0), k_tile(layer, from, 0), size_t(kv_heads) * tile_bytes());
+      memcpy(k_tile(i, to, 0), k_tile(i, from, 0), size_t(layer.kv_heads) * layer.tile_bytes);
       int keep = std::min(tokens - t * kTile, kTile);
       if (keep < kTile)  // values past the copied tokens are multiplied by exact zeros: they must be finite
-        for (int h = 0; h < kv_heads; h++) clear_v(v_tile(layer, to, h), keep);
+        for (int h = 0; h < layer.kv_heads; h++) clear_v(layer, v_tile(i, to, h), keep);
     }
+  }
 }
 
 void Device::check_pages(const int32_t* pages, size_t count, size_t bytes) const {
@@ -274,23 +289,30 @@ void Device::read_pages(const int32_t* pages, size_t count, int64_t tokens, char
   check_pages(pages, count, bytes);
   if (tokens < 0 || tokens > int64_t(count) * page_size) throw std::invalid_argument("more tokens than the pages hold");
   settle();  // what has begun may be storing behind their tokens
-  const size_t stride = page_bytes(), heads = size_t(layers) * kv_heads, k_bytes = k_tile_bytes(kv_type, head_dim);
+  const size_t stride = page_bytes();
   const int per_page = page_size / kTile;
-  Buffer tile(tile_bytes());
-  const std::vector<float> zeros(size_t(head_dim), 0.f);
+  size_t largest = 0;
+  int widest = 0;
+  for (const KvLayer& layer : kv_layers) {
+    largest = std::max(largest, layer.tile_bytes);
+    widest = std::max(widest, layer.head_dim);
+  }
+  Buffer tile(largest);
+  const std::vector<float> zeros(size_t(widest), 0.f);
   for (size_t i = 0; i < count; i++, out += stride) {
     memcpy(out, k_tile(0, pages[i] * per_page, 0), stride);
     for (int t = 0; t < per_page; t++) {
       const int64_t left = tokens - int64_t(i) * page_size - int64_t(t) * kTile;
-      char* at = out + t * heads * tile_bytes();
-      if (left <= 0) memset(at, 0, heads * tile_bytes());
+      char* at = out + size_t(t) * all_layers_bytes;
+      if (left <= 0) memset(at, 0, all_layers_bytes);
       if (left <= 0 || left >= kTile) continue;
-      for (size_t h = 0; h < heads; h++, at += tile_bytes()) {  // in memory that is aligned, which `out` need not be
-        memcpy(tile.data(), at, tile_bytes());
-        for (int token = int(left); token < kTile; token++)
-          kernels.store_kv[kv_type](zeros.data(), zeros.data(), head_dim, tile.data(), tile.data() + k_bytes, token);
-        memcpy(at, tile.data(), tile_bytes());
-      }
+      for (const KvLayer& layer : kv_layers)
+        for (int h = 0; h < layer.kv_heads; h++, at += layer.tile_bytes) {  // in memory that is aligned, which `out` need not be
+          memcpy(tile.data(), at, layer.tile_bytes);
+          for (int token = int(left); token < kTile; token++)
+            kernels.store_kv[layer.type](zeros.data(), zeros.data(), layer.head_dim, tile.data(), tile.data() + layer.k_bytes, token);
+          memcpy(at, tile.data(), layer.tile_bytes);
+        }
     }
   }
 }
@@ -471,12 +493,15 @@ void Device::add_job(AttendPlan& plan, int kv_head, int first_member, int num_me
   plan.jobs.push_back({kv_head, first_member, num_members, first_q, num_q, first_segment, int(plan.segments.size()) - first_segment, cost});
 }
 
-const AttendPlan& Device::plan_attention(int num_heads, int window) {
-  for (size_t i = 0; i < num_attend_plans_; i++)
-    if (attend_plans_[i]->num_heads == num_heads && attend_plans_[i]->window == window) return *attend_plans_[i];
+const AttendPlan& Device::plan_attention(int num_heads, int kv_heads, int window) {
+  for (size_t i = 0; i < num_attend_plans_; i++) {
+    const AttendPlan& made = *attend_plans_[i];
+    if (made.num_heads == num_heads && made.kv_heads == kv_heads && made.window == window) return made;
+  }
   if (num_attend_plans_ == attend_plans_.size()) attend_plans_.push_back(std::make_unique<AttendPlan>());
   AttendPlan& plan = *attend_plans_[num_attend_plans_];
   plan.num_heads = num_heads;
+  plan.kv_heads = kv_heads;
   plan.window = window;
   plan.segments.clear();
   plan.jobs.clear();

@@ -56,6 +56,14 @@ struct RopeTable {
   std::vector<float> cosines, sines;  // (positions met so far, head_dim / 2)
 };
 
+// The keys and values of one layer. Of what all layers keep of a tile, its own begin at `offset`: kv_heads times tile_bytes, of
+// which the first k_bytes are keys.
+struct KvLayer {
+  KvType type;
+  int kv_heads, head_dim;
+  size_t offset, tile_bytes, k_bytes;
+};
+
 // Consecutive tokens of a step that lie in one KV tile.
 struct TileRun { int first_token, tokens; };
 
@@ -73,7 +81,7 @@ struct AttendSegment { int first_member, num_members, first_block, end_block; };
 struct AttendJob { int kv_head, first_member, num_members, first_q, num_q, first_segment, num_segments; int64_t cost; };
 // The planned step as attention of one kind computes it: layers of different heads or windows have each their own.
 struct AttendPlan {
-  int num_heads, window;
+  int num_heads, kv_heads, window;
   std::vector<AttendMember> members;
   std::vector<AttendSegment> segments;
   std::vector<AttendJob> jobs;
@@ -86,7 +94,8 @@ class Device {
 
   void pack(Linear& w, int part, int first_row, Format format, const uint8_t* rows, size_t row_stride, int num_rows);
   void fill(Embedding& table, const uint8_t* rows, size_t row_stride);
-  void allocate_kv(int kv_type, int layers, int kv_heads, int head_dim, int page_size, int64_t num_pages);
+  // kv_heads, head_dims: of each layer.
+  void allocate_kv(int kv_type, const std::vector<int>& kv_heads, const std::vector<int>& head_dims, int page_size, int64_t num_pages);
   void allocate_scratch(int max_tokens, int max_k, int num_heads, int head_dim);
   void copy_page(int source, int target, int tokens);
   // Pages as bytes, one behind the other, and pages from such bytes. `tokens`: how many they hold, counted from the first one's
@@ -105,23 +114,24 @@ class Device {
   // Nobody computes ahead when this returns. What had begun must be planned before it can be computed.
   void settle();
   // The plan for one kind of attention, made when it is first asked for in a step, and valid until the next step is planned.
-  const AttendPlan& plan_attention(int num_heads, int window);
+  const AttendPlan& plan_attention(int num_heads, int kv_heads, int window);
   void prepare_rope(RopeTable& rope) const;
 
-  size_t tile_bytes() const { return k_tile_bytes(kv_type, head_dim) + v_tile_bytes(kv_type, head_dim); }  // keys and values
   // All layers of a tile lie together: a new page touches new memory once, and not once in every layer's region.
   char* k_tile(int layer, int tile, int head) const {
-    return kv.data() + (size_t(tile) * layers + layer) * kv_heads * tile_bytes() + size_t(head) * tile_bytes();
+    const KvLayer& l = kv_layers[size_t(layer)];
+    return kv.data() + size_t(tile) * all_layers_bytes + l.offset + size_t(head) * l.tile_bytes;
   }
-  char* v_tile(int layer, int tile, int head) const { return k_tile(layer, tile, head) + k_tile_bytes(kv_type, head_dim); }
-  size_t page_bytes() const { return size_t(page_size / kTile) * layers * kv_heads * tile_bytes(); }
-  void clear_v(char* tile, int from) const;
+  char* v_tile(int layer, int tile, int head) const { return k_tile(layer, tile, head) + kv_layers[size_t(layer)].k_bytes; }
+  size_t page_bytes() const { return size_t(page_size / kTile) * all_layers_bytes; }
+  static void clear_v(const KvLayer& layer, char* tile, int from);
 
   ThreadPool pool;
   const Kernels& kernels;
 
-  KvType kv_type = KV_F32;
-  int layers = 0, kv_heads = 0, head_dim = 0, page_size = 0;
+  std::vector<KvLayer> kv_layers;
+  size_t all_layers_bytes = 0;  // of a tile
+  int page_size = 0;
   int64_t num_pages = 0, num_tiles = 0;
   Buffer kv;
 
@@ -140,7 +150,7 @@ class Device {
   int max_tokens = 0;
   Buffer activations;  // prepared rows of the linear being computed
   Buffer gated;        // prepared rows that a gated linear leaves for the one after it
-  Buffer queries;      // (kv_heads, tokens, group, head_dim)
+  Buffer queries;      // (kv_heads, tokens, group, head_dim) of the attention being computed
   struct Work {
     Buffer rows, half, wide, sums, out, lanes, maxima, scores, weights, queries;
     std::vector<int> positions;

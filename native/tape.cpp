@@ -95,11 +95,11 @@ void Tape::start(int rows) {
     if (op.code == EMBED && device_.max_token_id >= op.table->rows)
       throw std::invalid_argument("token id " + std::to_string(device_.max_token_id) + " outside the embedding table");
     if (op.code == ATTEND) {
-      if (op.layer < 0 || op.layer >= device_.layers) throw std::invalid_argument("a layer outside the KV pool");
-      if (op.heads <= 0 || op.heads % device_.kv_heads != 0 ||
-          size_t(rows) * op.heads * device_.head_dim * 4 > device_.queries.size())
+      if (op.layer < 0 || size_t(op.layer) >= device_.kv_layers.size()) throw std::invalid_argument("a layer outside the KV pool");
+      const KvLayer& layer = device_.kv_layers[size_t(op.layer)];
+      if (op.heads <= 0 || op.heads % layer.kv_heads != 0 || size_t(rows) * op.heads * layer.head_dim * 4 > device_.queries.size())
         throw std::invalid_argument("query heads that do not fit the KV pool or the buffers");
-      op.plan = &device_.plan_attention(op.heads, op.window);
+      op.plan = &device_.plan_attention(op.heads, layer.kv_heads, op.window);
     }
     if (op.code == ROPE && op.rope != ready) {
       device_.prepare_rope(*op.rope);
@@ -462,26 +462,27 @@ void Tape::compute_linear(const Op& op, int thread, Part* parts) {
 void Tape::store_tokens(const Op& op, int thread, Part* parts) {
   Device& d = device_;
   const Kernels& k = d.kernels;
-  const int rows = op.rows, D = d.head_dim, group = op.heads / d.kv_heads, width = (op.heads + 2 * d.kv_heads) * D;
-  const size_t q_bytes = query_bytes(d.kv_type, D);
+  const KvLayer& layer = d.kv_layers[size_t(op.layer)];
+  const int rows = op.rows, D = layer.head_dim, group = op.heads / layer.kv_heads, width = (op.heads + 2 * layer.kv_heads) * D;
+  const size_t q_bytes = query_bytes(layer.type, D);
   auto query = [&](int kv_head, int token) { return d.queries.data() + (size_t(kv_head) * rows + token) * group * q_bytes; };
   const std::vector<AttendJob>& jobs = op.plan->jobs;
   if (jobs.size() >= size_t(d.pool.size())) {  // the first block of a thread's first job comes while others are stored
     const Tiles tiles = first_tiles(op, jobs[jobs.size() * size_t(thread) / size_t(d.pool.size())]);
     for (int t = 0; t < tiles.count; t++)
-      for (size_t i = 0; i < d.tile_bytes(); i += 64) k.prefetch(tiles.start[t] + i);
+      for (size_t i = 0; i < layer.tile_bytes; i += 64) k.prefetch(tiles.start[t] + i);
   }
   share(parts, thread, [&](int index) {
     const TileRun& run = d.tile_runs[index];
     const int tile = d.token_tile[run.first_token], first_slot = d.positions[run.first_token] % kTile;
-    for (int h = 0; h < d.kv_heads; h++) {
+    for (int h = 0; h < layer.kv_heads; h++) {
       char *kt = d.k_tile(op.layer, tile, h), *vt = d.v_tile(op.layer, tile, h);
       // a tile's first token clears its values: past the last token they are multiplied by exact zeros, so must be finite
-      if (first_slot == 0) memset(vt, 0, v_tile_bytes(d.kv_type, D));
+      if (first_slot == 0) memset(vt, 0, v_tile_bytes(layer.type, D));
       for (int i = run.first_token; i < run.first_token + run.tokens; i++) {
         const float* x = op.x + size_t(i) * width;
-        k.prepare_queries[d.kv_type](x + h * group * D, group, D, query(h, i));
-        k.store_kv[d.kv_type](x + (op.heads + h) * D, x + (op.heads + d.kv_heads + h) * D, D, kt, vt,
+        k.prepare_queries[layer.type](x + h * group * D, group, D, query(h, i));
+        k.store_kv[layer.type](x + (op.heads + h) * D, x + (op.heads + layer.kv_heads + h) * D, D, kt, vt,
                               first_slot + i - run.first_token);
       }
     }
@@ -514,8 +515,9 @@ void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* follo
   const Device& d = device_;
   const AttendPlan& plan = *op.plan;
   const Kernels& k = d.kernels;
-  const int D = d.head_dim, group = op.heads / d.kv_heads;
-  const size_t q_bytes = query_bytes(d.kv_type, D);
+  const KvLayer& layer = d.kv_layers[size_t(op.layer)];
+  const int D = layer.head_dim, group = op.heads / layer.kv_heads;
+  const size_t q_bytes = query_bytes(layer.type, D);
   const AttendMember* members = plan.members.data() + job.first_member;
   auto query = [&](int token) {
     return d.queries.data() + ((size_t(job.kv_head) * rows + token) * group + job.first_q) * q_bytes;
@@ -540,7 +542,7 @@ void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* follo
 
   const AttendSegment* segment = plan.segments.data() + job.first_segment;
   const AttendSegment* const end = segment + job.num_segments;
-  const int tile_lines = int(d.tile_bytes() / 64);
+  const int tile_lines = int(layer.tile_bytes / 64);
   Tiles now{}, next{};
   if (segment != end) now = tiles_of(op, *segment, segment->first_block, job.kv_head);
   for (; segment != end; segment++) {
@@ -554,7 +556,7 @@ void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* follo
       AttendBlock block{queries + size_t(first) * q_bytes, w.positions.data() + first, now.k, now.v, next.start, next.count,
                         tile_lines, count, now.count, b * kBlock, D, op.window, op.number * 1.44269504f,
                         out + size_t(first) * D, lanes + first * 16, maxima + first, w.scores.as<float>(), w.weights.data()};
-      k.attend_block[d.kv_type](block);
+      k.attend_block[layer.type](block);
       now = next;
     }
   }

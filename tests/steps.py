@@ -11,11 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from mooli.backends.base import Limits
+from mooli.backends.base import CacheSpec, Limits, PagedLayer
 from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch, TokenMasks
 
 LIMITS = Limits(max_tokens=128, max_rows=16, max_pages_per_row=64)
 """Room for every step that these tests make."""
+
+
+def uniform_cache(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: str) -> CacheSpec:
+    """Layers that are all the same, and look back on everything."""
+    return CacheSpec((PagedLayer(num_kv_heads, head_dim),) * num_layers, page_size, dtype)
 
 
 @dataclass

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mooli.backends.base import AttentionSpec, KVSpec, Limits
+from mooli.backends.base import AttentionSpec, Limits
 from mooli.tensor import BLOCK, RawTensor, TensorType, row_bytes
-from steps import LIMITS, Row, step
+from steps import LIMITS, Row, step, uniform_cache
 
 if TYPE_CHECKING:
     from mooli.backends.cpu import CpuBackend
@@ -104,7 +104,7 @@ def allocate(
     limits: Limits = LIMITS,
 ) -> None:
     heads, head_dim = (spec.num_kv_heads, spec.head_dim) if spec else (1, 32)
-    backend.allocate(KVSpec(1, heads, head_dim, page_size, kv_dtype), num_pages, limits)
+    backend.allocate(uniform_cache(1, heads, head_dim, page_size, kv_dtype), num_pages, limits)
 
 
 class Inputs:

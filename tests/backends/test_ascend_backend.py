@@ -20,12 +20,12 @@ from mooli.backends.ascend.paths import PAGE_SIZE, Switches
 from mooli.backends.ascend.quant import FRACTAL_NZ, W8A8Linear
 from mooli.backends.ascend.selftest import decode_work
 from mooli.backends.ascend.selftest_model import Part, SmallModel
-from mooli.backends.base import KVSpec, MemoryInfo
+from mooli.backends.base import MemoryInfo
 from mooli.backends.dequant import dequantize
 from mooli.backends.torch.weights import FloatLinear, Int8Linear
 from mooli.errors import ConfigError
 from mooli.tensor import RawTensor, TensorType
-from steps import LIMITS, Choice, sampling_batch
+from steps import LIMITS, Choice, sampling_batch, uniform_cache
 from variants import simulated_npu
 
 
@@ -70,12 +70,12 @@ def test_pages_are_of_128_tokens(page_size: int) -> None:
 
 def test_a_cache_of_another_type_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"kv_cache_dtype='float16'.*dtype='bfloat16'"):
-        create_backend("ascend").allocate(KVSpec(1, 1, 32, 128, "float16"), 4, LIMITS)
+        create_backend("ascend").allocate(uniform_cache(1, 1, 32, 128, "float16"), 4, LIMITS)
 
 
 def test_a_pool_beyond_what_kernels_count_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"at most 16382 of this model: lower max_total_tokens to 2096896"):
-        create_backend("ascend").allocate(KVSpec(1, 8, 128, 128, "bfloat16"), 16383, LIMITS)
+        create_backend("ascend").allocate(uniform_cache(1, 8, 128, 128, "bfloat16"), 16383, LIMITS)
 
 
 # -- where it starts --

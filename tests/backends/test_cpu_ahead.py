@@ -13,13 +13,13 @@ from cpu_ops import cpu_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mooli.backends.base import AttentionSpec, KVSpec
+from mooli.backends.base import AttentionSpec
 from mooli.batch import PageCopy
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.llama import LlamaConfig
 from mooli.models.registry import create_model
 from mooli.runner.model_runner import ModelRunner
-from steps import LIMITS, Row, step
+from steps import LIMITS, Row, step, uniform_cache
 
 CONFIG = LlamaConfig(
     family="llama",
@@ -40,7 +40,7 @@ PROMPTS = ([5, 6, 7, 8, 9], list(range(30)))
 def model_runner(num_threads: int, page_size: int = 32) -> Iterator[tuple[ModelRunner, Any]]:
     with cpu_backend(num_threads=num_threads, quantization="int8") as backend:
         model = create_model(CONFIG, DummyCheckpoint(CONFIG), backend)
-        backend.allocate(KVSpec(3, 2, 16, page_size, "bfloat16"), 12, LIMITS)
+        backend.allocate(uniform_cache(3, 2, 16, page_size, "bfloat16"), 12, LIMITS)
         yield ModelRunner(model, backend, CONFIG.vocab_size), backend
 
 

@@ -7,10 +7,10 @@ import pytest
 from cpu_ops import LEVELS, Floats, allocate, assert_same_bits, cpu_backend, random, stored
 from numpy.typing import NDArray
 
-from mooli.backends.base import AttentionSpec, KVSpec, Limits
+from mooli.backends.base import AttentionSpec, Limits
 from mooli.backends.reference import ReferenceBackend
 from mooli.errors import ConfigError, UnsupportedModelError
-from steps import Row, step
+from steps import Row, step, uniform_cache
 
 LENGTH = 150
 LIMITS = Limits(max_tokens=160, max_rows=8, max_pages_per_row=8)
@@ -111,7 +111,7 @@ def test_tiny_and_huge_values_stay_finite(level: str, scale: float) -> None:
 @pytest.mark.parametrize("page_size", [32, 96])
 @pytest.mark.parametrize("kv_dtype", ["int8", "bfloat16", "float32"])
 def test_the_bytes_of_a_page_are_those_that_are_allocated(head_dim: int, page_size: int, kv_dtype: str) -> None:
-    spec = KVSpec(3, 2, head_dim, page_size, kv_dtype)
+    spec = uniform_cache(3, 2, head_dim, page_size, kv_dtype)
     with cpu_backend() as backend:
         backend.allocate(spec, 5, LIMITS)
         assert backend._device.kv_bytes == 5 * backend.kv_bytes_per_page(spec)
@@ -119,13 +119,15 @@ def test_the_bytes_of_a_page_are_those_that_are_allocated(head_dim: int, page_si
 
 def test_a_page_takes_little_more_than_half_of_one_in_bfloat16() -> None:
     with cpu_backend() as backend:
-        eight, sixteen = (backend.kv_bytes_per_page(KVSpec(1, 2, 128, 32, dtype)) for dtype in ("int8", "bfloat16"))
+        eight, sixteen = (
+            backend.kv_bytes_per_page(uniform_cache(1, 2, 128, 32, dtype)) for dtype in ("int8", "bfloat16")
+        )
     assert 0.5 < eight / sixteen < 0.55
 
 
 def test_heads_beyond_512_are_refused() -> None:
     with cpu_backend() as backend, pytest.raises(UnsupportedModelError, match=r"int8.*512.*528"):
-        backend.allocate(KVSpec(1, 1, 528, 32, "int8"), 2, LIMITS)
+        backend.allocate(uniform_cache(1, 1, 528, 32, "int8"), 2, LIMITS)
 
 
 def test_the_torch_backend_names_what_it_does_not_know() -> None:
@@ -134,7 +136,7 @@ def test_the_torch_backend_names_what_it_does_not_know() -> None:
 
     backend = create_backend("torch", dtype="float32")
     with pytest.raises(ConfigError, match="int8"):
-        backend.allocate(KVSpec(1, 1, 32, 32, "int8"), 2, LIMITS)
+        backend.allocate(uniform_cache(1, 1, 32, 32, "int8"), 2, LIMITS)
     backend.close()
 
 
@@ -144,7 +146,7 @@ def test_the_reference_rounds_to_eight_bits_too(head_dim: int) -> None:
     qkv = random(6, 40, 10 * head_dim)
     backend = ReferenceBackend()
     table = backend.load_embedding(stored(qkv))
-    backend.allocate(KVSpec(1, 2, head_dim, 16, "int8"), 4, LIMITS)
+    backend.allocate(uniform_cache(1, 2, head_dim, 16, "int8"), 4, LIMITS)
     batch = backend.plan(step([Row(range(40), 0, [2, 0, 3])], 16))
     actual = backend.ops.attend(batch, 0, backend.ops.embed(batch, table), spec)
     assert 0.002 < error(actual, exactly(qkv, spec)) < 0.02

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mooli.backends import create_backend
-from mooli.backends.base import AttentionSpec, Backend, KVSpec, RopeSpec
+from mooli.backends.base import AttentionSpec, Backend, RopeSpec
 from mooli.batch import PromptLogprobRows
 from mooli.errors import ConfigError, EngineError
-from steps import LIMITS, Row, step
+from steps import LIMITS, Row, step, uniform_cache
 
 SPEC = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=32, scale=32**-0.5)
 ROPE = RopeSpec(10000.0 ** -np.linspace(0, 1, 16, endpoint=False))
@@ -51,7 +51,7 @@ class Weights:
         pairs = [(rows, columns) for rows in WIDTHS for columns in WIDTHS]
         self.linears = {(m, n): backend.load_linear([self.matrix(m, n)], [stored(random(3, m))]) for m, n in pairs}
         self.gated = {(m, n): backend.load_gated(self.matrix(m, n), self.matrix(m, n, 9)) for m, n in pairs}
-        backend.allocate(KVSpec(1, SPEC.num_kv_heads, SPEC.head_dim, 32, "float32"), 8, LIMITS)
+        backend.allocate(uniform_cache(1, SPEC.num_kv_heads, SPEC.head_dim, 32, "float32"), 8, LIMITS)
 
     @staticmethod
     def matrix(rows: int, columns: int, seed: int = 0) -> Any:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mooli.backends import create_backend
-from mooli.backends.base import KVSpec
+from mooli.backends.base import CacheSpec, PagedLayer
 from mooli.config import ABILITIES
 from mooli.errors import BackendUnavailableError, ConfigError
 
@@ -22,7 +22,7 @@ def test_a_backend_is_made_by_its_name(backend_name: str) -> None:
 
 def test_a_backend_can_what_is_said_of_it_before_it_is_loaded(backend_name: str) -> None:
     ability, backend = ABILITIES[backend_name], create_backend(backend_name)
-    spec = KVSpec(num_layers=1, num_kv_heads=2, head_dim=32, page_size=backend.default_page_size, dtype="int8")
+    spec = CacheSpec((PagedLayer(2, 32),), backend.default_page_size, "int8")
     if ability.has_int8_kv:
         assert backend.kv_bytes_per_page(spec) > 0
     else:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from cpu_ops import LEVELS, cpu_backend
 
-from mooli.backends.base import NUMERIC_VERSION, KVSpec, Limits
+from mooli.backends.base import NUMERIC_VERSION, Limits
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
 from mooli.models.registry import create_model
-from steps import Row, step
+from steps import Row, step, uniform_cache
 
 CONFIG = ModelConfig(
     family="qwen3",
@@ -41,7 +41,7 @@ def kv_bits(level: str, dtype: str, quantization: str | None, kv_dtype: str) -> 
     """Digest of the pages of 75 tokens, computed in two steps."""
     with cpu_backend(level, dtype=dtype, quantization=quantization) as backend:
         model = create_model(CONFIG, DummyCheckpoint(CONFIG, seed=1), backend)
-        backend.allocate(KVSpec(3, 2, 32, 32, kv_dtype), 4, Limits(64, 1, 4))
+        backend.allocate(uniform_cache(3, 2, 32, 32, kv_dtype), 4, Limits(64, 1, 4))
         forward = backend.capture(model.forward)
         tokens = (np.arange(75) * 31 % CONFIG.vocab_size).tolist()
         for start in (0, 50):

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mooli.backends.base import AttentionSpec, Backend, KVSpec, RopeSpec
+from mooli.backends.base import AttentionSpec, Backend, RopeSpec
 from mooli.batch import PageCopy, ScheduleBatch
 from mooli.errors import ConfigError
 from mooli.tensor import GGUF_TYPES, RawTensor, TensorType
-from steps import LIMITS, Pages, Row, step
+from steps import LIMITS, Pages, Row, step, uniform_cache
 from variants import WORST, Variant
 
 Floats = NDArray[np.float64]
@@ -40,7 +40,7 @@ def random(seed: int, *shape: int, scale: float = 1.0) -> NDArray[np.float32]:
 
 def allocate(backend: Backend, variant: Variant, page_size: int | None = None, num_layers: int = 1) -> int:
     page_size = page_size or backend.default_page_size
-    spec = KVSpec(num_layers, SPEC.num_kv_heads, SPEC.head_dim, page_size, variant.kv_dtype)
+    spec = uniform_cache(num_layers, SPEC.num_kv_heads, SPEC.head_dim, page_size, variant.kv_dtype)
     backend.allocate(spec, NUM_PAGES, LIMITS)
     return page_size
 
@@ -415,7 +415,7 @@ def test_each_layer_attends_with_its_own_heads_scale_and_window(
     page_size = backend.default_page_size
     # Long enough that a window leaves out whole blocks of keys.
     total, num_shared = 300, 256
-    kv = KVSpec(len(specs), SPEC.num_kv_heads, SPEC.head_dim, page_size, variant.kv_dtype)
+    kv = uniform_cache(len(specs), SPEC.num_kv_heads, SPEC.head_dim, page_size, variant.kv_dtype)
     backend.allocate(kv, 2 * total // page_size + 8, LIMITS)
     widths = sorted({qkv_size(spec) for spec in specs})
     tables = {width: backend.load_embedding(raw(random(44 + width, total, width))) for width in widths}
@@ -543,7 +543,7 @@ def test_weights_are_counted_as_they_are_loaded(backend: Backend) -> None:
 
 def test_bytes_of_a_page_grow_with_layers(backend: Backend, variant: Variant) -> None:
     def bytes_of(num_layers: int) -> int:
-        spec = KVSpec(num_layers, 2, 32, backend.default_page_size, variant.kv_dtype)
+        spec = uniform_cache(num_layers, 2, 32, backend.default_page_size, variant.kv_dtype)
         return backend.kv_bytes_per_page(spec)
 
     value_bytes = 1 if variant.kv_dtype == "int8" else 2

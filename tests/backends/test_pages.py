@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mooli.backends import create_backend
-from mooli.backends.base import KVSpec, Limits
+from mooli.backends.base import Limits
 from mooli.errors import ConfigError, EngineError
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
 from mooli.models.registry import create_model
 from mooli.runner.model_runner import ModelRunner
 from page_moves import Place
+from steps import uniform_cache
 from variants import require, simulated_npu
 
 CONFIG = ModelConfig(
@@ -96,7 +97,7 @@ class placed(ExitStack):  # noqa: N801 - a context manager
         config = replace(CONFIG, head_dim=pool.head_dim)
         model = create_model(config, DummyCheckpoint(config, seed=3), backend)
         num_pages = NUM_PAGES * max(1, 16 // pool.page_size)
-        spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, pool.page_size, pool.dtype)
+        spec = config.kv_spec(pool.page_size, pool.dtype)
         backend.allocate(spec, num_pages, Limits(MAX_TOKENS, 4, num_pages))
         runner = ModelRunner(model, backend, config.vocab_size)
         return Place(runner, backend, pool.page_size, num_pages, config.vocab_size, MAX_TOKENS)
@@ -193,8 +194,8 @@ def test_there_are_no_pages_before_a_pool_and_after_its_end(name: str) -> None:
     backend = create_backend(name, dtype="float32")
     with pytest.raises((ConfigError, EngineError)):
         backend.read_pages([0])
-    backend.allocate(KVSpec(1, 1, 32, 32, "float32"), 4, Limits(32, 1, 4))
-    assert backend.read_pages([3]).size == backend.kv_bytes_per_page(KVSpec(1, 1, 32, 32, "float32"))
+    backend.allocate(uniform_cache(1, 1, 32, 32, "float32"), 4, Limits(32, 1, 4))
+    assert backend.read_pages([3]).size == backend.kv_bytes_per_page(uniform_cache(1, 1, 32, 32, "float32"))
     backend.close()
     with pytest.raises((ConfigError, EngineError)):
         backend.write_pages([0], b"0")
@@ -222,7 +223,7 @@ def test_formats_differ_where_the_bits_of_pages_do() -> None:
 )
 def test_the_native_pool_refuses_what_it_does_not_have(pages: list[int], tokens: int, extra: int) -> None:
     with cpu_backend(num_threads=1) as backend:
-        backend.allocate(KVSpec(1, 1, 16, 32, "float32"), 4, Limits(32, 1, 4))
+        backend.allocate(uniform_cache(1, 1, 16, 32, "float32"), 4, Limits(32, 1, 4))
         device, size = backend._device, 2 * 16 * 32 * 4
         numbers, buffer = np.array(pages, np.int32), np.zeros(max(0, len(pages) * size + extra), np.uint8)
         is_right = all(0 <= page < 4 for page in pages) and len(buffer) == len(pages) * size

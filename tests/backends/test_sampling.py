@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mooli.backends import create_backend, reference_sampling
-from mooli.backends.base import Backend, KVSpec, SampleResult
+from mooli.backends.base import Backend, SampleResult
 from mooli.backends.reference_sampling import candidates, draw, logprob_row, sample_row, uniform
 from mooli.tensor import RawTensor, TensorType
-from steps import LIMITS, Choice, Row, sampling_batch, step
+from steps import LIMITS, Choice, Row, sampling_batch, step, uniform_cache
 
 INF = math.inf
 
@@ -34,7 +34,7 @@ def device_rows(backend: Backend, rows: NDArray[np.float32], vocab_size: int) ->
     table[:, :vocab_size] = rows
     loaded = backend.load_embedding(RawTensor("t", TensorType.F32, table.shape, table.view(np.uint8)))
     page_size = backend.default_page_size
-    backend.allocate(KVSpec(1, 1, 32, page_size, "float32"), 8, LIMITS)
+    backend.allocate(uniform_cache(1, 1, 32, page_size, "float32"), 8, LIMITS)
     captured = backend.capture(lambda batch: backend.ops.embed(batch, loaded))
     batch = step([Row([i], 0, [0]) for i in range(len(rows))], page_size)
     return captured(backend.plan(batch))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mooli.backends.base import AttentionSpec, Backend, KVSpec, Limits
+from mooli.backends.base import AttentionSpec, Backend, Limits
 from mooli.backends.reference import ReferenceBackend
 from mooli.backends.torch import TorchBackend
 from mooli.backends.torch.attention import PagedAttention
@@ -20,7 +20,7 @@ from mooli.backends.torch.kv_pool import KVPool
 from mooli.backends.torch.step_plan import GATHERED_TOKENS, SHORT_ROW, decode_groups, plan_step
 from mooli.batch import PageCopy
 from mooli.tensor import RawTensor, TensorType
-from steps import Pages, Row, step
+from steps import Pages, Row, step, uniform_cache
 
 SPEC = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=8, scale=0.35)
 QKV = (SPEC.num_heads + 2 * SPEC.num_kv_heads) * SPEC.head_dim
@@ -50,10 +50,11 @@ class OnBackend:
         self.backend, self.page_size = backend, page_size
         self._table = backend.load_embedding(RawTensor("t", TensorType.F32, values.shape, values.view(np.uint8)))
         num_pages = 3 * NUM_TOKENS // page_size + 8
-        backend.allocate(KVSpec(1, SPEC.num_kv_heads, SPEC.head_dim, page_size, kv_dtype), num_pages, LIMITS)
+        backend.allocate(uniform_cache(1, SPEC.num_kv_heads, SPEC.head_dim, page_size, kv_dtype), num_pages, LIMITS)
         if isinstance(backend, TorchBackend):
             assert backend.pool is not None
-            backend.pool.storage.fill_(torch.nan)
+            for stack in backend.pool.stacks.values():
+                stack.fill_(torch.nan)
         self.pages = Pages(num_pages, page_size)
 
     def attend(self, rows: list[Row], window: int = 0) -> NDArray[np.float32]:

@@ -14,13 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from mooli.backends import create_backend
-from mooli.backends.base import KVSpec
 from mooli.backends.sizes import INT8_GROUP
 from mooli.backends.torch import CudaBackend, TorchBackend
 from mooli.backends.torch.weights import FloatLinear, Int8Linear
 from mooli.errors import BackendUnavailableError, ConfigError, OutOfMemoryError, UnsupportedModelError
 from mooli.tensor import RawTensor, TensorType
-from steps import LIMITS, Choice, Row, sampling_batch, step
+from steps import LIMITS, Choice, Row, sampling_batch, step, uniform_cache
 
 
 def raw(values: NDArray[Any], kind: TensorType = TensorType.F32) -> RawTensor:
@@ -76,7 +75,7 @@ def test_without_torch_installed_the_error_names_the_extra() -> None:
 
 def test_a_pool_that_does_not_fit_is_out_of_memory() -> None:
     with pytest.raises(OutOfMemoryError, match=r"GiB.*lower mem_fraction_static"):
-        TorchBackend().allocate(KVSpec(80, 8, 128, 128, "float32"), 10**9, LIMITS)
+        TorchBackend().allocate(uniform_cache(80, 8, 128, 128, "float32"), 10**9, LIMITS)
 
 
 def test_rows_of_half_a_block_are_refused() -> None:
@@ -200,9 +199,9 @@ def test_a_greedy_step_is_read_back_once(monkeypatch: pytest.MonkeyPatch, num_to
 
 def test_closing_gives_the_pool_back() -> None:
     backend = TorchBackend()
-    backend.allocate(KVSpec(1, 1, 8, 16, "float32"), 4, LIMITS)
+    backend.allocate(uniform_cache(1, 1, 8, 16, "float32"), 4, LIMITS)
     assert backend.pool is not None
-    pool = weakref.ref(backend.pool.storage)
+    pool = weakref.ref(next(iter(backend.pool.stacks.values())))
     backend.close()
     gc.collect()
     assert pool() is None

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from simulated_graphs import SimulatedGraphBackend
 
-from mooli.backends.base import AttentionSpec, KVSpec, Limits, RopeSpec
+from mooli.backends.base import AttentionSpec, Limits, RopeSpec
 from mooli.backends.torch import TorchBackend
 from mooli.backends.torch.graphs import BATCH_SIZES
 from mooli.backends.torch.step_plan import GATHERED_TOKENS
 from mooli.errors import ConfigError
 from mooli.tensor import RawTensor, TensorType
-from steps import Row, step
+from steps import Row, step, uniform_cache
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, scale=8**-0.5)
 QKV = (SPEC.num_heads + 2 * SPEC.num_kv_heads) * SPEC.head_dim
@@ -43,9 +43,10 @@ class OneLayer:
         self._table = backend.load_embedding(raw(VOCAB, QKV))
         self._out = backend.load_linear([raw(HIDDEN, HIDDEN)])
         self._head = backend.load_linear([raw(VOCAB, HIDDEN)], head=True)
-        backend.allocate(KVSpec(1, SPEC.num_kv_heads, SPEC.head_dim, PAGE_SIZE, "float32"), NUM_PAGES, LIMITS)
+        backend.allocate(uniform_cache(1, SPEC.num_kv_heads, SPEC.head_dim, PAGE_SIZE, "float32"), NUM_PAGES, LIMITS)
         assert backend.pool is not None
-        backend.pool.storage.fill_(torch.nan)
+        for stack in backend.pool.stacks.values():
+            stack.fill_(torch.nan)
         self._forward = backend.capture(self._compute)
         self._logits = backend.capture(lambda batch, hidden: backend.ops.linear(batch, hidden, self._head))
 
@@ -139,11 +140,10 @@ def test_padding_rows_write_to_no_page_of_a_request() -> None:
     rows = prompts(5)
     model.logits(rows)
     assert backend.pool is not None
-    before = backend.pool.storage[:, :, :NUM_PAGES].clone()
+    (pool,) = backend.pool.stacks.values()
+    before = pool[:, :, :NUM_PAGES].clone()
     model.logits(decode(rows, 1))
-    changed = (before != backend.pool.storage[:, :, :NUM_PAGES]) & ~(
-        before.isnan() & backend.pool.storage[:, :, :NUM_PAGES].isnan()
-    )
+    changed = (before != pool[:, :, :NUM_PAGES]) & ~(before.isnan() & pool[:, :, :NUM_PAGES].isnan())
     written = changed.any(dim=-1).any(dim=-1)[0, 0].nonzero().tolist()
     expected = [
         [row.pages[(row.start + len(row.token_ids)) // PAGE_SIZE], (row.start + len(row.token_ids)) % PAGE_SIZE]
@@ -192,7 +192,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so_once(caplog: pytest.Lo
 )
 def test_steps_that_fit_a_graph(rows: list[Row], key: tuple[int, int] | None) -> None:
     backend = SimulatedGraphBackend()
-    backend.allocate(KVSpec(1, 1, 8, PAGE_SIZE, "float32"), 4, LIMITS)
+    backend.allocate(uniform_cache(1, 1, 8, PAGE_SIZE, "float32"), 4, LIMITS)
     assert backend._steps is not None
     # Only sizes count here: every row may use page 0.
     pages = list(range(256))

@@ -30,7 +30,7 @@ class Layer {
     down_ = weight(random, kind, kHidden, kWide, false);
     head_ = weight(random, kind, kVocabulary, kHidden, false);
     for (int i = 0; i < kHeadDim / 2; i++) rope_.inv_freq.push_back(std::pow(0.6, i));
-    device_.allocate_kv(kv, 1, kKvHeads, kHeadDim, 32, 30);
+    device_.allocate_kv(kv, {kKvHeads}, {kHeadDim}, 32, 30);
     device_.allocate_scratch(kTokens, 128, kHeads, kHeadDim);
     for (Floats* buffer : {&x_, &normed_, &qkv_, &attended_, &wide_, &hidden_, &logits_}) buffer->assign(size_t(kTokens) * kQkv, 0.f);
     tape_.embed(&table_, x_.data());

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mooli.backends.base import KVSpec, SampleResult
+from mooli.backends.base import SampleResult
 from mooli.backends.reference import ReferenceBackend
 from mooli.batch import PageCopy, PromptLogprobRows, ScheduleBatch
 from mooli.errors import ConfigError
@@ -15,7 +15,7 @@ from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.llama import LlamaConfig
 from mooli.models.registry import create_model
 from mooli.runner.model_runner import ModelRunner
-from steps import LIMITS, Choice, Row, step
+from steps import LIMITS, Choice, Row, step, uniform_cache
 
 VOCAB = 61
 PAGE_SIZE = 4
@@ -75,7 +75,7 @@ class Setup:
     def __init__(self, max_logit_rows: int = 32, vocab_size: int = VOCAB) -> None:
         self.backend = RecordingBackend()
         self.model = create_model(CONFIG, DummyCheckpoint(CONFIG), self.backend)
-        self.backend.allocate(KVSpec(2, 2, 8, PAGE_SIZE, "float32"), 40, LIMITS)
+        self.backend.allocate(uniform_cache(2, 2, 8, PAGE_SIZE, "float32"), 40, LIMITS)
         self.runner = ModelRunner(self.model, self.backend, vocab_size, max_logit_rows)
 
     def all_logits(self, token_ids: list[int], pages: list[int]) -> Any:
@@ -244,4 +244,4 @@ def test_at_least_one_row_of_logits_is_needed() -> None:
 def test_closing_the_runner_closes_the_backend() -> None:
     setup = Setup()
     setup.runner.close()
-    assert setup.backend.ops.kv.size == 0
+    assert setup.backend.ops.kv == []

@@ -13,12 +13,12 @@ from model_files import small_gguf
 from modelslim_folder import quantised, write
 from mooli import ConfigError, cli
 from mooli.backends import create_backend
-from mooli.backends.base import KVSpec
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.loader import open_model
 from mooli.models.registry import create_model, read_hf_config
 from mooli.plan import parse_memory, plan_memory, read_model, weight_bytes
 from mooli.tensor import TensorType
+from steps import uniform_cache
 from variants import simulated_npu
 
 GIB = 2**30
@@ -77,7 +77,7 @@ def test_a_token_takes_a_key_and_a_value_in_every_layer(qwen):
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
 def test_keys_and_values_of_eight_bits_take_what_the_cpu_backend_allocates(qwen, head_dim):
     config = dataclasses.replace(qwen, head_dim=head_dim)
-    spec = KVSpec(config.num_layers, config.num_kv_heads, head_dim, page_size=32, dtype="int8")
+    spec = uniform_cache(config.num_layers, config.num_kv_heads, head_dim, page_size=32, dtype="int8")
     backend = create_backend("cpu", num_threads=1)
     assert kv_bytes_per_token(config, "int8") * 32 == backend.kv_bytes_per_page(spec)
     small, large = (

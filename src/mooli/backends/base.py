@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
+from mooli.errors import ConfigError, UnsupportedModelError
 from mooli.tensor import RawTensor
 
 NUMERIC_VERSION = 1
@@ -44,7 +45,7 @@ class AttentionSpec:
     """Grouped-query attention over the paged KV pool; query head h reads kv head h // (num_heads / num_kv_heads).
 
     A packed qkv row is [num_heads | num_kv_heads | num_kv_heads] * head_dim. `window` > 0: a token attends to the
-    last `window` positions, itself included; 0 means all.
+    last `window` positions, itself included; 0 means all. Layers may differ in all of it.
     """
 
     num_heads: int
@@ -55,18 +56,93 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class KVSpec:
-    """Shape of the KV pool. `dtype` is one of float32, float16, bfloat16; int8 where the backend has it.
+class PagedLayer:
+    """Keeps keys and values of every token, in pages. `window` > 0: nothing that is attended there looks back on more
+    than the last `window` positions, so that pages further back are read by nobody; 0: on all."""
 
-    int8: a scale for each token and kv head of keys and of values, symmetric, ties to even. Keys are turned first by a
-    Hadamard matrix, in blocks of the largest power of two that divides head_dim. Not finite in, NaN out.
-    """
-
-    num_layers: int
     num_kv_heads: int
     head_dim: int
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LatentLayer:
+    """Keeps `width` numbers of every token, in pages, that keys and values of all heads are made of. No backend
+    computes it yet. Source: multi-head latent attention, DeepSeek-V2, arXiv 2405.04434."""
+
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayer:
+    """Keeps float32 arrays of these shapes for each sequence, and nothing of its tokens: a recurrence. No backend
+    computes it yet. Source: Gated DeltaNet, arXiv 2412.06464; Mamba 2, arXiv 2405.21060."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+
+CacheLayer = PagedLayer | LatentLayer | StateLayer
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """What is kept of sequences: one entry of `layers` for each place that operations name by its index.
+
+    `dtype`, of what is in pages, is one of float32, float16, bfloat16; int8 where the backend has it: a scale for each
+    token and kv head of keys and of values, symmetric, ties to even. Keys are turned first by a Hadamard matrix, in
+    blocks of the largest power of two that divides head_dim. Not finite in, NaN out.
+    """
+
+    layers: tuple[CacheLayer, ...]
     page_size: int
     dtype: str
+
+    @property
+    def page_groups(self) -> dict[int, tuple[int, ...]]:
+        """Window to indices of its layers (0: they need all): pages of layers of one group are given up at one time.
+
+        A page of any group holds `page_size` tokens. The cache hands out one number for the same tokens in all groups.
+        """
+        groups: dict[int, tuple[int, ...]] = {}
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, StateLayer):
+                window = layer.window if isinstance(layer, PagedLayer) else 0
+                groups[window] = (*groups.get(window, ()), index)
+        return groups
+
+    def paged_layers(self, backend_name: str) -> tuple[PagedLayer, ...]:
+        """The layers, for a backend that keeps keys and values and nothing else.
+
+        Raises UnsupportedModelError, naming the kind, if there are others; ConfigError if there are none.
+        """
+        paged = tuple(layer for layer in self.layers if isinstance(layer, PagedLayer))
+        if not paged:
+            raise ConfigError("a cache without layers: declare one for each attention of the model")
+        if len(paged) < len(self.layers):
+            index = next(index for index, layer in enumerate(self.layers) if not isinstance(layer, PagedLayer))
+            kind = "a latent" if isinstance(self.layers[index], LatentLayer) else "a recurrent state"
+            raise UnsupportedModelError(
+                f"layer {index} of this model keeps {kind} ({self.layers[index]}), which the {backend_name} backend"
+                " cannot compute: use a model whose layers all keep keys and values"
+            )
+        return paged
+
+
+def check_attention(layers: Sequence[PagedLayer], layer: int, spec: AttentionSpec) -> None:
+    """Raise ConfigError if layer `layer` does not keep what `spec` attends to."""
+    if not 0 <= layer < len(layers):
+        raise ConfigError(f"attention in layer {layer} of a KV pool of {len(layers)} layers: declare it")
+    kept = layers[layer]
+    if (spec.num_kv_heads, spec.head_dim) != (kept.num_kv_heads, kept.head_dim):
+        raise ConfigError(
+            f"attention with {spec.num_kv_heads} kv heads of {spec.head_dim} in layer {layer}, which keeps "
+            f"{kept.num_kv_heads} kv heads of {kept.head_dim}"
+        )
+    if kept.window and not 0 < spec.window <= kept.window:
+        looks = f"the last {spec.window}" if spec.window else "all"
+        raise ConfigError(
+            f"attention to {looks} positions in layer {layer}, which keeps the last {kept.window}: declare no window"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +198,10 @@ class Ops(Protocol):
         ...
 
     def attend(self, batch: Any, layer: int, qkv: Array, spec: AttentionSpec) -> Array:
-        """Store k and v in the step's slots, then causal attention over each row's pages: (T, num_heads * head_dim)."""
+        """Store k and v in the step's slots, then causal attention over each row's pages: (T, num_heads * head_dim).
+
+        layer: index into `CacheSpec.layers`. See `check_attention`.
+        """
         ...
 
     def asked_rows(self, batch: Any, x: Array) -> Array:
@@ -210,10 +289,12 @@ class Backend(Protocol):
         ...
 
     # -- KV pool; its layout is the backend's secret --
-    def kv_bytes_per_page(self, spec: KVSpec) -> int: ...
+    def kv_bytes_per_page(self, spec: CacheSpec) -> int:
+        """Bytes of a page in all layers. Raises UnsupportedModelError for a kind of layer that it cannot compute."""
+        ...
 
-    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
-        """Allocate KV pool and activation buffers. Called once, after the weights."""
+    def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits) -> None:
+        """Allocate KV pool and activation buffers. Called once, after the weights. Raises as `kv_bytes_per_page`."""
         ...
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:

@@ -6,7 +6,7 @@ by row. Whatever another backend computes is compared with this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from mooli.backends import reference_sampling
 from mooli.backends.base import (
     AttentionSpec,
-    KVSpec,
+    CacheSpec,
     Limits,
     MemoryInfo,
+    PagedLayer,
     RopeSpec,
     SampleResult,
+    check_attention,
 )
 from mooli.backends.dequant import dequantize
 from mooli.backends.host_memory import host_memory
@@ -124,7 +126,9 @@ class ReferenceOps:
     """`Ops` in NumPy. Arrays are float32 (T, features)."""
 
     def __init__(self) -> None:
-        self.kv: Floats = np.empty((0, 2, 0, 0, 0), dtype=np.float32)
+        self.layers: tuple[PagedLayer, ...] = ()
+        self.kv: list[Floats] = []
+        """Of each layer: keys and values (2, slots, kv heads, head_dim)."""
         self.kv_dtype = "float32"
 
     def embed(self, batch: ForwardBatch, table: Floats) -> Floats:
@@ -161,6 +165,7 @@ class ReferenceOps:
         return merge_heads(rotate_half(q, cos, sin), rotate_half(k, cos, sin), v)
 
     def attend(self, batch: ForwardBatch, layer: int, qkv: Floats, spec: AttentionSpec) -> Floats:
+        check_attention(self.layers, layer, spec)
         q, k, v = split_heads(qkv, spec)
         keys, values = self.kv[layer]
         # Everything is stored first, so a row may read what another row of this step computes.
@@ -297,33 +302,35 @@ class ReferenceBackend:
     def weight_bytes(self) -> int:
         return self._weight_bytes
 
-    def kv_bytes_per_page(self, spec: KVSpec) -> int:
-        return spec.num_layers * 2 * spec.page_size * spec.num_kv_heads * spec.head_dim * 4
+    def kv_bytes_per_page(self, spec: CacheSpec) -> int:
+        values = sum(layer.num_kv_heads * layer.head_dim for layer in spec.paged_layers(self.name))
+        return 2 * spec.page_size * values * 4
 
-    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+    def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits) -> None:
         """Raises OutOfMemoryError if the pool does not fit. `limits` bound nothing here: arrays are made as needed."""
         del limits
         self.check_page_size(spec.page_size)
         if spec.dtype not in ("float32", "float16", "bfloat16", "int8"):
             raise ConfigError(f"unknown KV type {spec.dtype!r}; choose float32, float16, bfloat16 or int8")
-        shape = (spec.num_layers, 2, num_pages * spec.page_size, spec.num_kv_heads, spec.head_dim)
+        layers, num_slots = spec.paged_layers(self.name), num_pages * spec.page_size
+        shapes = [(2, num_slots, layer.num_kv_heads, layer.head_dim) for layer in layers]
         try:
-            self.ops.kv = np.full(shape, np.nan, dtype=np.float32)
+            self.ops.kv = [np.full(shape, np.nan, dtype=np.float32) for shape in shapes]
         except MemoryError as exc:
             needed = num_pages * self.kv_bytes_per_page(spec)
             raise OutOfMemoryError(
                 f"a KV pool of {num_pages} pages needs {needed} bytes; lower max_total_tokens or mem_fraction_static"
             ) from exc
-        self.ops.kv_dtype = spec.dtype
+        self.ops.layers, self.ops.kv_dtype = layers, spec.dtype
         self._page_size, self._num_pages = spec.page_size, num_pages
         self._page_bytes = self.kv_bytes_per_page(spec)
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         for copy in copies:
             source, target = copy.source * self._page_size, copy.target * self._page_size
-            kept = self.ops.kv[:, :, source : source + copy.num_tokens].copy()
-            self.ops.kv[:, :, target : target + copy.num_tokens] = kept
-            self.ops.kv[:, :, target + copy.num_tokens : target + self._page_size] = 0
+            for kv in self.ops.kv:
+                kv[:, target : target + copy.num_tokens] = kv[:, source : source + copy.num_tokens].copy()
+                kv[:, target + copy.num_tokens : target + self._page_size] = 0
 
     def read_pages(
         self, pages: Sequence[int] | NDArray[np.int32], num_tokens: int | None = None, out: Any = None
@@ -331,27 +338,29 @@ class ReferenceBackend:
         numbers = page_numbers(pages, self._num_pages)
         held = held_tokens(num_tokens, len(numbers), self._page_size)
         result = read_into(out, len(numbers), self._page_bytes)
-        read = self._pages()[numbers]
-        for index in range(held // self._page_size, len(numbers)):
-            read[index, :, :, max(0, held - index * self._page_size) :] = 0
-        result[:] = read.reshape(len(numbers), self._page_bytes // 4).view(np.uint8)
+        for index, page in enumerate(numbers.tolist()):
+            for kept, part in self._parts(page, result[index]):
+                part[:] = kept
+                part[:, max(0, held - index * self._page_size) :] = 0
         return result
 
     def write_pages(self, pages: Sequence[int] | NDArray[np.int32], data: Any) -> None:
         numbers = page_numbers(pages, self._num_pages)
         given = pages_of(data, len(numbers), self._page_bytes)
-        whole = self._pages()
-        whole[numbers] = given.view(np.float32).reshape(len(numbers), *whole.shape[1:])
+        for index, page in enumerate(numbers.tolist()):
+            for kept, part in self._parts(page, given[index]):
+                kept[:] = part
 
     def page_format(self) -> dict[str, str]:
         return {"layout": "[layer][K, V][token][kv head][value] float32", "library": f"numpy {np.__version__}"}
 
-    def _pages(self) -> Floats:
-        """The pool as (pages, layers, 2, page size, kv heads, head_dim)."""
-        layers, _, _, *head = self.ops.kv.shape
-        pool = self.ops.kv.reshape(layers, 2, self._num_pages, self._page_size, *head)
-        pages: Floats = pool.transpose(2, 0, 1, 3, 4, 5)
-        return pages
+    def _parts(self, page: int, whole: Bytes) -> Iterator[tuple[Floats, Floats]]:
+        """What each layer keeps in a page, and its part of the page's bytes: (2, page size, kv heads, head_dim)."""
+        values, first = whole.view(np.float32), page * self._page_size
+        for kv in self.ops.kv:
+            kept = kv[:, first : first + self._page_size]
+            yield kept, values[: kept.size].reshape(kept.shape)
+            values = values[kept.size :]
 
     def plan(self, batch: ScheduleBatch) -> ForwardBatch:
         rows = []
@@ -396,7 +405,7 @@ class ReferenceBackend:
 
     def close(self) -> None:
         """Give the KV pool back. Weights go with the model that holds them."""
-        self.ops.kv = np.empty((0, 2, 0, 0, 0), dtype=np.float32)
+        self.ops.kv = []
         self._num_pages = 0
 
     def _count(self, array: Floats) -> Floats:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from mooli.backends.ascend.defaults import MAX_RUNNING_REQUESTS
 from mooli.backends.ascend.paths import PAGE_SIZE
-from mooli.backends.base import KVSpec
+from mooli.backends.base import CacheSpec
 from mooli.errors import ConfigError
 from mooli.tensor import RawTensor
 
@@ -61,7 +61,7 @@ class Sizes:
     def load_tied(self, table: RawTensor) -> tuple[None, None]:
         raise NotImplementedError
 
-    def kv_bytes_per_page(self, spec: KVSpec) -> int:
+    def kv_bytes_per_page(self, spec: CacheSpec) -> int:
         raise NotImplementedError
 
 
@@ -96,8 +96,8 @@ class TorchSizes(Sizes):
         self._add([table], (), head=True, is_tied=True)
         return None, None
 
-    def kv_bytes_per_page(self, spec: KVSpec) -> int:
-        return page_bytes(spec)
+    def kv_bytes_per_page(self, spec: CacheSpec) -> int:
+        return page_bytes(spec, self.name)
 
     def _add(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor], *, head: bool, is_tied: bool) -> None:
         item_bytes = ITEM_BYTES[self.dtype]
@@ -155,12 +155,14 @@ def is_w8a8(tensors: Sequence[RawTensor], dtype: str, quantization: str | None, 
     return sum(tensor.num_rows for tensor in tensors) <= WIDEST_W8A8 and tensors[0].num_columns <= WIDEST_W8A8
 
 
-def page_bytes(spec: KVSpec) -> int:
-    """Bytes of one KV page of the backends of PyTorch, all layers. Raises ConfigError for an unknown KV type."""
+def page_bytes(spec: CacheSpec, backend_name: str) -> int:
+    """Bytes of one KV page of the backends of PyTorch, all layers. Raises ConfigError for an unknown KV type, and as
+    `CacheSpec.paged_layers`."""
     if spec.dtype not in ITEM_BYTES:
         others = ", ".join(ITEM_BYTES)
         raise ConfigError(f"kv_cache_dtype={spec.dtype!r} is possible only on a CPU; here it is one of {others}")
-    return spec.num_layers * 2 * spec.page_size * spec.num_kv_heads * spec.head_dim * ITEM_BYTES[spec.dtype]
+    values = sum(layer.num_kv_heads * layer.head_dim for layer in spec.paged_layers(backend_name))
+    return 2 * spec.page_size * values * ITEM_BYTES[spec.dtype]
 
 
 def cannot_quantise(name: str, quantization: str | None) -> ConfigError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mooli.backends import create_backend
-from mooli.backends.base import NUMERIC_VERSION, Backend, KVSpec, Limits
+from mooli.backends.base import NUMERIC_VERSION, Backend, CacheSpec, Limits
 from mooli.cache.kv_cache import KVCache
 from mooli.config import NGRAM_DRAFT_TOKENS, EngineConfig
 from mooli.engine.core import EngineCore
@@ -75,7 +75,7 @@ class SoloTeam:
         """What decides the size of the pool, for each rank, once all have loaded."""
         return [own]
 
-    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits, vocab_size: int) -> None:
+    def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits, vocab_size: int) -> None:
         """Have the other ranks allocate the same."""
 
     def runner(self, own: Runner) -> Runner:
@@ -290,7 +290,7 @@ def draft_settings(config: EngineConfig, default: str = "none") -> DraftSettings
 
 
 def cache_namespace(
-    config: EngineConfig, model_path: Path, model_config: ModelConfig, backend: Backend, kv_spec: KVSpec
+    config: EngineConfig, model_path: Path, model_config: ModelConfig, backend: Backend, kv_spec: CacheSpec
 ) -> CacheNamespace:
     """What decides the values in the KV cache of an engine whose pool is allocated."""
     is_random = config.load_format == "dummy"

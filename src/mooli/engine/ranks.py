@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from mooli.backends.base import Backend, KVSpec, Limits
+from mooli.backends.base import Backend, CacheSpec, Limits
 from mooli.backends.parallel import COLLECTIVE_TIMEOUT_S, ParallelBackend, RankGroup
 from mooli.batch import ScheduleBatch, StepOutput
 from mooli.config import EngineConfig
@@ -318,7 +318,7 @@ class RankTeam:
         ]
         return [own, *others]
 
-    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits, vocab_size: int) -> None:
+    def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits, vocab_size: int) -> None:
         self._met.tell(
             rank_process.Allocate(
                 kv_dtype=spec.dtype,

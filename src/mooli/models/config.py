@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from mooli.backends.base import KVSpec
+from mooli.backends.base import CacheSpec
 from mooli.errors import UnsupportedModelError
 from mooli.models.fields import check_range
 
@@ -87,7 +87,7 @@ class ModelConfig(ABC):
         return False
 
     @abstractmethod
-    def kv_spec(self, page_size: int, dtype: str) -> KVSpec:
+    def kv_spec(self, page_size: int, dtype: str) -> CacheSpec:
         """What the layers keep of each token, in pages of `page_size`; of one rank, if this is its part."""
 
     @abstractmethod

@@ -27,7 +27,7 @@ from mooli.backends.ascend.paths import DECODE_ORDER, GRAPHS, PAGE_SIZE, W8A8, P
 from mooli.backends.ascend.quant import load_w8a8
 from mooli.backends.ascend.sampler import AscendSampler
 from mooli.backends.ascend.step import AscendStep, cut, plan_rows
-from mooli.backends.base import KVSpec, Limits, MemoryInfo
+from mooli.backends.base import CacheSpec, Limits, MemoryInfo
 from mooli.backends.parallel import RankGroup
 from mooli.backends.sizes import AscendSizes, is_w8a8, no_w8a8_in_float32
 from mooli.backends.torch.backend import TorchBackend
@@ -174,7 +174,7 @@ class AscendBackend(TorchBackend):
 
     # ------------------------------------------------------------------ KV pool
 
-    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+    def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits) -> None:
         self.check_page_size(spec.page_size)
         if spec.dtype != self.dtype_name:
             raise ConfigError(

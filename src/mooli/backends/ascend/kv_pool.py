@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mooli.backends.ascend.bring_up import Npu
 from mooli.backends.ascend.paths import STORE, Switches
-from mooli.backends.base import KVSpec
+from mooli.backends.base import CacheSpec
 from mooli.backends.torch.kv_pool import KVPool
 from mooli.errors import ConfigError
 
@@ -21,34 +21,33 @@ MOST_VALUES = 2**31 - 1
 class AscendKVPool(KVPool):
     """Page `num_pages` is spare: padding rows of captured steps store there."""
 
-    def __init__(self, spec: KVSpec, num_pages: int, npu: Npu, switches: Switches) -> None:
+    def __init__(self, spec: CacheSpec, num_pages: int, npu: Npu, switches: Switches) -> None:
         """Raises ConfigError for more pages than kernels can count in, OutOfMemoryError if the device is full."""
-        most = MOST_VALUES // (spec.page_size * spec.num_kv_heads * spec.head_dim) - 1
+        widest = max(layer.num_kv_heads * layer.head_dim for layer in spec.paged_layers("ascend"))
+        most = MOST_VALUES // (spec.page_size * widest) - 1
         if num_pages > most:
             raise ConfigError(
                 f"the KV cache would have {num_pages} pages, and the NPU's attention takes at most {most} of this"
                 f" model: lower max_total_tokens to {most * spec.page_size} or mem_fraction_static"
             )
-        super().__init__(spec, num_pages, npu.device, num_spare_pages=1)
+        super().__init__(spec, num_pages, npu.device, 1, backend_name="ascend")
         if not npu.is_simulated:
             # Kernels get lengths; what they do with numbers behind them is not documented. The simulated pool stays
             # full of NaN, so that a read too far is seen.
-            self.storage.zero_()
-        self.key_pages = [layer[0] for layer in self.storage]
-        """Per layer (pages, 128, kv heads, head_dim)."""
-        self.value_pages = [layer[1] for layer in self.storage]
-        flat = (num_pages + 1, spec.page_size, spec.num_kv_heads * spec.head_dim)
-        self.key_rows = [keys.view(flat) for keys in self.key_pages]
+            for stack in self.stacks.values():
+                stack.zero_()
+        self.key_rows = [keys.view(*keys.shape[:2], -1) for keys in self.key_pages]
         """Per layer (pages, 128, kv heads * head_dim)."""
-        self.value_rows = [values.view(flat) for values in self.value_pages]
-        is_half = self.storage.dtype in (torch.float16, torch.bfloat16)
+        self.value_rows = [values.view(*values.shape[:2], -1) for values in self.value_pages]
+        is_half = self.dtype in (torch.float16, torch.bfloat16)
         self._is_fused = is_half and switches.is_on(STORE)
 
     def store(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         if not self._is_fused:
             super().store(layer, slots.long(), k, v)
             return
-        shape = (len(k), self.num_kv_heads, self.head_dim)
+        kept = self.layers[layer]
+        shape = (len(k), kept.num_kv_heads, kept.head_dim)
         torch.ops.atb._npu_reshape_and_cache(
             key=k.contiguous().view(shape),
             value=v.contiguous().view(shape),

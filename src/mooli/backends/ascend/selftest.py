@@ -48,7 +48,7 @@ from mooli.backends.ascend.paths import (
 from mooli.backends.ascend.quant import load_w8a8
 from mooli.backends.ascend.selftest_model import VOCAB, Part, SmallModel
 from mooli.backends.ascend.step import Rows, int32
-from mooli.backends.base import AttentionSpec, KVSpec
+from mooli.backends.base import AttentionSpec, CacheSpec, PagedLayer
 from mooli.backends.torch.dtypes import torch_dtype
 from mooli.tensor import RawTensor, TensorType
 
@@ -181,7 +181,7 @@ def _w8a8(npu: Npu, dtype: str) -> Check:
 
 def _store(npu: Npu, dtype: str) -> Check:
     def measure() -> float:
-        pool = AscendKVPool(KVSpec(2, 2, 64, PAGE_SIZE, dtype), 3, npu, Switches())
+        pool = AscendKVPool(CacheSpec((PagedLayer(2, 64),) * 2, PAGE_SIZE, dtype), 3, npu, Switches())
         numbers = _Numbers(npu, dtype)
         (k, k_there), (v, v_there) = numbers.pair(5, 128), numbers.pair(5, 128)
         slots = torch.from_numpy(int32([0, 127, 128, 383, 200])).to(npu.device)
@@ -216,7 +216,7 @@ def _attention_error(npu: Npu, dtype: str, path: str, head_dim: int, cases: Sequ
     """The worst of rows with (cached, new) tokens, in one batch where the path takes one."""
     spec = _spec(head_dim)
     widths = [-(-sum(case) // PAGE_SIZE) for case in cases]
-    pool = AscendKVPool(KVSpec(1, 2, head_dim, PAGE_SIZE, dtype), sum(widths), npu, Switches())
+    pool = AscendKVPool(CacheSpec((PagedLayer(2, head_dim),), PAGE_SIZE, dtype), sum(widths), npu, Switches())
     attention = AscendAttention(pool, Paths(npu.versions.release, Switches(), dtype), npu.device)
     numbers = _Numbers(npu, dtype)
     # Pages in no order, so that nothing is right by lying in sequence.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mooli.backends.ascend.backend import AscendBackend
 from mooli.backends.ascend.paths import PAGE_SIZE
-from mooli.backends.base import AttentionSpec, KVSpec, Limits, RopeSpec
+from mooli.backends.base import AttentionSpec, CacheSpec, Limits, PagedLayer, RopeSpec
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
 from mooli.tensor import RawTensor, TensorType
 
@@ -64,7 +64,7 @@ class SmallModel:
         ]
         self._norm, self._head = gain(), backend.load_linear([raw(VOCAB, HIDDEN)], head=True)
         self._rope = RopeSpec(10000.0 ** (-np.arange(0, SPEC.head_dim, 2) / SPEC.head_dim))
-        spec = KVSpec(LAYERS, SPEC.num_kv_heads, SPEC.head_dim, PAGE_SIZE, backend.dtype_name)
+        spec = CacheSpec((PagedLayer(SPEC.num_kv_heads, SPEC.head_dim),) * LAYERS, PAGE_SIZE, backend.dtype_name)
         backend.allocate(spec, NUM_PAGES, LIMITS)
         self._forward = backend.capture(self._compute)
         self._logits = backend.capture(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli import _native
-from mooli.backends.base import Array, KVSpec, Limits, MemoryInfo, SampleResult
+from mooli.backends.base import Array, CacheSpec, Limits, MemoryInfo, SampleResult, check_attention
 from mooli.backends.claims import Claim, claims_folder
 from mooli.backends.cpu.packing import (
     FLOAT_KINDS,
@@ -126,7 +126,7 @@ class CpuBackend:
         self._max_k = 1
         self._scratch: tuple[int, int, int, int] = (0, 0, 0, 0)
         self._limits: Limits | None = None
-        self._kv: KVSpec | None = None
+        self._kv: CacheSpec | None = None
         self._vocab_size = 0
         self._kinds: dict[str, int] = {}
         self._captured: list[CapturedTape] = []
@@ -267,21 +267,27 @@ class CpuBackend:
 
     # ------------------------------------------------------------------ KV pool
 
-    def kv_bytes_per_page(self, spec: KVSpec) -> int:
+    def kv_bytes_per_page(self, spec: CacheSpec) -> int:
         return page_bytes(spec)
 
-    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+    def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits) -> None:
         self.check_page_size(spec.page_size)
-        if spec.head_dim % 16:
-            raise UnsupportedModelError(f"head_dim {spec.head_dim} is not a multiple of 16, which the cpu kernels need")
-        if spec.dtype == "int8" and spec.head_dim > MAX_INT8_HEAD_DIM:
-            raise UnsupportedModelError(
-                f"kv_cache_dtype='int8' takes a head_dim of at most {MAX_INT8_HEAD_DIM} on the cpu, not {spec.head_dim}"
-            )
+        layers = spec.paged_layers(self.name)
+        for head_dim in sorted({layer.head_dim for layer in layers}):
+            if head_dim % 16:
+                raise UnsupportedModelError(f"head_dim {head_dim} is not a multiple of 16, which the cpu kernels need")
+            if spec.dtype == "int8" and head_dim > MAX_INT8_HEAD_DIM:
+                raise UnsupportedModelError(
+                    f"kv_cache_dtype='int8' takes a head_dim of at most {MAX_INT8_HEAD_DIM} on the cpu, not {head_dim}"
+                )
         size = self.kv_bytes_per_page(spec) * num_pages
         try:
             self._device.allocate_kv(
-                _KV_TYPES[spec.dtype], spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.page_size, num_pages
+                _KV_TYPES[spec.dtype],
+                [layer.num_kv_heads for layer in layers],
+                [layer.head_dim for layer in layers],
+                spec.page_size,
+                num_pages,
             )
         except MemoryError as exc:
             raise OutOfMemoryError(
@@ -300,14 +306,11 @@ class CpuBackend:
         """Scratch for the widest linear and the most heads seen so far; returns the most tokens of a step."""
         if self._limits is None or self._kv is None:
             raise ConfigError("allocate the KV pool before running a step")
-        for attention in self.ops.attention_specs:
-            if (attention.num_kv_heads, attention.head_dim) != (self._kv.num_kv_heads, self._kv.head_dim):
-                raise ConfigError(
-                    f"attention with {attention.num_kv_heads} kv heads of {attention.head_dim} on a KV pool of "
-                    f"{self._kv.num_kv_heads} kv heads of {self._kv.head_dim}"
-                )
-        heads = max((spec.num_heads for spec in self.ops.attention_specs), default=1)
-        need = (self._limits.max_tokens, self._max_k, heads, self._kv.head_dim)
+        layers = self._kv.paged_layers(self.name)
+        for layer, attention in self.ops.attentions:
+            check_attention(layers, layer, attention)
+        heads = max((attention.num_heads for _, attention in self.ops.attentions), default=1)
+        need = (self._limits.max_tokens, self._max_k, heads, max(layer.head_dim for layer in layers))
         if any(a > b for a, b in zip(need, self._scratch, strict=True)):
             wanted: tuple[int, int, int, int] = tuple(map(max, need, self._scratch))  # type: ignore[assignment]
             try:
@@ -342,7 +345,7 @@ class CpuBackend:
         layout = f"[tile of {TILE}][layer][kv head][K, V] {self._device.kv_layout}"
         return {"layout": layout, "instruction set": self._device.isa}
 
-    def _pool(self) -> KVSpec:
+    def _pool(self) -> CacheSpec:
         if self._kv is None:
             raise ConfigError("allocate the KV pool before reading or writing pages")
         return self._kv

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from mooli import _native
-from mooli.backends.base import KVSpec
+from mooli.backends.base import CacheSpec
 from mooli.backends.sizes import Sizes
 from mooli.tensor import RawTensor, TensorType, row_bytes
 
@@ -88,14 +88,20 @@ def is_exact(table: RawTensor, kind: Kind) -> bool:
     return table.scales is None and table.type in _EXACT_TYPES[kind]
 
 
-def page_bytes(spec: KVSpec) -> int:
+def page_bytes(spec: CacheSpec) -> int:
     """Bytes of one KV page, all layers."""
-    heads = spec.num_layers * spec.num_kv_heads
-    if spec.dtype == "int8":  # values, a scale for each token, and a base of the keys in whole cache lines
-        tile = 2 * TILE * (spec.head_dim + 4) + -(-(spec.head_dim + 4) // 64) * 64
-        return heads * spec.page_size // TILE * tile
-    element = 4 if spec.dtype == "float32" else 2
-    return heads * 2 * spec.head_dim * spec.page_size * element
+    return (
+        spec.page_size
+        // TILE
+        * sum(layer.num_kv_heads * _tile_bytes(layer.head_dim, spec.dtype) for layer in spec.paged_layers("cpu"))
+    )
+
+
+def _tile_bytes(head_dim: int, dtype: str) -> int:
+    """Keys and values of a tile of one kv head."""
+    if dtype == "int8":  # values, a scale for each token, and a base of the keys in whole cache lines
+        return 2 * TILE * (head_dim + 4) + -(-(head_dim + 4) // 64) * 64
+    return 2 * head_dim * TILE * (4 if dtype == "float32" else 2)
 
 
 class CpuSizes(Sizes):
@@ -127,7 +133,7 @@ class CpuSizes(Sizes):
             self.load_embedding(table)
         return None, None
 
-    def kv_bytes_per_page(self, spec: KVSpec) -> int:
+    def kv_bytes_per_page(self, spec: CacheSpec) -> int:
         return page_bytes(spec)
 
     def _add(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor], *, head: bool) -> Kind:

@@ -126,7 +126,8 @@ class TapeOps:
         self._device = device
         self._recording: Recording | None = None
         self._ropes: dict[bytes, Any] = {}
-        self.attention_specs: list[AttentionSpec] = []
+        self.attentions: list[tuple[int, AttentionSpec]] = []
+        """Layers, and what was recorded to attend there."""
 
     def record(self, function: Callable[..., Register], *inputs: Register) -> tuple[Recording, Register]:
         """What `function` does of a batch, of which nothing is known yet, and of `inputs`."""
@@ -216,7 +217,7 @@ class TapeOps:
 
     def attend(self, batch: Any, layer: int, qkv: Register, spec: AttentionSpec) -> Register:
         _check_heads(qkv, spec)
-        self.attention_specs.append(spec)
+        self.attentions.append((layer, spec))
         return self._now().add(
             (qkv,),
             spec.num_heads * spec.head_dim,

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mooli.backends.base import KVSpec, Limits, MemoryInfo, SampleResult
+from mooli.backends.base import CacheSpec, Limits, MemoryInfo, SampleResult
 from mooli.backends.host_memory import host_memory
 from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
 from mooli.backends.parallel import RankGroup
@@ -239,14 +239,14 @@ class TorchBackend:
 
     # ------------------------------------------------------------------ KV pool
 
-    def kv_bytes_per_page(self, spec: KVSpec) -> int:
-        return page_bytes(spec)
+    def kv_bytes_per_page(self, spec: CacheSpec) -> int:
+        return page_bytes(spec, self.name)
 
-    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+    def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits) -> None:
         self.check_page_size(spec.page_size)
         # The embedding was kept for a tied head, which is loaded by now.
         self._embedding = None
-        self.pool = KVPool(spec, num_pages, self.device, self.num_spare_pages())
+        self.pool = KVPool(spec, num_pages, self.device, self.num_spare_pages(), backend_name=self.name)
         self.ops.attention = self.make_attention(self.pool)
         self.ops.num_positions = limits.max_pages_per_row * spec.page_size
 
@@ -273,7 +273,7 @@ class TorchBackend:
 
     def page_format(self) -> dict[str, str]:
         layout = "[layer][K, V][token][kv head][value]"
-        return {"layout": f"{layout} {self._allocated().storage.dtype}", "library": self.describe()["library"]}
+        return {"layout": f"{layout} {self._allocated().dtype}", "library": self.describe()["library"]}
 
     def _allocated(self) -> KVPool:
         if self.pool is None:

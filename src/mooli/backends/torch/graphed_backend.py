@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mooli.backends.base import KVSpec, Limits
+from mooli.backends.base import CacheSpec, Limits
 from mooli.backends.parallel import RankGroup
 from mooli.backends.torch.backend import TorchBackend
 from mooli.backends.torch.graphs import GraphedFunction, GraphRecorder, StaticSteps
@@ -61,7 +61,7 @@ class GraphedBackend(TorchBackend):
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "graphs": "off" if self._recorder is None else "decode steps"}
 
-    def allocate(self, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+    def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits) -> None:
         super().allocate(spec, num_pages, limits)
         if self._recorder is not None:
             # The spare page is the one after the requests' own.

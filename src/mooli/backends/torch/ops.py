@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from mooli.backends.base import AttentionSpec, RopeSpec
+from mooli.backends.base import AttentionSpec, RopeSpec, check_attention
 from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.parallel import PartTable
 from mooli.backends.torch.step_plan import ForwardBatch
@@ -65,6 +65,7 @@ class TorchOps:
     def attend(self, batch: ForwardBatch, layer: int, qkv: Tensor, spec: AttentionSpec) -> Tensor:
         if self.attention is None:
             raise ConfigError("allocate the KV pool before running a step")
+        check_attention(self.attention.pool.layers, layer, spec)
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
         # Everything is stored first, so a row may read what another row of this step computes.
