@@ -21,7 +21,7 @@ from mooli.runner.fake import FakeRunner, fake_logits, logprob_row, sample, stor
 from mooli.scheduler.constraint import ConstraintMaker
 from mooli.scheduler.drafts import DraftSettings
 from mooli.scheduler.scheduler import Scheduler
-from mooli.types import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+from mooli.types import FIRST_CONTENT_ID, FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 
 VOCAB = 20
 
@@ -132,6 +132,7 @@ def random_request(rng: random.Random, rid: str, stems: list[list[int]], is_crow
     return Request(
         rid=rid,
         prompt_ids=np.array(prompt, np.int32),
+        key_ids=content_key(prompt, rid),
         sampling=sampling,
         eos_ids=frozenset({rng.randrange(VOCAB)}),
         return_logprob=rng.random() < 0.2,
@@ -141,6 +142,16 @@ def random_request(rng: random.Random, rid: str, stems: list[list[int]], is_crow
         namespace=rng.choice(["", "", "tenant"]),
         priority=rng.choice([0, 0, 0, 1]),
     )
+
+
+def content_key(prompt: list[int], rid: str) -> np.ndarray | None:
+    """In one of four requests every 3 is the placeholder of one of two contents. Answers are the same either way."""
+    content = random.Random(rid).randrange(8)
+    if content > 1:
+        return None
+    key = np.array(prompt, np.int32)
+    key[key == 3] = FIRST_CONTENT_ID + content
+    return key
 
 
 @dataclass

@@ -12,13 +12,14 @@ import pytest
 from model_files import demo_path
 
 from mooli.backends import create_backend
-from mooli.backends.base import MemoryInfo
+from mooli.backends.base import CacheSpec, MemoryInfo, PagedLayer, StateLayer
 from mooli.backends.cpu import CpuBackend
 from mooli.backends.reference import ReferenceBackend
 from mooli.config import EngineConfig
 from mooli.engine.build import build_engine
 from mooli.engine.facts import EngineFacts
-from mooli.errors import OutOfMemoryError
+from mooli.errors import OutOfMemoryError, UnsupportedModelError
+from mooli.models.config import ModelConfig
 from mooli.plan import plan_memory, read_model
 from variants import require
 
@@ -58,6 +59,17 @@ def test_what_others_took_while_weights_were_loaded_is_not_taken_again(
     much, little = MemoryInfo(64 * GIB, 16 * GIB), MemoryInfo(64 * GIB, 4 * GIB, 12 * GIB)
     assert 7.9 * GIB < built_with(folder, monkeypatch, much, much) < 8 * GIB
     assert 1.9 * GIB < built_with(folder, monkeypatch, much, little) < 2.1 * GIB
+
+
+def test_a_layer_that_the_backend_cannot_compute_is_refused_before_a_weight_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = (PagedLayer(2, 16), StateLayer(((4, 16, 16),)))
+    monkeypatch.setattr(ModelConfig, "kv_spec", lambda config, page_size, dtype: CacheSpec(layers, page_size, dtype))
+    monkeypatch.setattr(CpuBackend, "load_linear", lambda *arguments, **options: pytest.fail("a weight was read"))
+    config = EngineConfig.from_kwargs(model_path=str(folder), load_format="dummy", device="cpu", num_threads=1)
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 of this model keeps a recurrent state.*cpu"):
+        build_engine(config, folder)
 
 
 def test_three_engines_of_one_machine_take_no_more_than_it_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from mooli.cache.radix_tree import token_key
 from mooli.engine.build import draft_settings
 from mooli.runner.fake import FakeRunner
 from mooli.scheduler.drafts import FIRST_PAUSE, LONGEST_PAUSE, DraftRecord, DraftSettings, what_followed
+from mooli.types import FIRST_CONTENT_ID
 
 SETTINGS = DraftSettings(tokens_per_request=4, tokens_per_step=8, shortest_match=1, longest_match=12)
 
@@ -104,6 +105,14 @@ def test_the_tree_is_followed_through_nodes_the_way_used_last() -> None:
     tree.run([*stem, 30, 31, 32])
     assert tree.following(stem[:6], 6) == [6, 7, 30, 31, 32]
     assert tree.following([*stem, 20], 9) == [21, 22, 23, 50]
+
+
+def test_content_that_followed_is_no_guess() -> None:
+    tree, tokens = Tree(), list(range(8))
+    tree.run([*tokens, 9, FIRST_CONTENT_ID, FIRST_CONTENT_ID + 1, 10])
+    assert tree.following(tokens[:6], 6) == [6, 7, 9]
+    assert tree.following([*tokens, 9], 6) == []
+    assert tree.following([*tokens, 9, FIRST_CONTENT_ID, FIRST_CONTENT_ID + 1], 6) == [10]
 
 
 def test_nothing_is_guessed_from_another_namespace_or_without_a_tree() -> None:

@@ -153,17 +153,19 @@ def _build(
         check_size(model_config, config.tp_size)
         available_bytes = team.meet(backend)
         place = Place(0, config.tp_size)
+        own_config = model_config.part(config.tp_size)
+        kv_dtype = kv_type(config.kv_cache_dtype, config.dtype, backend.describe().get("dtype"))
+        kv_spec = own_config.kv_spec(page_size, kv_dtype)
+        # A layer that the backend cannot compute is found before a weight is read.
+        bytes_per_page = backend.kv_bytes_per_page(kv_spec)
         model = create_model(
-            model_config.part(config.tp_size),
+            own_config,
             part_checkpoint(model_config, checkpoint, place),
             backend,
             lambda done, total: progress("Loading weights", done, total),
         )
     finally:
         checkpoint.close()
-    kv_dtype = kv_type(config.kv_cache_dtype, config.dtype, backend.describe().get("dtype"))
-    kv_spec = model.config.kv_spec(page_size, kv_dtype)
-    bytes_per_page = backend.kv_bytes_per_page(kv_spec)
     # While weights were loaded, others may have taken or claimed some.
     memory = backend.memory()
     needs = PoolNeeds(

@@ -102,6 +102,8 @@ class FakeRunner:
     def _check(self, batch: ScheduleBatch) -> None:
         if batch.num_tokens == 0 or len(np.unique(batch.slots)) != batch.num_tokens:
             raise ValueError("a step needs tokens, each with a slot of its own")
+        if batch.token_ids.min() < 0 or batch.token_ids.max() >= self.vocab_size:
+            raise ValueError("a token is outside the vocabulary")
         if batch.slots.min() < 0 or batch.slots.max() >= len(self._kv):
             raise ValueError("a slot is outside the pool")
         written = set((batch.slots // self.page_size).tolist()) | {copy.target for copy in batch.copies}
