@@ -99,9 +99,9 @@ class CacheSpec:
 
     @property
     def page_groups(self) -> dict[int, tuple[int, ...]]:
-        """Window to indices of its layers (0: they need all): pages of layers of one group are given up at one time.
+        """Window to indices of its layers (0: they need all): pages of one group's layers can be given up together.
 
-        A page of any group holds `page_size` tokens. The cache hands out one number for the same tokens in all groups.
+        A page of any group holds `page_size` tokens. `KVCache` gives one number to the same tokens in all groups.
         """
         groups: dict[int, tuple[int, ...]] = {}
         for index, layer in enumerate(self.layers):
