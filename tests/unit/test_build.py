@@ -12,14 +12,13 @@ import pytest
 from model_files import demo_path
 
 from mooli.backends import create_backend
-from mooli.backends.base import CacheSpec, MemoryInfo, PagedLayer, StateLayer
+from mooli.backends.base import CacheSpec, MemoryInfo, StateLayer
 from mooli.backends.cpu import CpuBackend
 from mooli.backends.reference import ReferenceBackend
 from mooli.config import EngineConfig
 from mooli.engine.build import build_engine
 from mooli.engine.facts import EngineFacts
 from mooli.errors import OutOfMemoryError, UnsupportedModelError
-from mooli.models.config import ModelConfig
 from mooli.plan import plan_memory, read_model
 from variants import require
 
@@ -64,11 +63,15 @@ def test_what_others_took_while_weights_were_loaded_is_not_taken_again(
 def test_a_layer_that_the_backend_cannot_compute_is_refused_before_a_weight_is_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layers = (PagedLayer(2, 16), StateLayer(((4, 16, 16),)))
-    monkeypatch.setattr(ModelConfig, "kv_spec", lambda config, page_size, dtype: CacheSpec(layers, page_size, dtype))
+    def refuse(backend: CpuBackend, spec: CacheSpec) -> int:
+        return len(
+            CacheSpec((*spec.layers, StateLayer(((4, 16, 16),))), spec.page_size, spec.dtype).paged_layers("cpu")
+        )
+
+    monkeypatch.setattr(CpuBackend, "kv_bytes_per_page", refuse)
     monkeypatch.setattr(CpuBackend, "load_linear", lambda *arguments, **options: pytest.fail("a weight was read"))
     config = EngineConfig.from_kwargs(model_path=str(folder), load_format="dummy", device="cpu", num_threads=1)
-    with pytest.raises(UnsupportedModelError, match=r"layer 1 of this model keeps a recurrent state.*cpu"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 2 of this model keeps a recurrent state.*cpu"):
         build_engine(config, folder)
 
 
