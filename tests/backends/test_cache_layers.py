@@ -146,6 +146,20 @@ def test_a_page_has_the_bytes_of_all_layers(variant: Variant, backend: Backend) 
     assert bytes_of(*LAYERS * 3) == 3 * bytes_of(*LAYERS)
 
 
+def test_pages_of_layers_that_differ_go_out_as_bytes_and_come_back(variant: Variant, backend: Backend) -> None:
+    ids = [(13 * i + 5) % VOCAB for i in range(141)]
+    with toy(backend, variant.kv_dtype, backend.default_page_size) as model:
+        width = -(-len(ids) // model.page_size)
+        pages, others = [*range(width)], [*range(2 * width, width, -1)]
+        model.last(Row(ids[:140], 0, pages))
+        data = backend.read_pages(pages, 140)
+        assert data.shape == (width, backend.kv_bytes_per_page(CacheSpec(LAYERS, model.page_size, variant.kv_dtype)))
+        backend.write_pages(others, data)
+        np.testing.assert_array_equal(backend.read_pages(others, 140), data)
+        expected = model.last(Row(ids[140:], 140, pages))
+        np.testing.assert_array_equal(model.last(Row(ids[140:], 140, others)), expected)
+
+
 KINDS = {"a latent": LatentLayer(576), "a recurrent state": StateLayer(((32, 128, 128), (3, 8192)))}
 
 

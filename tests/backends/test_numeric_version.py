@@ -10,11 +10,11 @@ from cpu_ops import LEVELS, cpu_backend
 
 from mooli.backends.base import NUMERIC_VERSION, Limits
 from mooli.models.checkpoint import DummyCheckpoint
-from mooli.models.config import ModelConfig
+from mooli.models.llama import LlamaConfig
 from mooli.models.registry import create_model
 from steps import Row, step, uniform_cache
 
-CONFIG = ModelConfig(
+CONFIG = LlamaConfig(
     family="qwen3",
     architecture="Qwen3ForCausalLM",
     vocab_size=97,

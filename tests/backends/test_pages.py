@@ -18,14 +18,14 @@ from mooli.backends import create_backend
 from mooli.backends.base import Limits
 from mooli.errors import ConfigError, EngineError
 from mooli.models.checkpoint import DummyCheckpoint
-from mooli.models.config import ModelConfig
+from mooli.models.llama import LlamaConfig
 from mooli.models.registry import create_model
 from mooli.runner.model_runner import ModelRunner
 from page_moves import Place
 from steps import uniform_cache
 from variants import require, simulated_npu
 
-CONFIG = ModelConfig(
+CONFIG = LlamaConfig(
     family="llama",
     architecture="LlamaForCausalLM",
     vocab_size=97,
