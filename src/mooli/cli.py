@@ -87,7 +87,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     command.add_args(parser)
     args, unknown = parser.parse_known_args(rest)
     if unknown:
-        from mooli.server.flags import unknown_argument
+        from mooli.server.command import unknown_argument
 
         parser.error(unknown_argument(unknown, parser))
     args.command = name
@@ -176,7 +176,7 @@ def _add_answer_args(parser: argparse.ArgumentParser, max_new_tokens: int, *hidd
 
 
 def _add_serve_args(parser: argparse.ArgumentParser) -> None:
-    from mooli.server.flags import add_server_args
+    from mooli.server.command import add_server_args
 
     add_server_args(parser, takes_model=True)
 

@@ -1,6 +1,6 @@
 """`python3 -m mooli.launch_server`, under which SGLang's scripts start a server; `mooli serve` does the same.
 
-Owns nothing but the name: flags are in `mooli.server.flags`, the rest in `mooli.server.command`.
+Owns nothing but the name: the rest is `mooli.server.command`.
 """
 
 import sys
@@ -17,7 +17,7 @@ _PROGRAM = "python3 -m mooli.launch_server"
 def main(argv: "Sequence[str] | None" = None) -> int:
     """Serve until a signal comes; the exit status. Usage errors end the program with status 2."""
     from mooli.arguments import CommandParser
-    from mooli.server.flags import add_server_args, unknown_argument
+    from mooli.server.command import add_server_args, serve, unknown_argument
 
     words = list(sys.argv[1:] if argv is None else argv)
     parser = CommandParser(prog=_PROGRAM, description="Serve a model over HTTP; without one, the demo model.")
@@ -25,8 +25,6 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     args, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(unknown_argument(unknown, parser))
-    from mooli.server.command import serve  # not for --help
-
     return serve(args, [*_PROGRAM.split(), *words])
 
 

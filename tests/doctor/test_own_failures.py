@@ -22,9 +22,9 @@ from mooli.engine.pool_size import GIB, PoolNeeds, num_pool_pages
 from mooli.errors import EngineDeadError, MooliError
 from mooli.hub.locate import locate
 from mooli.models.registry import read_hf_config
+from mooli.server.command import add_server_args, unknown_argument
 from mooli.server.config import ServerConfig
-from mooli.server.flags import add_server_args, unknown_argument
-from mooli.server.launch import bound_socket
+from mooli.server.listener import bound_socket
 
 ALL = (*FAILURES, *OWN_FAILURES)
 
@@ -132,7 +132,7 @@ def test_the_log_of_a_good_day_has_no_findings() -> None:
     INFO mooli.server.launch: demo on backend cpu (avx2, 2 threads): context 2048 tokens, KV cache 8192 tokens
     INFO mooli.server.launch: listening on http://127.0.0.1:30000
     INFO mooli.server.launch: The server is fired up and ready to roll!
-    INFO mooli.server.step_log: Decode batch, #running-req: 3, #token: 120
+    INFO mooli.server.steps: Decode batch, #running-req: 3, #token: 120
     INFO mooli.server.launch: finishing 2 requests before the end
     """
     assert explain(text, ALL) == []

@@ -22,7 +22,7 @@ from mooli.engine import messages, process
 from mooli.link.client import EngineClient
 from mooli.server.config import ServerConfig
 from mooli.server.launch import HttpServer, make_service
-from mooli.server.tls import tls_context
+from mooli.server.listener import tls_context
 
 
 class EngineThread:

@@ -13,7 +13,7 @@ from fake_engine import says
 from gate import wait_until
 from route_server import Connection
 
-from mooli.server import acceptor
+from mooli.server import listener
 
 ASK = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 LINE = "new connections wait until others end"
@@ -21,7 +21,7 @@ LINE = "new connections wait until others end"
 
 @pytest.fixture(autouse=True)
 def say_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acceptor, "SAY_AGAIN_S", 3600.0)
+    monkeypatch.setattr(listener, "SAY_AGAIN_S", 3600.0)
 
 
 def connections(server) -> int:
@@ -33,7 +33,7 @@ def leave_few(server, monkeypatch: pytest.MonkeyPatch) -> None:
     with Connection(server.http_server.port) as probe:
         wait_until(lambda: connections(server) == 1)
         lowest = probe.socket.fileno()
-    monkeypatch.setattr(acceptor, "_usable", lambda: lowest + 24)
+    monkeypatch.setattr(listener, "_usable", lambda: lowest + 24)
 
 
 def test_connections_beyond_the_limit_wait_until_others_end(live, monkeypatch, caplog):
@@ -91,32 +91,32 @@ def began(monkeypatch):
 
     def run(hosts: str, leave: str = "") -> list[int]:
         order: list[int] = []
-        listener = Listener(hosts)
+        waiting = Listener(hosts)
 
         async def accept() -> None:
-            taker = acceptor.Acceptor(listener, asyncio.Protocol, None, lambda: None)
+            taker = listener.Acceptor(waiting, asyncio.Protocol, None, lambda: None)
 
             async def opens(connection: socket.socket) -> None:
                 order.append(numbers[connection])
                 connection.close()
 
             numbers: dict[socket.socket, int] = {}
-            accepting = listener.accept
+            accepting = waiting.accept
 
             def accept_one():
                 connection, address = accepting()
                 numbers[connection] = len(numbers)
                 return connection, address
 
-            listener.accept = accept_one
-            monkeypatch.setattr(acceptor, "_has_left", lambda connection: numbers[connection] < len(leave))
+            waiting.accept = accept_one
+            monkeypatch.setattr(listener, "_has_left", lambda connection: numbers[connection] < len(leave))
             taker._open = opens
             taker._take()
             for _ in range(2 * len(hosts)):
                 await asyncio.sleep(0)
 
         asyncio.run(accept())
-        for client in listener.clients:
+        for client in waiting.clients:
             client.close()
         return order
 
@@ -159,11 +159,11 @@ class Short:
 
 
 def test_no_descriptor_at_all_is_one_line_and_passes(live, monkeypatch, caplog):
-    monkeypatch.setattr(acceptor, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(listener, "LOOK_AGAIN_S", 0.01)
     caplog.set_level(logging.INFO)
     made = []
 
-    class Acceptor(acceptor.Acceptor):
+    class Acceptor(listener.Acceptor):
         def __init__(self, listener, *rest) -> None:
             made.append(Short(listener))
             super().__init__(made[0], *rest)
@@ -183,5 +183,5 @@ def test_no_descriptor_at_all_is_one_line_and_passes(live, monkeypatch, caplog):
 
 @pytest.mark.parametrize(("limit", "usable"), [(64, 48), (1024, 1008), (20, 15)])
 def test_a_few_descriptors_are_left_for_files(monkeypatch, limit, usable):
-    monkeypatch.setattr(acceptor, "_limit", lambda: limit)
-    assert acceptor._usable() == usable
+    monkeypatch.setattr(listener, "_limit", lambda: limit)
+    assert listener._usable() == usable

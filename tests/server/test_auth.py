@@ -12,8 +12,8 @@ from route_server import Counts, post
 from mooli.errors import ConfigError
 from mooli.server.app import ROUTES, build_app
 from mooli.server.config import ServerConfig
+from mooli.server.http import RouteTable
 from mooli.server.keys import KeyRing
-from mooli.server.route_table import RouteTable
 from mooli.server.routing import Access, Dialect, Reply
 
 OPEN_PATHS = {"/health", "/health_generate", "/health/live", "/health/ready", "/ready", "/metrics"}

@@ -9,8 +9,8 @@ from fake_engine import says
 from gate import wait_until
 
 from mooli.frontend.generation import Generation
+from mooli.server.logs import RequestLog
 from mooli.server.metrics import Metrics
-from mooli.server.request_log import RequestLog
 
 GREEDY = {"temperature": 0, "max_new_tokens": 20}
 

@@ -10,7 +10,7 @@ import pytest
 
 from mooli import EngineConfig, UnknownArgumentError, cli, launch_server
 from mooli.errors import ConfigError
-from mooli.server import flags, launch
+from mooli.server import command, launch
 from mooli.server.config import ServerConfig
 from mooli.sglang_arguments import (
     HINT_VALUES,
@@ -91,7 +91,7 @@ def start(monkeypatch):
         return started
 
     monkeypatch.setattr(launch, "run", run)
-    monkeypatch.setattr("mooli.server.command.EngineChild", contextlib.nullcontext)
+    monkeypatch.setattr("mooli.engine.child.EngineChild", contextlib.nullcontext)
     return start
 
 
@@ -391,7 +391,7 @@ def test_the_command_line_reaches_the_server_without_its_keys(start, words, comm
 
 
 def test_what_only_begins_like_a_secret_flag_is_shown():
-    assert flags.redacted(["--", "x", "--host", "h", "-a", "b"]) == ["--", "x", "--host", "h", "-a", "b"]
+    assert command.redacted(["--", "x", "--host", "h", "-a", "b"]) == ["--", "x", "--host", "h", "-a", "b"]
 
 
 # -- how it ends --

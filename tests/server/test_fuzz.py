@@ -21,8 +21,7 @@ from random_bodies import random_request
 from schemathesis.checks import positive_data_acceptance
 from schemathesis.generation import GenerationMode
 
-from mooli.server.app import API_ROUTES
-from mooli.server.openapi import document
+from mooli.server.app import API_ROUTES, document
 
 KEY = {"Authorization": "Bearer secret"}
 

@@ -347,7 +347,7 @@ def test_without_a_file_metrics_count_nobody(live):
 
 
 def test_the_log_of_requests_says_whose_they_are(live, keys_file, caplog):
-    caplog.set_level(logging.INFO, "mooli.server.request_log")
+    caplog.set_level(logging.INFO, "mooli.server.requests")
     server = live(says("hey"), log_requests=True, log_requests_level=0, api_keys_file=keys_file())
     server.http.post("/generate", json={"text": "ab>"}, headers=bearer("key-of-ann"))
     received = next(message for message in caplog.messages if message.startswith("request received"))

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 from route_server import json_request, post
 
-from mooli.server import limits
-from mooli.server.limits import BodyRoom
+from mooli.server import protection
+from mooli.server.json_body import BodyRoom
 from mooli.server.routing import Access, Dialect, HttpError, Reply
 
 
@@ -77,7 +77,7 @@ def test_clients_that_leave_make_room(serve):
 
 
 def test_a_flood_of_probes_is_limited_too(serve, monkeypatch):
-    monkeypatch.setattr(limits, "MAX_PROBES", 1)
+    monkeypatch.setattr(protection, "MAX_PROBES", 1)
     gate = Gate()
     server = serve(post("/health", gate, access=Access.OPEN), post("/done", answer))
     with server.connect() as client:

@@ -15,11 +15,11 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from mooli.frontend.tokenizer import Tokenizer
-from mooli.server import text_threads
+from mooli.server import work
 from mooli.server.openai import LOWEST
 from mooli.server.openai_chat import chat_logprobs
 from mooli.server.openai_completions import LegacyLogprobs, legacy_text
-from mooli.server.text_threads import TextThreads
+from mooli.server.work import TextThreads
 from mooli.types import Request, TokenLogprobs
 
 PIECES = ["<unk>", "<0xC3>", "<0xA9>", "▁a", "b"]
@@ -108,7 +108,7 @@ def test_many_log_probabilities_are_written_by_another_thread_and_the_same(live,
     monkeypatch.setattr(Tokenizer, "token_text", noting)
     here = lists()
     assert threads and "mooli-long-text" not in threads
-    monkeypatch.setattr(text_threads, "LONG_TEXT_CHARS", 1)
+    monkeypatch.setattr(work, "LONG_TEXT_CHARS", 1)
     assert lists() == here and here
     assert "mooli-long-text" in threads
 

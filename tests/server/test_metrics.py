@@ -22,10 +22,9 @@ from mooli.frontend.text_side import input_rules
 from mooli.scheduler.stats import StepStats
 from mooli.server.app import ROUTES
 from mooli.server.config import ServerConfig
+from mooli.server.launch import sd_notify
+from mooli.server.logs import RequestLog, StepLog
 from mooli.server.metrics import Metrics
-from mooli.server.request_log import RequestLog
-from mooli.server.sd_notify import sd_notify
-from mooli.server.step_log import StepLog
 from mooli.types import FinishReason, RequestOutput
 
 FACTS = fake_build(EngineConfig.from_kwargs(model_path="fake")).facts
@@ -262,7 +261,7 @@ class Clock:
 
 def step_lines(caplog: pytest.LogCaptureFixture, reports: list[Outputs]) -> tuple[StepLog, list[str]]:
     """What is logged of `reports`, which are half a second apart, with a line for every second decode step."""
-    caplog.set_level(logging.INFO, "mooli.server.step_log")
+    caplog.set_level(logging.INFO, "mooli.server.steps")
     clock = Clock()
     log = StepLog(FACTS, 2, clock=clock)
     for report in reports:
@@ -317,7 +316,7 @@ def test_a_report_without_a_step_is_not_logged_again(caplog):
 
 
 def test_a_server_logs_its_steps(live, caplog):
-    caplog.set_level(logging.INFO, "mooli.server.step_log")
+    caplog.set_level(logging.INFO, "mooli.server.steps")
     server = live(says("Hello", after="assistant: "), decode_log_interval=2)
     chat(server, "Hi")
     kinds = [line.partition(",")[0] for line in caplog.messages]
@@ -326,7 +325,7 @@ def test_a_server_logs_its_steps(live, caplog):
 
 # -- the log of requests ---------------------------------------------------------------------------------------------
 def request_lines(caplog: pytest.LogCaptureFixture, **config: Any) -> list[str]:
-    caplog.set_level(logging.INFO, "mooli.server.request_log")
+    caplog.set_level(logging.INFO, "mooli.server.requests")
     log = RequestLog(ServerConfig.from_kwargs(**config), byte_tokenizer())
     generation = a_generation(stop="z", temperature=0.25)
     log.started(generation)
@@ -365,7 +364,7 @@ def test_the_level_says_how_much_of_a_request_is_logged(caplog, level, has_param
     ],
 )
 def test_the_log_says_how_a_request_ended(caplog, finish, logged):
-    caplog.set_level(logging.INFO, "mooli.server.request_log")
+    caplog.set_level(logging.INFO, "mooli.server.requests")
     generation = a_generation()
     if finish is not None:
         generation.update(RequestOutput("r", finish=finish, prompt_tokens=6))
@@ -375,11 +374,11 @@ def test_the_log_says_how_a_request_ended(caplog, finish, logged):
 
 
 def test_the_lines_of_a_request_have_the_id_of_its_http_request(live, caplog):
-    caplog.set_level(logging.INFO, "mooli.server.request_log")
+    caplog.set_level(logging.INFO, "mooli.server.requests")
     server = live(says("Hello", after="assistant: "), log_requests=True, log_requests_format="json")
     body = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
     server.http.post("/v1/messages", json=body, headers={"X-Request-Id": "mine"})
-    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "mooli.server.request_log"]
+    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "mooli.server.requests"]
     assert [line["event"] for line in lines] == ["received", "finished"]
     assert {line["request_id"] for line in lines} == {"mine"} and lines[0]["rid"] == lines[1]["rid"] != "mine"
 
@@ -392,7 +391,7 @@ def test_the_text_form_keeps_one_line_for_each_event(caplog):
 
 @pytest.mark.parametrize(("level", "shown"), [(2, 2048), (3, 5000)])
 def test_long_texts_are_cut_below_the_highest_level(caplog, level, shown):
-    caplog.set_level(logging.INFO, "mooli.server.request_log")
+    caplog.set_level(logging.INFO, "mooli.server.requests")
     config = ServerConfig.from_kwargs(log_requests_level=level, log_requests_format="json")
     generation = a_generation()
     generation.text = "x" * 5000
@@ -401,17 +400,17 @@ def test_long_texts_are_cut_below_the_highest_level(caplog, level, shown):
 
 
 def test_without_a_tokenizer_the_log_shows_ids(caplog):
-    caplog.set_level(logging.INFO, "mooli.server.request_log")
+    caplog.set_level(logging.INFO, "mooli.server.requests")
     RequestLog(ServerConfig.from_kwargs(log_requests_format="json")).started(a_generation())
     assert json.loads(caplog.messages[0])["prompt"] == list(b"abcdef")
 
 
 def test_a_server_logs_its_requests_without_its_keys(live, caplog):
     caplog.set_level(logging.DEBUG)
-    caplog.set_level(logging.INFO, "mooli.server.request_log")
+    caplog.set_level(logging.INFO, "mooli.server.requests")
     server = live(says("Hello", after="assistant: "), log_requests=True, log_requests_level=3, api_key="very-secret")
     chat(server, "Hi")
-    lines = [record.getMessage() for record in caplog.records if record.name == "mooli.server.request_log"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "mooli.server.requests"]
     assert len(lines) == 2 and "Hello" in lines[1]
     assert "very-secret" not in caplog.text
 

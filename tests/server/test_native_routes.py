@@ -17,7 +17,7 @@ from fake_engine import CONTEXT, NUM_PAGES, PAGE_SIZE, VOCAB_SIZE, says
 from gate import Gate, wait_until
 from live import LiveServer
 
-from mooli.server import health, native_control
+from mooli.server import native_control
 from mooli.server.routing import Reply
 from mooli.version import __version__
 
@@ -240,7 +240,7 @@ def test_any_sign_of_the_engine_shows_that_it_generates(streaming):
 
 
 def test_an_engine_that_does_not_generate_is_not_healthy(live, monkeypatch):
-    monkeypatch.setattr(health, "GENERATE_LIMIT_S", 0.2)
+    monkeypatch.setattr(native_control, "GENERATE_LIMIT_S", 0.2)
     with Gate() as gate:
         server = live(says("x" * 100), runner={"raises": gate})
         reply = server.http.get("/health_generate")

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from mooli.server.app import API_ROUTES
-from mooli.server.openapi import document
+from mooli.server.app import API_ROUTES, document
 from mooli.server.routing import Access
 
 

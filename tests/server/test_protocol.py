@@ -19,7 +19,7 @@ from route_server import Counts, json_request, post
 from uvicorn.server import ServerState
 
 from mooli.errors import PromptError
-from mooli.server import lingering
+from mooli.server import protocol
 from mooli.server.config import ServerConfig
 from mooli.server.protocol import make_protocol
 from mooli.server.routing import EventStream, Reply
@@ -373,7 +373,7 @@ LATE = json_request("/nothing", b"x" * 500, "Connection: close")
 
 @pytest.mark.parametrize("first", [LATE[:-500], LATE[:-100], b"no request\r\n"], ids=["head", "half", "garbage"])
 def test_what_a_client_sends_after_the_last_answer_does_not_cost_it_the_answer(serve, first, monkeypatch):
-    monkeypatch.setattr(lingering, "LINGER_S", 30.0)  # so that a slow machine does not end it first
+    monkeypatch.setattr(protocol, "LINGER_S", 30.0)  # so that a slow machine does not end it first
     server = serve(post("/echo", echo, Body))
     with server.connect() as client:
         client.send(first)
@@ -388,7 +388,7 @@ def test_what_a_client_sends_after_the_last_answer_does_not_cost_it_the_answer(s
 
 
 def test_a_client_that_sends_without_end_after_the_last_answer_is_cut(serve, monkeypatch):
-    monkeypatch.setattr(lingering, "LINGER_S", 0.2)
+    monkeypatch.setattr(protocol, "LINGER_S", 0.2)
     server = serve(post("/echo", echo, Body))
     with server.connect() as client, pytest.raises(ConnectionError):
         client.send(LATE[:-500])
@@ -398,7 +398,7 @@ def test_a_client_that_sends_without_end_after_the_last_answer_is_cut(serve, mon
 
 
 def test_a_client_that_stays_silent_in_the_middle_of_its_request_is_cut(serve, monkeypatch):
-    monkeypatch.setattr(lingering, "LINGER_S", 0.2)
+    monkeypatch.setattr(protocol, "LINGER_S", 0.2)
     server = serve(post("/echo", echo, Body))
     with server.connect() as client:
         assert client.send(LATE[:-100]).read_to_end().endswith(b"}")

@@ -12,9 +12,9 @@ from fake_engine import says
 from gate import Gate, wait_until
 from live import LiveServer
 
-from mooli.server import health, limits, metrics, native_control, native_info
+from mooli.server import metrics, native_control, native_info, protection
 from mooli.server.routing import Client, Incoming
-from mooli.server.shared_work import SharedWork
+from mooli.server.work import SharedWork
 
 
 class Work:
@@ -160,7 +160,7 @@ def test_probes_that_come_together_make_one_request(live):
 
 @pytest.mark.parametrize(("keep_s", "num_requests"), [(1e9, 1), (0.0, 5)])
 def test_probes_share_an_answer_for_a_while(live, monkeypatch, keep_s, num_requests):
-    monkeypatch.setattr(health, "KEEP_S", keep_s)
+    monkeypatch.setattr(native_control, "KEEP_S", keep_s)
     server = live(says("x" * 100))
     for _ in range(5):
         assert server.http.get("/health_generate").status_code == 200
@@ -169,7 +169,7 @@ def test_probes_share_an_answer_for_a_while(live, monkeypatch, keep_s, num_reque
 
 
 def test_an_answer_that_is_kept_hides_no_end(live, monkeypatch):
-    monkeypatch.setattr(health, "KEEP_S", 1e9)
+    monkeypatch.setattr(native_control, "KEEP_S", 1e9)
     server = live(says("x" * 100))
     assert server.http.get("/health_generate").status_code == 200
     server.service.is_draining = True
@@ -220,7 +220,7 @@ def test_who_asks_how_busy_the_engine_is_asks_it_once(live, monkeypatch, handler
 
 
 def test_a_crowd_at_one_probe_holds_up_no_other(live, monkeypatch):
-    monkeypatch.setattr(limits, "MAX_PROBES", 2)
+    monkeypatch.setattr(protection, "MAX_PROBES", 2)
     with Gate() as gate, ThreadPoolExecutor(3) as crowd:
         server = live(says("x" * 100), runner={"raises": gate})
         asked = [crowd.submit(server.http.get, "/health_generate") for _ in range(3)]

@@ -16,7 +16,7 @@ from mooli.frontend.tokenizer_bounds import TextBounds
 from mooli.link.client import EngineClient
 from mooli.server.config import ServerConfig
 from mooli.server.launch import make_service
-from mooli.server.text_threads import (
+from mooli.server.work import (
     HUGE_TEXT_CHARS,
     LONG_TEXT_CHARS,
     NUM_HUGE_THREADS,

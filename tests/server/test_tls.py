@@ -17,7 +17,7 @@ from mooli.errors import ConfigError
 from mooli.server import launch
 from mooli.server.config import ServerConfig
 from mooli.server.keys import KeyRing
-from mooli.server.tls import tls_context
+from mooli.server.listener import tls_context
 
 # Made for these tests, and used nowhere else.
 CERTIFICATE = """\

@@ -14,7 +14,7 @@ from gate import wait_until
 from route_server import json_request, post
 
 from mooli.server import traffic
-from mooli.server.auth import KeyCheck
+from mooli.server.protection import KeyCheck
 from mooli.server.routing import Reply
 
 

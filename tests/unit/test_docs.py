@@ -121,7 +121,7 @@ def test_a_python_example_runs_as_it_stands(
 def test_a_command_line_example_runs_as_it_stands(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeEngine(monkeypatch)
     monkeypatch.setattr("mooli.server.launch.run", lambda *arguments: 0)
-    monkeypatch.setattr("mooli.server.command.EngineChild", contextlib.nullcontext)
+    monkeypatch.setattr("mooli.engine.child.EngineChild", contextlib.nullcontext)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert cli.main(shlex.split(line, comments=True)[1:]) == 0
 

@@ -1,7 +1,8 @@
-"""One route as an ASGI application: body in, handler, answer or events out.
+"""From a request to its route, and from its handler to the answer: ASGI applications of all routes and of one.
 
-Owns what happens between a socket and a handler: limits and deadlines of the body, the watch for a client that leaves,
-the deadline of the whole request, and errors at any moment of it. Never knows what a route does.
+Owns the table of routes with the answers to requests that fit none, and what happens between a socket and a handler:
+limits and deadlines of the body, the watch for a client that leaves, the deadline of the whole request, and errors at
+any moment of it. Never knows what a route does, and never checks who asks.
 
 A handler runs in a task of its own. When the client leaves or the time is up, that task is cancelled, and with it ends
 whatever the handler had started. A client that reads slowly holds up that task alone.
@@ -14,21 +15,108 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 import msgspec
+from starlette.routing import compile_path
 
-from mooli.server.asgi import CLIENT, Receive, Scope, Send
-from mooli.server.errors import error_event, error_reply, is_for_client, problem_of, reply_messages
-from mooli.server.json_body import read_body
-from mooli.server.limits import BodyRoom, BodyShare
-from mooli.server.routing import EventStream, HttpError, Incoming, Reply, Route
+from mooli.errors import ConfigError
+from mooli.server.errors import Problem, error_event, error_reply, is_for_client, problem_of, reply_messages
+from mooli.server.json_body import BodyRoom, BodyShare, read_body
+from mooli.server.routing import (
+    CLIENT,
+    App,
+    Dialect,
+    EventStream,
+    HttpError,
+    Incoming,
+    Receive,
+    Reply,
+    Route,
+    Scope,
+    Send,
+)
 
 if TYPE_CHECKING:
     from mooli.server.service import Service
+
+
+class RouteTable:
+    """ASGI application: hands a request to the application of its route, or answers 404 or 405.
+
+    Paths are exact, but for `{name}` and `{name:path}` as Starlette reads them.
+    Raises ConfigError where two routes claim the same path and method.
+    """
+
+    def __init__(self, entries: Iterable[tuple[Route, App]]) -> None:
+        """entries: routes, each with its ASGI application."""
+        self._entries = list(entries)
+        self._exact: dict[str, dict[str, int]] = {}
+        self._patterns: list[tuple[Any, Mapping[str, Any], dict[str, int]]] = []
+        by_path: dict[str, dict[str, int]] = {}
+        for index, (route, _) in enumerate(self._entries):
+            methods = by_path.setdefault(route.path, {})
+            for method in route.methods:
+                if method in methods:
+                    raise ConfigError(f"two routes claim {method} {route.path}")
+                methods[method] = index
+        for path, methods in by_path.items():
+            if "GET" in methods:
+                methods.setdefault("HEAD", methods["GET"])
+            if "{" in path:
+                regex, _, convertors = compile_path(path)
+                self._patterns.append((regex, convertors, methods))
+            else:
+                self._exact[path] = methods
+
+    def __iter__(self) -> Iterator[Route]:
+        return (route for route, _ in self._entries)
+
+    def route_of(self, scope: Scope) -> Route | None:
+        """The route that will answer, None if there is none."""
+        methods, _ = self._methods(scope)
+        index = methods.get(scope["method"])
+        return None if index is None else self._entries[index][0]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        methods, path_params = self._methods(scope)
+        index = methods.get(scope["method"])
+        if index is not None:
+            scope["path_params"] = path_params
+            await self._entries[index][1](scope, receive, send)
+            return
+        if methods:
+            allowed = ", ".join(sorted(methods))
+            problem = Problem(
+                405, f"{_path(scope)} takes {allowed}, not {scope['method']}.", headers={"Allow": allowed}
+            )
+        else:
+            problem = Problem(404, f"There is no {_path(scope)} here.", code="unknown_url")
+        for message in error_reply(Dialect.OPENAI, problem):
+            await send(message)
+
+    def _methods(self, scope: Scope) -> tuple[Mapping[str, int], dict[str, Any]]:
+        """What the path of a request takes, by method, and the values in the path."""
+        path = _path(scope)
+        exact = self._exact.get(path)
+        if exact is not None:
+            return exact, {}
+        for regex, convertors, methods in self._patterns:
+            match = regex.match(path)
+            if match:
+                return methods, {name: convertors[name].convert(value) for name, value in match.groupdict().items()}
+        return {}, {}
+
+
+def _path(scope: Scope) -> str:
+    """Without the root path, which the server puts in front of it (ASGI 3.0)."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root) else path
+
 
 logger = logging.getLogger(__name__)
 

@@ -163,3 +163,38 @@ def check_count(name: str, count: int, most: int) -> None:
         raise HttpError(
             400, f"{name} has {count} entries, and at most {most} are taken in one request: send fewer", param=name
         )
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+class BodyRoom:
+    """Memory for bodies that are being read: many long ones at a time could take all there is."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+
+    def share(self) -> BodyShare:
+        """For one body; a context manager, which gives back what was taken."""
+        return BodyShare(self)
+
+
+class BodyShare:
+    """What one body has of a `BodyRoom`."""
+
+    def __init__(self, room: BodyRoom) -> None:
+        self._room = room
+        self._num_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Raises HttpError (503) if there is not that much."""
+        if self._room.num_bytes + num_bytes > self._room.max_bytes:
+            raise HttpError(503, "The server is reading too many long requests.")
+        self._room.num_bytes += num_bytes
+        self._num_bytes += num_bytes
+
+    def __enter__(self) -> BodyShare:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._room.num_bytes -= self._num_bytes
+        self._num_bytes = 0

@@ -1,10 +1,10 @@
 """A server's life: engine process, warm-up, listening, draining, exit status.
 
-Owns the order of start and end, signals, and what happens when the engine process dies or falls silent. Routes and
-protection are in `mooli.server.app`.
+Owns the order of start and end, signals, what systemd is told, and what happens when the engine process dies or falls
+silent. Routes and protection are in `mooli.server.app`.
 
-Exit status: 0 after SIGTERM or SIGINT, when everything that was running has been answered or given its grace period;
-1 when the engine has died; 2 when the server could not start.
+Exit status: 0 after SIGTERM or SIGINT, when everything that was running has been answered or given its grace period; 1
+when the engine has died; 2 when the server could not start.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import contextlib
 import gc
 import logging
 import os
-import resource
 import shlex
 import signal
 import socket
@@ -32,7 +31,7 @@ from mooli.config import EngineConfig
 from mooli.engine import messages
 from mooli.engine.child import EngineChild
 from mooli.engine.facts import device_words
-from mooli.errors import ConfigError, EngineError
+from mooli.errors import EngineError
 from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.text_side import check_preferred, open_tokenizer, sampling_defaults, with_seed
 from mooli.frontend.tokenizer import Tokenizer
@@ -40,18 +39,15 @@ from mooli.hub.locate import locate_async
 from mooli.link.client import EngineClient
 from mooli.logs import set_up_logging
 from mooli.server import traffic
-from mooli.server.acceptor import Acceptor
 from mooli.server.app import build_app
 from mooli.server.config import ServerConfig
 from mooli.server.keys import KeyRing
-from mooli.server.limits import SHUTTING_DOWN
+from mooli.server.listener import Acceptor, allow_many_connections, bound_socket, tls_context
+from mooli.server.logs import RequestLog, StepLog
 from mooli.server.metrics import Metrics
+from mooli.server.protection import SHUTTING_DOWN
 from mooli.server.protocol import LimitedProtocol, make_protocol
-from mooli.server.request_log import RequestLog
-from mooli.server.sd_notify import sd_notify
 from mooli.server.service import Service
-from mooli.server.step_log import StepLog
-from mooli.server.tls import tls_context
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +74,7 @@ def run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str], 
     for warning in config.warnings():
         logger.warning("%s", warning)
     keys = KeyRing(config)
-    _allow_many_connections()
+    allow_many_connections()
     return asyncio.run(_run(config, engine_config, argv, child, keys))
 
 
@@ -208,7 +204,7 @@ class HttpServer:
         self, service: Service, listener: socket.socket | None = None, tls: ssl.SSLContext | None = None
     ) -> None:
         self._service = service
-        self._listener = listener or _bind(service.config)
+        self._listener = listener or bound_socket(service.config)
         self.port: int = self._listener.getsockname()[1]
         self._uvicorn = _Uvicorn(_uvicorn_config(service), tls)
         self._drain_asked = asyncio.Event()
@@ -363,30 +359,6 @@ async def _wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
         await asyncio.sleep(0.02)
 
 
-@contextlib.contextmanager
-def bound_socket(config: ServerConfig) -> Iterator[socket.socket]:
-    """The address that will be listened on, taken before a model is loaded in vain. Raises ConfigError."""
-    with _bind(config) as listener:
-        yield listener
-
-
-def _bind(config: ServerConfig) -> socket.socket:
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as exc:
-        raise ConfigError(f"host={config.host!r} is no address of this machine: {exc}") from exc
-    family, _, _, _, address = found[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as exc:
-        listener.close()
-        hint = "choose another --port, or stop what listens there" if config.port else "check --host"
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {exc.strerror or exc}; {hint}") from exc
-    return listener
-
-
 async def _warm_up(service: Service) -> None:
     """A short generation, so that the first user does not pay for what is done once."""
     params = {"temperature": 0, "max_new_tokens": 4, "stop": None}
@@ -461,13 +433,6 @@ class _Progress:
             logger.info("%s", stage)
 
 
-def _allow_many_connections() -> None:
-    """Each connection is an open file, and the usual limit of 1,024 is a soft one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # a system that has no more to give keeps what it has
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def _with_environment(config: ServerConfig) -> ServerConfig:
     """Keys that are not given as flags, where every user of the machine could read them, come from the environment."""
     return replace(
@@ -482,3 +447,22 @@ def _set_up_logging(config: ServerConfig, engine_config: EngineConfig) -> None:
     logging.getLogger("uvicorn").setLevel((config.log_level_http or "warning").upper())
     if config.log_level_http is not None:
         logging.getLogger(traffic.__name__).setLevel(config.log_level_http.upper())
+
+
+def sd_notify(state: str) -> bool:
+    """Tell systemd `state`, such as "READY=1". Whether it was sent: nothing is without NOTIFY_SOCKET, which it sets for
+    units of `Type=notify`; a service manager that does not listen is no error. Source: sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return False
+    if address.startswith("@"):  # Linux' abstract names begin with a zero byte
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+            link.connect(address)
+            link.setblocking(False)
+            link.send(state.encode())
+    except OSError as exc:
+        logger.debug("systemd was not told %s: %s", state, exc)
+        return False
+    return True

@@ -24,8 +24,8 @@ from mooli.engine.messages import Outputs
 from mooli.frontend.generation import Generation
 from mooli.server.config import ServerConfig
 from mooli.server.keys import KeyRing
+from mooli.server.logs import GenThroughput
 from mooli.server.routing import Access, Dialect, Incoming, Reply, Route
-from mooli.server.step_log import GenThroughput
 
 if TYPE_CHECKING:
     from mooli.server.service import Service

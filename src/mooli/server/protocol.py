@@ -1,4 +1,4 @@
-"""HTTP connections: what is a request, how long each of its phases may take, and how much may come before a body.
+"""HTTP connections: what is a request, how long each of its phases may take, how much may come before a body, the end.
 
 Owns the rules that have to be kept before there is a request, or after its answer was handed to the socket: uvicorn's
 own protocol waits without end for the rest of a header, and for a client that reads nothing. Never looks into a body.
@@ -6,7 +6,14 @@ own protocol waits without end for the rest of a header, and for a client that r
     first byte ─ read_timeout ─ end of the headers ─ answer ─ keep_alive_timeout ─ first byte of the next request
                                                       └ write_timeout while the client takes nothing
 
-Sources: RFC 9110 (408, 431, 501, 505), RFC 9112 (message parsing).
+Two transports around asyncio's know what a client may still be doing at the end. `LingeringTransport`: a socket that is
+closed with bytes unread, or that gets some afterwards, sends a reset, and a reset takes from the client also the part
+of the answer that it has not read. `HalfClosedTransport`: a client that only sends no more and one that has gone look
+the same, until it is sent something: the system of one that has gone answers with a reset. So the answer is begun, byte
+by byte: what is sent is part of any answer, and the answer goes on behind it.
+
+Sources: RFC 9110 (408, 431, 501, 505), RFC 9112 (message parsing; 4: every answer begins so; 7.1: the size of a chunk
+may begin with zeros; 9.6: close in stages), RFC 9293, 3.5.3 (reset).
 """
 
 from __future__ import annotations
@@ -14,20 +21,141 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from mooli.server.asgi import Scope
-from mooli.server.half_closed import HalfClosedTransport
-from mooli.server.limits import DRAINING_RETRY_S, SHUTTING_DOWN
-from mooli.server.lingering import LingeringTransport
-from mooli.server.request_id import HEADER, draw, request_id_of
+from mooli.server.logs import HEADER, draw, request_id_of
+from mooli.server.protection import DRAINING_RETRY_S, SHUTTING_DOWN
+from mooli.server.routing import Scope
 from mooli.server.traffic import REFUSAL_KEY, TrafficLog, address
 
 if TYPE_CHECKING:
     from mooli.server.service import Service
+
+LINGER_S = 1.0
+"""For which what a client still sends is read and dropped. Less than the server waits for connections at its end."""
+
+
+class LingeringTransport:
+    """A transport whose `close` gives a client that is still sending time to read what was written.
+
+    is_sending: whether the client is in the middle of a request. Everything not named here is the transport's own.
+    """
+
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, is_sending: Callable[[], bool]
+    ) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._is_sending = is_sending
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """True also while only the client's side is still open."""
+        return self._timer is not None or self._transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        """Dropped when closing, as a closed transport does."""
+        if self._timer is None:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """Send what was written, then close: at once, or when the client has heard of it if it is still sending."""
+        if self._is_sending():
+            self.linger()
+        else:
+            self.close_now()
+
+    def linger(self) -> None:
+        """End our side; read and drop for `LINGER_S`, or until the client ends its own, then close."""
+        if self.is_closing():
+            return
+        self._timer = self._loop.call_later(LINGER_S, self._transport.close)
+        self._transport.resume_reading()
+        if self._transport.can_write_eof():  # not over TLS
+            self._transport.write_eof()
+
+    def close_now(self) -> None:
+        """Send what was written, and close."""
+        self.forget()
+        self._transport.close()
+
+    def forget(self) -> None:
+        """The connection is lost: nothing is waited for."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+ANSWER_BEGINS = b"HTTP/1.1 "
+CHUNK_BEGINS = b"0"
+
+FIRST_LOOK_S = 0.01
+"""After which a reset is looked for. Each wait is `GROWTH` times as long as the one before, with a byte each."""
+
+GROWTH = 3
+
+
+class HalfClosedTransport:
+    """A connection's transport from the end of the client's side on. Everything not named here is the transport's own.
+
+    has_begun: whether the head of the running answer was sent; None where nothing can be sent before the rest of it.
+    """
+
+    def __init__(
+        self,
+        transport: LingeringTransport,
+        loop: asyncio.AbstractEventLoop,
+        has_begun: Callable[[], bool | None],
+    ) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._has_begun = has_begun
+        self._num_sent = 0
+        """Bytes of the next answer's head that the client has."""
+        self._wait_s = FIRST_LOOK_S
+        self._timer: asyncio.TimerHandle | None = None
+        self._ask()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self._num_sent:
+            data, self._num_sent = data[self._num_sent :], 0
+        self._transport.write(data)
+
+    def forget(self) -> None:
+        """The connection is lost."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _ask(self) -> None:
+        """Send a byte, and look later what became of it."""
+        has_begun = self._has_begun()
+        if has_begun:
+            self._transport.write(CHUNK_BEGINS)
+        elif has_begun is not None and self._num_sent < len(ANSWER_BEGINS):
+            self._transport.write(ANSWER_BEGINS[self._num_sent : self._num_sent + 1])
+            self._num_sent += 1
+        self._timer = self._loop.call_later(self._wait_s, self._look)
+        self._wait_s *= GROWTH
+
+    def _look(self) -> None:
+        if self._transport.is_closing():
+            return
+        # Nothing is read any more, so the loop does not see a reset.
+        if self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._transport.abort()
+        else:
+            self._ask()
+
 
 MAX_HEADERS = 128
 

@@ -1,12 +1,14 @@
-"""The words between routes and the HTTP layer: what a route is, what its handler gets and gives back.
+"""The words between routes and the HTTP layer: what a route is, what its handler gets and gives back, and ASGI's types.
 
 Owns plain data. Never reads a socket: that is `mooli.server.http`'s; what is done for a route is its module's.
+
+Source: ASGI 3.0.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,14 @@ from mooli.server.keys import Key
 
 if TYPE_CHECKING:
     from mooli.server.service import Service
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+CLIENT = "mooli.client"
+"""Where a scope says who sends the request (`mooli.server.routing.Client`)."""
 
 
 class Access(enum.Enum):

@@ -29,11 +29,9 @@ from mooli.link.client import EngineClient
 from mooli.logs import FirstTimes
 from mooli.server.config import ServerConfig
 from mooli.server.keys import Key, KeyRing
+from mooli.server.logs import RequestLog, StepLog
 from mooli.server.metrics import Metrics
-from mooli.server.request_log import RequestLog
-from mooli.server.shared_work import SharedWork
-from mooli.server.step_log import StepLog
-from mooli.server.text_threads import TextThreads, num_chars
+from mooli.server.work import SharedWork, TextThreads, num_chars
 
 NO_TEXT = "its text could not be made; the server's log says why"
 """Of a failure whose words are not for clients."""

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mooli.logs import log_object
-from mooli.server.asgi import App, Receive, Scope, Send
 from mooli.server.errors import error_reply, problem_of
+from mooli.server.http import RouteTable
+from mooli.server.logs import HEADER, REQUEST_ID, request_id_of
 from mooli.server.metrics import UNMATCHED
-from mooli.server.request_id import HEADER, REQUEST_ID, request_id_of
-from mooli.server.route_table import RouteTable
-from mooli.server.routing import Dialect
+from mooli.server.routing import App, Dialect, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from mooli.server.service import Service

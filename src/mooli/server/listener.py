@@ -1,8 +1,9 @@
-"""Connections from the listening socket, as many at a time as there are file descriptors for.
+"""The listening socket: its address, its TLS, and connections as many at a time as there are file descriptors for.
 
-Owns when a connection is taken, and when it is begun. asyncio's own server tries again 2,048 times in a row when there
-is no descriptor left, with a traceback each. Here the others wait in the system's queue until there is one. A few are
-kept free: the server opens files while it serves.
+Owns what is tried before a model is loaded (address, certificate), the words of what is wrong with it, and when a
+connection is taken and begun. asyncio's own server tries again 2,048 times in a row when there is no descriptor left,
+with a traceback each. Here the others wait in the system's queue until there is one. A few are kept free: the server
+opens files while it serves. Never asks for a password: a server has no terminal.
 
 The system's queue is first come, first served: one client that connects without end would be in front of all others. So
 it is emptied quickly, who has left already is let go, and the rest are begun in turn by address.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import logging
 import os
 import resource
@@ -19,6 +21,72 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+
+from mooli.errors import ConfigError
+from mooli.server.config import ServerConfig
+
+
+def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
+    """None without a certificate. Raises ConfigError if the files cannot be used together."""
+    if config.ssl_certfile is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    password = config.ssl_keyfile_password
+    was_asked = False
+
+    def give_password() -> str:
+        nonlocal was_asked
+        was_asked = True
+        return password or ""
+
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, give_password)
+    except (ssl.SSLError, OSError, ValueError) as exc:
+        pair = f"ssl_keyfile={config.ssl_keyfile!r} and ssl_certfile={config.ssl_certfile!r}"
+        if was_asked and password is None:
+            hint = "the key is encrypted: give ssl_keyfile_password"
+        elif was_asked:
+            hint = "ssl_keyfile_password is not the password of the key"
+        elif getattr(exc, "reason", None) == "KEY_VALUES_MISMATCH":
+            hint = "the key is not that of the certificate"
+        else:
+            hint = f"both must be PEM files that this process may read ({exc})"
+        raise ConfigError(f"{pair} cannot be used: {hint}") from exc
+    if config.ssl_ca_certs is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(config.ssl_ca_certs)
+        except (ssl.SSLError, OSError) as exc:
+            raise ConfigError(
+                f"ssl_ca_certs={config.ssl_ca_certs!r} cannot be used: it must hold certificates in PEM ({exc})"
+            ) from exc
+    return context
+
+
+def bound_socket(config: ServerConfig) -> socket.socket:
+    """At the address that will be listened on, taken before a model is loaded in vain. Raises ConfigError."""
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as exc:
+        raise ConfigError(f"host={config.host!r} is no address of this machine: {exc}") from exc
+    family, _, _, _, address = found[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as exc:
+        listener.close()
+        hint = "choose another --port, or stop what listens there" if config.port else "check --host"
+        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {exc.strerror or exc}; {hint}") from exc
+    return listener
+
+
+def allow_many_connections() -> None:
+    """Each connection is an open file, and the usual limit of 1,024 is a soft one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a system that has no more to give keeps what it has
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
 
 logger = logging.getLogger(__name__)
 
