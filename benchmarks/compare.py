@@ -31,7 +31,7 @@ from comparison.weights import Weights
 from comparison.workloads import SHAPES
 from loaded import compared_model, demo_model
 
-from mooli.bench.machine import client_machine
+from mooli.bench.results import client_machine
 
 FILES = {"qwen": (compared_model, "Q4_K_M"), "smollm2": (demo_model, "Q4_1")}
 QUICK_SCALE, QUICK_ROUNDS = 0.05, 1

@@ -16,7 +16,7 @@ from comparison.child import EngineError
 from comparison.dialects import Dialect
 from comparison.timing import TurnTimes
 from comparison.workloads import Workload
-from mooli.bench.event_stream import DONE, EventStream
+from mooli.bench.apis import DONE, EventStream
 
 _READ_BUFFER_BYTES = 1 << 20
 

@@ -19,10 +19,11 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     import asyncio
 
     from mooli.bench.arguments import parse_arguments
-    from mooli.bench.command import ended, fail, measure_and_report
+    from mooli.bench.command import ended, fail
     from mooli.bench.datasets import check_file
     from mooli.bench.errors import BenchmarkError
     from mooli.bench.metrics import FORMULAS
+    from mooli.bench.serving import measure_and_report
 
     try:
         options = parse_arguments(sys.argv[1:] if argv is None else argv)

@@ -87,7 +87,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     command.add_args(parser)
     args, unknown = parser.parse_known_args(rest)
     if unknown:
-        from mooli.server.command import unknown_argument
+        from mooli.sglang_arguments import unknown_argument
 
         parser.error(unknown_argument(unknown, parser))
     args.command = name

@@ -17,7 +17,8 @@ _PROGRAM = "python3 -m mooli.launch_server"
 def main(argv: "Sequence[str] | None" = None) -> int:
     """Serve until a signal comes; the exit status. Usage errors end the program with status 2."""
     from mooli.arguments import CommandParser
-    from mooli.server.command import add_server_args, serve, unknown_argument
+    from mooli.server.command import add_server_args, serve
+    from mooli.sglang_arguments import unknown_argument
 
     words = list(sys.argv[1:] if argv is None else argv)
     parser = CommandParser(prog=_PROGRAM, description="Serve a model over HTTP; without one, the demo model.")

@@ -8,6 +8,9 @@ listed so that the engine can say so. Never gives an argument a meaning.
 
 from __future__ import annotations
 
+import argparse
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -176,3 +179,19 @@ def asks_for_nothing(name: str, value: Any) -> bool:
     if value is None or value is False:
         return True
     return any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL.get(name, ()))
+
+
+def unknown_argument(given: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """What to say of words on a command line that its parser does not know."""
+    word = next((word for word in given if word.startswith("-")), given[0])
+    flag = word.partition("=")[0]
+    if not flag.startswith("-"):
+        return f"{flag!r} is more than this command takes; a prompt goes behind --prompt, a model behind --model"
+    name = flag.lstrip("-").replace("-", "_")
+    if is_server_argument(name) and flag not in parser._option_string_actions:
+        return f"{flag} is a flag of `mooli serve`: remove it"
+    if is_sglang_argument(name) and flag not in parser._option_string_actions:
+        return f"{flag} is known to SGLang but not supported by Mooli yet: remove it"
+    shown = [flag for flag, action in parser._option_string_actions.items() if action.help is not argparse.SUPPRESS]
+    close = difflib.get_close_matches(flag, shown, n=1)
+    return f"there is no flag {flag}" + (f"; did you mean {close[0]}?" if close else "")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mooli.bench import result_file
+from mooli.bench import results
 from mooli.bench.metrics import calculate_metrics
 from mooli.bench.records import RequestRecord
 
@@ -50,7 +50,7 @@ def made_result(
     result: dict[str, Any] = {
         "tag": None, "backend": "sglang", "dataset_name": "random", "request_rate": rate, "max_concurrency": None,
         "random_input_len": 256, "random_output_len": output_len, "random_range_ratio": 1.0,
-        "server_info": SERVER_INFO, **result_file.measured(metrics), **result_file.further(metrics),
+        "server_info": SERVER_INFO, **results.measured(metrics), **results.further(metrics),
         "seed": 42, "num_prompts": num, "dataset_note": "random words of the package's list", "model": "small",
         "tokenizer": "m/small", "force_miss": False, "unsent": 0, "is_interrupted": False,
         "date": "2025-01-02T03:04:05+00:00",
@@ -61,5 +61,5 @@ def made_result(
         "notes": [],
     }  # fmt: skip
     if with_details:
-        result |= result_file.details(records, records[0].start_s, with_cache=True)
+        result |= results.details(records, records[0].start_s, with_cache=True)
     return result | keys

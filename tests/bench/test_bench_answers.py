@@ -6,10 +6,19 @@ from typing import Any
 
 import pytest
 
-from mooli.bench.answers import AnswerError, NativeAnswer, OpenAIAnswer, error_message
-from mooli.bench.backends import BACKENDS, Api, RequestOptions, request_body
+from mooli.bench.apis import (
+    BACKENDS,
+    DONE,
+    AnswerError,
+    Api,
+    EventStream,
+    NativeAnswer,
+    OpenAIAnswer,
+    RequestOptions,
+    error_message,
+    request_body,
+)
 from mooli.bench.errors import BenchmarkError
-from mooli.bench.event_stream import DONE, EventStream
 from mooli.bench.records import BenchRequest, RequestRecord
 
 REQUEST = BenchRequest(prompt="hi", prompt_len=2, output_len=7)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from mooli.bench.arguments import BenchOptions, parse_arguments
-from mooli.bench.backends import Api
+from mooli.bench.apis import Api
+from mooli.bench.arguments import OWN_FLAGS, BenchOptions, bench_parser, expand_abbreviations, parse_arguments
 from mooli.bench.errors import BenchmarkError
-from mooli.bench.flags import OWN_FLAGS, bench_parser, expand_abbreviations
 
 
 def parse(*argv: str, environment: dict[str, str] | None = None) -> BenchOptions:

@@ -15,9 +15,8 @@ import pytest
 from plain_server import Answer
 
 from mooli.bench import offline
-from mooli.bench.event_loop_lag import EventLoopLag
-from mooli.bench.progress import Progress
 from mooli.bench.records import RequestRecord
+from mooli.bench.watching import EventLoopLag, Progress
 from mooli.bench_serving import main
 
 

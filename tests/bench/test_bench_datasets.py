@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from scripted_server import byte_tokenizer
 
-from mooli.bench.arrivals import arrival_times
 from mooli.bench.datasets import (
     Dataset,
     DatasetOptions,
@@ -21,9 +20,10 @@ from mooli.bench.datasets import (
     SharedPrefixOptions,
     load_dataset,
     random_lengths,
+    word_list,
 )
 from mooli.bench.errors import BenchmarkError
-from mooli.bench.random_prompts import word_list
+from mooli.bench.load import arrival_times
 from mooli.bench.records import BenchRequest
 from mooli.frontend.tokenizer import Tokenizer
 

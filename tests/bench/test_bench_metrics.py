@@ -7,11 +7,19 @@ import datetime
 import pytest
 
 from mooli.bench.errors import BenchmarkError
-from mooli.bench.event_loop_lag import ClientLoad
 from mooli.bench.metrics import Distribution, calculate_metrics, parse_slos
 from mooli.bench.records import RequestRecord
-from mooli.bench.result_file import cache_report, default_file_name, details, measured
-from mooli.bench.result_table import TableHeader, further_blocks, result_table, throughput_plot
+from mooli.bench.results import (
+    TableHeader,
+    cache_report,
+    default_file_name,
+    details,
+    further_blocks,
+    measured,
+    result_table,
+    throughput_plot,
+)
+from mooli.bench.watching import ClientLoad
 
 RECORDS = [
     RequestRecord(

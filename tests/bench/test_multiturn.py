@@ -21,8 +21,7 @@ from mooli.bench.client import UnreachableError
 from mooli.bench.errors import BenchmarkError
 from mooli.bench.multiturn import RateRun, main, measure_rates, report
 from mooli.bench.multiturn_flags import parse_multiturn_arguments
-from mooli.bench.multiturn_load import Conversation, Pace, converse_under_load, pace
-from mooli.bench.multiturn_prompts import make_conversations
+from mooli.bench.multiturn_load import Conversation, Pace, converse_under_load, make_conversations, pace
 from mooli.bench.records import RequestRecord
 from mooli.frontend.tokenizer import Tokenizer
 

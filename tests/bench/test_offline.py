@@ -15,8 +15,7 @@ from mooli import cli
 from mooli.bench import offline
 from mooli.bench.datasets import Randoms, load_dataset
 from mooli.bench.errors import BenchmarkError
-from mooli.bench.offline import main, measure_offline, offline_table, parse_offline_arguments
-from mooli.bench.offline_speed import GenerationSpeed
+from mooli.bench.offline import GenerationSpeed, main, measure_offline, offline_table, parse_offline_arguments
 from mooli.errors import ConfigError
 
 RANDOM = ["--model-path", "fake", "--dataset-name", "random", "--random-range-ratio", "1"]

@@ -15,8 +15,17 @@ import mooli.bench_one_batch
 from mooli import EngineConfig, cli
 from mooli.bench import one_batch
 from mooli.bench.errors import BenchmarkError
-from mooli.bench.one_batch import main, parse_one_batch_arguments, timing_lines, timing_object
-from mooli.bench.one_batch_run import BatchTiming, greedy_request, random_prompts, time_batch, why_impossible
+from mooli.bench.one_batch import (
+    BatchTiming,
+    greedy_request,
+    main,
+    parse_one_batch_arguments,
+    random_prompts,
+    time_batch,
+    timing_lines,
+    timing_object,
+    why_impossible,
+)
 from mooli.engine.build import BuiltEngine
 from mooli.errors import ConfigError
 

@@ -11,9 +11,8 @@ import pytest
 from mooli import cli
 from mooli.bench.datasets import DatasetOptions, MooncakeOptions
 from mooli.bench.errors import BenchmarkError
-from mooli.bench.mooncake import replayed
 from mooli.bench.replay import main, parse_replay_arguments
-from mooli.bench.replay_synthetic import WORKLOADS, possible_reuse, synthetic_trace
+from mooli.bench.traces import WORKLOADS, possible_reuse, replayed, synthetic_trace
 from mooli.frontend.tokenizer import Tokenizer
 
 

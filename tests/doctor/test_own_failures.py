@@ -22,9 +22,10 @@ from mooli.engine.pool_size import GIB, PoolNeeds, num_pool_pages
 from mooli.errors import EngineDeadError, MooliError
 from mooli.hub.locate import locate
 from mooli.models.registry import read_hf_config
-from mooli.server.command import add_server_args, unknown_argument
+from mooli.server.command import add_server_args
 from mooli.server.config import ServerConfig
 from mooli.server.listener import bound_socket
+from mooli.sglang_arguments import unknown_argument
 
 ALL = (*FAILURES, *OWN_FAILURES)
 

@@ -11,7 +11,7 @@ import pytest
 from fake_engine import says
 from route_server import post
 
-from mooli.bench.server_contact import ServerContact
+from mooli.bench.client import ServerContact
 from mooli.server.app import ROUTES
 from mooli.server.routing import Access, Dialect, Reply
 

@@ -1,28 +1,29 @@
-"""What the commands that measure a server have in common as processes.
+"""What the benchmarks have in common as processes, and on their command lines.
 
 Owns Ctrl-C, where text goes, and exit statuses: 0 when all requests succeeded, 1 when some failed or the run could not
 be made, 2 for arguments that cannot be used, 130 after Ctrl-C. Results go to standard output, progress and errors to
-standard error. Never looks at a flag's meaning.
+standard error. Owns too the engine's flags of the benchmarks that run one in their own process. Never starts an engine.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from mooli.bench.arguments import BenchOptions
-from mooli.bench.datasets import Dataset, DatasetOptions, Randoms, load_dataset
-from mooli.bench.metrics import Metrics
-from mooli.bench.serving import measure, report
+from mooli.bench.errors import BenchmarkError
+from mooli.config import EngineConfig
+from mooli.entry import INTERRUPTED
 from mooli.errors import MooliError
-from mooli.frontend.tokenizer import Tokenizer
+from mooli.sglang_arguments import unknown_argument
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+if TYPE_CHECKING:
+    from mooli.bench.metrics import Metrics
 
 
 def ended(program: str, work: Callable[[], int]) -> int:
@@ -38,20 +39,6 @@ def ended(program: str, work: Callable[[], int]) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-async def measure_and_report(
-    program: str,
-    options: BenchOptions,
-    load: Callable[[DatasetOptions, Tokenizer, Randoms], Dataset] = load_dataset,
-) -> int:
-    """One run against a server, its table and its line of JSON; the exit status. Raises BenchmarkError."""
-    progress_out = sys.stderr if options.show_progress else None
-    run = await measure(options, stopping=stopping_on_ctrl_c(), say=say, progress_out=progress_out, load=load)
-    file = report(options, run, say)
-    if file is not None:
-        say(f"Result appended to {file}")
-    return status(program, run.metrics, is_interrupted=run.load.is_interrupted, is_server_gone=run.load.is_server_gone)
 
 
 def status(program: str, metrics: Metrics, *, is_interrupted: bool, is_server_gone: bool) -> int:
@@ -98,3 +85,50 @@ def fail(program: str, error: object, *, status: int) -> int:
     """Print one line about what went wrong, and return `status`."""
     print(f"{program}: error: {error}", file=sys.stderr)
     return status
+
+
+# -- an engine in this process -----------------------------------------------------------------------------------------
+
+_RUNTIME = "there is no runtime besides the engine; a running server is measured by `mooli bench serving`"
+
+
+def add_engine_args(parser: argparse.ArgumentParser) -> None:
+    """The engine's arguments. SGLang's `--backend engine` is understood too."""
+    EngineConfig.add_cli_args(parser, defaults={"log_level": "warning"})
+
+
+def parse_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line. Raises BenchmarkError for a flag that is not there; ends the program for --help."""
+    args, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise BenchmarkError(unknown_argument(unknown, parser))
+    return args
+
+
+def engine_config(args: argparse.Namespace, without_effect: Mapping[str, str]) -> EngineConfig:
+    """The engine that a command line asks for.
+
+    without_effect: arguments that would change nothing here, each with the reason. Raises BenchmarkError for them,
+    ConfigError for a value that cannot be.
+    """
+    if getattr(args, "backend", None) == "runtime":
+        raise BenchmarkError(f"--backend runtime: {_RUNTIME}")
+    if getattr(args, "backend", None) == "engine":
+        del args.backend
+    for name in EngineConfig.given_in(args):
+        if name in without_effect:
+            raise BenchmarkError(f"--{name.replace('_', '-')}: {without_effect[name]}")
+    return EngineConfig.from_cli_args(args, log_level="warning")
+
+
+def refuse_given(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, why: str) -> None:
+    """Raise BenchmarkError, with `why`, if a flag has another value than its default."""
+    if getattr(args, name) != parser.get_default(name):
+        raise BenchmarkError(f"--{name.replace('_', '-')}: {why}")
+
+
+def show_loading(stage: str, done: int, total: int) -> None:
+    """One changing line on a terminal, nothing elsewhere."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r\x1b[K{stage} {100 * done // max(total, 1)}%", end=end, file=sys.stderr, flush=True)

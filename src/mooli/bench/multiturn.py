@@ -1,7 +1,9 @@
 """`mooli bench multiturn`: conversations of several rounds against a running server.
 
-Owns the command: one run a rate, what is printed after each, and the file. Each request holds the whole conversation
-so far, the server's own answers included. What is said is in `multiturn_prompts`, when in `multiturn_load`.
+Owns the command: one run a rate, what a run amounts to by round and in all, what is printed after each, and the file.
+Keys and lines of the summary are those of SGLang's bench_multiturn, with times in seconds as there; the formulas are
+those of `metrics`. Each request holds the whole conversation so far, the server's own answers included. What is said
+and when is in `multiturn_load`.
 """
 
 from __future__ import annotations
@@ -15,25 +17,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from mooli.bench import result_file, serving
-from mooli.bench.backends import Api
-from mooli.bench.client import Client, open_session
+from mooli.bench import results
+from mooli.bench.apis import Api
+from mooli.bench.client import Client, ServerContact, open_session
 from mooli.bench.command import ended, fail, say, status, stopping_on_ctrl_c
 from mooli.bench.errors import BenchmarkError
-from mooli.bench.event_loop_lag import ClientLoad, EventLoopLag
 from mooli.bench.load import LoadResult
-from mooli.bench.machine import client_machine, engine_facts
 from mooli.bench.metrics import Metrics, calculate_metrics
 from mooli.bench.multiturn_flags import PROGRAM, MultiturnOptions, parse_multiturn_arguments
-from mooli.bench.multiturn_load import Conversation, converse_under_load, pace
-from mooli.bench.multiturn_prompts import make_conversations, move_on
-from mooli.bench.multiturn_result import RoundMetrics, by_round, rounds_object, summary, summary_lines
-from mooli.bench.progress import Progress
+from mooli.bench.multiturn_load import Conversation, converse_under_load, make_conversations, move_on, pace
 from mooli.bench.records import BenchRequest, RequestRecord
 from mooli.bench.report_page import write_page
 from mooli.bench.report_runs import run_of
-from mooli.bench.server_contact import ServerContact
-from mooli.bench.tokenizer_source import find_tokenizer
+from mooli.bench.results import client_machine, engine_facts
+from mooli.bench.serving import SETTLE_S, find_tokenizer
+from mooli.bench.watching import ClientLoad, EventLoopLag, Progress
 
 
 def main(argv: Sequence[str]) -> int:
@@ -103,7 +101,7 @@ async def measure_rates(
                 conversations = make_conversations(options, tokenizer)
                 if options.can_flush:
                     await contact.flush_cache(target.flush_cache_timeout_s)
-                    await asyncio.sleep(serving.SETTLE_S)
+                    await asyncio.sleep(SETTLE_S)
                 load, client_load = await _load(options, rate, client, conversations, count_tokens, clock, stop)
                 is_openai = target.backend.api is not Api.NATIVE
                 run = RateRun(
@@ -175,7 +173,7 @@ def report(options: MultiturnOptions, run: RateRun, say: Callable[[str], None]) 
     complaint = run.client_load.complaint(metrics.itl.median)
     if complaint:
         say(f"note: {complaint}")
-    result_file.append_line(options.log_file, result_object(options, run))
+    results.append_line(options.log_file, result_object(options, run))
     say(f"Result appended to {options.log_file}")
     if options.report_file is not None:
         place = str(options.log_file)
@@ -193,9 +191,9 @@ def report_object(options: MultiturnOptions, run: RateRun) -> dict[str, Any]:
         "server_info": run.server_info or None,
         "is_interrupted": run.load.is_interrupted,
         "client": {"machine": client_machine()},
-        **result_file.measured(run.metrics),
-        **result_file.further(run.metrics),
-        **result_file.details(run.load.records, run.load.start_s, with_cache=True),
+        **results.measured(run.metrics),
+        **results.further(run.metrics),
+        **results.details(run.load.records, run.load.start_s, with_cache=True),
     }
 
 
@@ -236,3 +234,116 @@ def result_object(options: MultiturnOptions, run: RateRun) -> dict[str, Any]:
 
 def _status(run: RateRun) -> int:
     return status(PROGRAM, run.metrics, is_interrupted=run.load.is_interrupted, is_server_gone=run.load.is_server_gone)
+
+
+# -- what a run amounts to ---------------------------------------------------------------------------------------------
+
+_MS = 1000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundMetrics:
+    """One round over all conversations. hit_rate: 0 to 1; None where the server does not tell of its cache.
+
+    uncached_tokens: mean tokens of a prompt that had to be computed.
+    """
+
+    index: int
+    metrics: Metrics
+    hit_rate: float | None
+    uncached_tokens: float | None
+
+
+def by_round(
+    records: Sequence[RequestRecord], duration_s: float, count_tokens: Callable[[str], int], *, is_openai: bool
+) -> list[RoundMetrics]:
+    """The rounds of which at least one request succeeded."""
+    rounds = []
+    for index in sorted({record.turn for record in records}):
+        of_round = [record for record in records if record.turn == index]
+        metrics = calculate_metrics(of_round, duration_s, count_tokens, is_openai=is_openai)
+        if not metrics.num_completed:
+            continue
+        known = sum(record.success and record.cached_tokens is not None for record in of_round)
+        cache = metrics.cache
+        uncached = None if cache is None else (cache.total_prompt_tokens - cache.total_cached_tokens) / max(known, 1)
+        rounds.append(RoundMetrics(index=index, metrics=metrics, hit_rate=hit_rate(metrics), uncached_tokens=uncached))
+    return rounds
+
+
+def hit_rate(metrics: Metrics) -> float | None:
+    """Cached tokens / prompt tokens, as the server reports both; None where it does not."""
+    return None if metrics.cache is None else metrics.cache.hit_rate_pct / 100
+
+
+def summary(metrics: Metrics, request_rate: float) -> dict[str, Any]:
+    """The object under `summary`."""
+    num = max(metrics.num_completed, 1)
+    return {
+        "total_requests": metrics.num_completed,
+        "request_rate": request_rate,
+        "average_prompt_len": metrics.total_input / num,
+        "average_output_len": metrics.total_output / num,
+        "average_ttft": metrics.ttft.mean / _MS,
+        "p90_ttft": metrics.ttft.p90 / _MS,
+        "median_ttft": metrics.ttft.median / _MS,
+        "average_latency": metrics.e2e_latency.mean / _MS,
+        "p90_latency": metrics.e2e_latency.p90 / _MS,
+        "median_latency": metrics.e2e_latency.median / _MS,
+        "input_token_throughput": metrics.input_throughput,
+        "output_token_throughput": metrics.output_throughput,
+        "throughput": metrics.request_throughput,
+        "cache_hit_rate": hit_rate(metrics),
+    }
+
+
+def rounds_object(rounds: Sequence[RoundMetrics]) -> dict[str, Any]:
+    """The object under `round`."""
+    return {
+        f"round_{one.index}": {
+            "average_ttft": one.metrics.ttft.mean / _MS,
+            "cache_hit_rate": one.hit_rate,
+            "request_count": one.metrics.num_completed,
+            "median_ttft": one.metrics.ttft.median / _MS,
+            "p90_ttft": one.metrics.ttft.p90 / _MS,
+            "p99_ttft": one.metrics.ttft.p99 / _MS,
+            "average_latency": one.metrics.e2e_latency.mean / _MS,
+            "average_prompt_len": one.metrics.total_input / one.metrics.num_completed,
+            "average_uncached_len": one.uncached_tokens,
+        }
+        for one in rounds
+    }
+
+
+def summary_lines(values: dict[str, Any], rounds: Sequence[RoundMetrics]) -> str:
+    """What is printed after a run."""
+    lines = [
+        "Performance metrics summary:",
+        f"  Total requests: {values['total_requests']} at {values['request_rate']} requests per second",
+        f"  Average Prompt Length: {values['average_prompt_len']:.2f} tokens",
+        f"  Average Output Length: {values['average_output_len']:.2f} tokens",
+        f"  Average TTFT: {values['average_ttft']:.2f}",
+        f"  P90 TTFT: {values['p90_ttft']:.2f}",
+        f"  Median TTFT: {values['median_ttft']:.2f}",
+        f"  Average latency: {values['average_latency']:.2f}",
+        f"  P90 latency: {values['p90_latency']:.2f}",
+        f"  Median latency: {values['median_latency']:.2f}",
+        f"  Input token throughput: {values['input_token_throughput']:.2f} tokens per second",
+        f"  Output token throughput: {values['output_token_throughput']:.2f} tokens per second",
+        f"  Request Throughput: {values['throughput']:.2f} requests per second",
+        f"  Cache Hit Rate: {_share(values['cache_hit_rate'])}",
+        "Per-round metrics:",
+    ]
+    for one in rounds:
+        ttft = one.metrics.ttft
+        computed = "" if one.uncached_tokens is None else f", computed {one.uncached_tokens:.0f} tokens"
+        lines.append(
+            f"  Round {one.index}: Average TTFT = {ttft.mean / _MS:.3f}s, Cache Hit Rate = {_share(one.hit_rate)}"
+            f" ({one.metrics.num_completed} requests; TTFT median {ttft.median / _MS:.3f}s, P99 {ttft.p99 / _MS:.3f}s;"
+            f" prompt {one.metrics.total_input / one.metrics.num_completed:.0f} tokens{computed})"
+        )
+    return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "not reported" if value is None else f"{value:.6f}"

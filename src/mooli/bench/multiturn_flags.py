@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mooli.arguments import CommandParser
+from mooli.bench.apis import BACKENDS, Api
 from mooli.bench.arguments import BenchOptions, parse_arguments, report_file
-from mooli.bench.backends import BACKENDS, Api
-from mooli.bench.errors import BenchmarkError
+from mooli.bench.errors import BenchmarkError, check_at_least
 
 PROGRAM = "mooli bench multiturn"
 
@@ -103,7 +103,7 @@ def parse_multiturn_arguments(argv: Sequence[str]) -> MultiturnOptions:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag, value, least in (
+    check_at_least(
         ("--num-clients", args.num_clients, 1),
         ("--max-parallel", args.max_parallel, 1),
         ("--request-length", args.request_length, 1),
@@ -112,9 +112,7 @@ def _check(args: argparse.Namespace) -> None:
         ("--min-rounds", args.min_rounds, 1),
         ("--max-rounds", args.max_rounds, 1),
         ("--sub-question-input-length", args.sub_question_input_length, 0),
-    ):
-        if value is not None and value < least:
-            raise BenchmarkError(f"{flag} must be at least {least}, got {value}")
+    )
     if args.num_rounds is not None and (args.min_rounds is not None and args.max_rounds is not None):
         raise BenchmarkError("--num-rounds says nothing beside --min-rounds and --max-rounds: remove it")
     if args.lora_path:

@@ -1,13 +1,14 @@
 """`mooli bench offline`: the throughput of an engine in this process, all prompts at once.
 
-Owns the command's flags, the run, SGLang's table and keys. Prompts come from the datasets of `bench_serving`.
+Owns the command's flags, the run, SGLang's table and keys, and looking at the engine's counter of generated tokens once
+a second, on a thread of its own. Never changes what the engine does. Prompts come from the datasets of `bench_serving`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from mooli.arguments import CommandParser
-from mooli.bench import result_file
-from mooli.bench.arguments import DATASETS_OF_FLAG, dataset_options
-from mooli.bench.command import ended, fail, say
+from mooli.bench import results
+from mooli.bench.arguments import DATASETS_OF_FLAG, add_data, add_shared_prefix, dataset_options
+from mooli.bench.command import (
+    add_engine_args,
+    ended,
+    engine_config,
+    fail,
+    parse_words,
+    refuse_given,
+    say,
+    show_loading,
+)
 from mooli.bench.datasets import (
     REFUSED_DATASETS,
     Dataset,
@@ -27,12 +37,9 @@ from mooli.bench.datasets import (
     check_file,
     load_dataset,
 )
-from mooli.bench.errors import BenchmarkError
-from mooli.bench.flags import add_data, add_shared_prefix
-from mooli.bench.in_process import add_engine_args, engine_config, parse_words, refuse_given, show_loading
-from mooli.bench.machine import client_machine, engine_facts
-from mooli.bench.offline_speed import GenerationSpeed
+from mooli.bench.errors import BenchmarkError, check_at_least, check_seed, json_object
 from mooli.bench.records import BenchRequest
+from mooli.bench.results import WIDTH, client_machine, engine_facts, row
 from mooli.config import EngineConfig
 from mooli.errors import MooliError
 from mooli.frontend.engine import Answer, Engine
@@ -41,8 +48,6 @@ PROGRAM = "mooli bench offline"
 
 WARMUP_REQUESTS, WARMUP_INPUT_LEN, WARMUP_OUTPUT_LEN = 16, 256, 16
 """As in SGLang's benchmark; shorter where the context holds no more."""
-
-_WIDTH, _LABEL_WIDTH = 50, 40
 
 _REFUSED_DATASETS = {
     **REFUSED_DATASETS,
@@ -97,15 +102,13 @@ def parse_offline_arguments(argv: Sequence[str]) -> OfflineOptions:
     for name, belongs in DATASETS_OF_FLAG.items():
         if hasattr(args, name) and args.dataset_name not in belongs and name != "num_prompts":
             refuse_given(parser, args, name, f"belongs to --dataset-name {' or '.join(belongs)}")
-    if args.num_prompts < 1:
-        raise BenchmarkError(f"--num-prompts must be at least 1, got {args.num_prompts}")
-    if not 0 <= args.seed < 2**32:
-        raise BenchmarkError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
+    check_at_least(("--num-prompts", args.num_prompts, 1))
+    check_seed(args.seed)
     return OfflineOptions(
         engine=engine_config(args, _WITHOUT_EFFECT),
         data=dataset_options(args),
         ignore_eos=not args.disable_ignore_eos,
-        extra_params=_json_object(args.extra_request_body),
+        extra_params=json_object("--extra-request-body", args.extra_request_body),
         seed=args.seed,
         skip_warmup=args.skip_warmup,
         result_file=Path(args.result_filename) if args.result_filename else None,
@@ -132,16 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _json_object(text: str | None) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except ValueError as exc:
-        raise BenchmarkError(f"--extra-request-body is not JSON: {exc}") from exc
-    if not isinstance(value, dict):
-        raise BenchmarkError(f"--extra-request-body must be a JSON object, got {str(text)[:80]}")
-    return value
-
-
 def _run(options: OfflineOptions) -> int:
     with Engine(server_args=options.engine, progress=show_loading) as engine:
         tokenizer = engine.tokenizer_manager.tokenizer
@@ -156,7 +149,7 @@ def _run(options: OfflineOptions) -> int:
         result = measure_offline(engine, dataset, options, clock=time.perf_counter)
     say("\n" + offline_table(result))
     if options.result_file is not None:
-        result_file.append_line(options.result_file, result)
+        results.append_line(options.result_file, result)
         say(f"Result appended to {options.result_file}")
     if result["failures"]:
         first = result["failures"][0]
@@ -248,23 +241,69 @@ def _failure(answer: Answer) -> str | None:
 def offline_table(result: dict[str, Any]) -> str:
     """SGLang's table, with the hit rate below its last line."""
     rows = [
-        f"{' Offline Throughput Benchmark Result ':=^{_WIDTH}}",
-        _row("Backend:", result["backend"]),
-        _row("Successful requests:", result["successful_requests"]),
-        _row("Benchmark duration (s):", result["total_latency"]),
-        _row("Total input tokens:", result["total_input_tokens"]),
-        _row("Total generated tokens:", result["total_output_tokens"]),
-        _row("Last generation throughput (tok/s):", result["last_gen_throughput"]),
-        _row("Request throughput (req/s):", result["request_throughput"]),
-        _row("Input token throughput (tok/s):", result["input_throughput"]),
-        _row("Output token throughput (tok/s):", result["output_throughput"]),
-        _row("Total token throughput (tok/s):", result["total_throughput"]),
-        "=" * _WIDTH,
-        _row("Cache hit rate (%):", result["cache_hit_rate_pct"]),
+        f"{' Offline Throughput Benchmark Result ':=^{WIDTH}}",
+        row("Backend:", result["backend"]),
+        row("Successful requests:", result["successful_requests"]),
+        row("Benchmark duration (s):", result["total_latency"]),
+        row("Total input tokens:", result["total_input_tokens"]),
+        row("Total generated tokens:", result["total_output_tokens"]),
+        row("Last generation throughput (tok/s):", result["last_gen_throughput"]),
+        row("Request throughput (req/s):", result["request_throughput"]),
+        row("Input token throughput (tok/s):", result["input_throughput"]),
+        row("Output token throughput (tok/s):", result["output_throughput"]),
+        row("Total token throughput (tok/s):", result["total_throughput"]),
+        "=" * WIDTH,
+        row("Cache hit rate (%):", result["cache_hit_rate_pct"]),
     ]
     return "\n".join(rows)
 
 
-def _row(label: str, value: object) -> str:
-    shown = f"{value:.2f}" if isinstance(value, float) else str(value)
-    return f"{label:<{_LABEL_WIDTH}} {shown:<10}"
+# -- the speed while it works ------------------------------------------------------------------------------------------
+
+_PERIOD_S = 1.0
+
+
+class GenerationSpeed:
+    """Context manager: watches `engine` from `with` to its end."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="mooli-bench-speed")
+        self._looks: list[tuple[float, int]] = []
+
+    def __enter__(self) -> GenerationSpeed:
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+    @property
+    def last_tokens_per_s(self) -> float | None:
+        """Tokens per second between the last two looks; None for a run in which there was only one."""
+        if len(self._looks) < 2:
+            return None
+        (before_s, before), (after_s, after) = self._looks[-2:]
+        return (after - before) / (after_s - before_s) if after_s > before_s else None
+
+    def _watch(self) -> None:
+        try:
+            while not self._is_over.wait(_PERIOD_S):
+                self._look()
+                if sys.stderr.isatty():
+                    speed = self.last_tokens_per_s or 0.0
+                    print(
+                        f"\r\x1b[K{self._looks[-1][1]} tokens, {speed:.0f} tok/s", end="", file=sys.stderr, flush=True
+                    )
+        except MooliError:  # the engine has ended; whoever waits for its answers is told why
+            return
+
+    def _look(self) -> None:
+        counted = self._engine.get_server_info()["internal_states"][0]["generated_tokens"]
+        self._looks.append((self._clock(), counted))

@@ -1,7 +1,8 @@
 """`mooli bench one-batch`: prefill and decode of static batches, on an engine core in this process.
 
-Owns the command's flags, SGLang's lines and keys, and the order of the batches. Timing is in `one_batch_run`. No text,
-no thread and no server are between the clock and the engine's steps.
+Owns the command's flags, SGLang's lines and keys, the order of the batches, the clock around the steps, and
+`--correctness-test`: the same answers whether prompts are computed whole or in parts. No text, no thread and no server
+are between the clock and the engine's steps.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,19 +19,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mooli.arguments import CommandParser
-from mooli.bench import result_file
-from mooli.bench.command import ended, fail, say
-from mooli.bench.errors import BenchmarkError
-from mooli.bench.in_process import add_engine_args, engine_config, parse_words, refuse_given, show_loading
-from mooli.bench.machine import client_machine, engine_facts
-from mooli.bench.one_batch_correctness import PROMPTS, differing_answers, read_prompts
-from mooli.bench.one_batch_run import BatchTiming, random_prompts, time_batch, why_impossible
+from mooli.bench import results
+from mooli.bench.command import (
+    add_engine_args,
+    ended,
+    engine_config,
+    fail,
+    parse_words,
+    refuse_given,
+    say,
+    show_loading,
+)
+from mooli.bench.errors import BenchmarkError, check_at_least, check_seed
+from mooli.bench.results import client_machine, engine_facts
 from mooli.config import EngineConfig
 from mooli.engine.build import BuiltEngine, build_engine
+from mooli.engine.core import EngineCore
+from mooli.engine.facts import EngineFacts
 from mooli.errors import MooliError
 from mooli.frontend.text_side import open_tokenizer
+from mooli.frontend.tokenizer import Tokenizer
 from mooli.hub.locate import locate
+from mooli.types import Request, RequestOutput, SamplingParams
 
 PROGRAM = "mooli bench one-batch"
 
@@ -100,14 +115,10 @@ def parse_one_batch_arguments(argv: Sequence[str]) -> OneBatchOptions:
         for name in _OF_CORRECTNESS:
             refuse_given(parser, args, name, "belongs to --correctness-test")
         without_effect |= {"tokenizer_path": _NO_TEXT, "skip_tokenizer_init": "no tokenizer is loaded in any case"}
-    for name in ("batch_size", "input_len", "output_len", "cut_len"):
-        for value in getattr(args, name) if name != "cut_len" else [args.cut_len]:
-            if value < 1:
-                raise BenchmarkError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.log_decode_step < 0:
-        raise BenchmarkError(f"--log-decode-step must be at least 0, got {args.log_decode_step}")
-    if not 0 <= args.seed < 2**32:
-        raise BenchmarkError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
+    for name in ("batch_size", "input_len", "output_len"):
+        check_at_least(*((f"--{name.replace('_', '-')}", value, 1) for value in getattr(args, name)))
+    check_at_least(("--cut-len", args.cut_len, 1), ("--log-decode-step", args.log_decode_step, 0))
+    check_seed(args.seed)
     config = dataclasses.replace(engine_config(args, without_effect), speculative_algorithm="none")
     if config.max_running_requests is None:
         config = dataclasses.replace(config, max_running_requests=max(*args.batch_size, len(PROMPTS)))
@@ -201,7 +212,7 @@ def measure_batches(
         for line in timing_lines(timing, log_decode_step=options.log_decode_step):
             say(line)
         result = {**timing_object(timing, options.run_name), "seed": options.seed, "machine": machine, "engine": engine}
-        result_file.append_line(options.result_file, result)
+        results.append_line(options.result_file, result)
         num_measured += 1
     return num_measured
 
@@ -271,3 +282,171 @@ def _run_correctness(options: OneBatchOptions) -> int:
         )
     say("The answers are the same, computed whole and alone or in parts and together.")
     return 0
+
+
+# -- timing ------------------------------------------------------------------------------------------------------------
+
+Ids = NDArray[np.int32]
+
+_LARGEST_ID = 10_000
+"""Prompts are drawn from the ids below, as SGLang's benchmark draws them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchTiming:
+    """Seconds. decode_s: one entry a step; each gives every answer of the batch its next token."""
+
+    batch_size: int
+    input_len: int
+    output_len: int
+    prefill_s: float
+    decode_s: list[float]
+
+    @property
+    def median_decode_s(self) -> float | None:
+        """None for answers of one token, which need no step of their own."""
+        return statistics.median(self.decode_s) if self.decode_s else None
+
+    @property
+    def total_s(self) -> float:
+        return self.prefill_s + sum(self.decode_s)
+
+
+def random_prompts(batch_size: int, input_len: int, vocab_size: int, seed: int) -> list[Ids]:
+    """Prompts that share nothing, the same for the same seed."""
+    drawn = np.random.RandomState(seed).randint(0, min(vocab_size, _LARGEST_ID), (batch_size, input_len))
+    return list(drawn.astype(np.int32))
+
+
+def why_impossible(facts: EngineFacts, batch_size: int, input_len: int, output_len: int) -> str | None:
+    """Why an engine cannot hold such a batch at once; None if it can."""
+    length = input_len + output_len
+    if length > facts.context_length:
+        return f"{length} tokens are more than the context of {facts.context_length}"
+    if batch_size > facts.max_running_requests:
+        return f"at most {facts.max_running_requests} requests run at once"
+    # The one page more is what a prompt that ends inside a page is copied to.
+    wanted = batch_size * (-(-length // facts.page_size) + 1)
+    if wanted > facts.num_pages:
+        return f"it needs {wanted} KV pages of {facts.page_size} tokens, and there are {facts.num_pages}"
+    return None
+
+
+def time_batch(core: EngineCore, prompts: Sequence[Ids], output_len: int, clock: Callable[[], float]) -> BatchTiming:
+    """Compute `output_len` tokens behind each of the prompts, which are all of one length, with an empty cache.
+
+    Prompts are computed in the engine's own steps (`chunked_prefill_size`) until each has its first token. Answers go
+    on from what the cache then holds, so that no prompt is computed beside them. Raises BenchmarkError when a request
+    fails, or the batch does not stay together.
+    """
+    core.flush_cache()
+    num, input_len = len(prompts), len(prompts[0])
+    start_s = clock()
+    first = _first_tokens(core, prompts)
+    prefill_s = clock() - start_s
+    decode_s: list[float] = []
+    if output_len > 1:
+        for i, (prompt, token_id) in enumerate(zip(prompts, first, strict=True)):
+            core.add(greedy_request(f"decode-{i}", np.append(prompt, np.int32(token_id)), output_len - 1))
+        for _ in range(output_len - 1):
+            start_s = clock()
+            outputs = checked(core.step())
+            decode_s.append(clock() - start_s)
+            if len(outputs) != num or any(
+                len(output.new_token_ids) != 1 or output.cached_tokens != input_len for output in outputs
+            ):
+                raise BenchmarkError(
+                    f"a batch of {num} x {input_len} tokens did not stay together: the KV cache is too small for it"
+                )
+    return BatchTiming(
+        batch_size=num, input_len=input_len, output_len=output_len, prefill_s=prefill_s, decode_s=decode_s
+    )
+
+
+def _first_tokens(core: EngineCore, prompts: Sequence[Ids]) -> list[int]:
+    for i, prompt in enumerate(prompts):
+        core.add(greedy_request(f"prefill-{i}", prompt, 1))
+    first: dict[str, int] = {}
+    while core.has_work:
+        for output in checked(core.step()):
+            if output.new_token_ids:
+                first[output.rid] = output.new_token_ids[0]
+    return [first[f"prefill-{i}"] for i in range(len(prompts))]
+
+
+def greedy_request(rid: str, prompt: Ids, num_tokens: int) -> Request:
+    """A request for exactly `num_tokens` tokens, the likeliest each."""
+    sampling = SamplingParams(max_new_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    return Request(rid=rid, prompt_ids=prompt, sampling=sampling)
+
+
+def checked(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """`outputs`, unless one of them says that its request failed: then BenchmarkError is raised."""
+    for output in outputs:
+        if output.finish is not None and output.finish.type in ("error", "abort"):
+            raise BenchmarkError(f"the engine ended a request with {output.finish.type}: {output.finish.message}")
+    return outputs
+
+
+# -- --correctness-test ------------------------------------------------------------------------------------------------
+
+PROMPTS = (
+    "The capital of France is",
+    "The capital of the United Kingdom is",
+    "Today is a sunny day and I like",
+)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line; empty lines are left out. Raises BenchmarkError."""
+    try:
+        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as exc:
+        raise BenchmarkError(f"cannot read --prompt-filename {file}: {exc}") from exc
+    if not prompts:
+        raise BenchmarkError(f"--prompt-filename {file} holds no prompt")
+    return prompts
+
+
+def differing_answers(
+    core: EngineCore,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    cut_len: int,
+    output_len: int,
+    say: Callable[[str], None],
+) -> list[int]:
+    """Answer each prompt alone and whole, then all together on their cached first `cut_len` tokens.
+
+    Greedy, `output_len` tokens each. Returns the numbers of the prompts whose answers differ. Raises BenchmarkError for
+    a prompt of no more than `cut_len` tokens, or a request that fails.
+    """
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    say(f"input_ids={ids}")
+    for prompt, prompt_ids in zip(prompts, ids, strict=True):
+        if len(prompt_ids) <= cut_len:
+            raise BenchmarkError(
+                f"the prompt {prompt[:40]!r} has {len(prompt_ids)} tokens, which is not more than --cut-len {cut_len}"
+            )
+    whole = []
+    for prompt_ids in ids:
+        core.flush_cache()
+        whole += _answers(core, [prompt_ids], output_len)
+    core.flush_cache()
+    _answers(core, [prompt_ids[:cut_len] for prompt_ids in ids], 1)
+    in_parts = _answers(core, ids, output_len)
+    for i, (prompt_ids, answer) in enumerate(zip(ids, in_parts, strict=True)):
+        say(f"========== Prompt {i} ==========\n{tokenizer.decode([*prompt_ids, *answer])}\n")
+    return [i for i, (one, other) in enumerate(zip(whole, in_parts, strict=True)) if one != other]
+
+
+def _answers(core: EngineCore, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+    answers: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        answers[f"prompt-{i}"] = []
+        core.add(greedy_request(f"prompt-{i}", np.asarray(prompt, np.int32), num_tokens))
+    while core.has_work:
+        for output in checked(core.step()):
+            answers[output.rid] += output.new_token_ids
+    return list(answers.values())

@@ -10,20 +10,18 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mooli.arguments import CommandParser
-from mooli.bench.arguments import BenchOptions, parse_arguments
-from mooli.bench.command import ended, fail, measure_and_report
+from mooli.bench.arguments import BenchOptions, bench_parser, expand_abbreviations, parse_arguments
+from mooli.bench.command import ended, fail
 from mooli.bench.datasets import Dataset, DatasetOptions, Randoms
-from mooli.bench.errors import BenchmarkError
-from mooli.bench.flags import bench_parser, expand_abbreviations
+from mooli.bench.errors import BenchmarkError, check_at_least
 from mooli.bench.metrics import FORMULAS
-from mooli.bench.mooncake import BLOCK_TOKENS, MIN_BLOCK_TOKENS, read_trace, replayed
-from mooli.bench.replay_synthetic import WORKLOADS, possible_reuse, synthetic_trace
+from mooli.bench.serving import measure_and_report
+from mooli.bench.traces import WORKLOADS, check_factors, possible_reuse, read_trace, replayed, synthetic_trace
 from mooli.frontend.tokenizer import Tokenizer
 
 _PROGRAM = "mooli bench replay"
@@ -91,14 +89,8 @@ def parse_replay_arguments(argv: Sequence[str]) -> ReplayOptions:
     max_requests = args.max_requests
     if max_requests is None and is_synthetic:
         max_requests = SYNTHETIC_REQUESTS
-    if not (math.isfinite(args.slowdown) and args.slowdown >= 0):
-        raise BenchmarkError(f"--slowdown must be a number of at least 0, got {args.slowdown}")
-    if not (math.isfinite(factor) and round(BLOCK_TOKENS * factor) >= MIN_BLOCK_TOKENS):
-        least = MIN_BLOCK_TOKENS / BLOCK_TOKENS
-        raise BenchmarkError(f"--length-factor must be a number of at least {least}, got {factor}")
-    for flag, value in (("--max-requests", max_requests), ("--context-length", args.context_length)):
-        if value is not None and value < 1:
-            raise BenchmarkError(f"{flag} must be at least 1, got {value}")
+    check_factors(args.slowdown, factor, "--slowdown", "--length-factor")
+    check_at_least(("--max-requests", max_requests, 1), ("--context-length", args.context_length, 1))
     if args.save_trace is not None and not is_synthetic:
         raise BenchmarkError("--save-trace belongs to --synthetic: the trace given by --trace is a file already")
     return ReplayOptions(

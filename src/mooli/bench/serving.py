@@ -1,7 +1,8 @@
 """One run of `bench_serving`, from the first contact with the server to the numbers.
 
 Owns the order of things: contact, tokenizer, prompts, warm-up, flush, load, numbers (`measure`); then the table and the
-file (`report`). Never parses arguments.
+file (`report`); and where the tokenizer that counts a run's tokens is looked for, never on the network. Never parses
+arguments.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import secrets
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,25 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from mooli.bench import result_file
+from mooli.bench import results
+from mooli.bench.apis import Api
 from mooli.bench.arguments import BenchOptions
-from mooli.bench.arrivals import arrival_times
-from mooli.bench.backends import Api
-from mooli.bench.client import Client, UnreachableError, open_session
+from mooli.bench.client import Client, ServerContact, UnreachableError, accept_length, open_session
+from mooli.bench.command import say, status, stopping_on_ctrl_c
 from mooli.bench.datasets import Dataset, DatasetOptions, Randoms, load_dataset
 from mooli.bench.errors import BenchmarkError
-from mooli.bench.event_loop_lag import LATE_MS, ClientLoad, EventLoopLag
-from mooli.bench.load import LoadResult, put_under_load
-from mooli.bench.machine import client_machine, engine_facts
+from mooli.bench.load import LoadResult, arrival_times, put_under_load
 from mooli.bench.metrics import Metrics, calculate_metrics
-from mooli.bench.progress import Progress
 from mooli.bench.records import BenchRequest, RequestRecord
 from mooli.bench.report_page import write_page
 from mooli.bench.report_runs import run_of
-from mooli.bench.result_table import TableHeader, further_blocks, result_table, throughput_plot
-from mooli.bench.server_contact import ServerContact, accept_length
-from mooli.bench.tokenizer_source import find_tokenizer
-from mooli.frontend.tokenizer import Tokenizer
+from mooli.bench.results import TableHeader, client_machine, engine_facts, further_blocks, result_table, throughput_plot
+from mooli.bench.watching import LATE_MS, ClientLoad, EventLoopLag, Progress
+from mooli.errors import ModelError
+from mooli.frontend.tokenizer import Tokenizer, load_tokenizer
+from mooli.hub import resolve
 
 WARMUP_OUTPUT_LEN = 32
 SETTLE_S = 1.0
@@ -56,6 +56,20 @@ class Measurement:
     model: str
     tokenizer_place: str
     notes: tuple[str, ...]
+
+
+async def measure_and_report(
+    program: str,
+    options: BenchOptions,
+    load: Callable[[DatasetOptions, Tokenizer, Randoms], Dataset] = load_dataset,
+) -> int:
+    """One run against a server, its table and its line of JSON; the exit status. Raises BenchmarkError."""
+    progress_out = sys.stderr if options.show_progress else None
+    run = await measure(options, stopping=stopping_on_ctrl_c(), say=say, progress_out=progress_out, load=load)
+    file = report(options, run, say)
+    if file is not None:
+        say(f"Result appended to {file}")
+    return status(program, run.metrics, is_interrupted=run.load.is_interrupted, is_server_gone=run.load.is_server_gone)
 
 
 async def measure(
@@ -179,7 +193,7 @@ def report(options: BenchOptions, run: Measurement, say: Callable[[str], None]) 
     if not metrics.num_completed:
         return None
     file = options.output_file or Path(
-        result_file.default_file_name(
+        results.default_file_name(
             options.backend.name,
             options.data.name,
             options.data.num_prompts,
@@ -188,9 +202,9 @@ def report(options: BenchOptions, run: Measurement, say: Callable[[str], None]) 
         )
     )
     result = result_object(options, run, machine)
-    result_file.append_line(file, result)
+    results.append_line(file, result)
     if options.report_file is not None:
-        result |= result_file.details(run.load.records, run.load.start_s, with_cache=True)
+        result |= results.details(run.load.records, run.load.start_s, with_cache=True)
         write_page(options.report_file, [run_of(result, file.stem, place=str(file))])
         say(f"Report written to {options.report_file}")
     return file
@@ -209,11 +223,11 @@ def result_object(options: BenchOptions, run: Measurement, machine: dict[str, An
         "random_output_len": options.data.random_output_len,
         "random_range_ratio": options.data.random_range_ratio,
         "server_info": run.server_info or None,
-        **result_file.measured(run.metrics),
+        **results.measured(run.metrics),
     }
     if options.cache_report and run.metrics.cache is not None:
-        result["cache_report"] = result_file.cache_report(run.metrics.cache)
-    result |= result_file.further(run.metrics)
+        result["cache_report"] = results.cache_report(run.metrics.cache)
+    result |= results.further(run.metrics)
     result |= {
         "seed": options.seed,
         "num_prompts": len(run.dataset.requests),
@@ -235,7 +249,7 @@ def result_object(options: BenchOptions, run: Measurement, machine: dict[str, An
         "notes": list(run.notes),
     }
     if options.output_details:
-        result |= result_file.details(run.load.records, run.load.start_s, with_cache=options.cache_report)
+        result |= results.details(run.load.records, run.load.start_s, with_cache=options.cache_report)
     return result
 
 
@@ -296,3 +310,36 @@ def _say_request(request: BenchRequest, records: list[RequestRecord], say: Calla
 
 def _words(value: Any) -> str:
     return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+
+
+def find_tokenizer(given: str | None, model_info: dict[str, Any], model: str | None) -> tuple[Tokenizer, str]:
+    """The tokenizer and where it was found: what the user gave, else what the server says, else the model's name.
+
+    The server's path is of its own machine, so one that does not exist here is passed over.
+    Raises BenchmarkError saying what was looked at.
+    """
+    if given is not None:
+        try:
+            return _load_tokenizer(given), given
+        except ModelError as exc:
+            raise BenchmarkError(f"--tokenizer {given}: {exc}") from exc
+    said = [model_info.get(key) for key in ("tokenizer_path", "model_path")]
+    places = dict.fromkeys(place for place in (*said, model) if isinstance(place, str) and place)
+    reasons = []
+    for place in places:
+        try:
+            return _load_tokenizer(place), place
+        except ModelError as exc:
+            reasons.append(f"{place}: {exc}")
+    tried = "; ".join(reasons) if reasons else "the server names none, and no --model was given"
+    raise BenchmarkError(
+        f"no tokenizer found ({tried}). Give --tokenizer: a folder, a .gguf file, a model's name, or demo"
+    )
+
+
+def _load_tokenizer(place: str) -> Tokenizer:
+    # A folder with nothing but a tokenizer is no model, and serves here all the same.
+    folder = Path(place).expanduser()
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder)
+    return load_tokenizer(resolve(place))

@@ -30,7 +30,6 @@ from mooli.sglang_arguments import (
     REFUSED,
     SWITCHES,
     asks_for_nothing,
-    is_server_argument,
     is_sglang_argument,
 )
 
@@ -110,22 +109,6 @@ def read_server_args(args: argparse.Namespace) -> ServerArguments:
         EngineConfig.from_kwargs(**{**DEFAULTS, **engine}),
         tuple(warning for warning in warnings if warning is not None),
     )
-
-
-def unknown_argument(given: Sequence[str], parser: argparse.ArgumentParser) -> str:
-    """What to say of words on a command line that its parser does not know."""
-    word = next((word for word in given if word.startswith("-")), given[0])
-    flag = word.partition("=")[0]
-    if not flag.startswith("-"):
-        return f"{flag!r} is more than this command takes; a prompt goes behind --prompt, a model behind --model"
-    name = flag.lstrip("-").replace("-", "_")
-    if is_server_argument(name) and flag not in parser._option_string_actions:
-        return f"{flag} is a flag of `mooli serve`: remove it"
-    if is_sglang_argument(name) and flag not in parser._option_string_actions:
-        return f"{flag} is known to SGLang but not supported by Mooli yet: remove it"
-    shown = [flag for flag, action in parser._option_string_actions.items() if action.help is not argparse.SUPPRESS]
-    close = difflib.get_close_matches(flag, shown, n=1)
-    return f"there is no flag {flag}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def redacted(argv: Sequence[str]) -> list[str]:
