@@ -16,13 +16,11 @@ from hypothesis import strategies as st
 import mooli
 from mooli import cli
 from mooli.doctor import examination, host
-from mooli.doctor.children import StepResult, parse_lines, run_steps
-from mooli.doctor.cuda import parse_nvidia_smi, probe_cuda
 from mooli.doctor.examination import examine
-from mooli.doctor.findings import PROBLEM, WARNING, Finding, Report, Section
+from mooli.doctor.findings import PROBLEM, WARNING, Finding, Report, Section, printable, report_json, report_table
 from mooli.doctor.host import native_findings, probe_mooli, probe_resources, python_findings
-from mooli.doctor.report import printable, report_json, report_table
-from mooli.doctor.surroundings import Ran, Surroundings, run_program
+from mooli.doctor.surroundings import Ran, StepResult, Surroundings, parse_lines, run_program, run_steps
+from mooli.doctor.torch_stack import parse_nvidia_smi, probe_cuda
 
 SOURCE = Path(mooli.__file__).parents[1]
 

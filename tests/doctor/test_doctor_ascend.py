@@ -11,11 +11,19 @@ from fake_machine import some_library, torch_source
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooli.doctor.cann import Cann, find_cann, parse_version_file, probe_cann, version_in
-from mooli.doctor.children import StepResult
+from mooli.doctor.cann import (
+    LIBRARIES,
+    Cann,
+    find_cann,
+    library_findings,
+    parse_version_file,
+    probe_cann,
+    probe_libraries,
+    version_in,
+)
 from mooli.doctor.failures import FAILURES, explain
-from mooli.doctor.libraries import LIBRARIES, library_findings, probe_libraries
 from mooli.doctor.npu import probe_npu
+from mooli.doctor.surroundings import StepResult
 from mooli.doctor.torch_stack import VERSIONS, pair_findings, probe_torch
 
 PYTHON = (3, 11)

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooli.doctor.examination import probe_log
-from mooli.doctor.failures import FAILURES, explain
-from mooli.doctor.own_failures import OWN_FAILURES
+from mooli.doctor.failures import FAILURES, OWN_FAILURES, explain
 from mooli.engine.child import exit_words
 from mooli.engine.pool_size import GIB, PoolNeeds, num_pool_pages
 from mooli.errors import EngineDeadError, MooliError

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from mooli.doctor import children
-from mooli.doctor.children import run_steps
-from mooli.doctor.surroundings import Surroundings
+from mooli.doctor import surroundings
+from mooli.doctor.surroundings import Surroundings, run_steps
 from mooli.engine import child, ranks
 
 needs_model = pytest.mark.skipif(
@@ -119,8 +118,8 @@ def test_a_child_has_the_package_of_its_parent(tmp_path: Path) -> None:
 def test_modules_beside_the_doctors_own_child_are_not_found_through_a_link_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "doctor").symlink_to(Path(children.__file__).parent)
-    monkeypatch.setattr(children, "_CHILD", tmp_path / "doctor" / "child.py")
+    (tmp_path / "doctor").symlink_to(Path(surroundings.__file__).parent)
+    monkeypatch.setattr(surroundings, "_CHILD", tmp_path / "doctor" / "child.py")
     assert not run_steps(Surroundings(), ["import:failures"])["import:failures"].ok
 
 

@@ -1,6 +1,6 @@
 """`mooli doctor`: what this machine has, what is missing, and the exact cure.
 
-One file a probe, each a function from `Surroundings` to a `Section`; what it reads is parsed by pure functions, from
-text to dataclasses. `examination` runs the probes, each on its own: a probe that fails becomes a finding. Foreign code
+A probe is a function from `Surroundings` to a `Section`; what it reads is parsed by pure functions, from text to
+dataclasses. `examination` runs the probes, each on its own: a probe that fails becomes a finding. Foreign code
 (torch, shared libraries, npu-smi) only ever runs in other processes with a time limit.
 """

@@ -36,7 +36,7 @@ def add_doctor_args(parser: argparse.ArgumentParser) -> None:
 def run_doctor(args: argparse.Namespace) -> int:
     """Print the report; 0 if nothing stands in the way of the CPU and of the backend asked for, else 1."""
     from mooli.doctor.examination import examine  # here, as --help needs nothing of it
-    from mooli.doctor.report import report_json, report_table
+    from mooli.doctor.findings import report_json, report_table
     from mooli.doctor.surroundings import Surroundings
 
     with Interruptible():  # as what runs in other processes must be ended

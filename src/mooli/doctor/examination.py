@@ -11,16 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mooli.doctor.cann import Cann, probe_cann
-from mooli.doctor.cuda import Gpu, probe_cuda
-from mooli.doctor.failures import FAILURES, explain
+from mooli.doctor.cann import Cann, probe_cann, probe_libraries
+from mooli.doctor.failures import FAILURES, OWN_FAILURES, explain
 from mooli.doctor.findings import BACKENDS, Finding, Report, Section
 from mooli.doctor.host import probe_host, probe_mooli, probe_resources
-from mooli.doctor.libraries import probe_libraries
 from mooli.doctor.npu import MIB, NpuTable, probe_npu
-from mooli.doctor.own_failures import OWN_FAILURES
 from mooli.doctor.surroundings import Surroundings
-from mooli.doctor.torch_stack import probe_torch
+from mooli.doctor.torch_stack import Gpu, probe_cuda, probe_torch
 
 MAX_LOG_BYTES = 1 << 26
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import mooli
-from mooli.doctor.children import StepResult, run_steps
 from mooli.doctor.findings import BACKENDS, WARNING, Finding, Section
-from mooli.doctor.surroundings import Surroundings
+from mooli.doctor.surroundings import StepResult, Surroundings, run_steps
 from mooli.version import __version__
 
 GIB = 2**30

@@ -1,12 +1,14 @@
 """Where a probe looks, and how it runs a program that may crash, hang or print without end.
 
-Owns the paths, the environment and the limits, so that a test can put another machine in their place. Never says what
-anything means.
+Owns the paths, the environment and the limits, so that a test can put another machine in their place; the steps that
+`child.py` takes in another process, seen from this side: the reading of its lines and the second process after a crash.
+Never says what anything means, and never imports what is examined.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import selectors
 import shutil
@@ -17,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 MAX_OUTPUT_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 20
@@ -141,3 +144,68 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     for stream in (process.stdout, process.stderr):
         if stream is not None:
             stream.close()
+
+
+# -- steps in another process ------------------------------------------------------------------------------------------
+
+_CHILD = Path(__file__).with_name("child.py")
+_TAIL = 2000
+
+MAX_CRASHES = 3
+"""After so many processes that crash or hang the rest is not tried: it would only take time."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """value: what the step gave. error: why it gave nothing, else empty; is_crash: it took its process along."""
+
+    step: str
+    value: Any = None
+    error: str = ""
+    is_crash: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return not self.error
+
+
+def run_steps(
+    surroundings: Surroundings, steps: Sequence[str], *, environ: Mapping[str, str] | None = None, go_on: bool = False
+) -> dict[str, StepResult]:
+    """The result of every step by its text. After a crash the steps behind it get a new process if `go_on`, else they
+    are not tried. environ: laid over the surroundings' own."""
+    results: dict[str, StepResult] = {}
+    left, crashes = list(steps), 0
+    while left and crashes < (MAX_CRASHES if go_on else 1):
+        ran = run_program(
+            [surroundings.python, str(_CHILD), *left],
+            {**surroundings.environ, **(environ or {})},
+            surroundings.import_timeout_s,
+        )
+        done = parse_lines(ran, left)
+        results.update({result.step: result for result in done})
+        left, crashes = left[len(done) :], crashes + 1
+    for step in left:
+        results[step] = StepResult(step, error="not tried: what comes before it crashes")
+    return results
+
+
+def parse_lines(ran: Ran, steps: Sequence[str]) -> list[StepResult]:
+    """Results of the first of `steps`, at least of one, from what the child printed; the last may be the crash."""
+    ends: dict[str, dict[str, Any]] = {}
+    for text in ran.output.splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("end"), str):
+            ends[line["end"]] = line
+    results: list[StepResult] = []
+    for step in steps:
+        line = ends.get(step, {})
+        if not line:
+            said = ran.errors.strip()[-_TAIL:]
+            why = f"{ran.ending()}{f': {said}' if said else ''}"
+            return [*results, StepResult(step, error=why, is_crash=True)]
+        results.append(StepResult(step, value=line.get("value"), error=str(line.get("error") or "")))
+    return results
