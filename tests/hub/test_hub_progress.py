@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from mooli.hub.progress import PullProgress, duration, size
+from mooli.hub.pull import PullProgress, duration, size
 
 
 class Terminal(io.StringIO):

@@ -123,7 +123,7 @@ def test_an_engine_fetches_the_model_that_it_is_given_by_name(hub: HubServer) ->
 def test_looking_for_a_model_imports_nothing_of_the_network(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     script = "import sys, mooli.cli, mooli.hub.locate as l; l.locate(sys.argv[1]); "
-    script += "print([name for name in ('huggingface_hub', 'mooli.hub.web') if name in sys.modules])"
+    script += "print([name for name in ('huggingface_hub', 'mooli.hub.hubs') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

@@ -209,6 +209,6 @@ def test_nothing_is_asked_offline(fetch: Pull, hub: HubServer, monkeypatch: pyte
 def test_an_answer_that_is_no_list_of_files_is_an_error(
     fetch: Pull, monkeypatch: pytest.MonkeyPatch, body: bytes
 ) -> None:
-    monkeypatch.setattr("mooli.hub.web.json.loads", lambda text: json.JSONDecoder().decode(body.decode()))
+    monkeypatch.setattr("mooli.hub.hubs.json.loads", lambda text: json.JSONDecoder().decode(body.decode()))
     with pytest.raises(DownloadError, match="modelscope"):
         fetch(source="modelscope")

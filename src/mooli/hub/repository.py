@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mooli.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from mooli.hub.local import RepositoryName
+    from mooli.hub.locate import RepositoryName
 
 CONFIG = "config.json"
 HUGGING_FACE = "huggingface"

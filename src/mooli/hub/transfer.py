@@ -18,8 +18,8 @@ from typing import Any
 
 from mooli.errors import CheckpointError, DownloadError, ModelNotFoundError
 from mooli.formats.regular_file import open_weights
+from mooli.hub.hubs import HttpStatusError, open_url
 from mooli.hub.repository import RemoteFile, Repository
-from mooli.hub.web import HttpStatusError, open_url
 
 _CHUNK_BYTES = 1 << 20
 _LONGEST_DELAY_S = 60.0
