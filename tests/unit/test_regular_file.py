@@ -12,9 +12,8 @@ from made_tokenizers import trained_byte_level, write_folder
 from model_files import small_gguf, small_safetensors
 
 from mooli.errors import CheckpointError, ModelError, ModelNotFoundError, TokenizerError
+from mooli.formats.files import open_weights, parse_json, read_given_file, read_json, read_text_file
 from mooli.formats.gguf import GGUFFile, is_gguf
-from mooli.formats.json_file import parse_json, read_json
-from mooli.formats.regular_file import open_weights, read_given_file, read_text_file
 from mooli.formats.safetensors import SafetensorsFolder
 from mooli.frontend.tokenizer import load_tokenizer
 from mooli.hub.destination import RECORD, read_record

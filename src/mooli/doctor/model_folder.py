@@ -12,7 +12,7 @@ from typing import Any
 
 from mooli.doctor.findings import BACKENDS, PROBLEM, WARNING, Finding, Section
 from mooli.errors import ChatTemplateError, CheckpointError, ModelError, TokenizerError, UnsupportedModelError
-from mooli.formats.json_file import read_json
+from mooli.formats.files import read_json
 from mooli.formats.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsFile
 from mooli.frontend.tokenizer import load_tokenizer
 from mooli.hub import resolve

@@ -10,15 +10,13 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mooli.errors import CheckpointError, UnsupportedModelError
-from mooli.formats.mapped_file import MappedFile
-from mooli.formats.regular_file import open_weights
+from mooli.formats.files import MappedFile, TensorFile, open_weights
 from mooli.tensor import BLOCK, GGUF_TYPES, RawTensor, TensorType, row_bytes
 
 _MAGIC = b"GGUF"
@@ -127,56 +125,26 @@ class StringArray(Sequence[str]):
         return pairs
 
 
-class GGUFFile:
-    """An open GGUF file. Use as a context manager or call `close`.
+class GGUFFile(TensorFile[TensorInfo]):
+    """An open GGUF file.
 
     metadata: Python values by key, but 32-bit floats are np.float32, arrays of numbers NumPy arrays and arrays of
         strings a StringArray.
     tensors: name to TensorInfo, all checked: inside the file, aligned, not overlapping, of a supported type.
-    Raises CheckpointError for a malformed file, UnsupportedModelError for a version, byte order or tensor type that is
-    not read.
+    Raises as `TensorFile`, and UnsupportedModelError for a version, byte order or tensor type that is not read.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file = MappedFile(self.path)
-        try:
-            reader = _Reader(self._file)
-            self.version = reader.version
-            self.metadata: dict[str, Any] = reader.metadata()
-            self.tensors: dict[str, TensorInfo] = reader.tensor_infos(self.metadata)
-        except BaseException:
-            self._file.close()
-            raise
+    def _read_header(self, file: MappedFile) -> None:
+        reader = _Reader(file)
+        self.version = reader.version
+        self.metadata: dict[str, Any] = reader.metadata()
+        self.tensors = reader.tensor_infos(self.metadata)
 
     def tensor(self, name: str) -> RawTensor:
         """A view of the mapped bytes. CheckpointError if there is no tensor of that name."""
-        info = self._info(name)
+        info = self._place(name)
         rows = 1 if len(info.shape) == 1 else info.shape[0]
-        data = self._file.view(info.offset, info.num_bytes).reshape(rows, -1)
-        return RawTensor(name, info.type, info.shape, data)
-
-    def release(self, name: str) -> None:
-        """The pages of this tensor are not needed for now."""
-        info = self._info(name)
-        self._file.release(info.offset, info.num_bytes)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _info(self, name: str) -> TensorInfo:
-        info = self.tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{self.path.name} has no tensor {name}")
-        return info
-
-    def __enter__(self) -> GGUFFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        return RawTensor(name, info.type, info.shape, self._view(info).reshape(rows, -1))
 
 
 def read_gguf(path: str | Path) -> GGUFFile:

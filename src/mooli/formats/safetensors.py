@@ -11,15 +11,13 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mooli.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
-from mooli.formats.json_file import parse_json, read_json
-from mooli.formats.mapped_file import MappedFile
+from mooli.formats.files import MappedFile, TensorFile, parse_json, read_json
 from mooli.tensor import RawTensor, TensorType, row_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -60,30 +58,24 @@ class SafetensorInfo:
         return kind
 
 
-class SafetensorsFile:
-    """One open safetensors file. CheckpointError for a header that is malformed or does not agree with the file."""
+class SafetensorsFile(TensorFile[SafetensorInfo]):
+    """One open safetensors file."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file = MappedFile(self.path)
-        try:
-            self.metadata, self.tensors = _read_header(self._file)
-        except BaseException:
-            self._file.close()
-            raise
+    def _read_header(self, file: MappedFile) -> None:
+        self.metadata, self.tensors = _read_header(file)
 
     def tensor(self, name: str) -> RawTensor:
         """A view of the mapped bytes. UnsupportedModelError for a dtype other than F32, F16 and BF16."""
-        info = self._info(name)
+        info = self._place(name)
         kind = info.readable_type()
         rows = 1 if len(info.shape) == 1 else info.shape[0]
-        data = self._file.view(info.offset, info.num_bytes).reshape(rows, row_bytes(kind, info.shape[-1]))
+        data = self._view(info).reshape(rows, row_bytes(kind, info.shape[-1]))
         return RawTensor(name, kind, info.shape, data)
 
     def array(self, name: str) -> NDArray[Any]:
         """The numbers of a tensor as NumPy has them, bfloat16 as float32. UnsupportedModelError for other dtypes."""
-        info = self._info(name)
-        data = self._file.view(info.offset, info.num_bytes)
+        info = self._place(name)
+        data = self._view(info)
         if info.dtype == "BF16":
             return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(info.shape)
         if info.dtype not in _NUMPY_TYPES:
@@ -91,28 +83,6 @@ class SafetensorsFile:
                 f"tensor {name} has dtype {info.dtype[:40]}; here BF16, {', '.join(_NUMPY_TYPES)} are read"
             )
         return data.view(_NUMPY_TYPES[info.dtype]).reshape(info.shape)
-
-    def release(self, name: str) -> None:
-        """The pages of this tensor are not needed for now."""
-        info = self._info(name)
-        self._file.release(info.offset, info.num_bytes)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _info(self, name: str) -> SafetensorInfo:
-        info = self.tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{self.path.name} has no tensor {name}")
-        return info
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class SafetensorsFolder:

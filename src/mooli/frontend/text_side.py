@@ -17,8 +17,7 @@ from typing import Any
 from mooli.config import EngineConfig
 from mooli.engine.facts import EngineFacts
 from mooli.errors import ConfigError, SamplingParamsError
-from mooli.formats.json_file import read_json
-from mooli.formats.regular_file import read_given_file
+from mooli.formats.files import read_given_file, read_json
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.inputs import InputRules
 from mooli.frontend.sampling import parse_sampling_params

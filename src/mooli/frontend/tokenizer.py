@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mooli.errors import CheckpointError, ModelNotFoundError, PromptError, TokenizerError
-from mooli.formats.json_file import parse_json
-from mooli.formats.regular_file import read_text_file
+from mooli.formats.files import parse_json, read_text_file
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.tokenizer_bounds import TextBounds, byte_level_alphabet, check_added_count, check_file, text_bounds
 

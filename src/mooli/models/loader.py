@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mooli.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
+from mooli.formats.files import read_json
 from mooli.formats.gguf import GGUFFile, gguf_in_folder, is_gguf
-from mooli.formats.json_file import read_json
 from mooli.models.checkpoint import (
     Checkpoint,
     DummyCheckpoint,

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli.errors import CheckpointError, UnsupportedModelError
-from mooli.formats.json_file import read_json
+from mooli.formats.files import read_json
 from mooli.formats.safetensors import SafetensorsFolder
 from mooli.models.config import TensorSpec
 from mooli.models.fields import short
