@@ -74,7 +74,24 @@ _SHOWN_CHARS = 100
 
 
 class PageCheck:
-    """ASGI middleware, behind `KeyCheck`: refuses what a page may have sent without its user's knowledge (403)."""
+    """ASGI middleware, behind `KeyCheck`: refuses what a page may have sent without its user's knowledge (403).
+
+    Three refusals. Without an API key nothing else tells a page's requests from its user's, so:
+
+    - **A page whose host name was made to point here** (DNS rebinding) is same-origin for its browser, and would read
+      every answer. Its requests show that name in Host. Taken are only hosts whose name no stranger can own: addresses,
+      which need no name; localhost; the name of this machine; what `--host` and `--allowed-hosts` say. A server that
+      listens beyond the loopback interface takes names of private networks too, single words among them (mooli,
+      gpu.local): who can give such a name is in that network, and needs no browser to call the server.
+    - **A page of another origin** may send requests, though it may not read the answers. Refused is an Origin that is
+      neither the server's own nor one of `--cors-allow-origins`, and what the browser calls cross-site.
+    - Not every browser sends those headers with a GET or a form. So what changes the server, and needs no JSON body, is
+      a POST with a header that browsers do not send to another origin without asking it first.
+
+    With an API key the name is not asked for, so that users behind proxies need no second setting: a page does not know
+    the key, and what is open without one is open to everybody. For the same reason a request that brings a key may come
+    from anywhere: no page can add it to a request unless CORS allowed that page.
+    """
 
     def __init__(self, app: App, table: RouteTable, config: ServerConfig, keys: KeyRing) -> None:
         self._app = app
