@@ -84,8 +84,8 @@ class Arguments:
 
     OWNER: ClassVar[str] = ""
     """Whose arguments these are, as messages say it: "engine", "server"."""
-    SHORTHANDS: ClassVar[tuple[str, ...]] = ()
-    """Keywords that are no field: `_values` turns them into some."""
+    SHORTHANDS: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Keywords that are no field, with their subject and help: `from_kwargs` turns them into some."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -155,6 +155,8 @@ class Arguments:
             if item.name in hidden:
                 options["help"] = argparse.SUPPRESS
             group.add_argument(*flags_of(item.name, *item.metadata["aliases"]), **options)
+        for name, (subject, text) in cls.SHORTHANDS.items():
+            group_titled(parser, subject).add_argument(*flags_of(name), default=argparse.SUPPRESS, help=text)
 
     @classmethod
     def from_cli_args(cls: type[A], args: argparse.Namespace, **defaults: Any) -> A:

@@ -7,15 +7,14 @@ here and settled in `mooli.engine.build`. What a server needs besides is in `moo
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mooli.arguments import Arguments, argument, group_titled, parse_object
+from mooli.arguments import Arguments, argument, parse_object
 from mooli.errors import ConfigError, UnknownArgumentError
 from mooli.sglang_arguments import HINTS, REASONS, asks_for_nothing, is_server_argument, is_sglang_argument
 
@@ -93,7 +92,9 @@ class EngineConfig(Arguments):
     """
 
     OWNER: ClassVar[str] = "engine"
-    SHORTHANDS: ClassVar[tuple[str, ...]] = ("backend",)
+    SHORTHANDS: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "backend": (_DEVICE_SUBJECT, "Shorthand for --device: auto, cpu, reference, cuda, ascend (npu)."),
+    }
 
     model_path: str = argument(
         dataclasses.MISSING, "str", "Model folder, GGUF file or model name.", aliases=("model",), subject="model"
@@ -378,22 +379,6 @@ class EngineConfig(Arguments):
                 f"{name} is known to SGLang but not supported by Mooli yet{why}: remove {name}={value!r}"
             )
         super()._refuse_unknown(name, value)
-
-    @classmethod
-    def add_cli_args(
-        cls,
-        parser: argparse.ArgumentParser,
-        *,
-        defaults: Mapping[str, Any] | None = None,
-        hidden: Collection[str] = (),
-    ) -> None:
-        """Add a flag for every argument, and `--backend`; see `Arguments.add_cli_args`."""
-        super().add_cli_args(parser, defaults=defaults, hidden=hidden)
-        group_titled(parser, _DEVICE_SUBJECT).add_argument(
-            "--backend",
-            default=argparse.SUPPRESS,
-            help="Shorthand for --device: auto, cpu, reference, cuda, ascend (npu).",
-        )
 
 
 def _apply_backend(backend: Any, values: dict[str, Any]) -> None:

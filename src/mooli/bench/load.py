@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,32 @@ Send = Callable[[int, BenchRequest, "list[RequestRecord]"], Awaitable[None]]
 """Sends one request and adds its records; raises UnreachableError when there is no server."""
 
 
+class Refusals:
+    """Ends a run, by its `stop`, whose server is gone: so many requests in a row found none.
+
+    A context manager around each request, which takes the request's UnreachableError.
+    """
+
+    def __init__(self, stop: asyncio.Event) -> None:
+        self.stop = stop
+        self.is_server_gone = False
+        self._in_a_row = 0
+
+    def __enter__(self) -> None:
+        """Nothing is known yet."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        if kind is None:
+            self._in_a_row = 0
+        elif issubclass(kind, UnreachableError):
+            self._in_a_row += 1
+            if self._in_a_row >= REFUSALS_TO_GIVE_UP:
+                self.is_server_gone = True
+                self.stop.set()
+            return True
+        return False
+
+
 @dataclass(slots=True, kw_only=True)
 class LoadResult:
     """records: in the order of the dataset, of what was sent. duration_s: from the first request to the last answer.
@@ -62,6 +89,19 @@ class LoadResult:
     is_interrupted: bool = False
     is_server_gone: bool = False
     num_unsent: int = 0
+
+    @staticmethod
+    def of(
+        records: Sequence[RequestRecord], refusals: Refusals, *, start_s: float, end_s: float, num_unsent: int
+    ) -> LoadResult:
+        return LoadResult(
+            records=sorted(records, key=lambda record: (record.index, record.turn)),
+            start_s=start_s,
+            duration_s=end_s - start_s,
+            is_interrupted=refusals.stop.is_set() and not refusals.is_server_gone,
+            is_server_gone=refusals.is_server_gone,
+            num_unsent=num_unsent,
+        )
 
 
 async def put_under_load(
@@ -80,17 +120,11 @@ async def put_under_load(
     stop: setting it ends the run: what is in progress is cut off and marked so.
     records: a list to fill, for someone who watches the run.
     """
-    run = _Run(send, max_concurrency, [] if records is None else records, stop)
-    start_s = clock()
+    refusals, records, start_s = Refusals(stop), [] if records is None else records, clock()
+    run = _Run(send, max_concurrency, records, refusals)
     await until_stopped(run.send_all(requests, times_s, start_s, clock), stop)
-    return LoadResult(
-        records=sorted(run.records, key=lambda record: (record.index, record.turn)),
-        start_s=start_s,
-        duration_s=clock() - start_s,
-        is_interrupted=stop.is_set() and not run.is_server_gone,
-        is_server_gone=run.is_server_gone,
-        num_unsent=len(requests) - len({record.index for record in run.records}),
-    )
+    num_unsent = len(requests) - len({record.index for record in records})
+    return LoadResult.of(records, refusals, start_s=start_s, end_s=clock(), num_unsent=num_unsent)
 
 
 async def until_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> None:
@@ -111,14 +145,14 @@ async def until_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) ->
 
 class _Run:
     def __init__(
-        self, send: Send, max_concurrency: int | None, records: list[RequestRecord], stop: asyncio.Event
+        self, send: Send, max_concurrency: int | None, records: list[RequestRecord], refusals: Refusals
     ) -> None:
-        self.records = records
-        self.is_server_gone = False
         self._send = send
-        self._places = asyncio.Semaphore(max_concurrency) if max_concurrency else None
-        self._stop = stop
-        self._num_refused = 0
+        self._records = records
+        self._refusals = refusals
+        self._places: AbstractAsyncContextManager[None] = nullcontext()
+        if max_concurrency:
+            self._places = asyncio.Semaphore(max_concurrency)
 
     async def send_all(
         self, requests: Sequence[BenchRequest], times_s: Sequence[float], start_s: float, clock: Callable[[], float]
@@ -137,19 +171,6 @@ class _Run:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _send_one(self, index: int, request: BenchRequest) -> None:
-        if self._places is None:
-            await self._send_counted(index, request)
-        else:
-            async with self._places:
-                await self._send_counted(index, request)
-
-    async def _send_counted(self, index: int, request: BenchRequest) -> None:
-        try:
-            await self._send(index, request, self.records)
-        except UnreachableError:
-            self._num_refused += 1
-            if self._num_refused >= REFUSALS_TO_GIVE_UP:
-                self.is_server_gone = True
-                self._stop.set()
-        else:
-            self._num_refused = 0
+        async with self._places:
+            with self._refusals:
+                await self._send(index, request, self._records)

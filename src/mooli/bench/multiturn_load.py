@@ -12,10 +12,9 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from mooli.bench.client import UnreachableError
 from mooli.bench.datasets import DatasetOptions, Randoms, load_dataset
 from mooli.bench.errors import BenchmarkError
-from mooli.bench.load import REFUSALS_TO_GIVE_UP, LoadResult, until_stopped
+from mooli.bench.load import LoadResult, Refusals, until_stopped
 from mooli.bench.multiturn_flags import MultiturnOptions
 from mooli.bench.records import BenchRequest, Message, RequestRecord
 from mooli.frontend.tokenizer import Tokenizer
@@ -93,17 +92,9 @@ async def converse_under_load(
     marked so. records: filled as requests are sent.
     """
     total = sum(len(conversation.questions) for conversation in conversations)
-    run = _Run(conversations, send, how, stop, records)
-    start_s = clock()
-    await until_stopped(run.send_all(), stop)
-    return LoadResult(
-        records=sorted(records, key=lambda record: (record.index, record.turn)),
-        start_s=start_s,
-        duration_s=clock() - start_s,
-        is_interrupted=stop.is_set() and not run.is_server_gone,
-        is_server_gone=run.is_server_gone,
-        num_unsent=total - len(records),
-    )
+    refusals, start_s = Refusals(stop), clock()
+    await until_stopped(_Run(conversations, send, how, refusals, records).send_all(), stop)
+    return LoadResult.of(records, refusals, start_s=start_s, end_s=clock(), num_unsent=total - len(records))
 
 
 class _Run:
@@ -112,20 +103,18 @@ class _Run:
         conversations: Sequence[Conversation],
         send: Send,
         how: Pace,
-        stop: asyncio.Event,
+        refusals: Refusals,
         records: list[RequestRecord],
     ) -> None:
-        self.is_server_gone = False
         self._send = send
         self._how = how
-        self._stop = stop
+        self._refusals = refusals
         self._records = records
         self._ready = list(conversations)
         self._next_round: list[Conversation] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
-        self._num_refused = 0
 
     async def send_all(self) -> None:
         try:
@@ -159,15 +148,10 @@ class _Run:
 
     async def _send_one(self, conversation: Conversation) -> None:
         try:
-            goes_on = await self._send(conversation, self._records)
-            self._num_refused = 0
-            if goes_on and not conversation.is_over:
-                (self._next_round if self._how.has_round_barrier else self._ready).append(conversation)
-        except UnreachableError:
-            self._num_refused += 1
-            if self._num_refused >= REFUSALS_TO_GIVE_UP:
-                self.is_server_gone = True
-                self._stop.set()
+            with self._refusals:
+                goes_on = await self._send(conversation, self._records)
+                if goes_on and not conversation.is_over:
+                    (self._next_round if self._how.has_round_barrier else self._ready).append(conversation)
         except Exception as exc:
             self._failure = exc
         finally:
