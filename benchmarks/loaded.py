@@ -57,7 +57,7 @@ class Loaded:
         self.model = create_model(self.config, checkpoint, self.backend)
         checkpoint.close()
         kv_dtype = kv_cache_dtype or ("float32" if backend_name == "reference" or dtype == "float32" else "bfloat16")
-        spec = self.config.kv_spec(PAGE_SIZE, kv_dtype)
+        spec = self.config.cache_spec(PAGE_SIZE, kv_dtype)
         self.backend.allocate(spec, num_pages, Limits(max_tokens, 64, 4096))
         self.forward = self.backend.capture(self.model.forward)
         self.logits = self.backend.capture(self.model.logits)

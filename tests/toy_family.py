@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mooli.backends.base import Array, AttentionSpec, CacheSpec, Ops, PagedLayer, RopeSpec
+from mooli.backends.base import Array, AttentionSpec, Ops, PagedLayer, RopeSpec
 from mooli.models.config import COLUMNS, ROWS, ModelConfig, Split, TensorSpec
 from mooli.models.family import Family
 from mooli.models.fields import GGUFSource, HFSource, check_range
@@ -68,8 +68,8 @@ class ToyConfig(ModelConfig):
     def may_ignore(self, name: str) -> bool:
         return name.startswith("vision.")
 
-    def kv_spec(self, page_size: int, dtype: str) -> CacheSpec:
-        return CacheSpec((PagedLayer(self.num_kv_heads, self.head_dim),) * self.num_layers, page_size, dtype)
+    def cache_layers(self) -> tuple[PagedLayer, ...]:
+        return (PagedLayer(self.num_kv_heads, self.head_dim),) * self.num_layers
 
     def part(self, size: int) -> ToyConfig:
         return dataclasses.replace(

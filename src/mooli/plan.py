@@ -113,7 +113,7 @@ def plan_memory(
     weights = _loaded_bytes(config, sizes, tp, stored_types)
     kv_dtype = kv_type(kv_cache_dtype, dtype, sizes.auto_dtype)
     page_size = sizes.default_page_size
-    page_bytes = sizes.kv_bytes_per_page(config.part(tp).kv_spec(page_size, kv_dtype))
+    page_bytes = sizes.kv_bytes_per_page(config.part(tp).cache_spec(page_size, kv_dtype))
     needs = PoolNeeds(
         available_bytes=memory_bytes,
         weight_bytes=weights,

@@ -54,7 +54,7 @@ class Built:
 
     def __init__(self, backend: Backend, dtype: str) -> None:
         model = create_model(CONFIG, DummyCheckpoint(CONFIG, seed=3), backend)
-        spec = CONFIG.kv_spec(PAGE_SIZE, dtype)
+        spec = CONFIG.cache_spec(PAGE_SIZE, dtype)
         backend.allocate(spec, POOL_PAGES, Limits(MAX_TOKENS, 8, POOL_PAGES))
         self.backend = backend
         self._runner = ModelRunner(model, backend, CONFIG.vocab_size)

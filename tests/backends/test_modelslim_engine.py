@@ -37,7 +37,7 @@ def meant() -> list[tuple[list[int], list[int]]]:
     """Prompts that are decided clearly, with the float model's answers on the reference backend."""
     backend = create_backend("reference")
     model = create_model(CONFIG, FloatCheckpoint(quantised()[0]), backend)
-    spec = CONFIG.kv_spec(16, "float32")
+    spec = CONFIG.cache_spec(16, "float32")
     backend.allocate(spec, 32, Limits(256, 1, 32))
     runner = ModelRunner(model, backend, CONFIG.vocab_size)
     answers = []

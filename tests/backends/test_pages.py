@@ -97,7 +97,7 @@ class placed(ExitStack):  # noqa: N801 - a context manager
         config = replace(CONFIG, head_dim=pool.head_dim)
         model = create_model(config, DummyCheckpoint(config, seed=3), backend)
         num_pages = NUM_PAGES * max(1, 16 // pool.page_size)
-        spec = config.kv_spec(pool.page_size, pool.dtype)
+        spec = config.cache_spec(pool.page_size, pool.dtype)
         backend.allocate(spec, num_pages, Limits(MAX_TOKENS, 4, num_pages))
         runner = ModelRunner(model, backend, config.vocab_size)
         return Place(runner, backend, pool.page_size, num_pages, config.vocab_size, MAX_TOKENS)

@@ -92,7 +92,7 @@ class Group:
         made = create_model(
             model.part(place.size), part_checkpoint(model, DummyCheckpoint(model, seed=3), place), backend
         )
-        spec = made.config.kv_spec(PAGE_SIZE, "float32")
+        spec = made.config.cache_spec(PAGE_SIZE, "float32")
         num_pages = POOL_TOKENS // PAGE_SIZE
         backend.allocate(spec, num_pages, Limits(MAX_TOKENS, 8, num_pages))
         self._runners[rank] = ModelRunner(made, backend, model.vocab_size)
@@ -265,7 +265,7 @@ def test_a_rank_holds_its_part_of_the_weights_and_of_the_kv_cache(
         for backend in ranks.backends:
             assert backend.weight_bytes() - norms == whole // size
             pool = getattr(backend, "pool")  # noqa: B009 - not in the protocol
-            assert pool.num_kv_heads == 4 // size
+            assert {layer.num_kv_heads for layer in pool.layers} == {4 // size}
 
 
 def test_a_tied_head_is_one_table_on_every_rank(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class Built:
 
 def built(backend: Backend, page_size: int) -> Built:
     model = create_model(CONFIG, DummyCheckpoint(CONFIG, seed=3), backend)
-    spec = CONFIG.kv_spec(page_size, "float32")
+    spec = CONFIG.cache_spec(page_size, "float32")
     num_pages = POOL_TOKENS // page_size
     backend.allocate(spec, num_pages, Limits(MAX_TOKENS, 8, num_pages))
     return Built(ModelRunner(model, backend, CONFIG.vocab_size), page_size)

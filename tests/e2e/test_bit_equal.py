@@ -104,7 +104,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
     built = create_model(config, checkpoint, backend)
     checkpoint.close()
     kv_dtype = "int8" if kind == "int8 KV" else "bfloat16"
-    kv_spec = config.kv_spec(PAGE_SIZE, kv_dtype)
+    kv_spec = config.cache_spec(PAGE_SIZE, kv_dtype)
     backend.allocate(kv_spec, NUM_PAGES, Limits(MAX_TOKENS, 8, NUM_PAGES))
     runner = ModelRunner(built, backend, config.vocab_size)
     size = config.vocab_size

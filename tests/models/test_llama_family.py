@@ -108,7 +108,7 @@ class Runnable:
         config = model.config
         self.backend = backend
         self.page_size = backend.default_page_size
-        spec = config.kv_spec(self.page_size, kv_dtype)
+        spec = config.cache_spec(self.page_size, kv_dtype)
         backend.allocate(spec, 32, LIMITS)
         self.pages = Pages(32, self.page_size)
         self._forward = backend.capture(model.forward)

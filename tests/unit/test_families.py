@@ -118,7 +118,7 @@ def test_it_computes_what_it_means(folder: Path, weights: Weights, reference: Ba
     config, checkpoint = open_model(folder)
     model = create_model(config, checkpoint, reference)
     checkpoint.close()
-    reference.allocate(config.kv_spec(16, "float32"), 8, LIMITS)
+    reference.allocate(config.cache_spec(16, "float32"), 8, LIMITS)
     ids = [5, 0, 120, 7, 7, 9]
     batch = step([Row(ids, 0, Pages(8, 16).take(len(ids)), samples=len(ids))], 16)
     planned = reference.plan(batch)

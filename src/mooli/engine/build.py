@@ -155,7 +155,7 @@ def _build(
         place = Place(0, config.tp_size)
         own_config = model_config.part(config.tp_size)
         kv_dtype = kv_type(config.kv_cache_dtype, config.dtype, backend.describe().get("dtype"))
-        kv_spec = own_config.kv_spec(page_size, kv_dtype)
+        kv_spec = own_config.cache_spec(page_size, kv_dtype)
         # A layer that the backend cannot compute is found before a weight is read.
         bytes_per_page = backend.kv_bytes_per_page(kv_spec)
         model = create_model(

@@ -246,7 +246,7 @@ def _compute(connection: socket.socket) -> None:
     _send(connection, Loaded(available_bytes, backend.weight_bytes()))
 
     order = _expect(connection, Allocate)
-    spec = model.config.kv_spec(order.page_size, order.kv_dtype)
+    spec = model.config.cache_spec(order.page_size, order.kv_dtype)
     backend.allocate(spec, order.num_pages, Limits(order.max_tokens, order.max_rows, order.max_pages_per_row))
     runner = ModelRunner(model, backend, order.vocab_size)
     _send(connection, Allocated())

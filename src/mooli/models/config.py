@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from mooli.backends.base import CacheSpec
+from mooli.backends.base import CacheLayer, CacheSpec
 from mooli.errors import UnsupportedModelError
 from mooli.models.fields import check_range
 
@@ -87,8 +87,12 @@ class ModelConfig(ABC):
         return False
 
     @abstractmethod
-    def kv_spec(self, page_size: int, dtype: str) -> CacheSpec:
-        """What the layers keep of each token, in pages of `page_size`; of one rank, if this is its part."""
+    def cache_layers(self) -> tuple[CacheLayer, ...]:
+        """What each layer keeps of a sequence, by `Ops.attend`'s index; of one rank, if this is its part."""
+
+    def cache_spec(self, page_size: int, dtype: str) -> CacheSpec:
+        """The same in pages of `page_size` tokens."""
+        return CacheSpec(self.cache_layers(), page_size, dtype)
 
     @abstractmethod
     def part(self, size: int) -> ModelConfig:

@@ -12,7 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from mooli.backends.base import Array, AttentionSpec, CacheSpec, Ops, PagedLayer, RopeSpec, Weight
+from mooli.backends.base import Array, AttentionSpec, Ops, PagedLayer, RopeSpec, Weight
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import rope
 from mooli.models.config import ModelConfig, TensorSpec
@@ -92,9 +92,8 @@ class LlamaConfig(ModelConfig):
         # The head is stored next to a tied embedding by some tools; the others are frequencies, which the config gives.
         return name in ("lm_head.weight", "rope_freqs.weight") or name.endswith("rotary_emb.inv_freq")
 
-    def kv_spec(self, page_size: int, dtype: str) -> CacheSpec:
-        layer = PagedLayer(self.num_kv_heads, self.head_dim, self.sliding_window or 0)
-        return CacheSpec((layer,) * self.num_layers, page_size, dtype)
+    def cache_layers(self) -> tuple[PagedLayer, ...]:
+        return (PagedLayer(self.num_kv_heads, self.head_dim, self.sliding_window or 0),) * self.num_layers
 
     def part(self, size: int) -> LlamaConfig:
         return dataclasses.replace(
