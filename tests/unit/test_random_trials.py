@@ -33,7 +33,7 @@ def test_a_batch_made_from_the_last_one_is_the_batch_made_anew(monkeypatch: pyte
         batch = make_next(self, step, plan, last)
         compared += 1
         penalised += len(batch.sampling.history_ids) > 0
-        anew = self._build(step, Plan(0, 0, rows=plan.rows, may_begin_next=plan.may_begin_next))
+        anew = self._build(step, Plan(0, 0, 0, rows=plan.rows, may_begin_next=plan.may_begin_next))
         pairs: list[tuple[Any, Any]] = [(batch, anew), (batch.sampling, anew.sampling)]
         if batch.sampling.masks is not None or anew.sampling.masks is not None:
             masked += 1
