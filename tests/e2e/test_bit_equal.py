@@ -199,8 +199,9 @@ def decode(model: RealModel, request: Request) -> list[int]:
     for _ in range(request.sampling.max_new_tokens or 0):
         ids, start = (made[-1:], len(prompt) + len(made) - 1) if made else (prompt, 0)
         batch = step([Row(ids, start, range(8))], PAGE_SIZE)
-        hidden = model.runner._forward(backend.plan(batch))
-        logits = backend.to_host(model.runner._logits(backend.take_rows(hidden, batch.sampling_tokens)))
+        planned = backend.plan(batch)
+        asked = backend.take_rows(planned, model.runner._forward(planned), batch.sampling_tokens)
+        logits = backend.to_host(model.runner._logits(*asked))
         sampling = sampling_batch([Choice()])
         if rule is not None:
             words = words_of(rule.allowed(made), -(-model.vocab_size // 32))
