@@ -243,7 +243,9 @@ def test_the_extra_for_npus_has_what_cann_imports_and_no_torch() -> None:
     assert "[ascend]" in " ".join(line for finding in explain("EH9999") for line in finding.cure)
 
 
-@pytest.mark.parametrize("name", ["architecture.md", "cpu_backend.md", "add_a_model.md", "add_a_backend.md"])
+@pytest.mark.parametrize(
+    "name", ["architecture.md", "cpu_backend.md", "extending.md", "add_a_model.md", "add_a_backend.md"]
+)
 def test_files_and_methods_that_a_guide_names_exist(name: str) -> None:
     quoted = re.findall(r"`([^`\n]+)`", text_of(f"docs/{name}"))
     known = [f"/{path.relative_to(ROOT)}" for path in [*SOURCES, ROOT / "pyproject.toml"]]
