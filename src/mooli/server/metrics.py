@@ -59,7 +59,7 @@ Labels = dict[str, str]
 
 
 class Metrics:
-    """Takes what happens (an `Observer` of `mooli.server.service`, and the HTTP layer's) and renders it.
+    """Takes what happens to calls (`mooli.server.service`) and on HTTP, and renders it.
 
     Not thread-safe: everything is called in the server's event loop.
     """
@@ -72,7 +72,7 @@ class Metrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Exposition(model_name, self._requests, self._http, self._engine))
 
-    # -- of requests (Observer) --
+    # -- of requests --
     def received(self, *, is_stream: bool, prompt_tokens: int) -> None:
         self._requests.num_open += 1
 
