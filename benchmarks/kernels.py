@@ -72,8 +72,9 @@ def matrix_values(loaded: Loaded, *, head: bool) -> int:
 
 def read_bytes(loaded: Loaded) -> int:
     """Packed bytes a decode step reads: all linear weights, head included; the embedding is only gathered from."""
-    layers = loaded.model._layers
-    weights = [w for layer in layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [loaded.model._head]
+    blocks = [(layer.attention, layer.mlp) for layer in loaded.model._layers]
+    weights = [w for attention, mlp in blocks for w in (attention.qkv, attention.o, mlp.gate_up, mlp.down)]
+    weights.append(loaded.model._head)
     return sum(weight.native.num_bytes for weight in weights)
 
 
