@@ -14,6 +14,32 @@ if TYPE_CHECKING:
 
     from mooli.config import EngineConfig
     from mooli.frontend.engine import Engine
+    from mooli.lang.backends import flush_cache, get_server_info, set_default_backend
+    from mooli.lang.choices import (
+        greedy_token_selection,
+        token_length_normalized,
+        unconditional_likelihood_normalized,
+    )
+    from mooli.lang.endpoint import Runtime, RuntimeEndpoint
+    from mooli.lang.expressions import (
+        assistant,
+        assistant_begin,
+        assistant_end,
+        gen,
+        gen_int,
+        gen_string,
+        image,
+        select,
+        separate_reasoning,
+        system,
+        system_begin,
+        system_end,
+        user,
+        user_begin,
+        user_end,
+        video,
+    )
+    from mooli.lang.program import function
     from mooli.version import __version__
 
 __all__ = [
@@ -31,6 +57,7 @@ __all__ = [
     "ModelNotFoundError",
     "MooliError",
     "OutOfMemoryError",
+    "ProgramError",
     "PromptError",
     "RequestError",
     "RequestFailedError",
@@ -40,9 +67,29 @@ __all__ = [
     "UnknownSamplingParamError",
     "UnsupportedModelError",
     "__version__",
+    "Runtime", "RuntimeEndpoint", "function", "set_default_backend", "flush_cache", "get_server_info",
+    "gen", "gen_int", "gen_string", "select", "system", "system_begin", "system_end", "user", "user_begin", "user_end",
+    "assistant", "assistant_begin", "assistant_end", "image", "video", "separate_reasoning",
+    "token_length_normalized", "greedy_token_selection", "unconditional_likelihood_normalized",
 ]  # fmt: skip
 
-_MODULES = {"Engine": "mooli.frontend.engine", "EngineConfig": "mooli.config", "__version__": "mooli.version"}
+_LANGUAGE = {
+    "mooli.lang.expressions": (
+        "gen gen_int gen_string select system user assistant system_begin system_end user_begin user_end"
+        " assistant_begin assistant_end image video separate_reasoning"
+    ),
+    "mooli.lang.choices": "token_length_normalized greedy_token_selection unconditional_likelihood_normalized",
+    "mooli.lang.program": "function",
+    "mooli.lang.backends": "set_default_backend flush_cache get_server_info",
+    "mooli.lang.endpoint": "Runtime RuntimeEndpoint",
+}
+
+_MODULES = {
+    "Engine": "mooli.frontend.engine",
+    "EngineConfig": "mooli.config",
+    "__version__": "mooli.version",
+    **{name: module for module, names in _LANGUAGE.items() for name in names.split()},
+}
 """Where a name comes from; the others are errors."""
 
 

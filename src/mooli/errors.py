@@ -11,6 +11,7 @@ what to do about it.
     │   │   └── ContextLengthError            longer than the context, alone or with the answer asked for
     │   └── SamplingParamsError               a sampling value out of its range
     │       └── UnknownSamplingParamError (TypeError)
+    ├── ProgramError (RuntimeError)           a program of the frontend language is wrong, or something in it failed
     ├── BusyError (RuntimeError)              no room for one request now; the same may be sent again
     │   ├── QueueFullError                    as many run and wait as may
     │   └── KeyBusyError                      as many of the same key do
@@ -98,6 +99,10 @@ class SamplingParamsError(RequestError):
 
 class UnknownSamplingParamError(SamplingParamsError, TypeError):
     """There is no sampling parameter of that name."""
+
+
+class ProgramError(MooliError, RuntimeError):
+    """A program of the frontend language is wrong, or something in it failed: `__cause__` says what, if not this."""
 
 
 class BusyError(MooliError, RuntimeError):

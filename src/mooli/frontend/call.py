@@ -135,8 +135,9 @@ class Call:
         """Abort what is not finished; what was computed of it stays in the cache. May be called at any time, from a
         finaliser too."""
         if self._open:
-            self._link.drop([self.generations[index].request for index in self._open], reason)
-            left, self._open = sorted(self._open), set()
+            left = sorted(self._open)  # at once: the thread that reads may take from it
+            self._link.drop([self.generations[index].request for index in left], reason)
+            self._open = set()
             for index in left:
                 self._finished(self.generations[index])
 
@@ -315,7 +316,8 @@ class _Stream:
     def _next_ready(self) -> dict[str, Any] | None:
         if not self._ready and not self._call.is_done:
             self._ready = self._call.chunks()
-        return self._ready.pop(0) if self._ready else None
+        ready = self._ready  # which another thread may close
+        return ready.pop(0) if ready else None
 
     def close(self) -> None:
         """Stop here: abort what is not finished. Nothing further is yielded."""
@@ -333,6 +335,11 @@ class Stream(_Stream):
 
     def __iter__(self) -> Stream:
         return self
+
+    def close(self) -> None:
+        """Stop here, on any thread: one that waits for a chunk is told that there are no more."""
+        super().close()
+        self._bell.ring()
 
     def __next__(self) -> dict[str, Any]:
         try:

@@ -12,7 +12,7 @@ import inspect
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace, TracebackType
@@ -20,8 +20,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from mooli.config import EngineConfig
 from mooli.engine.build import Progress, build_engine
-from mooli.errors import ConfigError
+from mooli.errors import ConfigError, PromptError, RequestError
 from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
+from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.generation import generations_of
 from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.native_answer import NativeAnswer, model_info, native_answers
@@ -40,6 +41,10 @@ T = TypeVar("T")
 Answer = dict[str, Any]
 """{"text", "output_ids", "meta_info": {"id", "finish_reason", "prompt_tokens", "completion_tokens", …}}
 as SGLang has it; chunks of a call with several requests have "index" too; without a tokenizer there is no "text"."""
+
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages: mappings of JSON values, with `role` and `content`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +157,51 @@ class Engine:
         results = await run_async(self._loop, answers)
         return results[0] if is_single else results
 
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        *,
+        stream: bool = False,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Answer | list[Answer] | Stream:
+        """`generate` for a conversation, or for a list of conversations: the model's own template makes its prompt.
+
+        messages: dicts of `role` and `content`, or a list of such lists. No text in them can end a message or begin
+        another. add_generation_prompt: the assistant begins a message. continue_final_message: the last message goes
+        on instead. chat_template_kwargs: further names for the template, `enable_thinking` for example.
+        arguments: other fields of `GenerateCall`, such as return_logprob.
+
+        The answer is that of `generate`. Raises ChatTemplateError if the model has no template or it refuses the
+        messages, and what `generate` raises.
+        """
+        call = self._chat_call(
+            messages, add_generation_prompt, continue_final_message, chat_template_kwargs,
+            {**arguments, "sampling_params": sampling_params, "stream": stream},
+        )  # fmt: skip
+        return self.generate(**call)
+
+    async def async_chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        *,
+        stream: bool = False,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Answer | list[Answer] | AsyncStream:
+        """`chat`, with the same arguments, for asyncio; as `async_generate` is to `generate`."""
+        call = self._chat_call(
+            messages, add_generation_prompt, continue_final_message, chat_template_kwargs,
+            {**arguments, "sampling_params": sampling_params, "stream": stream},
+        )  # fmt: skip
+        return await self.async_generate(**call)
+
     def flush_cache(self) -> FlushCacheResult:
         """Forget all cached prefixes. Without effect, and saying so, while requests are running."""
         if self._loop.call(self._core.flush_cache):
@@ -186,6 +236,38 @@ class Engine:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.shutdown()
+
+    def _chat_call(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        chat_template_kwargs: Mapping[str, Any] | None,
+        arguments: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Arguments of `generate`. Raises ChatTemplateError, PromptError, and RequestError for names of a prompt."""
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise PromptError(
+                "a conversation needs a tokenizer, and there is none here: give input_ids to generate",
+                argument="messages",
+                advice="(skip_tokenizer_init=True leaves it out)",
+            )
+        for name in ("prompt", "input_ids"):
+            if name in arguments:
+                raise RequestError(f"chat makes the prompt of messages: leave out {name}", argument=name)
+        template_arguments = {
+            **(chat_template_kwargs or {}),
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+        }
+        is_batch = isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], (list, tuple))
+        conversations: Sequence[Any] = messages if is_batch else [messages]
+        ids = [
+            encode_chat(tokenizer, conversation, context_length=self._facts.context_length, **template_arguments)
+            for conversation in conversations
+        ]
+        return {**arguments, "input_ids": ids if is_batch else ids[0]}
 
     def _prepare(self, call: GenerateCall) -> tuple[list[NativeAnswer], bool]:
         """The answers of a checked call, none submitted yet, and whether it is for a dict rather than a list."""

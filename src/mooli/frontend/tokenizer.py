@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mooli.errors import CheckpointError, ModelNotFoundError, PromptError, TokenizerError
+from mooli.errors import ChatTemplateError, CheckpointError, ModelNotFoundError, PromptError, TokenizerError
 from mooli.formats.files import parse_json, read_text_file
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.tokenizer_bounds import TextBounds, byte_level_alphabet, check_added_count, check_file, text_bounds
@@ -126,6 +126,61 @@ class Tokenizer:
         if not parse_special and not self.special_ids.isdisjoint(ids):
             self._refuse_control_ids(encoding)
         return ids
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The prompt of a conversation, or the list of those of a list of conversations, by the model's template.
+
+        The arguments are those of Hugging Face's tokenizers. tokenize: True gives ids, in which no text of a message
+        is a special token; False gives text, which `encode` reads with add_special_tokens=False. kwargs: further names
+        for the template, `enable_thinking` for example.
+
+        Raises ChatTemplateError if there is no template or it refuses the messages, and what `encode` raises.
+        """
+        # Here, because that module builds on this one.
+        from mooli.frontend.chat_encoding import encode_chat
+
+        template = self.chat_template
+        if template is None:
+            raise ChatTemplateError("the model has no chat template: give one with chat_template")
+        arguments = {
+            **kwargs,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+
+        def prompt(messages: Any) -> list[int] | str:
+            return encode_chat(self, messages, **arguments) if tokenize else template.render(messages, **arguments)
+
+        is_batch = isinstance(conversation, (list, tuple)) and bool(conversation)
+        if is_batch and isinstance(conversation[0], (list, tuple)):
+            return [prompt(messages) for messages in conversation]
+        return prompt(conversation)
+
+    @property
+    def bos_token(self) -> str | None:
+        """Text of the token that begins a text; None if the model's files name none."""
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """Text of the token that ends a text; None if the model's files name none."""
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Its id. `eos_ids` has all that end an answer."""
+        token_id: int | None = None if self.eos_token is None else self._backend.token_to_id(self.eos_token)
+        return token_id
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that `encode` gives at least, without tokenising; 0 where this tokenizer allows no such
