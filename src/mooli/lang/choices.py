@@ -1,6 +1,6 @@
 """How `select` compares its options, by the log-probabilities of their tokens.
 
-Owns the three methods of SGLang, pure functions. Which tokens there are is the state's, what they weigh is the engine's.
+Owns the three methods of SGLang, pure functions. Which tokens there are is the state's, what they weigh the engine's.
 """
 
 from __future__ import annotations

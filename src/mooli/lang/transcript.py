@@ -6,6 +6,7 @@ so that the cache holds all of them. Messages become text by the model's own tem
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,12 +29,14 @@ class _Run:
 class Transcript:
     """Either plain text, or messages, of which the last may be open.
 
-    runs: of the plain text, or of the open message.
+    runs: of the plain text, or of the open message. known: ids of the messages up to the end of what the model last
+    wrote, as it read and wrote them.
     """
 
     messages: list[dict[str, str]] = field(default_factory=list)
     role: str | None = None
     runs: list[_Run] = field(default_factory=list)
+    known: list[int] = field(default_factory=list)
 
     def copy(self) -> Transcript:
         """One that goes on apart from this."""
@@ -52,13 +55,16 @@ class Transcript:
             self.runs.append(_Run(text))
 
     def say_generated(self, text: str, ids: Sequence[int], backend: Backend) -> None:
-        """Add what the model wrote: with its ids as far as these say the text."""
+        """Add what the model wrote behind `prompt_ids`: with its ids as far as these say the text."""
+        prompt = self.prompt_ids(backend) if self.role == "assistant" and backend.keeps_ids else None
         kept = len(ids) if backend.keeps_ids else 0
         while kept and not text.startswith(backend.decode(ids[:kept])):
             kept = kept - 1 if len(ids) - kept < _MAX_CUT_TOKENS else 0
         said = backend.decode(ids[:kept]) if kept else ""
         if kept:
             self.runs.append(_Run(said, tuple(ids[:kept])))
+        if prompt is not None:
+            self.known = [*prompt, *ids[:kept]]
         self.say(text[len(said) :])
 
     def begin(self, role: str) -> None:
@@ -86,7 +92,8 @@ class Transcript:
         if self.role != "assistant":
             content = self._said() + then
             return backend.encode_chat([*self.messages, {"role": self.role, "content": content}], is_open=True)
-        return [*backend.encode_chat(self.messages, is_open=False), *self._ids(backend, then, is_prompt=False)]
+        ids = self._as_known(backend.encode_chat(self.messages, is_open=False), backend)
+        return [*ids, *self._ids(backend, then, is_prompt=False)]
 
     def text(self, backend: Backend) -> str:
         """Everything so far; of messages, what the template makes of them, special tokens included."""
@@ -98,6 +105,14 @@ class Transcript:
 
     def _said(self) -> str:
         return "".join(run.text for run in self.runs)
+
+    def _as_known(self, ids: list[int], backend: Backend) -> list[int]:
+        """The same text as `ids`, which has earlier answers as the model wrote them, if it has them word for word."""
+        if not self.known or ids[: len(self.known)] == self.known:
+            return ids
+        text = backend.decode(self.known)
+        end = bisect_left(range(len(ids)), len(text), key=lambda count: len(backend.decode(ids[:count])))
+        return [*self.known, *ids[end:]] if backend.decode(ids[:end]) == text else ids
 
     def _ids(self, backend: Backend, then: str, *, is_prompt: bool) -> list[int]:
         ids: list[int] = []
