@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import threading
 import time
 
@@ -260,6 +261,14 @@ def test_a_program_is_part_of_another(make):
     assert inner.bind(name="m").run()["m"] == "x"
 
 
+def test_arguments_of_gen_have_sglangs_order():
+    assert " ".join(inspect.signature(sgl.gen).parameters) == (
+        "name max_tokens min_tokens n stop stop_token_ids stop_regex temperature top_p top_k min_p frequency_penalty"
+        " presence_penalty ignore_eos return_logprob logprob_start_len top_logprobs_num return_text_in_logprobs dtype"
+        " choices choices_method regex json_schema"
+    )
+
+
 def test_a_dtype_becomes_a_regex():
     number = sgl.gen_int("n", max_tokens=5, stop="!")
     assert number.params["regex"] == r"[-+]?[0-9]+[ \n]?"
@@ -298,6 +307,8 @@ def test_what_cannot_be_said_is_refused_by_name(make_expression, said):
         (lambda s: "plain" + sgl.user("a"), "behind plain text"),
         (lambda s: "a:" + sgl.gen("x", temperature=-1), r"program wrong_one, gen\('x'\): .*temperature"),
         (lambda s: sgl.select("x", ["a"]), "needs a text before it"),
+        (lambda s: "a:" + sgl.gen("x", stop_regex="b+"), "stop_regex is not supported"),
+        (lambda s: "a:" + sgl.gen("x", return_logprob=True, return_text_in_logprobs=True), "is a server's"),
     ],
 )
 def test_what_is_wrong_in_a_program_is_told_with_its_name(make, wrong, said):
@@ -479,6 +490,21 @@ def test_a_stream_that_is_dropped_ends_its_requests(endless, make_engine, check_
     gate.is_open.set()
     wait_until_idle(engine, make_engine.core)
     assert engine.get_server_info()["internal_states"][0]["generated_tokens"] < 500
+
+
+def test_streams_dropped_at_any_moment_leave_nothing_behind(make, check_balanced):
+    make(replies())
+    for num_pieces in range(12):
+        state = long_one.run(num_forks=num_pieces % 3, stream=True)
+        pieces = state.text_iter()
+        for _ in range(1 if num_pieces % 3 else num_pieces):  # of forks, the first piece of all that is said is the last
+            next(pieces)
+        del state, pieces
+    gc.collect()
+    deadline = time.monotonic() + 60
+    while threads := [thread.name for thread in threading.enumerate() if thread.name.startswith("mooli-long_one")]:
+        assert time.monotonic() < deadline, threads
+        time.sleep(0.005)
 
 
 def test_a_program_that_raises_ends_its_requests(endless, make_engine, check_balanced):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from mooli.errors import ProgramError, PromptError
+from mooli.errors import ProgramError, PromptError, RequestError
 
 if TYPE_CHECKING:
     from mooli.frontend.engine import Engine
@@ -81,6 +81,10 @@ class EngineBackend:
     def start(
         self, input_ids: list[int] | list[list[int]], sampling_params: Mapping[str, Any], **arguments: Any
     ) -> Chunks:
+        if arguments.pop("return_text_in_logprobs", False):
+            raise RequestError(
+                "return_text_in_logprobs is a server's: here, engine.tokenizer_manager.tokenizer has token_text"
+            )
         call = self._engine.generate(None, sampling_params, input_ids, stream=True, **arguments)
         return cast(Chunks, call)
 

@@ -104,6 +104,7 @@ def gen(
     n: int | None = None,
     stop: str | Sequence[str] | None = None,
     stop_token_ids: Sequence[int] | None = None,
+    stop_regex: str | Sequence[str] | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -114,6 +115,7 @@ def gen(
     return_logprob: bool | None = None,
     logprob_start_len: int | None = None,
     top_logprobs_num: int | None = None,
+    return_text_in_logprobs: bool | None = None,
     dtype: type | str | None = None,
     choices: Sequence[str] | None = None,
     choices_method: ChoicesMethod | None = None,
@@ -141,12 +143,13 @@ def gen(
             stop = [*([stop] if isinstance(stop, str) else stop or ()), " ", "\n"]
     params = {
         "max_new_tokens": max_tokens, "min_new_tokens": min_tokens, "n": n, "stop": stop,
-        "stop_token_ids": stop_token_ids, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
-        "frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty, "ignore_eos": ignore_eos,
-        "regex": regex, "json_schema": json_schema,
+        "stop_token_ids": stop_token_ids, "stop_regex": stop_regex, "temperature": temperature, "top_p": top_p,
+        "top_k": top_k, "min_p": min_p, "frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty,
+        "ignore_eos": ignore_eos, "regex": regex, "json_schema": json_schema,
     }  # fmt: skip
     logprobs = {
         "return_logprob": return_logprob, "logprob_start_len": logprob_start_len, "top_logprobs_num": top_logprobs_num,
+        "return_text_in_logprobs": return_text_in_logprobs,
     }  # fmt: skip
     return Gen(name, _given(params), _given(logprobs))
 

@@ -18,10 +18,10 @@ from mooli.lang.executor import Executor
 from mooli.lang.state import ProgramState
 
 _SAMPLING = (
-    "max_new_tokens", "min_new_tokens", "n", "stop", "stop_token_ids", "temperature", "top_p", "top_k", "min_p",
-    "frequency_penalty", "presence_penalty", "repetition_penalty", "ignore_eos", "sampling_seed",
+    "max_new_tokens", "min_new_tokens", "n", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k",
+    "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "ignore_eos", "sampling_seed",
 )  # fmt: skip
-_LOGPROBS = ("return_logprob", "logprob_start_len", "top_logprobs_num")
+_LOGPROBS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs")
 
 _MAX_THREADS = 64
 
