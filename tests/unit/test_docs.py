@@ -71,7 +71,7 @@ def test_documents_stay_short(name: str, most: int) -> None:
 SHORT_SENTENCES = (
     *("README.md", "SECURITY.md", "deploy/README.md"),
     *(f"docs/{name}.md" for name in ("architecture", "cpu_backend", "extending", "add_a_model", "add_a_backend")),
-    *(f"docs/{name}.md" for name in ("benchmarking", "ascend", "figures", "serving", "compatibility")),
+    *(f"docs/{name}.md" for name in ("benchmarking", "ascend", "figures", "serving", "compatibility", "lang")),
 )
 
 

@@ -451,6 +451,40 @@ def test_an_engine_whose_chunks_hold_what_is_new_gives_the_same(make):
     assert len(state.get_meta_info("x")["output_token_logprobs"]) == 7
 
 
+@sgl.function
+def tree_search(s, question, width):
+    def plans(s):
+        s += sgl.user(question)
+        forks = s.fork(width)
+        forks += sgl.assistant("P:" + sgl.gen("plan", max_tokens=9))
+        return forks
+
+    def answers(s):
+        s += sgl.user("do it")
+        forks = s.fork(width)
+        forks += sgl.assistant("A:" + sgl.gen("answer", max_tokens=9))
+        return forks
+
+    found = []
+    for plan in plans(s):
+        found.extend(answers(plan))
+    del plan
+    gc.collect()  # what they were forked from is gone
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_forks_outlive_what_they_were_forked_from(make, check_balanced, stream):
+    make(replies(P="first", A="done"))
+    state = tree_search.run(question="why", width=2, stream=stream)
+    if stream:
+        assert list(state.text_iter()) == ["why"]
+    found = state.ret_value
+    del state
+    assert [fork["answer"] for fork in found] == ["done"] * 4
+    assert [message["content"] for message in found[3].messages()] == ["why", "P:first", "do it", "A:done"]
+
+
 # -- ends --------------------------------------------------------------------------------------------------------------
 
 
@@ -497,7 +531,9 @@ def test_streams_dropped_at_any_moment_leave_nothing_behind(make, check_balanced
     for num_pieces in range(12):
         state = long_one.run(num_forks=num_pieces % 3, stream=True)
         pieces = state.text_iter()
-        for _ in range(1 if num_pieces % 3 else num_pieces):  # of forks, the first piece of all that is said is the last
+        for _ in range(
+            1 if num_pieces % 3 else num_pieces
+        ):  # of forks, the first piece of all that is said is the last
             next(pieces)
         del state, pieces
     gc.collect()

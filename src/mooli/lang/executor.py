@@ -41,7 +41,7 @@ _SELDOM = 1 << 30
 class Executor:
     """name: of the state, for errors. params: sampling parameters and log-probability arguments for all answers that do
     not have their own. is_stream: answers are read while they grow. has_thread: False carries out at once what is
-    added, on the thread that adds it.
+    added, on the thread that adds it. root: the state of the program that this one was forked in.
 
     What is added to a state that has failed or is closed raises its error. Thread-safe.
     """
@@ -55,6 +55,7 @@ class Executor:
         *,
         is_stream: bool,
         has_thread: bool,
+        root: Executor | None = None,
     ) -> None:
         self.name = name
         self.backend = backend
@@ -77,7 +78,8 @@ class Executor:
         self._growing: dict[str, str] = {}
         self._scopes: dict[str, int] = {}
         self._chunks: Chunks | None = None
-        self._forks: weakref.WeakSet[Executor] = weakref.WeakSet()
+        self._root = root or self
+        self._forks: weakref.WeakSet[Executor] = weakref.WeakSet()  # a root's: all of the program
 
     # -- what a program does ------------------------------------------------------------------------------------------
 
@@ -142,11 +144,13 @@ class Executor:
         """One that goes on from here, apart from this. Nothing is copied but text: pages are shared by the cache."""
         self.sync()
         fork = Executor(
-            name, self.backend, self._params, self._logprobs, is_stream=self._is_stream, has_thread=self._has_thread
-        )
+            name, self.backend, self._params, self._logprobs,
+            is_stream=self._is_stream, has_thread=self._has_thread, root=self._root,
+        )  # fmt: skip
         fork.values, fork.metas, fork._said = dict(self.values), dict(self.metas), self._said
         fork._transcript = self._transcript.copy()
-        self._forks.add(fork)
+        self._root._forks.add(fork)
+        self._root.raise_error()  # it was abandoned meanwhile, and may not have known this fork
         return fork
 
     def piece(self, name: str | None, start: int) -> str | None:
@@ -190,16 +194,23 @@ class Executor:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End its requests and those of its forks: nobody wants them any more. Any thread, a finaliser too."""
+        """End its requests: nobody wants them any more. Any thread, a finaliser too."""
         with self._changed:
-            self._is_ended = True
-            if self._waiting or self._is_busy:
+            if not self._is_idle_for_ever():
                 self.fail(ProgramError(f"program {self.name} was abandoned: nobody waits for it any more"))
-            chunks, forks = self._chunks, list(self._forks)
+            self._is_ended = True
+            chunks = self._chunks
             self._changed.notify_all()
         if chunks is not None:
             chunks.close()
-        for fork in forks:
+
+    def abandon(self) -> None:
+        """`close` the program with all of its forks, unless it has come to its end: then forks are who holds them's."""
+        with self._changed:
+            if self._is_idle_for_ever():
+                return
+        self.close()  # first: who forks from now on, hears of it
+        for fork in list(self._forks):
             fork.close()
 
     def _is_idle_for_ever(self) -> bool:

@@ -64,7 +64,7 @@ class Program:
         if not stream:
             self._run(executor, args, given)
             return ProgramState(executor)
-        state = ProgramState(executor, owns=True)
+        state = ProgramState(executor, on_drop=executor.abandon)
         threading.Thread(
             target=self._run_aside, args=(executor, args, given), name=f"mooli-{executor.name}", daemon=True
         ).start()
@@ -114,7 +114,7 @@ class Program:
                 yield ProgramState(executor)
         except BaseException:
             for executor, _ in prepared:
-                executor.close()
+                executor.abandon()
             raise
         finally:
             if has_bar:
@@ -141,7 +141,7 @@ class Program:
             executor.end()
         except BaseException as exc:
             executor.fail(exc)
-            executor.close()
+            executor.abandon()
             raise
 
     def _run_aside(self, executor: Executor, args: Sequence[Any], given: Mapping[str, Any]) -> None:

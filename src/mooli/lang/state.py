@@ -20,13 +20,13 @@ from mooli.lang.expressions import Expression, RoleBegin, RoleEnd, ScopeBegin, S
 class ProgramState:
     """`s` of a program: add to it with `+=`, read its variables as `s[name]`, which waits for them.
 
-    owns: whether its requests end when it is dropped.
+    on_drop: what is done when it is dropped.
     """
 
-    def __init__(self, executor: Executor, *, owns: bool = False) -> None:
+    def __init__(self, executor: Executor, *, on_drop: Callable[[], None] | None = None) -> None:
         self._executor = executor
-        if owns:
-            weakref.finalize(self, executor.close).atexit = False
+        if on_drop is not None:
+            weakref.finalize(self, on_drop).atexit = False
 
     def __iadd__(self, other: Expression | str) -> ProgramState:
         self._executor.submit(flat(other))
@@ -56,7 +56,7 @@ class ProgramState:
         if n < 1:
             raise ProgramError(f"fork({n}): there must be at least one")
         forks = [self._executor.fork(f"{self._executor.name}/fork {i}") for i in range(n)]
-        return ProgramStateGroup([ProgramState(fork, owns=True) for fork in forks], self)
+        return ProgramStateGroup([ProgramState(fork, on_drop=fork.close) for fork in forks], self)
 
     @contextmanager
     def copy(self, n: int = 1) -> Iterator[ProgramStateGroup]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from server_process import ServerProcess, needs_demo, wait_until
 
 import mooli
 import mooli as sgl
+from mooli.lang import backends
 
 pytestmark = needs_demo
 
 EXAMPLE = Path(__file__).parents[2] / "examples/judge.py"
+DOCUMENT = Path(__file__).parents[2] / "docs/lang.md"
 POOL = 4096
 LONG_QUESTION = "Tell me two uses of it that people in many countries would know. " * 5
 
@@ -119,6 +122,16 @@ def test_the_example_runs():
     done = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Grade: " in done.stdout and done.stdout.count("were in the cache") == 3
+
+
+def test_the_program_of_the_document_runs(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "_default", [])
+    (code,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    names["engine"].shutdown()
+    assert capsys.readouterr().out == " Paris Europe\n"
+    assert [state["city"] for state in names["states"]] == [" Rome", " Tokyo"]
 
 
 def test_names_of_the_language_cost_nothing_until_they_are_used():
