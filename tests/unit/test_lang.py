@@ -349,10 +349,10 @@ class Words:
 def test_what_the_model_wrote_stays_as_it_wrote_it():
     backend, said = Words(), Transcript()
     said.say("a")
-    said.say_generated("ab", [1, 2], backend)
+    said.say_generated("ab", [1, 2], said.prompt_ids(backend), backend)
     said.say("b")
     assert said.prompt_ids(backend) == [1, 1, 2, 2]
-    said.say_generated("a", [1, 2, 4], backend)  # a stop string was cut off
+    said.say_generated("a", [1, 2, 4], said.prompt_ids(backend), backend)  # a stop string was cut off
     assert said.prompt_ids(backend, "b") == [1, 1, 2, 2, 1, 2]
     assert said.text(backend) == "aabba"
 
@@ -364,7 +364,7 @@ def test_what_the_model_wrote_stays_in_messages_if_the_template_repeats_it(is_re
     said.say("ab")
     said.end("user")
     said.begin("assistant")
-    said.say_generated("ab", [1, 2], backend)
+    said.say_generated("ab", [1, 2], said.prompt_ids(backend), backend)
     assert said.prompt_ids(backend)[-2:] == [1, 2]
     said.end("assistant")
     if is_rewritten:

@@ -31,7 +31,8 @@ class Backend(Protocol):
     keeps_ids: bool
 
     def encode(self, text: str, *, begins: bool, has_special: bool) -> list[int]:
-        """begins: with the tokens that begin a prompt. has_special: texts of special tokens are read as these."""
+        """begins: with the tokens that begin a prompt. has_special: texts of special tokens are read as these; False is
+        asked only of a backend that keeps ids."""
         ...
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], *, is_open: bool, goes_on: bool = True) -> list[int]:

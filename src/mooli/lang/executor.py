@@ -295,7 +295,7 @@ class Executor:
                 self._grow(expression.name, start, answers[0].text)
         self._closed()
         first = answers[0]
-        self._transcript.say_generated(first.text, first.output_ids, self.backend)
+        self._transcript.say_generated(first.text, first.output_ids, ids, self.backend)
         if len(answers) == 1:
             self._set(expression.name, first.text, first.meta_info)
         else:

@@ -54,16 +54,15 @@ class Transcript:
         if text:
             self.runs.append(_Run(text))
 
-    def say_generated(self, text: str, ids: Sequence[int], backend: Backend) -> None:
-        """Add what the model wrote behind `prompt_ids`: with its ids as far as these say the text."""
-        prompt = self.prompt_ids(backend) if self.role == "assistant" and backend.keeps_ids else None
+    def say_generated(self, text: str, ids: Sequence[int], prompt: Sequence[int], backend: Backend) -> None:
+        """Add what the model wrote behind `prompt`, the `prompt_ids`: with its ids as far as these say the text."""
         kept = len(ids) if backend.keeps_ids else 0
         while kept and not text.startswith(backend.decode(ids[:kept])):
             kept = kept - 1 if len(ids) - kept < _MAX_CUT_TOKENS else 0
         said = backend.decode(ids[:kept]) if kept else ""
         if kept:
             self.runs.append(_Run(said, tuple(ids[:kept])))
-        if prompt is not None:
+        if kept and self.role == "assistant":
             self.known = [*prompt, *ids[:kept]]
         self.say(text[len(said) :])
 
@@ -89,8 +88,8 @@ class Transcript:
             return self._ids(backend, then, is_prompt=True)
         if self.role is None:
             raise ProgramError("gen() and select() behind messages must stand in a message: put it into assistant()")
-        if self.role != "assistant":
-            content = self._said() + then
+        content = self._said() + then
+        if self.role != "assistant" or (content and not backend.keeps_ids):
             return backend.encode_chat([*self.messages, {"role": self.role, "content": content}], is_open=True)
         ids = self._as_known(backend.encode_chat(self.messages, is_open=False), backend)
         return [*ids, *self._ids(backend, then, is_prompt=False)]
