@@ -71,6 +71,14 @@ ABILITIES = {
 KERNELS = ("auto", "native", "ascend")
 """`attention_backend` and `sampling_backend`: each device has one implementation, `ascend` is the one of NPUs."""
 
+REASONING_PARSERS = (
+    "apertus2509", "cohere_command4", "deepseek-r1", "deepseek-v3", "deepseek-v4", "deepseek-v41", "dots", "gemma4",
+    "gigachat35", "glm45", "gpt-oss", "granite_thinking_parser", "hunyuan", "interns1", "kimi", "kimi_k2", "ling3",
+    "mimo", "minimax", "minimax-m3", "mistral", "nanbeige", "nemotron_3", "openpangu", "poolside_v1", "qwen3",
+    "qwen3-thinking", "step3", "step3p5",
+)  # fmt: skip
+"""Names of `reasoning_parser`, all but one of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""
+
 NGRAM_DRAFT_TOKENS, NGRAM_MIN_MATCH, NGRAM_MAX_MATCH = 4, 2, 12
 """Defaults of `speculative_num_draft_tokens` and of the `speculative_ngram_*_match_window_size`."""
 
@@ -254,6 +262,13 @@ class EngineConfig(Arguments):
     chat_template: str | None = argument(
         None, "str", "File with a Jinja chat template, or the template itself; default: the model's."
     )
+    reasoning_parser: str = argument(
+        "auto",
+        "str",
+        "How the model marks its reasoning, which is then told apart from the answer; auto: by its chat template and"
+        " vocabulary.",
+        choices=("auto", "none", *REASONING_PARSERS),
+    )
     preferred_sampling_params: str | None = argument(
         None, "json", "JSON object of sampling parameters used where a request names none."
     )
@@ -359,6 +374,8 @@ class EngineConfig(Arguments):
     def _convert(cls, item: dataclasses.Field[Any], value: Any) -> Any:
         if item.name == "device" and isinstance(value, str):
             return re.sub(r":\d+$", "", value)  # cuda:0
+        if item.name == "reasoning_parser" and value is None:
+            return "none"
         return super()._convert(item, value)
 
     @classmethod

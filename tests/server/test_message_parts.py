@@ -15,6 +15,7 @@ from wire_formats import BracketFormat
 
 from mooli.config import EngineConfig
 from mooli.frontend.parts import PLAIN_TEXT, WireFormat
+from mooli.frontend.wire_formats.reasoning import REASONING_FORMATS
 from mooli.server.anthropic import MessagesBody, create_message
 from mooli.server.config import ServerConfig
 from mooli.server.launch import make_service
@@ -98,6 +99,7 @@ def joined_chat(chunks: list[Any]) -> dict[str, Any]:
         message["role"] = delta.get("role", message["role"])
         message["content"] += delta.get("content") or ""
         message["reasoning_content"] += delta.get("reasoning_content") or ""
+        assert delta.get("reasoning") == delta.get("reasoning_content")
         for call in delta.get("tool_calls", ()):
             calls = message.setdefault("tool_calls", [])
             if call["index"] == len(calls):
@@ -112,6 +114,8 @@ def joined_chat(chunks: list[Any]) -> dict[str, Any]:
             {name: entry[name] for name in ("finish_reason", "matched_stop", "prompt_token_ids") if name in entry}
         )
     message["reasoning_content"] = message["reasoning_content"] or None
+    if message["reasoning_content"]:
+        message["reasoning"] = message["reasoning_content"]
     if "tool_calls" in message:
         message["content"] = message["content"] or None
     return {"choices": [choice], "usage": usage}
@@ -262,6 +266,30 @@ def test_reasoning_and_calls_of_a_wire_format_have_the_dialect_s_shape(name):
     asyncio.run(check())
 
 
+@pytest.mark.parametrize("name", ["chat with log-probabilities", "anthropic"])
+@pytest.mark.parametrize("text", ["<think>m</think>\nt", "<think>\nm <", "<think></think>"])
+def test_a_joined_stream_with_reasoning_is_the_whole_answer(name, text):
+    """A model's format: its markers cut by steps, white space, reasoning that does not end, and an empty one."""
+    handler, body_type, body, streaming, joined, _ = DIALECTS[name]
+    wire_format = REASONING_FORMATS["qwen3"]
+
+    async def check() -> None:
+        ids = [*text.encode(), EOS]
+        whole = said(
+            json.loads(await answered(handler, msgspec.convert(body, body_type), [ids], wire_format=wire_format))
+        )
+        assert "<think>" not in json.dumps(whole)
+        streamed = msgspec.convert({**body, **streaming}, body_type)
+        for size in range(1, len(ids)):
+            for first in range(1, size + 1):
+                edges = [0, *range(first, len(ids), size), len(ids)]
+                steps = [ids[start:end] for start, end in itertools.pairwise(edges)]
+                answer = await answered(handler, streamed, steps, wire_format=wire_format)
+                assert said(joined(events(answer))) == whole, steps
+
+    asyncio.run(check())
+
+
 @pytest.mark.parametrize("name", ["completions", "native"])
 def test_other_dialects_tell_the_text_as_it_is(name):
     handler, body_type, body, _, _, _ = DIALECTS[name]
@@ -282,7 +310,7 @@ def shown(answer: Any) -> Any:
 EXPECTED: dict[str, Any] = {
     "chat with log-probabilities": (
         {
-            "role": "assistant", "content": "t", "reasoning_content": "m",
+            "role": "assistant", "content": "t", "reasoning_content": "m", "reasoning": "m",
             "tool_calls": [{"id": "call_0", "type": "function", "function": {"name": "f", "arguments": "1"}}],
         },
         "tool_calls", b"(m)t[f:1]", 3,

@@ -196,7 +196,7 @@ def test_every_argument_that_is_refused_says_why_and_no_other_is_in_the_list(mak
     names = [item.name for item in fields(GenerateCall)]
     known = {
         "prompt", "sampling_params", "input_ids", "return_logprob", "logprob_start_len", "top_logprobs_num",
-        "token_ids_logprob", "stream", "rid", "priority", "cache_salt",
+        "token_ids_logprob", "stream", "rid", "priority", "cache_salt", "require_reasoning",
     }  # fmt: skip
     assert set(names) - known == set(names_of(Api.ENGINE))
     engine = make_engine(says("x"))
@@ -216,18 +216,18 @@ def test_an_argument_that_does_not_exist_is_a_type_error(make_engine, stream):
 
 
 NOTHING = {
-    Api.ENGINE: [{"lora_path": ""}, {"require_reasoning": False}, {"routed_experts_start_len": 0}, {"kv_hints": {}}],
+    Api.ENGINE: [{"lora_path": ""}, {"routed_experts_start_len": 0}, {"kv_hints": {}}],
     Api.GENERATE: [{"return_entropy": False}, {"lora_path": []}],
     Api.SAMPLING: [{"beam_width": 1}, {"regex": ""}, {"watermark": None}],
     Api.OPENAI: [{"tool_choice": "auto"}, {"use_beam_search": False}, {"reasoning_effort": "none"}],
-    Api.ANTHROPIC: [{"tool_choice": {"type": "auto"}}, {"thinking": {"type": "disabled"}}, {"speed": "standard"}],
+    Api.ANTHROPIC: [{"tool_choice": {"type": "auto"}}, {"speed": "standard"}],
 }
 SOMETHING = {
-    Api.ENGINE: [{"routed_experts_start_len": False}, {"lora_path": False}, {"require_reasoning": 0}],
+    Api.ENGINE: [{"routed_experts_start_len": False}, {"lora_path": False}],
     Api.GENERATE: [{"input_embeds": [[1.0]]}, {"return_entropy": True}],
     Api.SAMPLING: [{"beam_width": 2}, {"regex": "none"}],
     Api.OPENAI: [{"tool_choice": "required"}, {"web_search_options": {"user_location": {}}}],
-    Api.ANTHROPIC: [{"tools": ""}, {"thinking": {"type": "enabled"}}, {"output_config": {"effort": "high"}}],
+    Api.ANTHROPIC: [{"tools": ""}, {"output_config": {"effort": "high"}}],
 }
 
 
@@ -237,3 +237,19 @@ def test_what_asks_for_nothing_is_accepted_and_all_else_named(api):
         assert asked(given, api) is None
     for given in SOMETHING[api]:
         assert asked({"text": "x", **given}, api) == next(iter(given))
+
+
+def test_reasoning_is_counted_where_it_is_required(make_engine):
+    engine = make_engine(says("<think>a</think>b", after="|"), reasoning_parser="qwen3")
+    assert engine.get_model_info()["reasoning_parser"] == "qwen3"
+    answer = engine.generate("say|", GREEDY, require_reasoning=True)
+    assert (answer["text"], answer["meta_info"]["reasoning_tokens"]) == ("<think>a</think>b", len("<think>a</think>"))
+    assert engine.generate("say>", GREEDY)["meta_info"]["reasoning_tokens"] == 0
+    with pytest.raises(RequestError, match="require_reasoning must be True or False, not 1"):
+        engine.generate("say>", require_reasoning=1)
+
+
+def test_reasoning_cannot_be_required_of_a_model_of_which_none_is_known(make_engine):
+    with pytest.raises(RequestError, match=r"nothing is known of reasoning.*start with reasoning_parser") as raised:
+        make_engine(says("x")).generate("say>", require_reasoning=True)
+    assert raised.value.argument == "require_reasoning"

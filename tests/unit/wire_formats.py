@@ -10,7 +10,9 @@ from mooli.frontend.parts import Part, PartKind
 class ThinkFormat:
     """Reasoning between <think> and </think>; an answer begins in it where the prompt ends so."""
 
+    name = "think"
     prompt_tail_tokens = len("<think>")  # of the byte tokenizer
+    marker_tokens = ()
 
     def parser(self, prompt_tail: str) -> ThinkParser:
         return ThinkParser("reasoning" if prompt_tail.endswith("<think>") else "text")
@@ -56,7 +58,9 @@ class ThinkParser:
 class BracketFormat:
     """A character each: (reasoning)text[function:arguments]."""
 
+    name = "bracket"
     prompt_tail_tokens = 0
+    marker_tokens = ()
 
     def parser(self, prompt_tail: str) -> BracketParser:
         return BracketParser()

@@ -26,13 +26,22 @@ class IncrementalDetokenizer:
     - others (SentencePiece): a window of the tokens shown last and the new ones is decoded twice, without and with the
       new ones, and the difference is the new text. Byte-fallback tokens are held back until their run is over, because
       one bad byte later in a run changes how its decoder writes the whole run.
+
+    shown_ids: special tokens that are not skipped.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        if shown_ids:
+            self._skipped -= shown_ids
         self._spaces = spaces_between_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.is_byte_level else None
         self._shown: list[int] = []

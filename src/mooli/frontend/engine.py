@@ -28,6 +28,7 @@ from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.native_answer import NativeAnswer, model_info, native_answers
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, with_seed
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.wire_formats.reasoning import open_wire_format
 from mooli.hub.locate import locate
 from mooli.link.thread import EngineLoop
 from mooli.logs import add_log_level
@@ -119,7 +120,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._facts = built.facts
         self._core = built.core
-        self._rules = input_rules(config, built.facts, tokenizer)
+        self._wire_format = open_wire_format(config, tokenizer)
+        self._rules = input_rules(config, built.facts, tokenizer, self._wire_format)
         self._loop = EngineLoop(built.core, built.facts, on_thread_start=built.bind_thread)
         built.watch(self._loop.fail)
         self._finalizer = weakref.finalize(self, _shut_down, self._loop, built.close)
@@ -223,7 +225,7 @@ class Engine:
 
     def get_model_info(self) -> dict[str, Any]:
         """Which model this is."""
-        return model_info(self.server_args, self._facts)
+        return model_info(self.server_args, self._facts, self._wire_format)
 
     def shutdown(self) -> None:
         """Stop the engine and give its memory back. Open requests end with EngineClosedError. May be called again."""
@@ -273,7 +275,13 @@ class Engine:
         """The answers of a checked call, none submitted yet, and whether it is for a dict rather than a list."""
         inputs = self._rules.prepare(call)
         generations = generations_of(inputs.requests, self._tokenizer)
-        answers = native_answers(generations, self._tokenizer, self.server_args, is_single=inputs.is_single)
+        answers = native_answers(
+            generations,
+            self._tokenizer,
+            self.server_args,
+            is_single=inputs.is_single,
+            reasoning=self._wire_format if call.require_reasoning else None,
+        )
         return answers, inputs.is_single
 
 

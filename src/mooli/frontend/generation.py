@@ -19,14 +19,22 @@ from mooli.types import FinishReason, Request, RequestOutput, TokenLogprobs
 class Generation:
     """What one request has produced so far. Not thread-safe: used by whoever reads the answer.
 
-    tokenizer None: no text. stops: those of the request, made once for all of a call that have the same.
+    tokenizer None: no text. shown_ids: special tokens that are part of the text.
+    stops: those of the request, made once for all of a call that have the same.
     Attributes are for readers. output_ids, text_lengths, logprobs: one entry for each token, log-probabilities only if
     the request wants them; text_lengths has how many characters of `text` came with the token. What was held back until
     the end is behind them all. prompt_logprobs: from the request's `logprob_start` on, empty until the first output.
     last: the latest output. latency_s: from the start to the end, once there is a `finish`.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None, *, stops: StopStrings | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        *,
+        shown_ids: frozenset[int] = frozenset(),
+        stops: StopStrings | None = None,
+    ) -> None:
         params = request.sampling
         self.request = request
         self.text = ""
@@ -43,6 +51,7 @@ class Generation:
                 tokenizer,
                 skip_special_tokens=params.skip_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
+                shown_ids=shown_ids,
             )
         self._matcher = StopMatcher(stops or StopStrings(params.stop), trim=not params.no_stop_trim)
         self._start = time.perf_counter()
@@ -118,7 +127,11 @@ class Generation:
         self.latency_s = time.perf_counter() - self._start
 
 
-def generations_of(requests: Sequence[Request], tokenizer: Tokenizer | None) -> list[Generation]:
-    """One for each request of a call."""
+def generations_of(
+    requests: Sequence[Request], tokenizer: Tokenizer | None, *, shown_ids: frozenset[int] = frozenset()
+) -> list[Generation]:
+    """One for each request of a call. shown_ids: special tokens that are part of the text."""
     stops = {stop: StopStrings(stop) for stop in dict.fromkeys(request.sampling.stop for request in requests)}
-    return [Generation(request, tokenizer, stops=stops[request.sampling.stop]) for request in requests]
+    return [
+        Generation(request, tokenizer, shown_ids=shown_ids, stops=stops[request.sampling.stop]) for request in requests
+    ]

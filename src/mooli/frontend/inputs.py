@@ -50,6 +50,7 @@ class GenerateCall:
     sampling_params: a dict for all prompts or a list with one for each.
     return_logprob: add log-probabilities of the output, and of the prompt from `logprob_start_len` on (-1: none),
         with `top_logprobs_num` alternatives and those of `token_ids_logprob` at each position.
+    require_reasoning: count the tokens of reasoning in `meta_info`; the text is told as it is.
     stream: whether the answer is read while it grows.
     rid: id of the request, or one for each; drawn if not given. priority: larger goes first, where
         `enable_priority_scheduling` is set.
@@ -122,6 +123,7 @@ class InputRules:
     namespace: of requests without a salt. preferred: sampling parameters laid under each request's.
     next_seed: seeds for requests that bring none. max_sequences: prompts times `n` of one call; more are refused before
     anything is done for them. max_stop_chars: of all stop strings of one call, those of each sequence counted.
+    has_reasoning: it is known how the model marks its reasoning.
     """
 
     encoder: Encoder | None
@@ -134,6 +136,7 @@ class InputRules:
     allow_auto_truncate: bool = False
     max_sequences: int = sys.maxsize
     max_stop_chars: int = sys.maxsize
+    has_reasoning: bool = False
 
     def prepare(self, call: GenerateCall, caller: Caller = NOBODY) -> CallInputs:
         """Its requests.
@@ -142,6 +145,7 @@ class InputRules:
         RequestError for anything else that is wrong with the call.
         """
         refuse_unsupported(vars(call), Api.ENGINE)
+        self._check_reasoning(call.require_reasoning)
         if not isinstance(call.stream, bool):
             raise RequestError(f"stream must be True or False, not {call.stream!r}")
         prompts, is_batch = self._prompts(call.prompt, call.input_ids)
@@ -187,6 +191,18 @@ class InputRules:
                 )
                 requests.append(request)
         return CallInputs(requests, is_single=not is_batch and n == 1, is_stream=call.stream)
+
+    def _check_reasoning(self, required: bool) -> None:
+        if not isinstance(required, bool):
+            raise RequestError(
+                f"require_reasoning must be True or False, not {required!r}", argument="require_reasoning"
+            )
+        if required and not self.has_reasoning:
+            raise RequestError(
+                "require_reasoning=True, but nothing is known of reasoning in this model's answers: leave it out",
+                argument="require_reasoning",
+                advice="(or start with reasoning_parser)",
+            )
 
     def _sampling(self, given: Sequence[Any]) -> list[SamplingParams]:
         """Checked parameters. Neighbours that were given as one object are looked at once, and share what is long."""

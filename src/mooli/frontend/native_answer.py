@@ -14,7 +14,7 @@ from typing import Any
 from mooli.config import EngineConfig
 from mooli.engine.facts import EngineFacts
 from mooli.frontend.generation import Generation
-from mooli.frontend.parts import PartReader
+from mooli.frontend.parts import PartReader, ReasoningCount, WireFormat
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.types import DraftCounts, TokenLogprobs
 
@@ -41,7 +41,8 @@ class NativeAnswer:
 
     tokenizer: None leaves out `text`. index: place in the call's list, shown in chunks of calls with several requests,
     None otherwise. incremental: chunks hold what is new instead of everything so far.
-    shows_token_texts: in lists of log-probabilities. shows_prompt_ids: `prompt_token_ids` too.
+    shows_token_texts: in lists of log-probabilities. shows_prompt_ids: `prompt_token_ids` too. reasoning: the format by
+    which `reasoning_tokens` are counted; None counts none.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class NativeAnswer:
         incremental: bool = False,
         shows_token_texts: bool = False,
         shows_prompt_ids: bool = False,
+        reasoning: WireFormat | None = None,
     ) -> None:
         self.generation = generation
         self._tokenizer = tokenizer
@@ -62,6 +64,9 @@ class NativeAnswer:
         self._shows_token_texts = shows_token_texts
         self._shows_prompt_ids = shows_prompt_ids
         self._parts = PartReader(generation, stream_interval=stream_interval)
+        self._reasoning: ReasoningCount | None = None
+        if reasoning is not None and tokenizer is not None:
+            self._reasoning = ReasoningCount(generation, reasoning, tokenizer)
 
     @property
     def is_over(self) -> bool:
@@ -119,7 +124,7 @@ class NativeAnswer:
             "finish_reason": None if generation.finish is None else generation.finish.to_dict(),
             "prompt_tokens": generation.prompt_tokens,
             "completion_tokens": len(generation.output_ids),
-            "reasoning_tokens": 0,
+            "reasoning_tokens": 0 if self._reasoning is None else self._reasoning.update(),
             "cached_tokens": last.cached_tokens,
             "cached_tokens_details": {"device": last.cached_tokens, "host": 0},
             "weight_version": WEIGHT_VERSION,
@@ -168,6 +173,7 @@ def native_answers(
     is_single: bool,
     shows_token_texts: bool = False,
     shows_prompt_ids: bool = False,
+    reasoning: WireFormat | None = None,
 ) -> list[NativeAnswer]:
     """One for each sequence of a call. is_single: of a single prompt, whose chunks have no index."""
     return [
@@ -179,6 +185,7 @@ def native_answers(
             incremental=config.incremental_streaming_output,
             shows_token_texts=shows_token_texts,
             shows_prompt_ids=shows_prompt_ids,
+            reasoning=reasoning,
         )
         for index, generation in enumerate(generations)
     ]
@@ -196,7 +203,7 @@ def _draft_info(drafts: DraftCounts, completion_tokens: int) -> dict[str, Any]:
     }
 
 
-def model_info(config: EngineConfig, facts: EngineFacts) -> dict[str, Any]:
+def model_info(config: EngineConfig, facts: EngineFacts, wire_format: WireFormat) -> dict[str, Any]:
     """Which model is served: None and False stand for what this engine does not have."""
     return {
         "model_path": config.model_path,
@@ -206,7 +213,7 @@ def model_info(config: EngineConfig, facts: EngineFacts) -> dict[str, Any]:
         "preferred_sampling_params": config.preferred_sampling_params,
         "weight_version": WEIGHT_VERSION,
         "load_format": config.load_format,
-        "reasoning_parser": None,
+        "reasoning_parser": wire_format.name,
         "tool_call_parser": None,
         "disaggregation_mode": "null",
         "has_image_understanding": False,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from mooli.frontend.detokenizer import IncrementalDetokenizer
 from mooli.frontend.generation import Generation
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.types import Request, TokenLogprobs
@@ -61,22 +62,43 @@ class Parser(Protocol):
 
 
 class WireFormat(Protocol):
-    """How a model writes reasoning and calls into its text.
+    """How a model writes reasoning and calls into its text."""
 
-    prompt_tail_tokens: how many of the prompt's last tokens say where an answer begins: inside its reasoning, say.
-    """
+    @property
+    def name(self) -> str | None:
+        """As `--reasoning-parser` knows it; None for plain text."""
+        ...
 
-    prompt_tail_tokens: int
+    @property
+    def prompt_tail_tokens(self) -> int:
+        """How many of the prompt's last tokens say where an answer begins: inside its reasoning, say."""
+        ...
+
+    @property
+    def marker_tokens(self) -> tuple[str, ...]:
+        """Texts that the parser looks for. Where one is a special token, its text is shown to the parser."""
+        ...
+
+    @property
+    def continued(self) -> WireFormat:
+        """The same for an answer that goes on with what the assistant has begun to say."""
+        ...
 
     def parser(self, prompt_tail: str) -> Parser:
-        """For one sequence. prompt_tail: the text of those tokens, special ones written out."""
+        """For one sequence. prompt_tail: the text of the prompt's last tokens, special ones written out."""
         ...
 
 
 class PlainText:
     """Text that means nothing but itself. It keeps nothing, and so is its own parser."""
 
+    name = None
     prompt_tail_tokens = 0
+    marker_tokens = ()
+
+    @property
+    def continued(self) -> PlainText:
+        return self
 
     def parser(self, prompt_tail: str) -> PlainText:
         return self
@@ -98,11 +120,42 @@ def parser_for(wire_format: WireFormat, request: Request, tokenizer: Tokenizer) 
     return wire_format.parser(tokenizer.decode(tail, skip_special_tokens=False) if tail else "")
 
 
+class ReasoningCount:
+    """How many tokens of a sequence are reasoning, where its text is told as it is. Not thread-safe."""
+
+    def __init__(self, generation: Generation, wire_format: WireFormat, tokenizer: Tokenizer) -> None:
+        self._generation = generation
+        self._parser = parser_for(wire_format, generation.request, tokenizer)
+        # Its own text: special tokens are markers here, and the answer may leave them out.
+        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
+        self._num_read = self._num_told = self._count = 0
+        self._kind: PartKind = "text"
+
+    def update(self) -> int:
+        """The count by now; at the end that of all tokens."""
+        output_ids = self._generation.output_ids
+        for token_id in output_ids[self._num_read :]:
+            piece = self._detokenizer.push([token_id])
+            self._take(self._parser.push(piece, [len(piece)]))
+        self._num_read = len(output_ids)
+        if self._generation.finish is not None:
+            self._take(self._parser.flush())
+            self._take([Part(self._kind, num_tokens=self._num_read - self._num_told)])
+        return self._count
+
+    def _take(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            self._kind = part.kind
+            self._num_told += part.num_tokens
+            self._count += part.num_tokens if part.kind == "reasoning" else 0
+
+
 class PartReader:
     """One reader's cursor over a sequence. Not thread-safe.
 
     stream_interval: tokens between two takings, unless the request has its own. shows_tokens: tokens that say nothing
-    yet (half a character, or what could begin a stop string) are worth a taking.
+    yet (half a character, or what could begin a stop string) are worth a taking. streams_reasoning: False gives it in
+    one piece when it is over.
     """
 
     def __init__(
@@ -112,12 +165,14 @@ class PartReader:
         *,
         stream_interval: int = 1,
         shows_tokens: bool = True,
+        streams_reasoning: bool = True,
     ) -> None:
         self.generation = generation
         self.num_reasoning_tokens = 0
         self._parser = parser
         self._interval = generation.request.sampling.stream_interval or stream_interval
         self._shows_tokens = shows_tokens
+        self._streams_reasoning = streams_reasoning
         self._num_chars = 0
         self._num_tokens = 0
         self._num_parsed = 0
@@ -137,12 +192,16 @@ class PartReader:
         if self.is_over or (finish is None and num_new < (self._interval if self._has_begun else 1)):
             return []
         self._parse()
-        if finish is None and not (self._waiting if self._shows_tokens else any(part.text for part in self._waiting)):
+        new, growing = self._waiting, []
+        if new and new[-1].kind == "reasoning" and finish is None and not self._streams_reasoning:
+            new, growing = new[:-1], new[-1:]
+        is_due = finish is not None or (bool(growing) and not self._has_begun)
+        if not is_due and not (new if self._shows_tokens else any(part.text for part in new)):
             return []
-        parts = self._waiting if self._has_begun else [Part("begin"), *self._waiting]
+        parts = new if self._has_begun else [Part("begin"), *new]
         if finish is not None:
             parts.append(Part("end"))
-        self._num_taken, self._waiting = num_tokens, []
+        self._num_taken, self._waiting = num_tokens, growing
         self._has_begun, self.is_over = True, finish is not None
         return parts
 

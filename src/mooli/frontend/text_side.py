@@ -20,6 +20,7 @@ from mooli.errors import ConfigError, SamplingParamsError
 from mooli.formats.files import read_given_file, read_json
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.inputs import InputRules
+from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.sampling import parse_sampling_params
 from mooli.frontend.tokenizer import MAX_TEMPLATE_BYTES, Tokenizer, load_tokenizer
 from mooli.hub import resolve
@@ -59,7 +60,9 @@ def open_tokenizer(config: EngineConfig, model_path: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def input_rules(config: EngineConfig, facts: EngineFacts, tokenizer: Tokenizer | None) -> InputRules:
+def input_rules(
+    config: EngineConfig, facts: EngineFacts, tokenizer: Tokenizer | None, wire_format: WireFormat = PLAIN_TEXT
+) -> InputRules:
     """What every call has in common. `config.random_seed` must be set (`with_seed`)."""
     eos_ids = frozenset(facts.eos_ids) | (frozenset() if tokenizer is None else tokenizer.eos_ids)
     return InputRules(
@@ -71,6 +74,7 @@ def input_rules(config: EngineConfig, facts: EngineFacts, tokenizer: Tokenizer |
         next_seed=_seed_stream(config.random_seed or 0),
         preferred=config.preferred_sampling,
         allow_auto_truncate=config.allow_auto_truncate,
+        has_reasoning=wire_format is not PLAIN_TEXT,
     )
 
 

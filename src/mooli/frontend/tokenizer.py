@@ -91,6 +91,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.bos_id = bos_id
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._added = {token.content: i for i, token in added.items()}
         self.special_texts = frozenset(token.content for token in added.values() if token.special)
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
@@ -237,6 +238,14 @@ class Tokenizer:
         if self._keeps_spaces and piece.startswith("▁") and token_id not in self.special_ids:
             return piece.replace("▁", " ")
         return self.decode([token_id], skip_special_tokens=False)
+
+    def has_added_token(self, text: str) -> bool:
+        """Whether `text` always is one token, special or not."""
+        return text in self._added
+
+    def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """The ids of those of `texts` that are special tokens."""
+        return frozenset(self._added[text] for text in texts if text in self.special_texts)
 
     def has_token(self, token_id: int) -> bool:
         """True where an id stands for a token; ids of unused entries do not."""

@@ -44,12 +44,11 @@ _LIST: Mapping[str, tuple[tuple[Api, str], ...]] = {
         (Api.OPENAI, "functions function_call web_search_options"),
         (Api.ANTHROPIC, "mcp_servers container"),
     ),
-    "reasoning is not told from the answer yet": (
-        (_NATIVE, "require_reasoning"),
+    "reasoning has no budget yet": (
         (Api.GENERATE | Api.OPENAI, "max_thinking_tokens"),
-        (Api.OPENAI, "reasoning_effort reasoning"),
-        (Api.ANTHROPIC, "thinking"),
+        (Api.OPENAI, "thinking_token_budget"),
     ),
+    "how much to reason is said to a conversation's template": ((Api.OPENAI, "reasoning_effort reasoning"),),
     "only text is read and written": (
         (_NATIVE | Api.OPENAI, "image_data audio_data video_data"),
         (_NATIVE, "mm_hashes mm_content_hashes"),
@@ -143,7 +142,6 @@ def _types(*types: str) -> Callable[[Any], bool]:
 
 
 _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
-    "require_reasoning": _values(False),
     "return_hidden_states": _values(False),
     "return_routed_experts": _values(False),
     "return_entropy": _values(False),
@@ -153,7 +151,6 @@ _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "modalities": _values(["text"]),
     "reasoning": _values({"enabled": False}, {"effort": "none"}),
     "tool_choice": lambda value: value == "auto" or _types("none", "auto")(value),
-    "thinking": _types("disabled"),
     "output_config": lambda value: isinstance(value, dict) and not any(value.values()),
     "speed": _values("standard"),
 }

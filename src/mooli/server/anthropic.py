@@ -24,10 +24,11 @@ import msgspec
 
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
-from mooli.frontend.parts import Part, PartKind, PartReader, parser_for
+from mooli.frontend.parts import Part, PartKind, PartReader, WireFormat, parser_for
 from mooli.frontend.unsupported import Api, asked, names_of
 from mooli.server.json_body import check_count
 from mooli.server.openai import require_chat_template, require_tokenizer
+from mooli.server.openai_chat import effort_arguments, thinking_arguments
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, ModelName, Reply, Route, sse
 from mooli.server.service import Service
 
@@ -41,7 +42,8 @@ NAMES = {
 
 # -- bodies ----------------------------------------------------------------------------------------------------------
 Block = dict[str, Any]
-"""A content block: an object with a `type`. Only {"type": "text", "text": …} is served."""
+"""A content block: an object with a `type`. {"type": "text", "text": …} is served, and of the assistant's
+{"type": "thinking", "thinking": …}; a signature is left aside, as none is given out."""
 
 PART_SEPARATOR = "\n"
 """Between the blocks of a message, and between messages of one role that become one turn."""
@@ -52,12 +54,24 @@ class InputMessage(msgspec.Struct, kw_only=True):
     content: str | list[Block]
 
 
+class Thinking(msgspec.Struct, kw_only=True):
+    """Whether to reason; without it the model's template decides, and `adaptive` allows it. How much is not bounded:
+    budget_tokens is checked as the API has it, and has no effect. Nor has display: reasoning is always shown, because
+    it comes back with the conversation, where the model reads it and the cache finds it."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int, msgspec.Meta(ge=1024)] | None = None
+    display: str | None = None
+
+
 class CountTokensBody(msgspec.Struct, kw_only=True):
     """What makes up a prompt."""
 
     model: ModelName
     messages: Annotated[list[InputMessage], msgspec.Meta(min_length=1)]
     system: str | list[Block] | None = None
+    thinking: Thinking | None = None
+    output_config: dict[str, Any] | None = None
 
 
 class MessagesBody(CountTokensBody, kw_only=True):
@@ -80,51 +94,77 @@ class MessagesBody(CountTokensBody, kw_only=True):
         return {name: value for name, value in params.items() if value is not None}
 
 
-def check_served(given: Mapping[str, Any]) -> None:
+def check_served(body: CountTokensBody, given: Mapping[str, Any]) -> None:
     """Raise HttpError (400) that names the field if one asks for what is not served."""
-    name = asked(given, Api.ANTHROPIC)
+    output = {name: value for name, value in (body.output_config or {}).items() if name != "effort"}
+    name = asked({**given, "output_config": output}, Api.ANTHROPIC)
     if name is not None:
         raise HttpError(400, f"{name} is not supported yet: leave it out.", param=name)
+
+
+def template_arguments(body: CountTokensBody) -> dict[str, Any]:
+    """What the chat template is told of reasoning. Raises HttpError."""
+    thinking, effort = body.thinking, (body.output_config or {}).get("effort")
+    told: dict[str, Any] = {}
+    if effort is not None:
+        told["reasoning_effort"] = effort_arguments(effort, "output_config.effort")["reasoning_effort"]
+    if thinking is None:
+        return told
+    limit = body.max_tokens if isinstance(body, MessagesBody) else None
+    if thinking.type == "enabled" and limit is not None and limit <= (thinking.budget_tokens or 0):
+        raise HttpError(
+            400,
+            f"max_tokens={limit} must be greater than thinking.budget_tokens={thinking.budget_tokens}.",
+            param="max_tokens",
+        )
+    return {**told, **thinking_arguments(thinking.type != "disabled")}
 
 
 def conversation(body: CountTokensBody, max_items: int) -> tuple[list[dict[str, str]], bool]:
     """Messages for a chat template, and whether the last one is to be continued (it is the assistant's).
 
     Messages of one role in a row become one turn, as the API has it. Raises HttpError (400) for a block that is not
-    text, and for more than `max_items` messages and blocks together.
+    text or, of the assistant's, reasoning, and for more than `max_items` messages and blocks together.
     """
     blocks = [body.system, *(message.content for message in body.messages)]
     count = len(body.messages) + sum(len(content) for content in blocks if isinstance(content, list))
     check_count("messages", count, max_items)
-    turns: list[tuple[str, list[str]]] = []
+    turns: list[tuple[str, list[str], list[str]]] = []
     if body.system:
-        turns.append(("system", [_text(body.system, "system")]))
+        turns.append(("system", _texts(body.system, "system", {"text": []})["text"], []))
     for index, message in enumerate(body.messages):
-        text = _text(message.content, f"messages[{index}].content")
+        found: dict[str, list[str]] = {"text": [], "thinking": []} if message.role == "assistant" else {"text": []}
+        _texts(message.content, f"messages[{index}].content", found)
+        texts, reasoning = [PART_SEPARATOR.join(found["text"])], found.get("thinking", [])
         if turns and turns[-1][0] == message.role:
-            turns[-1][1].append(text)
+            turns[-1][1].extend(texts)
+            turns[-1][2].extend(reasoning)
         else:
-            turns.append((message.role, [text]))
-    told = [{"role": role, "content": PART_SEPARATOR.join(texts)} for role, texts in turns]
+            turns.append((message.role, texts, reasoning))
+    told = []
+    for role, texts, reasoning in turns:
+        told.append({"role": role, "content": PART_SEPARATOR.join(texts)})
+        if reasoning:
+            told[-1]["reasoning_content"] = PART_SEPARATOR.join(reasoning)
     return told, told[-1]["role"] == "assistant"
 
 
-def _text(content: str | Sequence[Block], where: str) -> str:
+def _texts(content: str | Sequence[Block], where: str, found: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Adds the texts of blocks to those of their type. Raises HttpError for a type that is not in `found`."""
     if isinstance(content, str):
-        return content
-    return PART_SEPARATOR.join(_block_text(block, f"{where}[{index}]") for index, block in enumerate(content))
-
-
-def _block_text(block: Block, where: str) -> str:
-    kind = block.get("type")
-    if not isinstance(kind, str):
-        raise HttpError(400, f"{where} has no type: a text is {{'type': 'text', 'text': …}}.", param=where)
-    if kind != "text":
-        raise HttpError(400, f"{where} is of type {kind[:40]!r}, but only text is supported yet.", param=where)
-    text = block.get("text")
-    if not isinstance(text, str):
-        raise HttpError(400, f"{where}.text must be a string.", param=where)
-    return text
+        found["text"].append(content)
+        return found
+    for index, block in enumerate(content):
+        at, kind = f"{where}[{index}]", block.get("type")
+        if not isinstance(kind, str):
+            raise HttpError(400, f"{at} has no type: a text is {{'type': 'text', 'text': …}}.", param=at)
+        if kind not in found:
+            raise HttpError(400, f"{at} is of type {kind[:40]!r}, but only text is supported yet.", param=at)
+        text = block.get(kind)
+        if not isinstance(text, str):
+            raise HttpError(400, f"{at}.{kind} must be a string.", param=at)
+        found[kind].append(text)
+    return found
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -140,13 +180,15 @@ async def create_message(service: Service, request: Incoming) -> Reply | EventSt
     call = GenerateCall(input_ids=ids, sampling_params=params, rid=rid, stream=bool(body.stream))
     inputs = await service.prepare(call, request.client.caller)
     is_cut = 0 < room < body.max_tokens
+    continues = body.messages[-1].role == "assistant"
+    wire_format = service.wire_format.continued if continues else service.wire_format
     model = body.model
     del request, body
     if inputs.is_stream:
-        return EventStream(_events(service, inputs, model, is_cut))
-    with service.start(inputs) as answering:
+        return EventStream(_events(service, inputs, wire_format, model, is_cut))
+    with service.start(inputs, wire_format=wire_format) as answering:
         await answering.wait()
-        return Reply(_Message(service, answering.generations[0], model, is_cut).whole())
+        return Reply(_Message(service, answering.generations[0], wire_format, model, is_cut).whole())
 
 
 async def count_tokens(service: Service, request: Incoming) -> Reply:
@@ -156,18 +198,21 @@ async def count_tokens(service: Service, request: Incoming) -> Reply:
 
 async def _prompt_ids(service: Service, request: Incoming) -> list[int]:
     body: CountTokensBody = request.body
-    check_served(request.unsupported)
+    check_served(body, request.unsupported)
     require_chat_template(service)
     messages, continues = conversation(body, service.config.max_request_items)
     last = {"add_generation_prompt": not continues, "continue_final_message": continues}
-    return await service.encode_chat(messages, **{**service.config.chat_template_kwargs, **last})
+    arguments = {**service.config.chat_template_kwargs, **template_arguments(body), **last}
+    return await service.encode_chat(messages, **arguments)
 
 
-async def _events(service: Service, inputs: CallInputs, model: str, is_cut: bool) -> AsyncIterator[bytes]:
+async def _events(
+    service: Service, inputs: CallInputs, wire_format: WireFormat, model: str, is_cut: bool
+) -> AsyncIterator[bytes]:
     """The stream begins with the first token: by then it is known what of the prompt came from the cache, and an error
     until then has a status of its own."""
-    with service.start(inputs) as call:
-        message = _Message(service, call.generations[0], model, is_cut)
+    with service.start(inputs, wire_format=wire_format) as call:
+        message = _Message(service, call.generations[0], wire_format, model, is_cut)
         async for _ in call.changes():
             call.generations[0].raise_if_failed()
             parts = message.reader.take()
@@ -192,8 +237,10 @@ class _Message:
     is_cut: the context had less room than `max_tokens`.
     """
 
-    def __init__(self, service: Service, generation: Generation, model: str, is_cut: bool) -> None:
-        parser = parser_for(service.wire_format, generation.request, require_tokenizer(service))
+    def __init__(
+        self, service: Service, generation: Generation, wire_format: WireFormat, model: str, is_cut: bool
+    ) -> None:
+        parser = parser_for(wire_format, generation.request, require_tokenizer(service))
         self.reader = PartReader(generation, parser, stream_interval=service.engine_config.stream_interval)
         self._generation = generation
         self._model = model
@@ -253,8 +300,10 @@ class _Message:
             self._open, self._has_calls = part.kind, True
             return {"type": "tool_use", "id": part.call_id, "name": part.text, "input": {}}
         kind: PartKind = "text" if part.kind == "end" else part.kind
-        if kind not in ("text", "reasoning") or kind == self._open or (self._open is not None and not part.text):
+        if kind not in ("text", "reasoning") or kind == self._open:
             return None
+        if not part.text and (self._open is not None or part.kind != "end"):
+            return None  # markers, half a character
         self._open = kind
         return {"type": "text", "text": ""} if kind == "text" else {"type": "thinking", "thinking": ""}
 
@@ -298,6 +347,8 @@ def _usage(generation: Generation) -> dict[str, int]:
     }
 
 
+_UNSUPPORTED = frozenset(names_of(Api.ANTHROPIC)) - {"output_config"}
+
 ROUTES = (
     Route(
         path="/v1/messages",
@@ -307,7 +358,7 @@ ROUTES = (
         dialect=Dialect.ANTHROPIC,
         summary="Anthropic's Messages API: the next message of a conversation.",
         body=MessagesBody,
-        unsupported=frozenset(names_of(Api.ANTHROPIC)),
+        unsupported=_UNSUPPORTED,
         names=NAMES,
         is_generation=True,
     ),
@@ -319,7 +370,7 @@ ROUTES = (
         dialect=Dialect.ANTHROPIC,
         summary="Anthropic's Messages API: the tokens of a prompt.",
         body=CountTokensBody,
-        unsupported=frozenset(names_of(Api.ANTHROPIC)),
+        unsupported=_UNSUPPORTED,
         names=NAMES,
     ),
 )

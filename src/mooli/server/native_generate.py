@@ -47,6 +47,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     token_ids_logprob: list[int | list[int] | None] | None = None
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
+    require_reasoning: bool = False
     priority: int | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
@@ -65,6 +66,7 @@ async def generate(service: Service, request: Incoming) -> Reply | EventStream:
         is_single=inputs.is_single,
         shows_token_texts=body.return_text_in_logprobs,
         shows_prompt_ids=body.return_prompt_token_ids,
+        reasoning=service.wire_format if body.require_reasoning else None,
     )
     del request, body
     if inputs.is_stream:
@@ -102,6 +104,7 @@ async def _prepare(service: Service, body: GenerateBody, client: Client) -> Call
         logprob_start_len=body.logprob_start_len,
         top_logprobs_num=body.top_logprobs_num,
         token_ids_logprob=body.token_ids_logprob,
+        require_reasoning=body.require_reasoning,
         priority=body.priority,
         cache_salt=body.cache_salt or body.extra_key,
         stream=body.stream,

@@ -44,7 +44,7 @@ async def root(service: Service, request: Incoming) -> Reply:
 
 
 async def show_model(service: Service, request: Incoming) -> Reply:
-    return Reply(model_info(service.engine_config, service.facts))
+    return Reply(model_info(service.engine_config, service.facts, service.wire_format))
 
 
 async def show_server(service: Service, request: Incoming) -> Reply:

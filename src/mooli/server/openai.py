@@ -19,7 +19,7 @@ import msgspec
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.native_answer import WEIGHT_VERSION
-from mooli.frontend.parts import PLAIN_TEXT, Parser, PartReader
+from mooli.frontend.parts import PLAIN_TEXT, Parser, PartReader, WireFormat
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.unsupported import Api, asked, names_of
 from mooli.server.routing import SSE_DONE, EventStream, HttpError, ModelName, Reply, sse
@@ -91,7 +91,7 @@ def refuse_unsupported(given: Mapping[str, Any]) -> None:
 
     All other names are left aside, as OpenAI's clients expect of newer fields. Some are known to mean nothing here:
     user, metadata, store, service_tier, prompt_cache_key, prompt_cache_retention, safety_identifier,
-    parallel_tool_calls, verbosity, separate_reasoning, stream_reasoning.
+    parallel_tool_calls, verbosity.
     """
     name = asked(given, Api.OPENAI)
     if name is not None:
@@ -139,7 +139,7 @@ class AnswerShape:
 
     has_usage_chunk, is_continuous: of a stream, whether usage comes at its end and in each chunk. returns_ids: token
     ids too. has_logprobs: log-probabilities too. returns_cache_details: where cached tokens came from, in SGLang's
-    `sglext`.
+    `sglext`. streams_reasoning: otherwise it comes in one piece.
     """
 
     model: str
@@ -148,6 +148,7 @@ class AnswerShape:
     returns_ids: bool
     has_logprobs: bool
     returns_cache_details: bool
+    streams_reasoning: bool = True
 
     @classmethod
     def of(cls, service: Service, body: GenerationBody, *, has_logprobs: bool) -> AnswerShape:
@@ -167,7 +168,10 @@ class AnswerShape:
     def reader(self, service: Service, generation: Generation, parser: Parser = PLAIN_TEXT) -> PartReader:
         """A choice's cursor."""
         interval = service.engine_config.stream_interval
-        return PartReader(generation, parser, stream_interval=interval, shows_tokens=self.shows_tokens)
+        return PartReader(
+            generation, parser, stream_interval=interval, shows_tokens=self.shows_tokens,
+            streams_reasoning=self.streams_reasoning,
+        )  # fmt: skip
 
     @property
     def shows_tokens(self) -> bool:
@@ -228,17 +232,22 @@ def finish_fields(finish: FinishReason | None, *, has_calls: bool = False) -> di
 
 
 async def answer(
-    service: Service, inputs: CallInputs, shape: AnswerShape, kind: str, open_choice: OpenChoice
+    service: Service,
+    inputs: CallInputs,
+    shape: AnswerShape,
+    kind: str,
+    open_choice: OpenChoice,
+    wire_format: WireFormat = PLAIN_TEXT,
 ) -> Reply | EventStream:
-    """The whole answer, or its events. kind: what each object is.
+    """The whole answer, or its events. kind: what each object is. wire_format: by which choices read.
 
     Raises RequestFailedError for a sequence that failed, and what `Call.changes` raises.
     """
     # The id is that of the first sequence, so that it can be aborted.
     first_fields = {"id": inputs.requests[0].rid, "object": kind, "created": int(time.time()), "model": shape.model}
     if inputs.is_stream:
-        return EventStream(_stream(service, inputs, shape, first_fields, open_choice))
-    with service.start(inputs) as call:
+        return EventStream(_stream(service, inputs, shape, first_fields, open_choice, wire_format))
+    with service.start(inputs, wire_format=wire_format) as call:
         await call.wait()
         for generation in call.generations:
             generation.raise_if_failed()
@@ -252,10 +261,15 @@ async def answer(
 
 
 async def _stream(
-    service: Service, inputs: CallInputs, shape: AnswerShape, first_fields: dict[str, Any], open_choice: OpenChoice
+    service: Service,
+    inputs: CallInputs,
+    shape: AnswerShape,
+    first_fields: dict[str, Any],
+    open_choice: OpenChoice,
+    wire_format: WireFormat,
 ) -> AsyncIterator[bytes]:
     """Everything that came since the last piece is in one piece."""
-    with service.start(inputs) as call:
+    with service.start(inputs, wire_format=wire_format) as call:
         choices = [open_choice(index, generation) for index, generation in enumerate(call.generations)]
         async for changed in call.changes():
             events: list[bytes] = []

@@ -7,7 +7,8 @@ and the shape of a choice. Source: OpenAI API reference, chat; SGLang's extensio
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
@@ -15,7 +16,7 @@ import msgspec
 from mooli.errors import RequestError
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
-from mooli.frontend.parts import Part, PartKind, parser_for
+from mooli.frontend.parts import PLAIN_TEXT, Part, PartKind, WireFormat, parser_for
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.server.errors import in_names
 from mooli.server.json_body import check_count, num_entries
@@ -50,14 +51,20 @@ _OWN_ARGUMENTS = frozenset(
 """What `chat_template_kwargs` must not change: the request has its own fields for it, or it guards the conversation."""
 
 
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+"""Words of `reasoning_effort`; a number from 0 to 1 says it as well."""
+
+
 class ChatMessage(msgspec.Struct, kw_only=True):
-    """One message. content: a text or parts, of which only those of type "text" are served."""
+    """One message. content: a text or parts: texts, and of the assistant's its reasoning ("thinking"). reasoning:
+    another name for reasoning_content."""
 
     role: Role
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
     refusal: str | None = None
@@ -65,13 +72,22 @@ class ChatMessage(msgspec.Struct, kw_only=True):
 
 
 class ChatBody(GenerationBody, kw_only=True):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions.
+
+    reasoning_effort, or `effort` and `enabled` of reasoning: said to the template, which also hears as `thinking` and
+    `enable_thinking` whether to reason at all. separate_reasoning: false tells the text as it is. stream_reasoning:
+    false gives the reasoning of a stream in one piece.
+    """
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | float | None = None
+    reasoning: dict[str, Any] | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     rid: str | None = None
@@ -84,9 +100,13 @@ async def chat_completions(service: Service, request: Incoming) -> Reply | Event
     require_tokenizer(service)
     inputs = await _prepare(service, body, request.client)
     shape = AnswerShape.of(service, body, has_logprobs=bool(body.logprobs))
+    shape = replace(shape, streams_reasoning=body.stream_reasoning is not False)
+    wire_format = PLAIN_TEXT if body.separate_reasoning is False else service.wire_format
+    wire_format = wire_format.continued if body.continue_final_message else wire_format
     del request, body
     kind = "chat.completion.chunk" if inputs.is_stream else "chat.completion"
-    return await answer(service, inputs, shape, kind, functools.partial(ChatChoice, service, shape))
+    open_choice = functools.partial(ChatChoice, service, shape, wire_format)
+    return await answer(service, inputs, shape, kind, open_choice, wire_format)
 
 
 async def _prepare(service: Service, body: ChatBody, client: Client) -> CallInputs:
@@ -152,31 +172,38 @@ def _template_message(message: ChatMessage, where: str) -> dict[str, Any]:
     elif content is None:
         raise HttpError(400, f"{where}.content is missing", param="messages")
     # Templates know no developer: it is OpenAI's newer name for who writes the system prompt.
+    kinds = ("text", "thinking") if message.role == "assistant" else ("text",)
     told = {
         "role": "system" if message.role == "developer" else message.role,
-        "content": _text(content, f"{where}.content"),
+        "content": _text(content, f"{where}.content", "text", kinds),
     }
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        value = getattr(message, name)
+    reasoning = message.reasoning_content if message.reasoning_content is not None else message.reasoning
+    if reasoning is None and not isinstance(content, str):
+        reasoning = _text(content, f"{where}.content", "thinking", kinds) or None
+    for name, value in (
+        ("name", message.name), ("tool_call_id", message.tool_call_id), ("reasoning_content", reasoning)
+    ):  # fmt: skip
         if value is not None:
             told[name] = value
     return told
 
 
-def _text(content: str | list[dict[str, Any]] | None, where: str) -> str:
-    """One text; parts are put on lines of their own."""
+def _text(content: str | list[dict[str, Any]] | None, where: str, wanted: str, kinds: Sequence[str]) -> str:
+    """One text of the parts of the kind that is wanted, put on lines of their own. Raises HttpError for one that is of
+    none of `kinds`."""
     if isinstance(content, str):
         return content
     texts = []
     for i, part in enumerate(content or ()):
-        kind = part.get("type")
-        if kind != "text":
+        kind = str(part.get("type"))
+        if kind not in kinds:
             raise HttpError(
-                400, f"{where}[{i}]: a part of type {str(kind)[:80]!r} is not supported, only text is", param="messages"
+                400, f"{where}[{i}]: a part of type {kind[:80]!r} is not supported, only text is", param="messages"
             )
-        if not isinstance(part.get("text"), str):
-            raise HttpError(400, f"{where}[{i}].text must be a string", param="messages")
-        texts.append(part["text"])
+        if not isinstance(part.get(kind), str):
+            raise HttpError(400, f"{where}[{i}].{kind} must be a string", param="messages")
+        if kind == wanted:
+            texts.append(part[kind])
     return "\n".join(texts)
 
 
@@ -196,19 +223,49 @@ def _template_arguments(service: Service, body: ChatBody) -> dict[str, Any]:
         )
     return {
         **service.config.chat_template_kwargs,
+        **_reasoning_arguments(body),
         **given,
         "continue_final_message": is_continued,
         "add_generation_prompt": not is_continued and body.add_generation_prompt is not False,
     }
 
 
+def _reasoning_arguments(body: ChatBody) -> dict[str, Any]:
+    """What the template is told of reasoning. Raises HttpError."""
+    asked: Mapping[str, Any] = body.reasoning or {}
+    enabled = asked.get("enabled")
+    if enabled is not None and not isinstance(enabled, bool):
+        raise HttpError(400, f"reasoning.enabled must be true or false, not {str(enabled)[:80]!r}", param="reasoning")
+    if body.reasoning_effort is not None:
+        return effort_arguments(body.reasoning_effort, "reasoning_effort")
+    if asked.get("effort") is not None and enabled is not False:
+        return effort_arguments(asked["effort"], "reasoning")
+    return {} if enabled is None else thinking_arguments(enabled)
+
+
+def effort_arguments(effort: Any, name: str) -> dict[str, Any]:
+    """What templates read of how much to reason. name: of the field that says it. Raises HttpError."""
+    is_number = isinstance(effort, (int, float)) and not isinstance(effort, bool) and 0 <= effort <= 1
+    if not is_number and effort not in EFFORTS:
+        words = ", ".join(EFFORTS)
+        raise HttpError(400, f"{name}={str(effort)[:80]!r} is none of {words}, nor a number of 0 … 1", param=name)
+    return {"reasoning_effort": effort, **thinking_arguments(effort not in ("none", 0))}
+
+
+def thinking_arguments(is_on: bool) -> dict[str, Any]:
+    """Both names under which templates read whether to reason."""
+    return {"thinking": is_on, "enable_thinking": is_on}
+
+
 # -- the answer ------------------------------------------------------------------------------------------------------
 class ChatChoice:
     """One sequence as the `choices` entries of chunks: who speaks, what is said, why it ended."""
 
-    def __init__(self, service: Service, shape: AnswerShape, index: int, generation: Generation) -> None:
+    def __init__(
+        self, service: Service, shape: AnswerShape, wire_format: WireFormat, index: int, generation: Generation
+    ) -> None:
         self._tokenizer = require_tokenizer(service)
-        parser = parser_for(service.wire_format, generation.request, self._tokenizer)
+        parser = parser_for(wire_format, generation.request, self._tokenizer)
         self.reader = shape.reader(service, generation, parser)
         self._threads = service.text_threads
         self._shape = shape
@@ -239,10 +296,11 @@ class ChatChoice:
             elif part.kind == "arguments":
                 calls[-1]["function"]["arguments"] += part.text
         self._has_calls = bool(calls)
+        reasoning = _joined(parts, "reasoning")
         message: dict[str, Any] = {
             "role": "assistant",
             "content": _joined(parts, "text") or (None if calls else ""),
-            "reasoning_content": _joined(parts, "reasoning") or None,
+            **(_reasoning(reasoning) if reasoning else {"reasoning_content": None}),
         }
         if calls:
             message["tool_calls"] = calls
@@ -271,12 +329,17 @@ class ChatChoice:
 def _said(part: Part) -> dict[str, Any]:
     """The delta of a part between the first and the last."""
     if part.kind == "reasoning":
-        return {"reasoning_content": part.text}
+        return _reasoning(part.text)
     if part.kind == "call_begin":
         return {"tool_calls": [{"index": part.call, **_call(part)}]}
     if part.kind == "arguments":
         return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
     return {"content": part.text, "reasoning_content": None}
+
+
+def _reasoning(text: str) -> dict[str, Any]:
+    """Under SGLang's name, and under the one that vLLM's clients read."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def _call(part: Part) -> dict[str, Any]:
@@ -316,7 +379,7 @@ ROUTES = (
         dialect=Dialect.OPENAI,
         summary="Continue a conversation (OpenAI's chat completions)",
         body=ChatBody,
-        unsupported=UNSUPPORTED,
+        unsupported=UNSUPPORTED - {"reasoning_effort", "reasoning"},
         names=NAMES,
         is_generation=True,
     ),

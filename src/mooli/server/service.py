@@ -25,6 +25,7 @@ from mooli.frontend.inputs import NOBODY, Caller, CallInputs, GenerateCall, Inpu
 from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.wire_formats.reasoning import open_wire_format
 from mooli.link.client import EngineClient
 from mooli.logs import FirstTimes
 from mooli.server.config import ServerConfig
@@ -77,14 +78,14 @@ class Service:
         self.failures = FirstTimes()
         self.max_open = client.facts.max_running_requests + config.max_queued_requests
         """Sequences that may run and wait together."""
+        self.wire_format: WireFormat = open_wire_format(engine_config, tokenizer)
+        """How the model writes its messages. Chats read answers by it; other routes tell the text as it is."""
         self.rules: InputRules = replace(
-            input_rules(engine_config, client.facts, tokenizer),
+            input_rules(engine_config, client.facts, tokenizer, self.wire_format),
             max_sequences=self.max_open,
             max_stop_chars=config.max_stop_chars,
         )
         self.text_threads = TextThreads()
-        self.wire_format: WireFormat = PLAIN_TEXT
-        """How the model writes its messages. Chats read answers by it; other routes tell the text as it is."""
         self.is_draining = False
         self.num_active = 0
         """Calls that are not closed yet."""
@@ -137,10 +138,12 @@ class Service:
         )
 
     @contextlib.contextmanager
-    def start(self, inputs: CallInputs, *, is_counted: bool = True) -> Iterator[Call]:
+    def start(
+        self, inputs: CallInputs, *, wire_format: WireFormat = PLAIN_TEXT, is_counted: bool = True
+    ) -> Iterator[Call]:
         """Submit. Leaving it aborts what is not finished; what was computed of that stays in the cache.
 
-        is_counted: False for health checks, which are no traffic.
+        wire_format: by which the answers are read. is_counted: False for health checks, which are no traffic.
         Raises RequestError for an id in use, QueueFullError, KeyBusyError when it would be more than the key may have,
         EngineDeadError.
         """
@@ -153,7 +156,9 @@ class Service:
             # The log first: it says that a request begins before anything is counted of it.
             listeners = [log for log in (self.request_log,) if log is not None]
             listeners.append(_Measured(self.metrics, is_stream=inputs.is_stream))
-        generations = generations_of(inputs.requests, self.tokenizer)
+        markers = wire_format.marker_tokens
+        shown_ids = self.tokenizer.special_ids_of(markers) if self.tokenizer and markers else frozenset()
+        generations = generations_of(inputs.requests, self.tokenizer, shown_ids=shown_ids)
         name = "" if key is None else key.name
         call = Call(self.client, generations, listeners=listeners, no_text=NO_TEXT, failures=self.failures)
         self.num_active += 1

@@ -1,0 +1,274 @@
+"""Formats that tell reasoning from the answer: pairs of markers, and the channels of gpt-oss.
+
+Owns the formats, SGLang's names for them, and which one a model has when it is not said. Parsers are pure functions of
+the text, token by token, so that their parts never depend on the cut. Knows no calls of tools.
+
+Whether an answer begins inside its reasoning is read from the end of its prompt: many templates open it there.
+Reasoning is told without the white space around it, and the answer without that between the two, which templates write
+again. Markers count as reasoning.
+
+Sources: the chat templates of the models; SGLang's `--reasoning-parser`; OpenAI's harmony format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mooli.config import EngineConfig
+from mooli.frontend.parts import PLAIN_TEXT, Part, PartKind, WireFormat
+from mooli.frontend.tokenizer import Tokenizer
+
+_TAIL_TOKENS = 32
+"""Enough for a marker that is no token of its own, and the white space behind it."""
+
+
+def _pieces(text: str, lengths: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """What came with each token, and 1; then what was held back before, and 0."""
+    start = 0
+    for length in lengths:
+        yield text[start : start + length], 1
+        start += length
+    if start < len(text):
+        yield text[start:], 0
+
+
+def _length_of_beginning(text: str, markers: Sequence[str]) -> int:
+    """How many characters at the end of `text` may still become one of `markers`."""
+    longest = max(map(len, markers)) - 1
+    return next(
+        (n for n in range(min(longest, len(text)), 0, -1) if any(mark.startswith(text[-n:]) for mark in markers)), 0
+    )
+
+
+# -- pairs of markers --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class ReasoningPair:
+    """Reasoning stands between two markers, at the beginning of an answer. A marker later on is a word of the answer.
+
+    name: SGLang's, of one that has this pair. starts_inside: where the prompt has neither marker at its end, the answer
+    is taken to begin with reasoning. marker_tokens: markers or what begins them, as tokens that may be special ones.
+    """
+
+    name: str
+    opening: str
+    closing: str
+    starts_inside: bool = False
+
+    prompt_tail_tokens = _TAIL_TOKENS
+
+    @property
+    def marker_tokens(self) -> tuple[str, ...]:
+        return (self.opening.removesuffix("thought"), self.closing)  # "<|channel>thought" is a token and a word
+
+    @property
+    def continued(self) -> ReasoningPair:
+        return replace(self, starts_inside=False)
+
+    def parser(self, prompt_tail: str) -> PairParser:
+        tail = prompt_tail.rstrip()
+        is_inside = tail.endswith(self.opening) or (self.starts_inside and not tail.endswith(self.closing))
+        return PairParser(self, is_inside=is_inside)
+
+
+class PairParser:
+    """One sequence. is_inside: it begins with reasoning, whether or not it opens it once more."""
+
+    def __init__(self, pair: ReasoningPair, *, is_inside: bool) -> None:
+        self._opening, self._closing = pair.opening, pair.closing
+        self._is_inside = is_inside
+        self._state: Literal["start", "reasoning", "between", "text"] = "start"
+        self._has_words = False
+        """Of reasoning: then white space may be part of it."""
+        self._held = ""
+        self._num_held = 0
+
+    def push(self, text: str, lengths: Sequence[int]) -> list[Part]:
+        if self._state == "text":  # no work a token
+            return [Part("text", text, len(lengths))] if text or lengths else []
+        parts: list[Part] = []
+        for piece, num_tokens in _pieces(text, lengths):
+            self._held += piece
+            self._num_held += num_tokens
+            self._read(parts)
+        return parts
+
+    def flush(self) -> list[Part]:
+        parts: list[Part] = []
+        if self._state == "reasoning" or (self._state == "start" and self._is_inside):
+            self._tell(parts, "reasoning", self._held.rstrip() if self._has_words else self._held.strip())
+        else:
+            self._tell(parts, "text", self._held)
+        return parts
+
+    def _read(self, parts: list[Part]) -> None:
+        if self._state == "start":
+            begun = self._held.lstrip()
+            if begun.startswith(self._opening):
+                self._state = "reasoning"
+                self._tell(parts, "reasoning", "", rest=begun[len(self._opening) :])
+            elif self._opening.startswith(begun):
+                return
+            else:
+                self._state = "reasoning" if self._is_inside else "text"
+        if self._state == "reasoning":
+            words, closing, rest = self._held.partition(self._closing)
+            if not closing:
+                words = words[: len(words) - _length_of_beginning(words, (self._closing,))]
+            words = words.rstrip()
+            rest = rest if closing else self._held[len(words) :]
+            words = words if self._has_words else words.lstrip()
+            if words or closing:
+                self._has_words |= bool(words)
+                self._tell(parts, "reasoning", words, rest=rest)
+            self._state = "between" if closing else "reasoning"
+        if self._state == "between":
+            self._held = self._held.lstrip()
+            self._state = "text" if self._held else "between"
+        if self._state == "text":
+            self._tell(parts, "text", self._held)
+
+    def _tell(self, parts: list[Part], kind: PartKind, words: str, rest: str = "") -> None:
+        if words or self._num_held:
+            parts.append(Part(kind, words, self._num_held))
+        self._held, self._num_held = rest, 0
+
+
+# -- gpt-oss -----------------------------------------------------------------------------------------------------------
+_CHANNEL, _MESSAGE, _START = "<|channel|>", "<|message|>", "<|start|>"
+_ENDS = ("<|end|>", "<|return|>", "<|call|>", _START)
+
+
+@dataclass(frozen=True, slots=True)
+class Harmony:
+    """An answer of several messages: a header with a channel, `<|message|>`, the words, `<|end|>`. Those of the channel
+    `analysis` are reasoning; all others are told, each on lines of its own."""
+
+    name: str = "gpt-oss"
+
+    prompt_tail_tokens = _TAIL_TOKENS
+    marker_tokens = (_CHANNEL, _MESSAGE, *_ENDS)
+
+    @property
+    def continued(self) -> Harmony:
+        return self
+
+    def parser(self, prompt_tail: str) -> HarmonyParser:
+        header, message, _ = prompt_tail.rpartition(_MESSAGE)
+        return HarmonyParser(_kind(header) if message and prompt_tail.endswith(_MESSAGE) else None)
+
+
+def _kind(header: str) -> PartKind:
+    """Whose words follow it."""
+    return "reasoning" if header.rpartition(_CHANNEL)[2].lstrip().startswith("analysis") else "text"
+
+
+class HarmonyParser:
+    """One sequence. open_kind: of the message that the prompt has opened, None if the answer begins with a header."""
+
+    def __init__(self, open_kind: PartKind | None) -> None:
+        self._kind = open_kind
+        """Of the words that come; None in a header."""
+        self._told: set[PartKind] = set()
+        self._needs_line = False
+        self._held = ""
+        self._num_held = 0
+
+    def push(self, text: str, lengths: Sequence[int]) -> list[Part]:
+        parts: list[Part] = []
+        for piece, num_tokens in _pieces(text, lengths):
+            self._held += piece
+            self._num_held += num_tokens
+            while self._read(parts):
+                pass
+        return parts
+
+    def flush(self) -> list[Part]:
+        parts: list[Part] = []
+        is_header = self._kind is None and self._held.lstrip().startswith((_CHANNEL, _MESSAGE, _START))
+        self._tell(parts, self._kind or "text", "" if is_header else self._held)
+        return parts
+
+    def _read(self, parts: list[Part]) -> bool:
+        """Go on by one marker. Whether there may be another."""
+        if self._kind is None:
+            header, message, rest = self._held.partition(_MESSAGE)
+            if message:
+                self._kind = _kind(header)
+                self._needs_line = self._kind in self._told
+                self._tell(parts, self._kind, "", rest=rest)
+            elif not _is_header(self._held.lstrip()):
+                self._kind = "text"  # a model that was tuned to write plain text
+            return self._kind is not None
+        at, end = min(((at, end) for end in _ENDS if (at := self._held.find(end)) >= 0), default=(-1, ""))
+        if at >= 0:
+            rest = self._held[at:] if end == _START else self._held[at + len(end) :]
+            self._tell(parts, self._kind, self._held[:at], rest=rest)
+            self._kind = None
+            return True
+        end_of_words = len(self._held) - _length_of_beginning(self._held, _ENDS)
+        if end_of_words or not self._held:
+            self._tell(parts, self._kind, self._held[:end_of_words], rest=self._held[end_of_words:])
+        return False
+
+    def _tell(self, parts: list[Part], kind: PartKind, words: str, rest: str = "") -> None:
+        if words:
+            words = "\n" + words if self._needs_line else words
+            self._needs_line = False
+            self._told.add(kind)
+        if words or self._num_held:
+            parts.append(Part(kind, words, self._num_held))
+        self._held, self._num_held = rest, 0
+
+
+def _is_header(text: str) -> bool:
+    """Whether `text` may be the beginning of one."""
+    return any(text.startswith(mark) or mark.startswith(text) for mark in (_CHANNEL, _START, _MESSAGE))
+
+
+# -- which one a model has ---------------------------------------------------------------------------------------------
+_THINK = ReasoningPair("qwen3", "<think>", "</think>")
+_PANGU = ReasoningPair("openpangu", "[unused16]", "[unused17]")
+_TOLD_BY_MARKERS: tuple[Harmony | ReasoningPair, ...] = (
+    Harmony(),
+    ReasoningPair("gemma4", "<|channel>thought", "<channel|>"),
+    ReasoningPair("minimax-m3", "<mm:think>", "</mm:think>"),
+    ReasoningPair("kimi", "◁think▷", "◁/think▷"),
+    ReasoningPair("cohere_command4", "<|START_THINKING|>", "<|END_THINKING|>"),
+    ReasoningPair("apertus2509", "<|inner_prefix|>", "<|inner_suffix|>"),
+    ReasoningPair("mistral", "[THINK]", "[/THINK]"),
+    _THINK,
+)
+
+_HYBRID = (
+    "qwen3", "glm45", "kimi_k2", "hunyuan", "deepseek-v3", "deepseek-v4", "deepseek-v41", "dots",
+    "granite_thinking_parser", "interns1", "ling3", "mimo", "nanbeige", "nemotron_3", "poolside_v1",
+)  # fmt: skip
+"""Whether one of these reasons is said by its template and seen in its answer."""
+
+_ALWAYS = ("deepseek-r1", "qwen3-thinking", "minimax", "step3", "step3p5", "gigachat35")
+
+REASONING_FORMATS: Mapping[str, WireFormat] = {
+    **{wire_format.name: wire_format for wire_format in (*_TOLD_BY_MARKERS, _PANGU)},
+    **{name: replace(_THINK, name=name) for name in _HYBRID},
+    **{name: replace(_THINK, name=name, starts_inside=True) for name in _ALWAYS},
+}
+"""By the names that `reasoning_parser` takes: SGLang's, and vLLM's for openPangu."""
+
+
+def open_wire_format(config: EngineConfig, tokenizer: Tokenizer | None) -> WireFormat:
+    """The one that `config.reasoning_parser` names; for "auto" the one whose markers the model's template has, or else
+    its vocabulary. `PLAIN_TEXT` without a tokenizer, and for a model that has no reasoning."""
+    if tokenizer is None or config.reasoning_parser == "none":
+        return PLAIN_TEXT
+    if config.reasoning_parser != "auto":
+        return REASONING_FORMATS[config.reasoning_parser]
+    template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
+    if "[unused9]" in template:  # openPangu's turns; the markers are names that other vocabularies have as well
+        return _PANGU
+    for has in (template.__contains__, tokenizer.has_added_token):
+        for wire_format in _TOLD_BY_MARKERS:
+            if has(wire_format.marker_tokens[-1] if isinstance(wire_format, ReasoningPair) else _CHANNEL):
+                return wire_format
+    return PLAIN_TEXT
