@@ -91,6 +91,10 @@ class RuleConstraint:
         self.output: list[int] = []
 
     @property
+    def is_ready(self) -> bool:
+        return True
+
+    @property
     def has_ended(self) -> bool:
         return self.rule.has_ended(self.output)
 

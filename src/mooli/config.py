@@ -79,6 +79,9 @@ REASONING_PARSERS = (
 )  # fmt: skip
 """Names of `reasoning_parser`, all but one of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""
 
+GRAMMAR_BACKENDS = ("llguidance", "xgrammar", "outlines", "none")
+"""`grammar_backend`: SGLang's names. All mean llguidance but the last."""
+
 NGRAM_DRAFT_TOKENS, NGRAM_MIN_MATCH, NGRAM_MAX_MATCH = 4, 2, 12
 """Defaults of `speculative_num_draft_tokens` and of the `speculative_ngram_*_match_window_size`."""
 
@@ -173,6 +176,12 @@ class EngineConfig(Arguments):
         "Sampling kernels; every device has one implementation.",
         choices=(None, *KERNELS),
         choices_hint=_ONE_IMPLEMENTATION,
+    )
+    grammar_backend: str | None = argument(
+        None,
+        "str",
+        "What holds answers to a grammar: llguidance, whatever it is called; none refuses such requests.",
+        choices=(None, *GRAMMAR_BACKENDS),
     )
     num_threads: int | None = argument(
         None, "int", "Threads of the CPU backend; default: the cores this process may use.", low=1, high=1024

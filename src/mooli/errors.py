@@ -9,8 +9,9 @@ what to do about it.
     ├── RequestError (ValueError)             one request is wrong; the engine goes on
     │   ├── PromptError                       empty, too long, or with ids outside the vocabulary
     │   │   └── ContextLengthError            longer than the context, alone or with the answer asked for
-    │   └── SamplingParamsError               a sampling value out of its range
-    │       └── UnknownSamplingParamError (TypeError)
+    │   ├── SamplingParamsError               a sampling value out of its range
+    │   │   └── UnknownSamplingParamError (TypeError)
+    │   └── GrammarError                      a schema or grammar that is wrong, impossible or cannot be kept to
     ├── ProgramError (RuntimeError)           a program of the frontend language is wrong, or something in it failed
     ├── BusyError (RuntimeError)              no room for one request now; the same may be sent again
     │   ├── QueueFullError                    as many run and wait as may
@@ -103,6 +104,10 @@ class UnknownSamplingParamError(SamplingParamsError, TypeError):
 
 class ProgramError(MooliError, RuntimeError):
     """A program of the frontend language is wrong, or something in it failed: `__cause__` says what, if not this."""
+
+
+class GrammarError(RequestError):
+    """What the output shall keep to is no grammar, allows no output, or asks for what cannot be enforced."""
 
 
 class BusyError(MooliError, RuntimeError):

@@ -45,7 +45,6 @@ _HINTS_BY_REASON = {
     """,
     "what was used least recently is evicted first": "radix_eviction_policy radix_eviction_policy_config",
     "text is handled in the one process that speaks HTTP": "tokenizer_worker_num detokenizer_worker_num",
-    "constrained output is not supported yet, and requests that ask for it are refused": "grammar_backend",
     "NaN in the logits always ends its request with an error": "enable_nan_detection",
     "an answer on the CPU never depends on what is computed beside it": "enable_deterministic_inference",
     "the engine always sleeps while there is nothing to do": "sleep_on_idle",

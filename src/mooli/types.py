@@ -16,6 +16,35 @@ TOP_K_ALL = -1
 """`top_k` value that keeps the whole vocabulary."""
 
 
+GrammarKind = Literal["json_schema", "regex", "ebnf", "structural_tag"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an output must be: a language, as its user wrote it. Whether it is one is found where it is compiled.
+
+    text: of a JSON schema, a regular expression, a grammar (Lark or GBNF), or a structural tag as JSON.
+    """
+
+    kind: GrammarKind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBytes:
+    """What a grammar must know of a vocabulary.
+
+    tokens: the bytes of each id, b"" for one without a token. special_ids: those that stand for no text of an answer.
+    eos_ids: of them, those that may end one. whole_ids: of the others, those that a tokenizer finds as wholes before it
+    cuts a text.
+    """
+
+    tokens: list[bytes]
+    special_ids: list[int]
+    eos_ids: list[int]
+    whole_ids: list[int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens and when to stop. Values are already validated.
@@ -23,6 +52,7 @@ class SamplingParams:
     temperature 0.0 means greedy. `seed` is always set by the time the scheduler sees it: a sampled token is a function
     of (logits, seed, position) alone, so batching can never change it.
     `stop` (strings) is the text side's business; the scheduler looks only at ids.
+    grammar: what the whole output is; None for anything.
     """
 
     max_new_tokens: int | None = 128
@@ -44,6 +74,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
     stream_interval: int | None = None
+    grammar: Grammar | None = None
 
 
 FinishType = Literal["stop", "length", "abort", "error"]

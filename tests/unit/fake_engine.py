@@ -18,6 +18,7 @@ from mooli.engine.core import EngineCore
 from mooli.engine.facts import EngineFacts
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.grammar.compiler import Grammars
 from mooli.runner.fake import FakeRunner
 from mooli.scheduler.scheduler import Scheduler
 
@@ -64,6 +65,7 @@ def fake_build(config, **runner_options) -> BuiltEngine:
     """What `build_engine` returns, around a `FakeRunner`."""
     runner = FakeRunner(NUM_PAGES, PAGE_SIZE, VOCAB_SIZE, **runner_options)
     max_running_requests, step_tokens = config.max_running_requests or 8, config.chunked_prefill_size or 32
+    grammars = Grammars(VOCAB_SIZE)
     scheduler = Scheduler(
         KVCache(NUM_PAGES, PAGE_SIZE, enabled=not config.disable_radix_cache),
         max_batch_tokens=step_tokens,
@@ -73,6 +75,7 @@ def fake_build(config, **runner_options) -> BuiltEngine:
         policy=config.schedule_policy,
         priorities=config.enable_priority_scheduling,
         drafts=draft_settings(config),
+        constraints=grammars.constraint_of,
     )
     facts = EngineFacts(
         resolved_model_path="fake",
@@ -96,7 +99,7 @@ def fake_build(config, **runner_options) -> BuiltEngine:
         speculative_algorithm=config.speculative_algorithm,
         backend={},
     )
-    return BuiltEngine(EngineCore(scheduler, runner), None, facts, lambda: None, lambda: None)
+    return BuiltEngine(EngineCore(scheduler, runner, grammars=grammars), None, facts, lambda: None, lambda: None)
 
 
 class FakeEngine:

@@ -22,6 +22,7 @@ from mooli.engine.core import EngineCore
 from mooli.engine.facts import CacheNamespace, EngineFacts, device_words
 from mooli.engine.pool_size import GIB, PoolNeeds, context_for, kv_type, num_pool_pages
 from mooli.errors import ConfigError, EngineDeadError
+from mooli.grammar.compiler import Grammars
 from mooli.hub import model_digest
 from mooli.models.config import ModelConfig
 from mooli.models.loader import open_model
@@ -195,6 +196,7 @@ def _build(
     # No answer changes where a backend is exact, and what repeats nothing costs next to nothing (docs/log/serving.md).
     drafts = draft_settings(config, "NGRAM" if backend.is_exact else "none")
     mixed_tokens = None if step_tokens == -1 else -(-step_tokens // backend.mixed_step_parts)
+    grammars = Grammars(vocab_size)
     scheduler = Scheduler(
         KVCache(
             num_pages,
@@ -212,6 +214,7 @@ def _build(
         mixed_prefill_tokens=mixed_tokens,
         computed_in=described.get("dtype"),
         drafts=drafts,
+        constraints=grammars.constraint_of,
     )
     progress("Allocating KV cache", 0, 1)
     limits = Limits(
@@ -259,7 +262,7 @@ def _build(
     )
     # Where an answer depends on how a prompt is cut, the cut must not depend on a clock.
     pace = Pace(mixed_tokens, step_tokens) if backend.is_exact and mixed_tokens is not None else None
-    core = EngineCore(scheduler, runner, pace)
+    core = EngineCore(scheduler, runner, pace, grammars)
 
     def close() -> None:
         # The core outlives this, for who asks a closed engine; the device must not.

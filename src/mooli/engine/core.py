@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 from mooli.batch import ScheduleBatch, StepOutput
 from mooli.errors import EngineDeadError, EngineError
+from mooli.grammar.compiler import Grammars
 from mooli.runner.base import Runner, check_output
 from mooli.scheduler.planning import Pace
 from mooli.scheduler.scheduler import ABORTED, Scheduler
 from mooli.scheduler.stats import StepStats
-from mooli.types import Request, RequestOutput
+from mooli.types import Request, RequestOutput, TokenBytes
 
 STUCK_S = 30.0
 """How long whoever calls `step` waits for one after the engine has failed."""
@@ -30,11 +31,16 @@ class _ReleasedRunner:
 class EngineCore:
     """Requests in by `add`, outputs out of `step`. Each request ends with exactly one output that has `finish`."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, pace: Pace | None = None) -> None:
-        """pace: how long steps with prompts may become beside streams; None leaves the scheduler's own number."""
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, pace: Pace | None = None, grammars: Grammars | None = None
+    ) -> None:
+        """pace: how long steps with prompts may become beside streams; None leaves the scheduler's own number.
+        grammars: what the scheduler's constraints are made by, if they are made at all."""
         self._scheduler = scheduler
         self._runner: Runner = runner
         self._pace = pace
+        self._grammars = grammars
+        self._is_held = False  # all requests wait for what no step brings
 
     def step(self) -> list[RequestOutput]:
         """Run one step; returns what is new for each request. Does nothing, quickly, if there is no work.
@@ -44,6 +50,7 @@ class EngineCore:
         """
         batch = self._scheduler.schedule()
         if batch is None:
+            self._is_held = True
             return self._scheduler.take_outputs()
         started = time.perf_counter()
         try:
@@ -66,6 +73,7 @@ class EngineCore:
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError (PromptError) if it cannot be served; then it has no outputs."""
         self._scheduler.add(request)
+        self._is_held = False
 
     def abort(self, rid: str, message: str = ABORTED) -> bool:
         """End a request with `abort`; its last output comes from the next `step`. False if it has ended already."""
@@ -80,10 +88,24 @@ class EngineCore:
         `error` from here on."""
         self._runner = _ReleasedRunner()
 
+    def bind_grammars(self, token_bytes: Callable[[], TokenBytes], wake: Callable[[], None]) -> None:
+        """From here on requests may have grammars. token_bytes: of the vocabulary, asked for on a thread of its own
+        when the first one comes; it may raise a MooliError. wake: called on another thread, has `look_again` called on
+        the thread that steps."""
+        if self._grammars is not None:
+            self._grammars.bind(token_bytes, wake)
+
+    def look_again(self) -> None:
+        """A grammar is ready, or will never be: requests that waited for it can begin, or end with `error`."""
+        self._is_held = False
+        if self._grammars is not None:
+            for rid, error in self._grammars.take_failures():
+                self._scheduler.refuse(rid, str(error), type(error).__name__)
+
     @property
     def has_work(self) -> bool:
-        """`step` has something to compute or to hand out."""
-        return self._scheduler.has_requests or self._scheduler.has_outputs
+        """`step` has something to compute or to hand out. False while all requests wait for what no step brings."""
+        return (self._scheduler.has_requests and not self._is_held) or self._scheduler.has_outputs
 
     @property
     def last_step(self) -> StepStats:

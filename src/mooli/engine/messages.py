@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mooli.errors import EngineError, RequestError
 from mooli.scheduler.stats import StepStats
-from mooli.types import Request, RequestOutput, SamplingParams
+from mooli.types import Request, RequestOutput, SamplingParams, TokenBytes
 
 MAX_FRAME_BYTES = 2**30
 MAX_SUBMIT_TOKENS = 2**26
@@ -47,6 +47,12 @@ class Vocabulary(Message, frozen=True):
     """The second, which may come while the engine loads its weights: ids with a text, None without a tokenizer."""
 
     size: int | None
+
+
+class Tokens(Message, frozen=True):
+    """What grammars must know of the vocabulary: before the first request that has one."""
+
+    vocabulary: TokenBytes
 
 
 class WireShared(msgspec.Struct, array_like=True, frozen=True):
@@ -233,7 +239,7 @@ class Reply(Message, frozen=True):
     error: str | None = None
 
 
-ToEngine = Start | Vocabulary | Submit | Abort | Finish | Ask | Stop
+ToEngine = Start | Vocabulary | Tokens | Submit | Abort | Finish | Ask | Stop
 ToServer = Progress | Ready | Failed | Outputs | Refused | Reply
 
 

@@ -62,6 +62,17 @@ class Wire:
         self._woken, self._wake = os.pipe()
         weakref.finalize(self, _close, self._woken, self._wake)
         self._poll.register(self._woken, select.POLLIN)
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+
+    def wake(self, function: Callable[[], None]) -> None:
+        """Have `function` called by `make_calls`, and `receive` end where it waits. Called on another thread."""
+        self._calls.append(function)
+        os.write(self._wake, b"!")
+
+    def make_calls(self) -> None:
+        """What `wake` was given."""
+        while self._calls:
+            self._calls.popleft()()
 
     def interrupt(self, error: EngineError) -> None:
         """Have `receive` raise `error`, where it waits too. Called on another thread. A step that keeps the process
@@ -82,9 +93,12 @@ class Wire:
             yield self._received.popleft()
 
     def _read(self, *, wait: bool) -> None:
-        if self._poll.poll(None if wait else 0):
+        ready = self._poll.poll(None if wait else 0)
+        if ready:
             if self._interrupt is not None:
                 raise self._interrupt
+            if any(number == self._woken for number, _ in ready):
+                os.read(self._woken, 4096)
             try:
                 data = self._connection.recv(_READ_BYTES)
             except BlockingIOError:
@@ -198,6 +212,7 @@ def take_turn(wire: Wire, core: EngineCore, *, wait: bool) -> bool:
         if isinstance(message, messages.Stop):
             return False
         _carry_out(message, core, wire)
+    wire.make_calls()
     if core.has_work:
         _send_outputs(core.step(), core, wire)
     return True
@@ -252,6 +267,8 @@ def _carry_out(message: messages.ToEngine, core: EngineCore, wire: Wire) -> None
     elif isinstance(message, messages.Finish):
         for name, matched in message.matched.items():
             core.finish(name, matched)
+    elif isinstance(message, messages.Tokens):
+        core.bind_grammars(lambda: message.vocabulary, functools.partial(wire.wake, core.look_again))
     elif isinstance(message, messages.Ask):
         wire.send(_answer(message, core))
     else:

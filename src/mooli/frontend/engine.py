@@ -26,7 +26,7 @@ from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.generation import generations_of
 from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.native_answer import NativeAnswer, model_info, native_answers
-from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, with_seed
+from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, token_bytes, with_seed
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.wire_formats.reasoning import open_wire_format
 from mooli.hub.locate import locate
@@ -123,6 +123,11 @@ class Engine:
         self._wire_format = open_wire_format(config, tokenizer)
         self._rules = input_rules(config, built.facts, tokenizer, self._wire_format)
         self._loop = EngineLoop(built.core, built.facts, on_thread_start=built.bind_thread)
+        if tokenizer is not None and config.grammar_backend != "none":
+            wake = functools.partial(self._loop.wake, built.core.look_again)
+            self._loop.wake(
+                lambda: built.core.bind_grammars(functools.partial(token_bytes, tokenizer, built.facts), wake)
+            )
         built.watch(self._loop.fail)
         self._finalizer = weakref.finalize(self, _shut_down, self._loop, built.close)
         self._startup_time_s = time.perf_counter() - started

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from mooli.errors import RequestError, RequestFailedError
+from mooli.errors import GrammarError, RequestError, RequestFailedError
 from mooli.frontend.detokenizer import IncrementalDetokenizer
 from mooli.frontend.stop import StopMatcher, StopStrings
 from mooli.frontend.tokenizer import Tokenizer
@@ -80,7 +80,10 @@ class Generation:
         self.last = output
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
-        stop_id = output.finish.matched if output.finish is not None and output.finish.type == "stop" else None
+        finish = output.finish
+        stop_id = finish.matched if finish is not None and finish.type == "stop" else None
+        if stop_id not in self.request.eos_ids and stop_id not in self.request.sampling.stop_token_ids:
+            stop_id = None  # where a grammar ends the output, its last token is part of the answer
         for i, token_id in enumerate(output.new_token_ids):
             self.output_ids.append(token_id)
             self.text_lengths.append(0)
@@ -110,6 +113,9 @@ class Generation:
         finish = self.finish
         if finish is None or (finish.type != "error" and finish.status_code is None):
             return
+        if finish.err_type == GrammarError.__name__:
+            grammar = self.request.sampling.grammar
+            raise GrammarError(f"{finish.message}", argument=None if grammar is None else grammar.kind)
         error = RequestError if finish.type == "abort" and finish.status_code == 400 else RequestFailedError
         raise error(f"request {self.rid} failed: {finish.message}") from self._cause
 

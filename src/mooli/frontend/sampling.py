@@ -7,15 +7,16 @@ context is `mooli.frontend.inputs`' question.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, replace
-from typing import Any
+from typing import Any, get_args
 
-from mooli.errors import SamplingParamsError, UnknownSamplingParamError
+from mooli.errors import GrammarError, SamplingParamsError, UnknownSamplingParamError
 from mooli.frontend.unsupported import Api, asked, names_of
-from mooli.types import TOP_K_ALL, SamplingParams
+from mooli.types import TOP_K_ALL, Grammar, GrammarKind, SamplingParams
 
 MAX_STOP_STRINGS = 32
 MAX_STOP_CHARS = 4096
@@ -37,7 +38,16 @@ FLAT_ABOVE = 1e6
 HARSH_BELOW = 1e-6
 """A repetition penalty below this is as this one; dividing logits by it would overflow."""
 
-_DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(SamplingParams) if item.default is not MISSING}
+MAX_GRAMMAR_CHARS = {"json_schema": 1 << 19, "regex": 1 << 16, "ebnf": 1 << 16, "structural_tag": 1 << 19}
+MAX_GRAMMAR_DEPTH = 128
+"""How deep arrays and objects may lie in each other."""
+
+GRAMMARS: tuple[GrammarKind, ...] = get_args(GrammarKind)
+"""Names of parameters: at most one says what the whole output is."""
+
+_DEFAULTS: dict[str, Any] = {
+    item.name: item.default for item in fields(SamplingParams) if item.default is not MISSING and item.name != "grammar"
+}
 _INT64 = 2**63
 _OTHER_ENGINES = {
     "max_tokens": "max_new_tokens",
@@ -47,7 +57,7 @@ _OTHER_ENGINES = {
     "do_sample": "temperature",
     "num_return_sequences": "n",
 }
-_NAMES = (*_DEFAULTS, "sampling_seed", *names_of(Api.SAMPLING))
+_NAMES = (*_DEFAULTS, *GRAMMARS, "sampling_seed", *names_of(Api.SAMPLING))
 
 
 def parse_sampling_params(
@@ -63,7 +73,8 @@ def parse_sampling_params(
     `next_seed` is called only where no seed is given.
 
     Raises UnknownSamplingParamError (a TypeError too) for a name that does not exist, SamplingParamsError for a value
-    that is of the wrong type, out of range, or asks for what is not implemented.
+    that is of the wrong type, out of range, or asks for what is not implemented, GrammarError for a schema or grammar
+    that is no JSON, too long or too deep. What else is wrong with one is found where it is compiled.
     """
     if params is not None and not isinstance(params, Mapping):
         raise SamplingParamsError(f"sampling_params must be a dict, got {params!r} of type {type(params).__name__}")
@@ -80,6 +91,7 @@ def parse_sampling_params(
     result["stop"] = _stop_strings(values.get("stop"))
     result["stop_token_ids"] = frozenset(_token_ids("stop_token_ids", values.get("stop_token_ids", ()), vocab_size))
     result["logit_bias"] = _logit_bias(values.get("logit_bias") or {}, vocab_size)
+    result["grammar"] = _grammar(given)
     seed = _seed(given.get("seed"), given.get("sampling_seed"))
     result["seed"] = next_seed() if seed is None else seed
     if result["temperature"] < GREEDY_BELOW:
@@ -224,6 +236,59 @@ def _logit_bias(value: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
             raise _refused("logit_bias", f"logit_bias has id {token_id}, outside the vocabulary of {vocab_size} tokens")
         result[token_id] = _number(-1e9, 1e9)(f"logit_bias[{token_id}]", bias)
     return tuple(result.items())
+
+
+def _grammar(given: Mapping[str, Any]) -> Grammar | None:
+    """From the one of GRAMMARS that is given. A schema or a tag may be an object or its text."""
+    named = [name for name in GRAMMARS if given.get(name) is not None and given[name] != ""]
+    if not named:
+        return None
+    kind = named[0]
+    if len(named) > 1:
+        raise GrammarError(f"{' and '.join(named)} are given: at most one is possible", argument=named[1])
+    text = given[kind]
+    is_json = kind in ("json_schema", "structural_tag")
+    if is_json and isinstance(text, (Mapping, bool)):
+        try:
+            text = json.dumps(text)
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise GrammarError(f"{kind} cannot be written as JSON: {exc}", argument=kind) from exc
+    if not isinstance(text, str):
+        wanted = "an object or its JSON" if is_json else "a text"
+        raise GrammarError(f"{kind} must be {wanted}, not {_short(text)}", argument=kind)
+    if kind == "json_schema" and text == "$$ANY$$":  # SGLang's word for any object
+        text = '{"type": "object"}'
+    if len(text) > MAX_GRAMMAR_CHARS[kind]:
+        message = f"{kind} has {len(text)} characters; at most {MAX_GRAMMAR_CHARS[kind]} are possible"
+        raise GrammarError(message, argument=kind)
+    if "\0" in text:
+        raise GrammarError(f"{kind} has a NUL character: leave it out", argument=kind)
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise GrammarError(f"{kind} is not valid Unicode: {exc}", argument=kind) from exc
+    if is_json:
+        _check_json(kind, text)
+    return Grammar(kind, text)
+
+
+def _check_json(kind: str, text: str) -> None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise GrammarError(f"{kind} is not valid JSON: {exc}", argument=kind) from exc
+    if not isinstance(value, (dict, bool)):
+        raise GrammarError(f"{kind} must be an object, not {_short(value)}", argument=kind)
+    level = [value]
+    for _ in range(MAX_GRAMMAR_DEPTH):
+        level = [item for node in level if isinstance(node, (dict, list)) for item in _items(node)]
+        if not level:
+            return
+    raise GrammarError(f"{kind} is deeper than {MAX_GRAMMAR_DEPTH} levels: use $defs and $ref", argument=kind)
+
+
+def _items(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node
 
 
 def _seed(seed: Any, sampling_seed: Any) -> int | None:

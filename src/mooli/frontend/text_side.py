@@ -24,6 +24,7 @@ from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.sampling import parse_sampling_params
 from mooli.frontend.tokenizer import MAX_TEMPLATE_BYTES, Tokenizer, load_tokenizer
 from mooli.hub import resolve
+from mooli.types import TokenBytes
 
 
 def with_seed(config: EngineConfig) -> EngineConfig:
@@ -64,18 +65,27 @@ def input_rules(
     config: EngineConfig, facts: EngineFacts, tokenizer: Tokenizer | None, wire_format: WireFormat = PLAIN_TEXT
 ) -> InputRules:
     """What every call has in common. `config.random_seed` must be set (`with_seed`)."""
-    eos_ids = frozenset(facts.eos_ids) | (frozenset() if tokenizer is None else tokenizer.eos_ids)
     return InputRules(
         encoder=tokenizer,
         vocab_size=facts.vocab_size,
         context_length=facts.context_length,
-        eos_ids=frozenset(token_id for token_id in eos_ids if 0 <= token_id < facts.vocab_size),
+        eos_ids=_eos_ids(facts, tokenizer),
         namespace=facts.cache_namespace,
         next_seed=_seed_stream(config.random_seed or 0),
         preferred=config.preferred_sampling,
         allow_auto_truncate=config.allow_auto_truncate,
         has_reasoning=wire_format is not PLAIN_TEXT,
     )
+
+
+def token_bytes(tokenizer: Tokenizer, facts: EngineFacts) -> TokenBytes:
+    """What grammars must know of the vocabulary. Some tenths of a second the first time."""
+    return tokenizer.grammar_tokens(facts.vocab_size, tuple(sorted(_eos_ids(facts, tokenizer))))
+
+
+def _eos_ids(facts: EngineFacts, tokenizer: Tokenizer | None) -> frozenset[int]:
+    eos_ids = frozenset(facts.eos_ids) | (frozenset() if tokenizer is None else tokenizer.eos_ids)
+    return frozenset(token_id for token_id in eos_ids if 0 <= token_id < facts.vocab_size)
 
 
 def sampling_defaults(model_path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from mooli.errors import ChatTemplateError, CheckpointError, ModelNotFoundError,
 from mooli.formats.files import parse_json, read_text_file
 from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.tokenizer_bounds import TextBounds, byte_level_alphabet, check_added_count, check_file, text_bounds
+from mooli.types import TokenBytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -55,6 +57,9 @@ _MAX_CHARS = 1 << 23
 
 _MANY_IDS = 256
 """So many ids and more are decoded without the interpreter; below, letting go of it costs more than it gives."""
+
+_MARKERS = re.compile(r"think|tool|THINK|TOOL|ARGS|function_call|arg_key|arg_value|python_tag")
+"""In the texts of special tokens that grammars write."""
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -107,6 +112,7 @@ class Tokenizer:
         self._keeps_spaces = "Strip" in kinds or "Metaspace" in kinds
         self._byte_of = byte_level_alphabet() if self.is_byte_level else {}
         self._bytes_cache: dict[int, bytes] = {}
+        self._grammar_tokens: TokenBytes | None = None
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of `text`.
@@ -271,6 +277,32 @@ class Tokenizer:
             raw = piece.encode()
         self._bytes_cache[token_id] = raw
         return raw
+
+    def grammar_tokens(self, vocab_size: int, eos_ids: tuple[int, ...]) -> TokenBytes:
+        """The bytes of ids 0 … vocab_size - 1 as a grammar writes them. Made once.
+
+        Markers of tools and reasoning are text, whatever the files call them: grammars write them.
+        """
+        with self._plain_lock:
+            if self._grammar_tokens is None:
+                tokens = [self._grammar_bytes(token_id) for token_id in range(min(vocab_size, self.vocab_size))]
+                texts = {
+                    token_id: self._piece(token_id) or "" for token_id in self.special_ids if token_id < vocab_size
+                }
+                special = {i for i, text in texts.items() if not _MARKERS.search(text)} | set(eos_ids)
+                added = self._backend.get_added_tokens_decoder()
+                whole = [token_id for token_id in sorted(added) if token_id < len(tokens) and token_id not in special]
+                self._grammar_tokens = TokenBytes(tokens, sorted(special), list(eos_ids), whole)
+            return self._grammar_tokens
+
+    def _grammar_bytes(self, token_id: int) -> bytes:
+        if self.is_byte_level:
+            return self.token_bytes(token_id)
+        piece = self._piece(token_id) or ""
+        if self.is_byte_fallback(token_id):
+            return bytes([int(piece[3:5], 16)])
+        is_text = self._keeps_spaces and token_id not in self.special_ids
+        return (piece.replace("▁", " ") if is_text else piece).encode()
 
     def is_byte_fallback(self, token_id: int) -> bool:
         """True for a SentencePiece token such as <0xE4>, which stands for one byte of a character."""

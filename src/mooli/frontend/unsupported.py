@@ -31,14 +31,7 @@ class Api(enum.Flag):
 _NATIVE = Api.ENGINE | Api.GENERATE
 
 _LIST: Mapping[str, tuple[tuple[Api, str], ...]] = {
-    "an answer cannot be held to a grammar yet": (
-        (Api.SAMPLING | Api.OPENAI, "json_schema regex ebnf structural_tag"),
-        (
-            Api.OPENAI,
-            "response_format guided_json guided_regex guided_choice guided_grammar structured_outputs grammar",
-        ),
-        (Api.ANTHROPIC, "output_config output_format"),
-    ),
+    "an answer of this API cannot be held to a grammar yet": ((Api.ANTHROPIC, "output_config output_format"),),
     "tools cannot be called yet": (
         (Api.OPENAI | Api.ANTHROPIC, "tools tool_choice"),
         (Api.OPENAI, "functions function_call web_search_options"),
@@ -147,7 +140,6 @@ _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "return_entropy": _values(False),
     "routed_experts_start_len": _values(0),
     "beam_width": _values(1),
-    "response_format": _values({"type": "text"}),
     "modalities": _values(["text"]),
     "reasoning": _values({"enabled": False}, {"effort": "none"}),
     "tool_choice": lambda value: value == "auto" or _types("none", "auto")(value),

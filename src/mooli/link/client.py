@@ -21,7 +21,7 @@ from mooli.engine.facts import EngineFacts
 from mooli.errors import EngineClosedError, EngineDeadError, EngineError, MooliError, RequestError
 from mooli.link.link import TAKER_FAILED, Sink, Sinks, copy_error
 from mooli.logs import FirstTimes
-from mooli.types import Request
+from mooli.types import Request, TokenBytes
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class EngineClient(asyncio.Protocol):
         self.on_report: Callable[[messages.Outputs], None] = lambda report: None
         self.died: asyncio.Future[MooliError] = loop.create_future()
         """Set with the cause when the process has ended, and was not told to."""
+        self.token_bytes: Callable[[], TokenBytes] | None = None
+        """Of the vocabulary: sent before the first request with a grammar. None where there is no tokenizer."""
         self._process = process
         self._connection: socket.socket | None = None
         self._progress = progress
@@ -134,6 +136,9 @@ class EngineClient(asyncio.Protocol):
         except (ValueError, OverflowError) as exc:
             raise RequestError(f"the request cannot be sent to the engine: {exc}") from exc
         self._sinks.add(entries)
+        if self.token_bytes is not None and any(request.sampling.grammar is not None for request in requests):
+            self._send(messages.Tokens(self.token_bytes()))
+            self.token_bytes = None  # they stay there
         self._send_frame(frame)
 
     def abort(self, rids: Iterable[str], reason: str) -> None:

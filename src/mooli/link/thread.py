@@ -130,6 +130,10 @@ class EngineLoop:
             raise error
         return value
 
+    def wake(self, function: Callable[[], None]) -> None:
+        """Have `function` called on the engine's thread between two steps, which wakes it. Never blocks."""
+        self._commands.put(function)
+
     def fail(self, error: EngineDeadError) -> None:
         """End every request with `error`, after the step that is being computed: what computes is broken. A step that
         does not end is not waited for longer than STUCK_S. Called on a thread that may be kept that long."""

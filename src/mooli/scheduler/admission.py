@@ -358,6 +358,21 @@ class PrefixWaits:
         return False
 
 
+class ConstraintWaits:
+    """A constraint that is still being made. Whoever makes it has the scheduler asked again."""
+
+    reason = "grammar"
+
+    def begin_step(self, running: Iterable[RequestState]) -> None:
+        pass
+
+    def holds(self, state: RequestState) -> bool:
+        return state.constrained is not None and not state.constrained.is_ready
+
+    def began(self, state: RequestState) -> None:
+        pass
+
+
 def _common_tokens(a: RequestState, b: RequestState) -> int:
     count = min(a.num_tokens, b.num_tokens)
     differs = a.key_ids[:count] != b.key_ids[:count]

@@ -23,6 +23,11 @@ class Constraint(Protocol):
     """Which ids may follow the output of one request. Whatever it raises ends that request alone, with `error`."""
 
     @property
+    def is_ready(self) -> bool:
+        """False while it is being made, aside: its request waits, and nothing else is asked."""
+        ...
+
+    @property
     def has_ended(self) -> bool:
         """Nothing may follow: the output is complete."""
         ...
@@ -58,6 +63,10 @@ class Constrained:
         self.failure: FinishReason | None = None
         self._constraint = constraint
         self._vocab_size = vocab_size
+
+    @property
+    def is_ready(self) -> bool:
+        return self._constraint.is_ready
 
     def cut(self, draft_ids: list[int]) -> list[int]:
         """The guesses before the first that cannot come, or after which nothing could."""

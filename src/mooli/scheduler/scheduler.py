@@ -26,7 +26,15 @@ from collections.abc import Collection
 from mooli.batch import ScheduleBatch, StepOutput
 from mooli.cache.kv_cache import KVCache
 from mooli.errors import ConfigError, EngineError, RequestError
-from mooli.scheduler.admission import AdmissionControl, Hold, PrefixWaits, Waiting, check_request, head_start
+from mooli.scheduler.admission import (
+    AdmissionControl,
+    ConstraintWaits,
+    Hold,
+    PrefixWaits,
+    Waiting,
+    check_request,
+    head_start,
+)
 from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
 from mooli.scheduler.constraint import Constrained, ConstraintMaker
 from mooli.scheduler.drafts import Drafts, DraftSettings
@@ -101,7 +109,7 @@ class Scheduler:
         self._waiting = Waiting(cache, policy)
         self._running = Running(cache, self._builder, self.max_running_requests)
         waiting, running, counters = self._waiting, self._running, self.counters
-        admission = AdmissionControl(cache, waiting, running, counters, [PrefixWaits(cache), *holds])
+        admission = AdmissionControl(cache, waiting, running, counters, [ConstraintWaits(), PrefixWaits(cache), *holds])
         guesses = None if drafts is None else Drafts(drafts, cache)
         self._planner = Planner(cache, waiting, running, admission, max_batch_tokens, guesses)
         acceptance = Acceptance(vocab_size, computed_in)
@@ -150,6 +158,10 @@ class Scheduler:
     def finish(self, rid: str, matched: int | str) -> bool:
         """End a request with `stop`: the text side found a stop string. False if there is no such request."""
         return self._finish_early(rid, FinishReason("stop", matched=matched))
+
+    def refuse(self, rid: str, message: str, err_type: str) -> bool:
+        """End a request with `error`, status 400: what it asks for cannot be had. False if there is no such request."""
+        return self._finish_early(rid, FinishReason("error", message=message, status_code=400, err_type=err_type))
 
     def _finish_early(self, rid: str, finish: FinishReason) -> bool:
         state = self._states.get(rid)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -33,7 +34,7 @@ from mooli.engine.child import EngineChild
 from mooli.engine.facts import device_words
 from mooli.errors import EngineError
 from mooli.frontend.inputs import GenerateCall
-from mooli.frontend.text_side import check_preferred, open_tokenizer, sampling_defaults, with_seed
+from mooli.frontend.text_side import check_preferred, open_tokenizer, sampling_defaults, token_bytes, with_seed
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.hub.locate import locate_async
 from mooli.link.client import EngineClient
@@ -194,6 +195,8 @@ def make_service(
         step_log.step(report)
 
     client.on_report = take_report
+    if tokenizer is not None and engine_config.grammar_backend != "none":
+        client.token_bytes = functools.partial(token_bytes, tokenizer, client.facts)
     return service
 
 

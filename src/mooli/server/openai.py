@@ -9,6 +9,7 @@ Source: OpenAI API reference, completions and chat; SGLang's extensions of both.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,8 +83,20 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
     return_token_ids: bool | None = None
     return_cached_tokens_details: bool | None = None
+    # What the answer is held to, in the words of OpenAI, vLLM and llama.cpp
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
 
 
 def refuse_unsupported(given: Mapping[str, Any]) -> None:
@@ -115,7 +128,84 @@ def sampling_params(body: GenerationBody) -> dict[str, Any]:
     """The fields that are given, under their native names. The length of the answer is not among them: its default
     belongs to the route."""
     given = {native: getattr(body, name) for name, native in _SAMPLING_NAMES.items()}
+    given.update(_grammar(body))
     return {native: value for native, value in given.items() if value is not None}
+
+
+_STRUCTURED = {"json": "json_schema", "regex": "regex", "grammar": "ebnf", "structural_tag": "structural_tag"}
+"""Of vLLM's `structured_outputs`, and with `guided_` before them of its older fields."""
+
+
+def _grammar(body: GenerationBody) -> dict[str, Any]:
+    """What the answer is held to, under its native name. Raises HttpError (400) if several fields say so."""
+    found: list[tuple[str, str, Any]] = [
+        (name, name, getattr(body, name)) for name in ("json_schema", "regex", "ebnf", "structural_tag")
+    ]
+    found.append(("grammar", "ebnf", body.grammar))
+    found += [
+        (f"guided_{name}", native, getattr(body, f"guided_{name}"))
+        for name, native in _STRUCTURED.items()
+        if name != "structural_tag"
+    ]
+    if body.guided_choice:
+        found.append(("guided_choice", *_choice("guided_choice", body.guided_choice)))
+    found += [("structured_outputs", *pair) for pair in _structured(body.structured_outputs or {})]
+    if body.response_format:
+        found += [("response_format", *pair) for pair in _response_format(body.response_format)]
+    given = [(field, native, value) for field, native, value in found if value not in (None, "", {})]
+    if len(given) > 1:
+        names = " and ".join(field for field, _, _ in given)
+        raise HttpError(400, f"{names} say what the answer is held to: give one of them", param=given[1][0])
+    return {native: value for _, native, value in given}
+
+
+def _structured(given: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in given.items():
+        if value in (None, False, "", [], {}):
+            continue
+        if name in _STRUCTURED:
+            pairs.append((_STRUCTURED[name], value))
+        elif name == "choice":
+            pairs.append(_choice("structured_outputs.choice", value))
+        elif name == "json_object":
+            pairs.append(("json_schema", {"type": "object"}))
+        else:
+            raise HttpError(
+                400, f"structured_outputs.{name} is not supported by this server: leave it out",
+                param="structured_outputs",
+            )  # fmt: skip
+    return pairs
+
+
+def _choice(name: str, texts: Any) -> tuple[str, str]:
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise HttpError(400, f"{name} must be a list of texts that are not empty", param=name.partition(".")[0])
+    return "ebnf", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+
+
+def _response_format(given: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """OpenAI's field. A schema is always enforced, whatever `strict` says; llama.cpp has it one level up."""
+    kind = given.get("type")
+    if kind == "text":
+        return []
+    if kind == "json_object":
+        return [("json_schema", given.get("schema") or {"type": "object"})]
+    if kind == "json_schema":
+        inner = given.get("json_schema")
+        schema = inner.get("schema") if isinstance(inner, dict) else None
+        schema = given.get("schema") if schema is None else schema
+        if schema is None:
+            raise HttpError(400, "response_format.json_schema.schema is missing", param="response_format")
+        # `{}` and `true` allow any JSON, and are no absence of a schema.
+        return [("json_schema", json.dumps(schema) if isinstance(schema, (dict, bool)) else schema)]
+    if kind == "structural_tag":
+        return [("structural_tag", {name: value for name, value in given.items() if name != "type"})]
+    raise HttpError(
+        400,
+        f"response_format.type={str(kind)[:80]!r} is not one of text, json_object, json_schema, structural_tag",
+        param="response_format",
+    )
 
 
 def cache_salt(body: GenerationBody) -> str | None:

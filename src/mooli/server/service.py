@@ -8,6 +8,7 @@ Lives in the server's event loop; only tokenising of long texts leaves it.
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import contextlib
 import time
@@ -107,7 +108,12 @@ class Service:
         """`InputRules.prepare`, off the event loop where text or lists are long. Raises RequestError."""
         if isinstance(call.prompt, str):
             self.rules.check_length(call.prompt)  # here: it need not wait for a thread
-        return await self.text_threads.run(num_chars(vars(call)), lambda: self.rules.prepare(call, caller))
+        inputs = await self.text_threads.run(num_chars(vars(call)), lambda: self.rules.prepare(call, caller))
+        # The first time it takes long, and the link asks for it in the event loop.
+        token_bytes = self.client.token_bytes
+        if token_bytes is not None and any(request.sampling.grammar is not None for request in inputs.requests):
+            await asyncio.to_thread(token_bytes)
+        return inputs
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_arguments: Any) -> list[int]:
         """Ids of a conversation (`mooli.frontend.chat_encoding.encode_chat`). What users write never becomes a control

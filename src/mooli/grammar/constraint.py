@@ -1,0 +1,87 @@
+"""One output held to a grammar: the scheduler's `Constraint` over an llguidance matcher.
+
+Owns a matcher from when its grammar is compiled. Never compiles. What llguidance keeps silent about is an error here: a
+matcher in trouble stays in it and then allows nothing but the end, which would cut answers short without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooli.errors import GrammarError
+
+if TYPE_CHECKING:
+    import llguidance
+
+
+class Compiled(Protocol):
+    """matcher: at the start of the language, never moved; None while it is being made."""
+
+    matcher: llguidance.LLMatcher | None
+
+
+class GrammarConstraint:
+    """See `mooli.scheduler.constraint.Constraint`."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        self._compiled = compiled
+        self._own: llguidance.LLMatcher | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._compiled.matcher is not None
+
+    @property
+    def has_ended(self) -> bool:
+        return self._matcher.is_stopped()
+
+    def num_allowed(self, draft_ids: Sequence[int]) -> int:
+        if not draft_ids:
+            return 0
+        probe = self._matcher.deep_copy()  # a rollback may take a token too many where the language ends
+        count = probe.try_consume_tokens(list(draft_ids))
+        if count and probe.is_stopped():
+            count -= 1
+        return count
+
+    def mask(self, draft_ids: Sequence[int], allowed: NDArray[np.uint32]) -> None:
+        matcher = self._matcher
+        _fill(matcher, allowed[0])
+        if not draft_ids:
+            return
+        probe = matcher.deep_copy()
+        for token_id, row in zip(draft_ids, allowed[1:], strict=True):
+            probe.consume_token(token_id)
+            _fill(probe, row)
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        matcher = self._matcher
+        matcher.consume_tokens(list(token_ids))
+        _check(matcher)
+
+    @property
+    def _matcher(self) -> llguidance.LLMatcher:
+        if self._own is None:
+            if self._compiled.matcher is None:
+                raise GrammarError("the grammar is not compiled yet")
+            self._own = self._compiled.matcher.deep_copy()
+        return self._own
+
+
+def _fill(matcher: llguidance.LLMatcher, row: NDArray[np.uint32]) -> None:
+    matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+    _check(matcher)
+
+
+def _check(matcher: llguidance.LLMatcher) -> None:
+    if matcher.is_error():
+        raise GrammarError(error_text(matcher.get_error()))
+
+
+def error_text(message: str) -> str:
+    """What llguidance says, without its note that it says no more."""
+    return message.replace("<non-verbose/>", "").strip()

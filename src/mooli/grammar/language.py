@@ -1,0 +1,287 @@
+"""From what a user wrote to a grammar of llguidance.
+
+Owns the meaning of the four kinds of `Grammar`, the limits on what a grammar may cost, and the words of its refusal.
+Nothing is left out in silence: a keyword that cannot be enforced is an error that names it and its place. Between the
+tokens of JSON at most MAX_SPACES of whitespace are allowed, as models else write nothing but spaces for ever.
+
+Sources: llguidance's syntax and JSON schema documents; SGLang's structural tags.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mooli.errors import GrammarError
+from mooli.grammar.constraint import error_text
+from mooli.types import Grammar
+
+if TYPE_CHECKING:
+    import llguidance
+
+MAX_SPACES = 24
+
+MAX_LEXER_FUEL = 200_000
+"""For the first mask; 0.1 s of work. Without it a regex of 20 characters takes some seconds."""
+
+PROBED_TOKENS = 4
+
+_JSON_OPTIONS: Any = {"whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MAX_SPACES}}}"}
+
+_DATA = ("enum", "const", "default", "examples")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+
+def compiled(grammar: Grammar, vocabulary: llguidance.LLTokenizer) -> llguidance.LLMatcher:
+    """A matcher at the start of the language, with its first mask computed.
+
+    Raises GrammarError that says what is wrong with the grammar, and where.
+    """
+    import llguidance
+
+    limits = llguidance.LLParserLimits(initial_lexer_fuel=MAX_LEXER_FUEL, verbose_errors=False)
+    text = _LANGUAGES[grammar.kind](grammar.text)
+    matcher = llguidance.LLMatcher(vocabulary, text, log_level=0, limits=limits)
+    error = matcher.get_error() or _probed(matcher)
+    if error:
+        raise GrammarError(f"{grammar.kind}: {_explained(error_text(error), grammar)}")
+    if matcher.is_stopped():
+        raise GrammarError(f"{grammar.kind}: the only output it allows is an empty one")
+    return matcher
+
+
+def _probed(matcher: llguidance.LLMatcher) -> str:
+    """Walk a few tokens into the language: what is only built there is built here, or fails here. What failed."""
+    probe = matcher.deep_copy()
+    for _ in range(PROBED_TOKENS):
+        mask = np.frombuffer(probe.compute_bitmask(), np.uint8)
+        if probe.is_stopped() or not mask.any():
+            break
+        word = int(np.flatnonzero(mask)[-1])
+        probe.consume_token(word * 8 + int(mask[word]).bit_length() - 1)
+    return probe.get_error()
+
+
+# -- the four kinds ----------------------------------------------------------------------------------------------------
+def _json_schema(text: str) -> str:
+    import llguidance
+
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(_schema(json.loads(text))), overrides=_JSON_OPTIONS)
+
+
+def _schema(schema: Any) -> dict[str, Any]:
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise GrammarError(f"json_schema: a schema is an object, not {_short(schema)}")
+    # It would set options of the library: leniency for one, which enforces nothing.
+    return {name: value for name, value in schema.items() if name != "x-guidance"}
+
+
+def _regex(text: str) -> str:
+    import llguidance
+
+    # It is the whole output that matches, so anchors at its ends say nothing; in their place they are not supported.
+    pattern = text.removeprefix("^")
+    if re.search(r"(?<!\\)(?:\\\\)*\$$", pattern):
+        pattern = pattern[:-1]
+    return llguidance.LLMatcher.grammar_from_regex(pattern)
+
+
+def _ebnf(text: str) -> str:
+    import llguidance
+
+    try:
+        return llguidance.grammar_from("ebnf", text)
+    except (ValueError, RecursionError) as exc:
+        raise GrammarError(f"ebnf: {exc}") from exc
+
+
+def _structural_tag(text: str) -> str:
+    import llguidance
+
+    tag = json.loads(text)
+    if not isinstance(tag, dict):
+        raise GrammarError(f"structural_tag: it is an object, not {_short(tag)}")
+    writer = _TagWriter()
+    if "structures" in tag:
+        structures = _list(tag, "structures")
+        form: Any = {
+            "type": "triggered_tags",
+            "triggers": _list(tag, "triggers"),
+            "tags": [
+                {
+                    "begin": _field(item, "begin", f"structures[{i}]"),
+                    "content": {"type": "json_schema", "json_schema": item.get("schema", True)},
+                    "end": _field(item, "end", f"structures[{i}]"),
+                }
+                for i, item in enumerate(structures)
+            ],
+            "at_least_one": tag.get("at_least_one", False),
+        }
+    elif "format" in tag:
+        form = tag["format"]
+    else:
+        raise GrammarError("structural_tag: it has neither format, nor structures and triggers")
+    start = writer.expression(form, "format")
+    return llguidance.LLMatcher.grammar_from_lark("\n".join([f"start: {start}", *writer.rules]))
+
+
+class _TagWriter:
+    """Writes the formats of a structural tag as rules of Lark."""
+
+    def __init__(self) -> None:
+        self.rules = ["TEXT: /(.|\\n)*/"]
+
+    def expression(self, form: Any, where: str) -> str:
+        """Lark for a format. Raises GrammarError for one that is not known, with its place."""
+        if not isinstance(form, dict):
+            raise GrammarError(f"structural_tag: {where} is {_short(form)}, not an object with a type")
+        kind = form.get("type")
+        if kind == "const_string":
+            return _quoted(_field(form, "value", where))
+        if kind == "json_schema":
+            schema = {**_schema(form.get("json_schema", True)), "x-guidance": _JSON_OPTIONS}
+            return self._rule(f"%json {json.dumps(schema)}")
+        if kind == "regex":
+            return self._rule("/" + _field(form, "pattern", where).replace("/", r"\/") + "/")
+        if kind == "any_text":
+            return "TEXT"
+        if kind in ("sequence", "or"):
+            elements = _list(form, "elements", where)
+            if not elements:
+                raise GrammarError(f"structural_tag: {where}.elements is empty")
+            parts = [self.expression(item, f"{where}.elements[{i}]") for i, item in enumerate(elements)]
+            return self._rule((" " if kind == "sequence" else " | ").join(parts))
+        if kind in ("optional", "star", "plus"):
+            mark = {"optional": "?", "star": "*", "plus": "+"}[kind]
+            return self._rule(f"({self.expression(form.get('content'), f'{where}.content')}){mark}")
+        if kind == "tag":
+            begin = _quoted(_field(form, "begin", where), " ")
+            return self._rule(f"{begin}{self._content(form, where)}{_quoted(_field(form, 'end', where))}" or '""')
+        if kind == "triggered_tags":
+            return self._triggered(form, where)
+        if kind == "tags_with_separator":
+            tags = [
+                self.expression({**item, "type": "tag"}, f"{where}.tags[{i}]") for i, item in self._tags(form, where)
+            ]
+            one = self._rule(" | ".join(tags))
+            many = self._rule(f"{one} ({_quoted(_field(form, 'separator', where), ' ')}{one})*")
+            return many if form.get("at_least_one") else f"({many})?"
+        raise GrammarError(f"structural_tag: {where}.type={_short(kind)} is not supported")
+
+    def _content(self, form: Mapping[str, Any], where: str) -> str:
+        """What is inside a tag. Any text there ends with the first end of the tag, so that this must not follow."""
+        content = form.get("content")
+        if isinstance(content, dict) and content.get("type") == "any_text":
+            raise GrammarError(f"structural_tag: {where}.content of type any_text is not supported")
+        return self.expression(content, f"{where}.content") + " "
+
+    def _triggered(self, form: Mapping[str, Any], where: str) -> str:
+        """Free text up to a trigger, from where on one of its tags is enforced; and again."""
+        triggers = _list(form, "triggers", where)
+        if not triggers or not all(isinstance(trigger, str) and trigger for trigger in triggers):
+            raise GrammarError(f"structural_tag: {where}.triggers must be texts that are not empty")
+        bodies: dict[str, list[str]] = {trigger: [] for trigger in triggers}
+        for i, tag in self._tags(form, where):
+            begin = _field(tag, "begin", f"{where}.tags[{i}]")
+            trigger = next((text for text in triggers if begin.startswith(text)), None)
+            if trigger is None:
+                raise GrammarError(f"structural_tag: {where}.tags[{i}].begin={_short(begin)} begins with no trigger")
+            rest = {**tag, "type": "tag", "begin": begin[len(trigger) :]}
+            bodies[trigger].append(self.expression(rest, f"{where}.tags[{i}]"))
+        calls = []
+        for trigger, tags in bodies.items():
+            if tags:
+                head = self._rule(f"TEXT {_quoted(trigger)}", "[lazy]")
+                calls.append(self._rule(f"{head} ({' | '.join(tags)})"))
+        if not calls:
+            raise GrammarError(f"structural_tag: {where}.tags is empty")
+        call = self._rule(" | ".join(calls))
+        if form.get("stop_after_first"):
+            return call if form.get("at_least_one") else f"({call} | TEXT)"
+        return self._rule(f"{call}{'+' if form.get('at_least_one') else '*'} TEXT")
+
+    def _tags(self, form: Mapping[str, Any], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        tags = _list(form, "tags", where)
+        if not tags:
+            raise GrammarError(f"structural_tag: {where}.tags is empty")
+        for i, tag in enumerate(tags):
+            if not isinstance(tag, dict):
+                raise GrammarError(f"structural_tag: {where}.tags[{i}] is {_short(tag)}, not an object")
+            yield i, tag
+
+    def _rule(self, body: str, options: str = "") -> str:
+        name = f"r{len(self.rules)}"
+        self.rules.append(f"{name}{options}: {body}")
+        return name
+
+
+_LANGUAGES = {"json_schema": _json_schema, "regex": _regex, "ebnf": _ebnf, "structural_tag": _structural_tag}
+
+
+def _list(form: Mapping[str, Any], name: str, where: str = "") -> list[Any]:
+    value = form.get(name)
+    if not isinstance(value, list):
+        raise GrammarError(f"structural_tag: {where}{'.' if where else ''}{name} must be a list, not {_short(value)}")
+    return value
+
+
+def _field(form: Any, name: str, where: str) -> str:
+    value = form.get(name) if isinstance(form, dict) else None
+    if not isinstance(value, str):
+        raise GrammarError(f"structural_tag: {where}.{name} must be a text, not {_short(value)}")
+    return value
+
+
+def _quoted(text: str, then: str = "") -> str:
+    """A literal of Lark; nothing for no text."""
+    return json.dumps(text, ensure_ascii=False) + then if text else ""
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+def _explained(message: str, grammar: Grammar) -> str:
+    """llguidance's message with the place of what it names."""
+    if grammar.kind != "json_schema":
+        return message
+    schema = json.loads(grammar.text)
+    keys = re.match(r"Unimplemented keys: \[(.*)\]", message)
+    if keys:
+        names = re.findall(r'"([^"]+)"', keys[1])
+        places = [place for name in names for place in _places(schema, lambda node, name=name: name in node, name)]
+        return f"{', '.join(names)} cannot be enforced{_at(places)}: leave it out, or say it in another way"
+    unknown = re.match(r"Unknown format: (.*)", message)
+    if unknown:
+        return message + _at(_places(schema, lambda node: node.get("format") == unknown[1], "format"))
+    return message
+
+
+def _at(places: list[str]) -> str:
+    return f" (at {', '.join(places[:3])})" if places else ""
+
+
+def _places(node: Any, is_it: Any, keyword: str, path: str = "#") -> list[str]:
+    """JSON pointers to a keyword of the schemas in `node`."""
+    found: list[str] = []
+    if isinstance(node, list):
+        for i, item in enumerate(node):
+            found += _places(item, is_it, keyword, f"{path}/{i}")
+    elif isinstance(node, dict):
+        if is_it(node):
+            found.append(f"{path}/{keyword}")
+        for name, value in node.items():
+            if name in _NAMED and isinstance(value, dict):
+                for key, item in value.items():
+                    found += _places(item, is_it, keyword, f"{path}/{name}/{key}")
+            elif name not in _DATA:
+                found += _places(value, is_it, keyword, f"{path}/{name}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
