@@ -36,7 +36,7 @@ MAX_THREADS = 4
 
 MAX_WAITING = 256
 MAX_KEPT = 128
-"""Compiled grammars, those that were refused included. One takes some 100 KB."""
+"""Compiled grammars, those that were refused included. One takes some 100 KB; MAX_LEXER_STATES bounds the largest."""
 
 _NICENESS = 10
 """Of the threads that compile: those that compute go first."""
@@ -52,6 +52,7 @@ class Compilation:
     grammar: Grammar
     matcher: llguidance.LLMatcher | None = None
     error: MooliError | None = None
+    is_spoilt: bool = False
     rids: list[str] = field(default_factory=list)
 
     @property
@@ -98,7 +99,7 @@ class Grammars:
                 advice="(skip_tokenizer_init=True or grammar_backend='none')",
             )
         known = self._kept.get(grammar)
-        if known is None:
+        if known is None or known.is_spoilt:
             known = self._begin(grammar)
         self._kept.move_to_end(grammar)
         with self._lock:
@@ -164,6 +165,7 @@ class Grammars:
     def _expire(self, compilation: Compilation) -> None:
         kind = compilation.grammar.kind
         late = GrammarError(f"{kind}: to compile it takes longer than {self._deadline_s:g} s: use a simpler one")
+        compilation.is_spoilt = True  # it may have been the machine: the next request tries anew
         self._settle(compilation, None, late)
 
     def _settle(self, compilation: Compilation, matcher: llguidance.LLMatcher | None, error: MooliError | None) -> None:

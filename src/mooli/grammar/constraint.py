@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 
 class Compiled(Protocol):
-    """matcher: at the start of the language, never moved; None while it is being made."""
+    """matcher: at the start of the language, never moved; None while it is being made. is_spoilt: an output found what
+    was built of the language too large. It is shared and only grows, so others must have it made anew."""
 
     matcher: llguidance.LLMatcher | None
+    is_spoilt: bool
 
 
 class GrammarConstraint:
@@ -50,18 +52,27 @@ class GrammarConstraint:
 
     def mask(self, draft_ids: Sequence[int], allowed: NDArray[np.uint32]) -> None:
         matcher = self._matcher
-        _fill(matcher, allowed[0])
+        self._fill(matcher, allowed[0])
         if not draft_ids:
             return
         probe = matcher.deep_copy()
         for token_id, row in zip(draft_ids, allowed[1:], strict=True):
             probe.consume_token(token_id)
-            _fill(probe, row)
+            self._fill(probe, row)
 
     def advance(self, token_ids: Sequence[int]) -> None:
         matcher = self._matcher
         matcher.consume_tokens(list(token_ids))
-        _check(matcher)
+        self._check(matcher)
+
+    def _fill(self, matcher: llguidance.LLMatcher, row: NDArray[np.uint32]) -> None:
+        matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        self._check(matcher)
+
+    def _check(self, matcher: llguidance.LLMatcher) -> None:
+        if matcher.is_error():
+            self._compiled.is_spoilt = True
+            raise GrammarError(error_text(matcher.get_error()))
 
     @property
     def _matcher(self) -> llguidance.LLMatcher:
@@ -70,16 +81,6 @@ class GrammarConstraint:
                 raise GrammarError("the grammar is not compiled yet")
             self._own = self._compiled.matcher.deep_copy()
         return self._own
-
-
-def _fill(matcher: llguidance.LLMatcher, row: NDArray[np.uint32]) -> None:
-    matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-    _check(matcher)
-
-
-def _check(matcher: llguidance.LLMatcher) -> None:
-    if matcher.is_error():
-        raise GrammarError(error_text(matcher.get_error()))
 
 
 def error_text(message: str) -> str:

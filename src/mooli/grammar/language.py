@@ -28,6 +28,9 @@ MAX_SPACES = 24
 MAX_LEXER_FUEL = 200_000
 """For the first mask; 0.1 s of work. Without it a regex of 20 characters takes some seconds."""
 
+MAX_LEXER_STATES = 50_000
+"""Of one grammar, built as outputs need them: 1 to 2 KB each."""
+
 PROBED_TOKENS = 4
 
 _JSON_OPTIONS: Any = {"whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MAX_SPACES}}}"}
@@ -43,7 +46,9 @@ def compiled(grammar: Grammar, vocabulary: llguidance.LLTokenizer) -> llguidance
     """
     import llguidance
 
-    limits = llguidance.LLParserLimits(initial_lexer_fuel=MAX_LEXER_FUEL, verbose_errors=False)
+    limits = llguidance.LLParserLimits(
+        initial_lexer_fuel=MAX_LEXER_FUEL, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False
+    )
     text = _LANGUAGES[grammar.kind](grammar.text)
     matcher = llguidance.LLMatcher(vocabulary, text, log_level=0, limits=limits)
     error = matcher.get_error() or _probed(matcher)
