@@ -95,6 +95,17 @@ def test_every_way_to_give_another_language(server, fields):
     assert set(texts(server, CHAT, **fields)) <= {"x", "yz"}
 
 
+@pytest.mark.parametrize("name", ["output_config", "output_format"])
+def test_a_message_of_anthropic_s_api_has_the_format_of_its_output(server, name):
+    form = {"type": "json_schema", "schema": SCHEMA}
+    body = {"model": "m", "max_tokens": 100, "messages": [{"role": "user", "content": "a"}]}
+    answer = server.http.post(
+        "/v1/messages", json={**body, name: {"format": form} if name == "output_config" else form}
+    )
+    (block,) = answer.json()["content"]
+    assert is_right(block["text"])
+
+
 def test_any_object_is_an_object(server):
     (text,) = texts(server, CHAT, max_tokens=60, response_format={"type": "json_object"})
     assert text.startswith("{")

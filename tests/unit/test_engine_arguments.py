@@ -227,7 +227,7 @@ SOMETHING = {
     Api.GENERATE: [{"input_embeds": [[1.0]]}, {"return_entropy": True}],
     Api.SAMPLING: [{"beam_width": 2}, {"stop_regex": "none"}],
     Api.OPENAI: [{"tool_choice": "required"}, {"web_search_options": {"user_location": {}}}],
-    Api.ANTHROPIC: [{"tools": ""}, {"output_config": {"effort": "high"}}],
+    Api.ANTHROPIC: [{"tools": ""}, {"speed": "fast"}],
 }
 
 

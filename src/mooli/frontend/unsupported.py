@@ -31,7 +31,6 @@ class Api(enum.Flag):
 _NATIVE = Api.ENGINE | Api.GENERATE
 
 _LIST: Mapping[str, tuple[tuple[Api, str], ...]] = {
-    "an answer of this API cannot be held to a grammar yet": ((Api.ANTHROPIC, "output_config output_format"),),
     "tools cannot be called yet": (
         (Api.OPENAI | Api.ANTHROPIC, "tools tool_choice"),
         (Api.OPENAI, "functions function_call web_search_options"),
@@ -143,7 +142,6 @@ _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "modalities": _values(["text"]),
     "reasoning": _values({"enabled": False}, {"effort": "none"}),
     "tool_choice": lambda value: value == "auto" or _types("none", "auto")(value),
-    "output_config": lambda value: isinstance(value, dict) and not any(value.values()),
     "speed": _values("standard"),
 }
 """Values of one name that ask for nothing, or for what is done anyway."""

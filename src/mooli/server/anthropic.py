@@ -16,6 +16,7 @@ Source: Anthropic's API reference, Messages, Streaming messages, Count Message t
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -85,19 +86,29 @@ class MessagesBody(CountTokensBody, kw_only=True):
     top_p: float | None = None
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    output_format: dict[str, Any] | None = None
 
     def sampling_params(self) -> dict[str, Any]:
         """What the body says of sampling, in Mooli's names; `max_tokens` is left to who knows the prompt's length."""
         params: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "stop": self.stop_sequences}
         if self.top_k is not None:
             params["top_k"] = self.top_k or -1
+        form = (self.output_config or {}).get("format") or self.output_format
+        if form:
+            params["json_schema"] = _schema(form)
         return {name: value for name, value in params.items() if value is not None}
 
 
-def check_served(body: CountTokensBody, given: Mapping[str, Any]) -> None:
+def _schema(form: Any) -> Any:
+    """Of an output's format. Raises HttpError (400) for one of another type."""
+    if not isinstance(form, dict) or form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
+        raise HttpError(400, "output_config.format must have type 'json_schema' and a schema.", param="output_config")
+    return json.dumps(form["schema"])
+
+
+def check_served(given: Mapping[str, Any]) -> None:
     """Raise HttpError (400) that names the field if one asks for what is not served."""
-    output = {name: value for name, value in (body.output_config or {}).items() if name != "effort"}
-    name = asked({**given, "output_config": output}, Api.ANTHROPIC)
+    name = asked(given, Api.ANTHROPIC)
     if name is not None:
         raise HttpError(400, f"{name} is not supported yet: leave it out.", param=name)
 
@@ -198,7 +209,7 @@ async def count_tokens(service: Service, request: Incoming) -> Reply:
 
 async def _prompt_ids(service: Service, request: Incoming) -> list[int]:
     body: CountTokensBody = request.body
-    check_served(body, request.unsupported)
+    check_served(request.unsupported)
     require_chat_template(service)
     messages, continues = conversation(body, service.config.max_request_items)
     last = {"add_generation_prompt": not continues, "continue_final_message": continues}
@@ -347,7 +358,7 @@ def _usage(generation: Generation) -> dict[str, int]:
     }
 
 
-_UNSUPPORTED = frozenset(names_of(Api.ANTHROPIC)) - {"output_config"}
+_UNSUPPORTED = frozenset(names_of(Api.ANTHROPIC))
 
 ROUTES = (
     Route(
