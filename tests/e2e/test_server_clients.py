@@ -160,8 +160,11 @@ def test_openai_raises_the_error_that_fits(client, server, stream):
     with pytest.raises(openai.BadRequestError, match="temperature") as wrong:
         chat(client, temperature=-1, stream=stream)
     assert wrong.value.param == "temperature"
-    with pytest.raises(openai.BadRequestError, match="response_format"):
-        chat(client, response_format={"type": "json_object"}, stream=stream)
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        chat(client, tools=[{"type": "function", "function": {"name": "look"}}], stream=stream)
+    impossible = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nothing"}}}
+    with pytest.raises(openai.BadRequestError, match="nothing"):
+        chat(client, response_format=impossible, stream=stream)
     with (
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as stranger,
         pytest.raises(openai.AuthenticationError),
