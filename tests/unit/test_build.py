@@ -144,6 +144,7 @@ def planned_and_built(path: Path, monkeypatch: pytest.MonkeyPatch, device: str, 
     return facts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"quantization": "int4"}, {"dtype": "bfloat16"}], ids=str)
 def test_a_plan_for_the_demo_model_says_what_its_engine_has(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
@@ -154,6 +155,7 @@ def test_a_plan_for_the_demo_model_says_what_its_engine_has(
     assert planned_and_built(path, monkeypatch, "cpu", **settings).weight_bytes > 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_tied", [False, True], ids=["head", "tied"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def by_expressions(special_texts, text):
 TEXTS_OF_FEW_LETTERS = st.text(alphabet="<|>ab \n", max_size=12)
 
 
+@pytest.mark.slow
 @given(st.frozensets(st.text(alphabet="<|>ab \n", min_size=1, max_size=5), max_size=5), TEXTS_OF_FEW_LETTERS)
 @settings(max_examples=300, deadline=None)
 def test_what_is_hidden_is_the_longest_token_wherever_one_begins(special_texts, text):
@@ -182,6 +183,7 @@ def test_thousands_of_special_tokens_are_prepared_once(monkeypatch):
     assert _Mask(frozenset(texts), set()).hide("a") == "a"
 
 
+@pytest.mark.slow
 def test_a_conversation_that_uses_every_private_character_is_an_error_of_the_prompt():
     every = "".join(map(chr, chat_encoding._PRIVATE))
     with pytest.raises(PromptError, match="private use"):

@@ -226,6 +226,7 @@ def test_ending_a_request_that_has_ended_does_not_reach_a_later_one_of_its_id(ma
     assert until_finish(later)[-1].finish.type == "length"
 
 
+@pytest.mark.slow
 def test_threads_that_use_one_id_hear_of_their_own_requests_only(make_loop):
     """Whoever ends one and whoever begins the next, in any order that the interpreter makes of it."""
     core = EngineCore(

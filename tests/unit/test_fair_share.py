@@ -122,6 +122,7 @@ def test_newcomers_do_not_keep_a_client_from_its_turn(policy: str) -> None:
         assert came < 130, "the client that was served before starves"
 
 
+@pytest.mark.slow
 def test_the_books_about_clients_stay_small() -> None:
     bench, fresh = Bench(max_running_requests=2), Fresh()
     bench.add(fresh.request("a", rid="a-long", max_new_tokens=190))

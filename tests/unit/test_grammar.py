@@ -408,6 +408,7 @@ def test_log_probabilities_are_of_what_is_allowed(fake):
     assert [len(top) for top in meta["output_top_logprobs"]] == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guesses", [{}, {"speculative_algorithm": "NGRAM"}])
 def test_requests_that_give_way_go_on_where_they_were(fake, guesses):
     """Twelve of them need more pages than there are."""
@@ -459,6 +460,7 @@ def without_nested_definitions(schema):
     return schema if "$defs" in schema or "$defs" not in json.dumps(schema) else None
 
 
+@pytest.mark.slow
 def test_whatever_is_sampled_is_of_its_schema(fake):
     jsonschema = pytest.importorskip("jsonschema")
     rng = random.Random(11)

@@ -473,6 +473,7 @@ def tree_search(s, question, width):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_forks_outlive_what_they_were_forked_from(make, check_balanced, stream):
     make(replies(P="first", A="done"))
@@ -514,6 +515,7 @@ def long_one(s, num_forks=0):
     s += sgl.gen("x", max_tokens=500, ignore_eos=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_forks", [0, 2])
 def test_a_stream_that_is_dropped_ends_its_requests(endless, make_engine, check_balanced, num_forks):
     engine, gate = endless
@@ -526,6 +528,7 @@ def test_a_stream_that_is_dropped_ends_its_requests(endless, make_engine, check_
     assert engine.get_server_info()["internal_states"][0]["generated_tokens"] < 500
 
 
+@pytest.mark.slow
 def test_streams_dropped_at_any_moment_leave_nothing_behind(make, check_balanced):
     make(replies())
     for num_pieces in range(12):

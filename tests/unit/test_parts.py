@@ -84,6 +84,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wire_format", "text", "sampling"), TEXTS.values(), ids=TEXTS)
 def test_all_ways_to_read_a_sequence_join_to_the_same(wire_format, text, sampling):
     """Tokens are bytes, so these are also all ways to cut characters."""

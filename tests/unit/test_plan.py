@@ -233,6 +233,7 @@ def test_memory_that_is_none_is_refused(text):
         parse_memory(text)
 
 
+@pytest.mark.slow
 @given(
     memory=st.integers(1, 2**41),
     fraction=st.none() | st.floats(0.01, 1.0),

@@ -128,6 +128,7 @@ def test_every_token_read_alone_joins_to_the_same(name, text, prompt):
     assert (reader.num_reasoning_tokens, count.update(), count.update()) == (num_reasoning,) * 3
 
 
+@pytest.mark.slow
 def test_all_cuts_of_a_short_text_at_once():
     """2^n readings of one with everything: white space, a half marker, half a character, both markers."""
     for text in ("m <é</think>", "m <</think> t"):
