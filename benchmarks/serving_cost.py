@@ -42,8 +42,8 @@ async def serve() -> None:
     engine_config = EngineConfig.from_kwargs(model_path="demo", log_level="error")
     command = [sys.executable, str(HERE / "instant_core.py")]
     with EngineChild(command) as child:
-        service = await start_service(config, engine_config, [], time.perf_counter(), child, KeyRing(config))
-        server = HttpServer(service)
+        service, engine = await start_service(config, engine_config, [], time.perf_counter(), child, KeyRing(config))
+        server = HttpServer(service, engine)
         await server.run(on_started=lambda: print(server.port, flush=True))
 
 

@@ -95,7 +95,7 @@ class LiveServer:
         start = messages.Start({}, "fake", "warning")
         client = await EngineClient.connect(start, self.engine_process, ours)
         self.service = make_service(self.config, self.engine_config, client, tokenizer, started_s=0.0)
-        self.http_server = HttpServer(self.service, tls=tls_context(self.config))
+        self.http_server = HttpServer(self.service, client, tls=tls_context(self.config))
         self.loop = asyncio.get_running_loop()
         self.status = await self.http_server.run(on_started=self._started.set)
 

@@ -266,7 +266,7 @@ def test_a_health_check_leaves_nothing_behind(live):
 def test_a_dead_engine_is_not_healthy(live):
     server = live()
     server.engine_process.kill()
-    wait_until(lambda: server.service.client.died.done())
+    wait_until(lambda: server.service.client.error)
     for path in PROBES:
         reply = server.http.get(path)
         assert reply.status_code == 503
@@ -427,7 +427,7 @@ def test_an_abort_of_a_whole_answer_returns_what_there_is(live):
         waiter = threading.Thread(target=lambda: answers.append(server.http.post("/generate", json=body)))
         waiter.start()
         gate.let(2)
-        wait_until(lambda: server.service.client.last_report and server.service.client.last_report.stats["steps"] == 2)
+        wait_until(lambda: server.service.last_stats and server.service.last_stats["steps"] == 2)
         server.http.post("/abort_request", json={"rid": "mine"})
         gate.open()
         waiter.join()

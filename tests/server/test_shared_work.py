@@ -176,7 +176,7 @@ def test_an_answer_that_is_kept_hides_no_end(live, monkeypatch):
     assert server.http.get("/health_generate").status_code == 503
     server.service.is_draining = False
     server.engine_process.kill()
-    wait_until(lambda: server.service.client.died.done())
+    wait_until(lambda: server.service.client.error)
     assert server.http.get("/health_generate").status_code == 503
 
 

@@ -49,6 +49,14 @@ class Pair:
     def open_rids(self) -> list[str]:
         return [rid for link in self._links for rid in link.open_rids]
 
+    @property
+    def last_sign_s(self) -> float:
+        return min(link.last_sign_s for link in self._links)
+
+    @property
+    def error(self) -> MooliError | None:
+        return next((link.error for link in self._links if link.error is not None), None)
+
     def check_process(self) -> None:
         for link in self._links:
             link.check_process()
@@ -115,6 +123,7 @@ async def play(kind: str, test: Test) -> None:
     link = parts[0] if len(parts) == 1 else Pair(*parts)
     try:
         assert link.is_alive
+        assert link.error is None
         await within(_awaited(test(link)))
         left, quiet = Heard(), Heard()
         link.submit([request("left", max_new_tokens=100), request("quiet")], [left, quiet])
@@ -127,6 +136,7 @@ async def play(kind: str, test: Test) -> None:
     end = await within(left.end())
     assert isinstance(end, EngineClosedError) or end.finish.type == "length"
     assert (link.is_alive, link.num_open, link.open_rids) == (False, 0, [])
+    assert isinstance(link.error, EngineClosedError)
     with pytest.raises(EngineClosedError):
         link.submit([request("late")], [Heard()])
     with pytest.raises(EngineClosedError):
@@ -177,6 +187,16 @@ def test_an_id_in_use_is_refused_and_one_that_was_left_is_free_at_once(on_link):
         assert (await last.end()).finish.type == "length"
         assert len(heard.items) <= num_heard + 1
         assert all(item.finish is None for item in heard.items)
+
+    on_link(test)
+
+
+def test_an_answer_is_a_sign_of_life(on_link):
+    async def test(link: Link) -> None:
+        before = link.last_sign_s
+        await link.ask("stats", 30)
+        while link.last_sign_s <= before:  # a thread notes it down behind its answer
+            await asyncio.sleep(0.005)
 
     on_link(test)
 

@@ -42,14 +42,12 @@ class Process(Protocol):
 class EngineClient(asyncio.Protocol):
     """A running engine process. Make it with `connect`, of a process that `EngineChild` started.
 
-    facts: what building settled. last_report: the newest step, None before the first.
-    on_report: called with each step's report, after its outputs were handed out.
+    facts: what building settled. on_report: called with each step's report, after its outputs were handed out.
     """
 
     def __init__(self, process: Process, progress: Progress) -> None:
         loop = asyncio.get_running_loop()
         self.facts: EngineFacts
-        self.last_report: messages.Outputs | None = None
         self.last_sign_s = time.monotonic()
         self.on_report: Callable[[messages.Outputs], None] = lambda report: None
         self.died: asyncio.Future[MooliError] = loop.create_future()
@@ -98,7 +96,7 @@ class EngineClient(asyncio.Protocol):
 
     @property
     def is_alive(self) -> bool:
-        return self._ready.done() and not self._is_cut and (self._sinks.error or self._failure) is None
+        return self._ready.done() and not self._is_cut and self.error is None
 
     @property
     def num_open(self) -> int:
@@ -107,6 +105,10 @@ class EngineClient(asyncio.Protocol):
     @property
     def open_rids(self) -> list[str]:
         return self._sinks.rids
+
+    @property
+    def error(self) -> MooliError | None:
+        return self._sinks.error or self._failure
 
     @property
     def pid(self) -> int:
@@ -247,7 +249,6 @@ class EngineClient(asyncio.Protocol):
         if isinstance(message, messages.Outputs):
             for output in message.outputs:
                 self._sinks.hand_out(output.rid, output)
-            self.last_report = message
             try:
                 self.on_report(message)
             except Exception as exc:

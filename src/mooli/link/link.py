@@ -59,6 +59,16 @@ class Link(Protocol):
     @property
     def open_rids(self) -> list[str]: ...
 
+    @property
+    def last_sign_s(self) -> float:
+        """When the engine last said anything, by `time.monotonic`."""
+        ...
+
+    @property
+    def error(self) -> MooliError | None:
+        """Why nothing can be submitted any more, as far as it is known yet."""
+        ...
+
     def check_process(self) -> None:
         """Raise EngineClosedError in a process where nothing will ever come: one forked from that of the link."""
         ...

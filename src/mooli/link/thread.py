@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -63,6 +64,7 @@ class EngineLoop:
 
     def __init__(self, core: Core, facts: EngineFacts, *, on_thread_start: Callable[[], None] | None = None) -> None:
         self.facts = facts
+        self.last_sign_s = time.monotonic()
         self._core = core
         # SimpleQueue.put is reentrant: a finaliser may abort a request in the middle of another put.
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -82,6 +84,10 @@ class EngineLoop:
     @property
     def open_rids(self) -> list[str]:
         return self._sinks.rids if self._is_here else []
+
+    @property
+    def error(self) -> MooliError | None:
+        return self._sinks.error
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> None:
         """See `Link`. Sinks are called on the engine's thread, so they must be quick and must not call the loop's
@@ -176,6 +182,7 @@ class EngineLoop:
             if on_thread_start is not None:
                 on_thread_start()
             while self._take_commands():
+                self.last_sign_s = time.monotonic()
                 if self._core.has_work:
                     for output in self._core.step():
                         self._sinks.hand_out(output.rid, output)
@@ -194,6 +201,7 @@ class EngineLoop:
             if command is None:
                 return False
             command()
+            self.last_sign_s = time.monotonic()
 
     def _add(self, entries: Sequence[OpenRequest]) -> None:
         for entry in entries:

@@ -95,8 +95,8 @@ async def _run(
             with contextlib.suppress(asyncio.CancelledError):
                 await starting
             return 0
-        service = await starting
-        server = HttpServer(service, listener, tls)
+        service, engine = await starting
+        server = HttpServer(service, engine, listener, tls)
         draining = asyncio.ensure_future(_drain_on(stop, server))
         try:
             return await server.run(on_started=lambda: _announce(service, server))
@@ -112,8 +112,9 @@ async def start_service(
     started_s: float,
     child: EngineChild,
     keys: KeyRing,
-) -> Service:
-    """Have `child` build the engine, load the text side meanwhile, and warm both up.
+) -> tuple[Service, EngineClient]:
+    """Have `child` build the engine, load the text side meanwhile, and warm both up: what routes work with, and its
+    engine process, which whoever calls this closes.
 
     Raises ConfigError, a ModelError, OutOfMemoryError, BackendUnavailableError or EngineDeadError.
     """
@@ -144,7 +145,7 @@ async def start_service(
     except BaseException:
         await client.close()
         raise
-    return service
+    return service, client
 
 
 def _open_text(config: EngineConfig, model_path: Path) -> Tokenizer | None:
@@ -176,6 +177,8 @@ def make_service(
     keys = keys or KeyRing(config)
     metrics = Metrics(engine_config.served_model_name or engine_config.model_path, client.facts, config, keys)
     step_log = StepLog(client.facts, config.decode_log_interval)
+    if tokenizer is not None and engine_config.grammar_backend != "none":
+        client.token_bytes = functools.partial(token_bytes, tokenizer, client.facts)
     service = Service(
         config=config,
         engine_config=engine_config,
@@ -188,15 +191,15 @@ def make_service(
         startup_time_s=time.perf_counter() - started_s,
         launch_command=shlex.join(argv),
         keys=keys,
+        token_bytes=client.token_bytes,
     )
 
     def take_report(report: messages.Outputs) -> None:
+        service.last_stats = report.stats
         metrics.step(report)
         step_log.step(report)
 
     client.on_report = take_report
-    if tokenizer is not None and engine_config.grammar_backend != "none":
-        client.token_bytes = functools.partial(token_bytes, tokenizer, client.facts)
     return service
 
 
@@ -204,9 +207,14 @@ class HttpServer:
     """Listens, and answers until `drain` is called or the engine dies. `port` is the real one."""
 
     def __init__(
-        self, service: Service, listener: socket.socket | None = None, tls: ssl.SSLContext | None = None
+        self,
+        service: Service,
+        engine: EngineClient,
+        listener: socket.socket | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._service = service
+        self._engine = engine
         self._listener = listener or bound_socket(service.config)
         self.port: int = self._listener.getsockname()[1]
         self._uvicorn = _Uvicorn(_uvicorn_config(service), tls)
@@ -222,7 +230,6 @@ class HttpServer:
 
     async def run(self, *, on_started: Callable[[], object] = lambda: None) -> int:
         """Serve; returns the exit status. The engine process has ended when this returns."""
-        client = self._service.client
         with self._listener:
             serving = asyncio.ensure_future(self._uvicorn.serve([self._listener]))
             try:
@@ -236,16 +243,16 @@ class HttpServer:
             finally:
                 self._uvicorn.should_exit = True
                 await asyncio.wait([serving])
-                await client.close()
+                await self._engine.close()
 
     async def _serve(self, serving: asyncio.Future[None]) -> int:
-        client = self._service.client
+        died = self._engine.died
         draining = asyncio.ensure_future(self._drained())
         watching = asyncio.ensure_future(self._watch())
         try:
-            ends: list[asyncio.Future[Any]] = [serving, draining, client.died]
+            ends: list[asyncio.Future[Any]] = [serving, draining, died]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if not client.died.done():
+            if not died.done():
                 for ended in (serving, draining):
                     if ended.done():
                         await ended  # what has failed in it is the end's cause
@@ -260,7 +267,7 @@ class HttpServer:
         """Once asked to: wait until every request that was there is answered to its last byte, then end the others."""
         await self._drain_asked.wait()
         sd_notify("STOPPING=1")
-        service, client, state = self._service, self._service.client, self._uvicorn.server_state
+        service, state = self._service, self._uvicorn.server_state
         timeout_s = service.config.shutdown_timeout
         admitted = set(state.tasks)
         if admitted:
@@ -275,7 +282,7 @@ class HttpServer:
         if is_finished():
             return
         logger.warning("requests that are not finished and end here: %d", len(admitted & state.tasks))
-        client.abort(client.open_rids, SHUTTING_DOWN)
+        service.client.abort(service.client.open_rids, SHUTTING_DOWN)
         await _wait_for(lambda: not service.num_active, CLOSE_WAIT_S)
         for connection in _connections(state):
             connection.refuse_unanswered()
@@ -286,14 +293,14 @@ class HttpServer:
     async def _watch(self) -> None:
         """Ask the engine for a sign of life again and again. It answers between two steps; one that says nothing at all
         for `watchdog_timeout` is hung, and is killed."""
-        client, timeout_s = self._service.client, self._service.config.watchdog_timeout
-        while client.is_alive:
+        engine, timeout_s = self._engine, self._service.config.watchdog_timeout
+        while engine.is_alive:
             try:
-                await client.ask("ping", timeout_s)
+                await engine.ask("ping", timeout_s)
             except TimeoutError:
-                if time.monotonic() - client.last_sign_s >= timeout_s:
+                if time.monotonic() - engine.last_sign_s >= timeout_s:
                     logger.critical("the engine has given no sign for %g s: it is killed", timeout_s)
-                    client.kill(f"gave no sign for {timeout_s:g} s (watchdog_timeout) and was killed by the server")
+                    engine.kill(f"gave no sign for {timeout_s:g} s (watchdog_timeout) and was killed by the server")
                     return
             except EngineError:
                 return

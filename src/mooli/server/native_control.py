@@ -39,7 +39,7 @@ def engine_problem(service: Service) -> str | None:
     """Whether the engine process is gone or hung. Someone who restarts servers wants to know this and nothing more."""
     client = service.client
     if not client.is_alive:
-        return str(client.died.result()) if client.died.done() else "the engine process has ended"
+        return str(client.error or "the engine process has ended")
     silence_s = time.monotonic() - client.last_sign_s
     if silence_s > service.config.watchdog_timeout:
         return f"the engine has given no sign for {silence_s:.0f} s"

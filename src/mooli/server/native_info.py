@@ -107,9 +107,9 @@ async def engine_stats(service: Service) -> Mapping[str, int]:
     try:
         stats: Mapping[str, int] = await service.shared("stats", lambda: client.ask("stats", PATIENCE_S)).result()
     except TimeoutError as exc:
-        if client.last_report is None:
+        if service.last_stats is None:
             raise HttpError(503, str(exc)) from exc
-        return client.last_report.stats
+        return service.last_stats
     return stats
 
 

@@ -27,13 +27,14 @@ from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.wire_formats.reasoning import open_wire_format
-from mooli.link.client import EngineClient
+from mooli.link.link import Link
 from mooli.logs import FirstTimes
 from mooli.server.config import ServerConfig
 from mooli.server.keys import Key, KeyRing
 from mooli.server.logs import RequestLog, StepLog
 from mooli.server.metrics import Metrics
 from mooli.server.work import SharedWork, TextThreads, num_chars
+from mooli.types import TokenBytes
 
 NO_TEXT = "its text could not be made; the server's log says why"
 """Of a failure whose words are not for clients."""
@@ -47,6 +48,8 @@ class Service:
     """See the module docstring. Attributes are for routes to read.
 
     sampling_defaults: of chats, from the model's own files; laid under what a request says.
+    last_stats: `Scheduler.stats` of the newest step, None before the first.
+    token_bytes: of the vocabulary, for grammars; kept by the function once they are made.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class Service:
         *,
         config: ServerConfig,
         engine_config: EngineConfig,
-        client: EngineClient,
+        client: Link,
         tokenizer: Tokenizer | None,
         metrics: Metrics,
         step_log: StepLog,
@@ -63,6 +66,7 @@ class Service:
         startup_time_s: float,
         launch_command: str,
         keys: KeyRing,
+        token_bytes: Callable[[], TokenBytes] | None = None,
     ) -> None:
         self.config = config
         self.keys = keys
@@ -76,6 +80,7 @@ class Service:
         self.startup_time_s = startup_time_s
         self.launch_command = launch_command
         self.started_at = time.time()
+        self.last_stats: Mapping[str, int] | None = None
         self.failures = FirstTimes()
         self.max_open = client.facts.max_running_requests + config.max_queued_requests
         """Sequences that may run and wait together."""
@@ -94,6 +99,7 @@ class Service:
         """Of those calls, by the name of the key they came with."""
         self.num_flushing = 0
         """Calls that wait until the cache can be flushed."""
+        self._token_bytes = token_bytes
         self._shared: dict[str, SharedWork[Any]] = {}
 
     @property
@@ -110,9 +116,9 @@ class Service:
             self.rules.check_length(call.prompt)  # here: it need not wait for a thread
         inputs = await self.text_threads.run(num_chars(vars(call)), lambda: self.rules.prepare(call, caller))
         # The first time it takes long, and the link asks for it in the event loop.
-        token_bytes = self.client.token_bytes
-        if token_bytes is not None and any(request.sampling.grammar is not None for request in inputs.requests):
-            await asyncio.to_thread(token_bytes)
+        if self._token_bytes is not None and any(item.sampling.grammar is not None for item in inputs.requests):
+            await asyncio.to_thread(self._token_bytes)
+            self._token_bytes = None
         return inputs
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_arguments: Any) -> list[int]:
