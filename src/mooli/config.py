@@ -79,6 +79,9 @@ REASONING_PARSERS = (
 )  # fmt: skip
 """Names of `reasoning_parser`, all but one of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""
 
+TOOL_CALL_PARSERS = ("hermes", "json_list", "qwen", "qwen25")
+"""Names of `tool_call_parser`, most of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""
+
 GRAMMAR_BACKENDS = ("llguidance", "xgrammar", "outlines", "none")
 """`grammar_backend`: SGLang's names. All mean llguidance but the last."""
 
@@ -278,6 +281,12 @@ class EngineConfig(Arguments):
         " vocabulary.",
         choices=("auto", "none", *REASONING_PARSERS),
     )
+    tool_call_parser: str = argument(
+        "auto",
+        "str",
+        "How the model writes calls of tools; auto: by its chat template and vocabulary; none: no calls are found.",
+        choices=("auto", "none", *TOOL_CALL_PARSERS),
+    )
     preferred_sampling_params: str | None = argument(
         None, "json", "JSON object of sampling parameters used where a request names none."
     )
@@ -383,7 +392,7 @@ class EngineConfig(Arguments):
     def _convert(cls, item: dataclasses.Field[Any], value: Any) -> Any:
         if item.name == "device" and isinstance(value, str):
             return re.sub(r":\d+$", "", value)  # cuda:0
-        if item.name == "reasoning_parser" and value is None:
+        if item.name in ("reasoning_parser", "tool_call_parser") and value is None:
             return "none"
         return super()._convert(item, value)
 

@@ -97,7 +97,7 @@ schedule_low_priority_values_first smg_grpc_mode speculative_accept_threshold_ac
 speculative_accept_threshold_single speculative_draft_model_path speculative_eagle_topk
 speculative_ngram_capacity speculative_ngram_match_type speculative_ngram_max_bfs_breadth
 speculative_ngram_max_trie_depth speculative_ngram_min_bfs_breadth speculative_num_steps speculative_token_map
-strip_thinking_cache tokenizer_mode tool_call_parser tool_server
+strip_thinking_cache tokenizer_mode tool_server
 trust_request_chat_template warmups weight_version
 """)
 """Arguments that ask for what is missing."""

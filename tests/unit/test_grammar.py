@@ -19,6 +19,7 @@ from mooli.grammar.compiler import Compilation, Grammars
 from mooli.grammar.constraint import GrammarConstraint
 from mooli.grammar.language import compiled
 from mooli.grammar.vocabulary import ByteEncoder, open_vocabulary
+from mooli.lark import MAX_SPACES
 from mooli.types import Grammar, Request, SamplingParams, TokenBytes
 
 PERSON = {
@@ -147,7 +148,7 @@ def test_what_cannot_be_had_is_refused_by_its_name_and_place(vocabulary, kind, t
 
 def test_whitespace_is_bounded_and_options_of_the_library_are_taken_out(vocabulary):
     schema = {"type": "object", "x-guidance": {"lenient": True, "whitespace_flexible": True}}
-    for spaces, is_right in ((language.MAX_SPACES, True), (language.MAX_SPACES + 1, False)):
+    for spaces, is_right in ((MAX_SPACES, True), (MAX_SPACES + 1, False)):
         assert accepts(constraint(vocabulary, "json_schema", schema), "{" + " " * spaces + "}") == is_right
     with pytest.raises(GrammarError, match="not cannot be enforced"):
         constraint(vocabulary, "json_schema", {**schema, "not": {}})

@@ -17,7 +17,8 @@ from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.generation import Generation
 from mooli.frontend.parts import PLAIN_TEXT, Part, PartReader, ReasoningCount, parser_for
 from mooli.frontend.tokenizer import Tokenizer
-from mooli.frontend.wire_formats.reasoning import REASONING_FORMATS, open_wire_format
+from mooli.frontend.wire_formats.choice import open_wire_format
+from mooli.frontend.wire_formats.reasoning import REASONING_FORMATS
 from mooli.types import FinishReason, Request, RequestOutput, SamplingParams
 
 BYTES = byte_tokenizer()
@@ -280,7 +281,7 @@ def test_the_format_is_found_in_the_template_or_in_the_vocabulary(template, mark
     config = EngineConfig.from_kwargs(model_path="m")
     wire_format = open_wire_format(config, tokenizer)
     assert wire_format.name == name
-    assert (wire_format is PLAIN_TEXT) == (name is None)
+    assert (wire_format.without_calls is PLAIN_TEXT) == (name is None)
     assert open_wire_format(config, None) is PLAIN_TEXT
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mooli.frontend.parts import Part, PartKind
+from mooli.frontend.tools import ToolSet
 
 
 class ThinkFormat:
@@ -13,6 +14,10 @@ class ThinkFormat:
     name = "think"
     prompt_tail_tokens = len("<think>")  # of the byte tokenizer
     marker_tokens = ()
+    calls = None
+
+    def with_tools(self, tools: ToolSet) -> ThinkFormat:
+        return self
 
     def parser(self, prompt_tail: str) -> ThinkParser:
         return ThinkParser("reasoning" if prompt_tail.endswith("<think>") else "text")
@@ -61,6 +66,10 @@ class BracketFormat:
     name = "bracket"
     prompt_tail_tokens = 0
     marker_tokens = ()
+    calls = None
+
+    def with_tools(self, tools: ToolSet) -> BracketFormat:
+        return self
 
     def parser(self, prompt_tail: str) -> BracketParser:
         return BracketParser()

@@ -28,7 +28,7 @@ from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.native_answer import NativeAnswer, model_info, native_answers
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, token_bytes, with_seed
 from mooli.frontend.tokenizer import Tokenizer
-from mooli.frontend.wire_formats.reasoning import open_wire_format
+from mooli.frontend.wire_formats.choice import open_wire_format
 from mooli.hub.locate import locate
 from mooli.link.thread import EngineLoop
 from mooli.logs import add_log_level

@@ -214,7 +214,7 @@ def model_info(config: EngineConfig, facts: EngineFacts, wire_format: WireFormat
         "weight_version": WEIGHT_VERSION,
         "load_format": config.load_format,
         "reasoning_parser": wire_format.name,
-        "tool_call_parser": None,
+        "tool_call_parser": None if wire_format.calls is None else wire_format.calls.name,
         "disaggregation_mode": "null",
         "has_image_understanding": False,
         "has_audio_understanding": False,

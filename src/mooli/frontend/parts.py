@@ -9,14 +9,19 @@ the same. A growing answer is read once, so its prompt, tokens and log-probabili
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from mooli.frontend.detokenizer import IncrementalDetokenizer
 from mooli.frontend.generation import Generation
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.tools import ToolSet
 from mooli.types import Request, TokenLogprobs
+
+if TYPE_CHECKING:
+    from mooli.frontend.wire_formats.calls import CallFormat
 
 PartKind = Literal["begin", "reasoning", "text", "call_begin", "arguments", "call_end", "end"]
 
@@ -31,7 +36,8 @@ class Part:
     text: of `reasoning` and `text` the words; of `call_begin` the name of the function; of `arguments` JSON, which all
     of one call make up together. num_tokens: how many tokens became this part, in the order of the sequence; those of a
     marker too. token_ids, logprobs: these tokens, filled in by `PartReader`; logprobs only where they were asked for.
-    call: which call of the message, from 0. call_id: of `call_begin`, the id that its result will name.
+    call: which call of the message, from 0. call_id: of `call_begin`, the id that its result will name; made by
+    `PartReader` where the format has none. A call without `call_end` is not whole: its arguments are no JSON object.
     """
 
     kind: PartKind
@@ -80,8 +86,17 @@ class WireFormat(Protocol):
         ...
 
     @property
+    def calls(self) -> CallFormat | None:
+        """How calls are written; None where no call is ever found."""
+        ...
+
+    @property
     def continued(self) -> WireFormat:
         """The same for an answer that goes on with what the assistant has begun to say."""
+        ...
+
+    def with_tools(self, tools: ToolSet) -> WireFormat:
+        """The same that finds calls too; none where the choice is "none" or the model has no format of calls."""
         ...
 
     def parser(self, prompt_tail: str) -> Parser:
@@ -95,9 +110,13 @@ class PlainText:
     name = None
     prompt_tail_tokens = 0
     marker_tokens = ()
+    calls = None
 
     @property
     def continued(self) -> PlainText:
+        return self
+
+    def with_tools(self, tools: ToolSet) -> PlainText:
         return self
 
     def parser(self, prompt_tail: str) -> PlainText:
@@ -225,6 +244,8 @@ class PartReader:
         part.logprobs = self.generation.logprobs[start : self._num_tokens]
         if part.kind == "reasoning":
             self.num_reasoning_tokens += part.num_tokens
+        if part.kind == "call_begin" and not part.call_id:
+            part.call_id = f"call_{secrets.token_hex(12)}"
         self._open = (part.kind, part.call) if part.kind in _GROWING else ("text", 0)
         last = self._waiting[-1] if self._waiting else None
         if last is not None and (last.kind, last.call) == (part.kind, part.call):

@@ -74,7 +74,7 @@ def input_rules(
         next_seed=_seed_stream(config.random_seed or 0),
         preferred=config.preferred_sampling,
         allow_auto_truncate=config.allow_auto_truncate,
-        has_reasoning=wire_format is not PLAIN_TEXT,
+        has_reasoning=wire_format.name is not None,
     )
 
 

@@ -1,8 +1,7 @@
 """From what a user wrote to a grammar of llguidance.
 
 Owns the meaning of the four kinds of `Grammar`, the limits on what a grammar may cost, and the words of its refusal.
-Nothing is left out in silence: a keyword that cannot be enforced is an error that names it and its place. Between the
-tokens of JSON at most MAX_SPACES of whitespace are allowed, as models else write nothing but spaces for ever.
+Nothing is left out in silence: a keyword that cannot be enforced is an error that names it and its place.
 
 Sources: llguidance's syntax and JSON schema documents; SGLang's structural tags.
 """
@@ -18,12 +17,11 @@ import numpy as np
 
 from mooli.errors import GrammarError
 from mooli.grammar.constraint import error_text
+from mooli.lark import JSON_OPTIONS, json_of, quoted, without_options
 from mooli.types import Grammar
 
 if TYPE_CHECKING:
     import llguidance
-
-MAX_SPACES = 24
 
 MAX_LEXER_FUEL = 200_000
 """For the first mask; 0.1 s of work. Without it a regex of 20 characters takes some seconds."""
@@ -32,8 +30,6 @@ MAX_LEXER_STATES = 50_000
 """Of one grammar, built as outputs need them: 1 to 2 KB each."""
 
 PROBED_TOKENS = 4
-
-_JSON_OPTIONS: Any = {"whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MAX_SPACES}}}"}
 
 _DATA = ("enum", "const", "default", "examples")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -75,7 +71,7 @@ def _probed(matcher: llguidance.LLMatcher) -> str:
 def _json_schema(text: str) -> str:
     import llguidance
 
-    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(_schema(json.loads(text))), overrides=_JSON_OPTIONS)
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(_schema(json.loads(text))), overrides=JSON_OPTIONS)
 
 
 def _schema(schema: Any) -> dict[str, Any]:
@@ -83,8 +79,7 @@ def _schema(schema: Any) -> dict[str, Any]:
         return {}
     if not isinstance(schema, dict):
         raise GrammarError(f"json_schema: a schema is an object, not {_short(schema)}")
-    # It would set options of the library: leniency for one, which enforces nothing.
-    return {name: value for name, value in schema.items() if name != "x-guidance"}
+    return without_options(schema)
 
 
 def _regex(text: str) -> str:
@@ -150,8 +145,7 @@ class _TagWriter:
         if kind == "const_string":
             return _quoted(_field(form, "value", where))
         if kind == "json_schema":
-            schema = {**_schema(form.get("json_schema", True)), "x-guidance": _JSON_OPTIONS}
-            return self._rule(f"%json {json.dumps(schema)}")
+            return self._rule(json_of(_schema(form.get("json_schema", True))))
         if kind == "regex":
             return self._rule("/" + _field(form, "pattern", where).replace("/", r"\/") + "/")
         if kind == "any_text":
@@ -245,7 +239,7 @@ def _field(form: Any, name: str, where: str) -> str:
 
 def _quoted(text: str, then: str = "") -> str:
     """A literal of Lark; nothing for no text."""
-    return json.dumps(text, ensure_ascii=False) + then if text else ""
+    return quoted(text) + then if text else ""
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from mooli.frontend.inputs import NOBODY, Caller, CallInputs, GenerateCall, Inpu
 from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
-from mooli.frontend.wire_formats.reasoning import open_wire_format
+from mooli.frontend.wire_formats.choice import open_wire_format
 from mooli.link.link import Link
 from mooli.logs import FirstTimes
 from mooli.server.config import ServerConfig

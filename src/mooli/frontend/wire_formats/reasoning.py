@@ -1,7 +1,7 @@
 """Formats that tell reasoning from the answer: pairs of markers, and the channels of gpt-oss.
 
-Owns the formats, SGLang's names for them, and which one a model has when it is not said. Parsers are pure functions of
-the text, token by token, so that their parts never depend on the cut. Knows no calls of tools.
+Owns the formats and SGLang's names for them. Parsers are pure functions of the text, token by token, so that their
+parts never depend on the cut. Knows no calls of tools but the texts that they begin with, which may end reasoning.
 
 Whether an answer begins inside its reasoning is read from the end of its prompt: many templates open it there.
 Reasoning is told without the white space around it, and the answer without that between the two, which templates write
@@ -12,34 +12,16 @@ Sources: the chat templates of the models; SGLang's `--reasoning-parser`; OpenAI
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mooli.config import EngineConfig
-from mooli.frontend.parts import PLAIN_TEXT, Part, PartKind, WireFormat
-from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.parts import Part, PartKind, WireFormat
+from mooli.frontend.tools import ToolSet
+from mooli.frontend.wire_formats.calls import length_of_beginning, pieces_of
 
 _TAIL_TOKENS = 32
 """Enough for a marker that is no token of its own, and the white space behind it."""
-
-
-def _pieces(text: str, lengths: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """What came with each token, and 1; then what was held back before, and 0."""
-    start = 0
-    for length in lengths:
-        yield text[start : start + length], 1
-        start += length
-    if start < len(text):
-        yield text[start:], 0
-
-
-def _length_of_beginning(text: str, markers: Sequence[str]) -> int:
-    """How many characters at the end of `text` may still become one of `markers`."""
-    longest = max(map(len, markers)) - 1
-    return next(
-        (n for n in range(min(longest, len(text)), 0, -1) if any(mark.startswith(text[-n:]) for mark in markers)), 0
-    )
 
 
 # -- pairs of markers --------------------------------------------------------------------------------------------------
@@ -49,14 +31,17 @@ class ReasoningPair:
 
     name: SGLang's, of one that has this pair. starts_inside: where the prompt has neither marker at its end, the answer
     is taken to begin with reasoning. marker_tokens: markers or what begins them, as tokens that may be special ones.
+    ended_by: texts that end reasoning which is open, and are no part of it.
     """
 
     name: str
     opening: str
     closing: str
     starts_inside: bool = False
+    ended_by: tuple[str, ...] = ()
 
     prompt_tail_tokens = _TAIL_TOKENS
+    calls = None
 
     @property
     def marker_tokens(self) -> tuple[str, ...]:
@@ -65,6 +50,9 @@ class ReasoningPair:
     @property
     def continued(self) -> ReasoningPair:
         return replace(self, starts_inside=False)
+
+    def with_tools(self, tools: ToolSet) -> ReasoningPair:
+        return self
 
     def parser(self, prompt_tail: str) -> PairParser:
         tail = prompt_tail.rstrip()
@@ -77,6 +65,7 @@ class PairParser:
 
     def __init__(self, pair: ReasoningPair, *, is_inside: bool) -> None:
         self._opening, self._closing = pair.opening, pair.closing
+        self._ends = (pair.closing, *pair.ended_by)
         self._is_inside = is_inside
         self._state: Literal["start", "reasoning", "between", "text"] = "start"
         self._has_words = False
@@ -88,7 +77,7 @@ class PairParser:
         if self._state == "text":  # no work a token
             return [Part("text", text, len(lengths))] if text or lengths else []
         parts: list[Part] = []
-        for piece, num_tokens in _pieces(text, lengths):
+        for piece, num_tokens in pieces_of(text, lengths):
             self._held += piece
             self._num_held += num_tokens
             self._read(parts)
@@ -113,16 +102,20 @@ class PairParser:
             else:
                 self._state = "reasoning" if self._is_inside else "text"
         if self._state == "reasoning":
-            words, closing, rest = self._held.partition(self._closing)
-            if not closing:
-                words = words[: len(words) - _length_of_beginning(words, (self._closing,))]
-            words = words.rstrip()
-            rest = rest if closing else self._held[len(words) :]
+            at, end = min(((at, end) for end in self._ends if (at := self._held.find(end)) >= 0), default=(-1, ""))
+            if at < 0:
+                at = len(self._held) - length_of_beginning(self._held, self._ends)
+            words = self._held[:at].rstrip()
+            rest = self._held[at + len(end) :] if end == self._closing else self._held[at if end else len(words) :]
             words = words if self._has_words else words.lstrip()
-            if words or closing:
-                self._has_words |= bool(words)
+            self._has_words |= bool(words)
+            if end and end != self._closing:
+                # The tokens that wait are those of the text that ends it.
+                parts += [Part("reasoning", words)] if words else []
+                self._held, self._state = rest, "text"
+            elif words or end:
                 self._tell(parts, "reasoning", words, rest=rest)
-            self._state = "between" if closing else "reasoning"
+                self._state = "between" if end else "reasoning"
         if self._state == "between":
             self._held = self._held.lstrip()
             self._state = "text" if self._held else "between"
@@ -149,9 +142,13 @@ class Harmony:
 
     prompt_tail_tokens = _TAIL_TOKENS
     marker_tokens = (_CHANNEL, _MESSAGE, *_ENDS)
+    calls = None
 
     @property
     def continued(self) -> Harmony:
+        return self
+
+    def with_tools(self, tools: ToolSet) -> Harmony:
         return self
 
     def parser(self, prompt_tail: str) -> HarmonyParser:
@@ -177,7 +174,7 @@ class HarmonyParser:
 
     def push(self, text: str, lengths: Sequence[int]) -> list[Part]:
         parts: list[Part] = []
-        for piece, num_tokens in _pieces(text, lengths):
+        for piece, num_tokens in pieces_of(text, lengths):
             self._held += piece
             self._num_held += num_tokens
             while self._read(parts):
@@ -207,7 +204,7 @@ class HarmonyParser:
             self._tell(parts, self._kind, self._held[:at], rest=rest)
             self._kind = None
             return True
-        end_of_words = len(self._held) - _length_of_beginning(self._held, _ENDS)
+        end_of_words = len(self._held) - length_of_beginning(self._held, _ENDS)
         if end_of_words or not self._held:
             self._tell(parts, self._kind, self._held[:end_of_words], rest=self._held[end_of_words:])
         return False
@@ -227,10 +224,10 @@ def _is_header(text: str) -> bool:
     return any(text.startswith(mark) or mark.startswith(text) for mark in (_CHANNEL, _START, _MESSAGE))
 
 
-# -- which one a model has ---------------------------------------------------------------------------------------------
+# -- by name ----------------------------------------------------------------------------------------------------------
 _THINK = ReasoningPair("qwen3", "<think>", "</think>")
-_PANGU = ReasoningPair("openpangu", "[unused16]", "[unused17]")
-_TOLD_BY_MARKERS: tuple[Harmony | ReasoningPair, ...] = (
+PANGU = ReasoningPair("openpangu", "[unused16]", "[unused17]")
+TOLD_BY_MARKERS: tuple[Harmony | ReasoningPair, ...] = (
     Harmony(),
     ReasoningPair("gemma4", "<|channel>thought", "<channel|>"),
     ReasoningPair("minimax-m3", "<mm:think>", "</mm:think>"),
@@ -240,6 +237,7 @@ _TOLD_BY_MARKERS: tuple[Harmony | ReasoningPair, ...] = (
     ReasoningPair("mistral", "[THINK]", "[/THINK]"),
     _THINK,
 )
+"""Those that a model's template or vocabulary says it has: the first whose last marker is there."""
 
 _HYBRID = (
     "qwen3", "glm45", "kimi_k2", "hunyuan", "deepseek-v3", "deepseek-v4", "deepseek-v41", "dots",
@@ -250,25 +248,8 @@ _HYBRID = (
 _ALWAYS = ("deepseek-r1", "qwen3-thinking", "minimax", "step3", "step3p5", "gigachat35")
 
 REASONING_FORMATS: Mapping[str, WireFormat] = {
-    **{wire_format.name: wire_format for wire_format in (*_TOLD_BY_MARKERS, _PANGU)},
+    **{wire_format.name: wire_format for wire_format in (*TOLD_BY_MARKERS, PANGU)},
     **{name: replace(_THINK, name=name) for name in _HYBRID},
     **{name: replace(_THINK, name=name, starts_inside=True) for name in _ALWAYS},
 }
 """By the names that `reasoning_parser` takes: SGLang's, and vLLM's for openPangu."""
-
-
-def open_wire_format(config: EngineConfig, tokenizer: Tokenizer | None) -> WireFormat:
-    """The one that `config.reasoning_parser` names; for "auto" the one whose markers the model's template has, or else
-    its vocabulary. `PLAIN_TEXT` without a tokenizer, and for a model that has no reasoning."""
-    if tokenizer is None or config.reasoning_parser == "none":
-        return PLAIN_TEXT
-    if config.reasoning_parser != "auto":
-        return REASONING_FORMATS[config.reasoning_parser]
-    template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
-    if "[unused9]" in template:  # openPangu's turns; the markers are names that other vocabularies have as well
-        return _PANGU
-    for has in (template.__contains__, tokenizer.has_added_token):
-        for wire_format in _TOLD_BY_MARKERS:
-            if has(wire_format.marker_tokens[-1] if isinstance(wire_format, ReasoningPair) else _CHANNEL):
-                return wire_format
-    return PLAIN_TEXT

@@ -1,0 +1,173 @@
+"""Which wire format a model has: its reasoning and its calls, put together.
+
+Owns SGLang's names for formats of calls, the rules by which one is found when none is named, and the order of the two
+parsers: reasoning is read first, and what it calls text is read for calls. Knows no format's inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mooli.config import EngineConfig
+from mooli.frontend.parts import PLAIN_TEXT, Parser, Part, WireFormat
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.tools import ToolSet
+from mooli.frontend.wire_formats.calls import CallFormat, pieces_of
+from mooli.frontend.wire_formats.hermes import Hermes
+from mooli.frontend.wire_formats.json_list import JsonList
+from mooli.frontend.wire_formats.reasoning import PANGU, REASONING_FORMATS, TOLD_BY_MARKERS, ReasoningPair
+
+CALL_FORMATS: Mapping[str, CallFormat] = {
+    call_format.name: call_format
+    for call_format in (Hermes("hermes", gap=""), Hermes("qwen"), Hermes("qwen25"), JsonList())
+}
+"""By the names that `tool_call_parser` takes."""
+
+_ENDED_BY_CALLS = ("qwen3", "glm45", "kimi_k2")
+"""Formats whose models begin calls in their reasoning, without closing it. Of SGLang's parsers these three end it."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageFormat:
+    """Reasoning, then text with calls.
+
+    calls: how they are written. fallback: how those are that are forced, of a model without a format of its own. tools:
+    of the conversation; without any, no calls are looked for.
+    """
+
+    without_calls: WireFormat
+    calls: CallFormat | None
+    fallback: CallFormat | None = None
+    tools: ToolSet | None = None
+
+    @property
+    def name(self) -> str | None:
+        return self.without_calls.name
+
+    @property
+    def prompt_tail_tokens(self) -> int:
+        return self.without_calls.prompt_tail_tokens
+
+    @property
+    def marker_tokens(self) -> tuple[str, ...]:
+        calls = () if self.calls is None or self.tools is None else self.calls.marker_tokens
+        return (*self.without_calls.marker_tokens, *calls)
+
+    @property
+    def continued(self) -> MessageFormat:
+        return replace(self, without_calls=self.without_calls.continued)
+
+    def with_tools(self, tools: ToolSet) -> MessageFormat:
+        if not tools.tools or tools.choice == "none":
+            return replace(self, tools=None)
+        forced = self.fallback if tools.choice == "required" else None
+        return replace(self, tools=tools, calls=self.calls or forced)
+
+    def parser(self, prompt_tail: str) -> Parser:
+        reasoning = self.without_calls
+        if self.calls is None or self.tools is None:
+            return reasoning.parser(prompt_tail)
+        if isinstance(reasoning, ReasoningPair) and reasoning.name in _ENDED_BY_CALLS:
+            markers = tuple(text for text in self.calls.triggers() if text in self.calls.marker_tokens)
+            reasoning = replace(reasoning, ended_by=markers)
+        calls = self.calls.parser(self.tools)
+        return calls if reasoning is PLAIN_TEXT else MessageParser(reasoning.parser(prompt_tail), calls)
+
+
+class MessageParser:
+    """One sequence: what `reasoning` says is text, `calls` reads, token by token."""
+
+    def __init__(self, reasoning: Parser, calls: Parser) -> None:
+        self._reasoning = reasoning
+        self._calls = calls
+
+    def push(self, text: str, lengths: Sequence[int]) -> list[Part]:
+        parts: list[Part] = []
+        for piece, num_tokens in pieces_of(text, lengths):
+            self._pass_on(self._reasoning.push(piece, [len(piece)] * num_tokens), parts)
+        return parts
+
+    def flush(self) -> list[Part]:
+        parts: list[Part] = []
+        self._pass_on(self._reasoning.flush(), parts)
+        return [*parts, *self._calls.flush()]
+
+    def _pass_on(self, found: Sequence[Part], parts: list[Part]) -> None:
+        for part in found:
+            if part.kind != "text":
+                parts.append(part)
+            elif part.num_tokens:
+                # All but the last were held back until the text was certain.
+                parts += self._calls.push(part.text, [0] * (part.num_tokens - 1) + [len(part.text)])
+            else:
+                parts += self._calls.push(part.text, [])
+
+
+# -- which one a model has ---------------------------------------------------------------------------------------------
+def open_wire_format(config: EngineConfig, tokenizer: Tokenizer | None) -> WireFormat:
+    """The one that `config.reasoning_parser` and `config.tool_call_parser` name; for "auto" the one whose markers the
+    model's template has, or else its vocabulary. `PLAIN_TEXT` without a tokenizer."""
+    if tokenizer is None:
+        return PLAIN_TEXT
+    fallback = None if config.tool_call_parser == "none" else JsonList()
+    reasoning = _reasoning_of(config.reasoning_parser, tokenizer)
+    return MessageFormat(reasoning, _calls_of(config.tool_call_parser, tokenizer), fallback)
+
+
+def _template(tokenizer: Tokenizer) -> str:
+    return "" if tokenizer.chat_template is None else tokenizer.chat_template.source
+
+
+def _reasoning_of(name: str, tokenizer: Tokenizer) -> WireFormat:
+    if name == "none":
+        return PLAIN_TEXT
+    if name != "auto":
+        return REASONING_FORMATS[name]
+    template = _template(tokenizer)
+    if "[unused9]" in template:  # openPangu's turns; the markers are names that other vocabularies have as well
+        return PANGU
+    for has in (template.__contains__, tokenizer.has_added_token):
+        for wire_format in TOLD_BY_MARKERS:
+            if has(wire_format.marker_tokens[-1] if isinstance(wire_format, ReasoningPair) else "<|channel|>"):
+                return wire_format
+    return PLAIN_TEXT
+
+
+_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("gemma4", ("<|channel>",)),
+    ("gpt-oss", ("<|channel|>",)),
+    ("kimi_k2", ("<|tool_calls_section_begin|>",)),
+    ("minimax-m3", ("]<]minimax[>[",)),
+    ("minimax-m2", ("<minimax:tool_call>",)),
+    ("deepseekv41", ("<\uff5cDSML\uff5c calls>",)),
+    ("deepseekv4", ("<\uff5cDSML\uff5ctool_calls>",)),
+    ("deepseekv32", ("<\uff5cDSML\uff5cfunction_calls>",)),
+    ("deepseekv3", ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "```json")),
+    ("deepseekv31", ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581sep\uff5c>")),
+    ("lfm2", ("<|tool_call_start|>",)),
+    ("glm47", ("[gMASK]<sop>", "'<tool_call>' + ")),
+    ("glm45", ("[gMASK]<sop>",)),
+    ("hunyuan", ("<tool_calls>",)),
+    ("step3", ("<steptml:invoke",)),
+    ("glm45", ("<arg_key>", "<arg_value>")),
+    ("qwen3_coder", ("<function=", "<parameter=")),
+    ("mistral", ("[TOOL_CALLS]",)),
+    ("pythonic", ("<|python_start|>",)),
+    ("llama3", ("<|python_tag|>",)),
+    ("granite", ("<|tool_call|>",)),
+    ("qwen", ("<tool_call>",)),
+)
+"""Names, and what a model's template or vocabulary has that writes so. The first of which all is there is the one."""
+
+
+def _calls_of(name: str, tokenizer: Tokenizer) -> CallFormat | None:
+    if name == "none":
+        return None
+    if name != "auto":
+        return CALL_FORMATS[name]
+    template = _template(tokenizer)
+    for rule, markers in _RULES:
+        if all(marker in template or tokenizer.has_added_token(marker) for marker in markers):
+            return CALL_FORMATS.get(rule)
+    return None
