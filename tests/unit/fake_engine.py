@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,18 @@ PAGE_SIZE = 4
 NUM_PAGES = 200
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Id = byte, as a byte-level tokenizer has it; 256 ends a text, 257 is a special token without a meaning."""
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+
+
+def byte_tokenizer(template: str = TEMPLATE, markers: Sequence[str] = ()) -> Tokenizer:
+    """Id = byte, as a byte-level tokenizer has it; 256 ends a text, 257 is a special token without a meaning. markers:
+    special tokens too, from 258 on."""
     alphabet = _byte_alphabet()
     backend = Backend(models.BPE({char: byte for byte, char in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<eos>", "<mark>")])
-    template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ")
-    return Tokenizer(backend, eos_ids=[EOS], chat_template=template)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<eos>", "<mark>", *markers)])
+    return Tokenizer(backend, eos_ids=[EOS], chat_template=ChatTemplate(template))
 
 
 def _byte_alphabet() -> list[str]:

@@ -16,7 +16,7 @@ from mooli.errors import ConfigError
 from mooli.frontend.generation import Generation
 from mooli.frontend.parts import PLAIN_TEXT, Part, PartReader
 from mooli.frontend.tools import Tool, ToolSet
-from mooli.frontend.wire_formats.choice import CALL_FORMATS, MessageFormat
+from mooli.frontend.wire_formats.choice import CALL_FORMATS, MessageFormat, open_wire_format
 from mooli.frontend.wire_formats.reasoning import REASONING_FORMATS
 from mooli.types import FinishReason, Request, RequestOutput, SamplingParams
 
@@ -129,3 +129,28 @@ def test_a_call_has_an_id():
     assert len(set(ids)) == 2 and all(re.fullmatch("call_[0-9a-f]{24}", call_id) for call_id in ids)
     assert [token_id for part in parts for token_id in part.token_ids] == generation.output_ids
     assert [json.loads(part.text) for part in parts if part.kind == "arguments"] == [{"city": "Oslo"}] * 2
+
+
+# -- which one a model has ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ messages }}", "hermes"),  # told of tools in that form
+        ("{{ messages }}{{ tools }}", None),
+        ("{{ tools }}<tool_call>", "qwen"),
+    ],
+)
+def test_the_format_is_found_in_the_template(template, name):
+    tokenizer = byte_tokenizer(template)
+    wire_format = open_wire_format(EngineConfig.from_kwargs(model_path="m"), tokenizer)
+    assert (None if wire_format.calls is None else wire_format.calls.name) == name
+
+
+def test_a_format_that_is_named_is_taken_and_none_finds_nothing():
+    tokenizer = byte_tokenizer("{{ tools }}")
+    forced = ToolSet(TOOLS.tools, choice="required")
+    for given, auto, found in (("qwen25", "qwen25", "qwen25"), ("auto", None, "json_list"), ("none", None, None)):
+        config = EngineConfig.from_kwargs(model_path="m", tool_call_parser=given)
+        wire_format = open_wire_format(config, tokenizer)
+        for made, expected in ((wire_format, auto), (wire_format.with_tools(forced), found)):
+            assert (None if made.calls is None else made.calls.name) == expected

@@ -6,6 +6,7 @@ parsers: reasoning is read first, and what it calls text is read for calls. Know
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,8 +20,7 @@ from mooli.frontend.wire_formats.json_list import JsonList
 from mooli.frontend.wire_formats.reasoning import PANGU, REASONING_FORMATS, TOLD_BY_MARKERS, ReasoningPair
 
 CALL_FORMATS: Mapping[str, CallFormat] = {
-    call_format.name: call_format
-    for call_format in (Hermes("hermes", gap=""), Hermes("qwen"), Hermes("qwen25"), JsonList())
+    call_format.name: call_format for call_format in (Hermes("hermes"), Hermes("qwen"), Hermes("qwen25"), JsonList())
 }
 """By the names that `tool_call_parser` takes."""
 
@@ -167,6 +167,8 @@ def _calls_of(name: str, tokenizer: Tokenizer) -> CallFormat | None:
     if name != "auto":
         return CALL_FORMATS[name]
     template = _template(tokenizer)
+    if template and not re.search(r"\btools\b", template):
+        return CALL_FORMATS["hermes"]  # so its conversations are told of tools: `mooli.frontend.tool_prompt`
     for rule, markers in _RULES:
         if all(marker in template or tokenizer.has_added_token(marker) for marker in markers):
             return CALL_FORMATS.get(rule)

@@ -22,10 +22,9 @@ _OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True, slots=True)
 class Hermes:
-    """gap: what the model writes between a marker and the call."""
+    """Its names differ, and nothing else."""
 
     name: str
-    gap: str = "\n"
 
     marker_tokens = (_OPENING, _CLOSING)
 
@@ -33,14 +32,13 @@ class Hermes:
         return HermesParser(tools)
 
     def calls_grammar(self, tools: ToolSet) -> str:
-        closing = self.gap + _CLOSING
         return calls_rules(
             tools,
             object_call(),
             trigger=_OPENING,
-            opening=self.gap,
-            between=f"{closing}\n{_OPENING}{self.gap}",
-            closing=closing,
+            opening="\n",
+            between=f"\n{_CLOSING}\n{_OPENING}\n",
+            closing=f"\n{_CLOSING}",
         )
 
     def triggers(self) -> tuple[str, ...]:
