@@ -161,7 +161,7 @@ def test_openai_raises_the_error_that_fits(client, server, stream):
         chat(client, temperature=-1, stream=stream)
     assert wrong.value.param == "temperature"
     with pytest.raises(openai.BadRequestError, match="tools"):
-        chat(client, tools=[{"type": "function", "function": {"name": "look"}}], stream=stream)
+        chat(client, tools=[{"type": "function", "function": {"name": "two words"}}], stream=stream)
     impossible = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nothing"}}}
     with pytest.raises(openai.BadRequestError, match="nothing"):
         chat(client, response_format=impossible, stream=stream)

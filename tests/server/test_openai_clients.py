@@ -128,7 +128,7 @@ def test_openai_raises_what_went_wrong(client, streams):
         client.chat.completions.create(model="m", messages=MESSAGES, max_tokens=CONTEXT, stream=streams)
     assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "messages")
     with pytest.raises(openai.BadRequestError, match="tools") as raised:
-        tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+        tools = [{"type": "function", "function": {"name": "f g", "parameters": {}}}]
         client.chat.completions.create(model="m", messages=MESSAGES, tools=tools, stream=streams)
     assert (raised.value.param, raised.value.type) == ("tools", "invalid_request_error")
 

@@ -29,15 +29,17 @@ def encode_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     parse_special_in_content: bool = False,
     context_length: int | None = None,
     **template_arguments: Any,
 ) -> list[int]:
     """The ids of a conversation, by default up to where the assistant is to go on.
 
-    messages, template_arguments: as `ChatTemplate.render` takes them.
-    parse_special_in_content: True reads the text of a special token inside a message as that token, as encoding the
-        rendered text does. False reads it as ordinary characters, so that no message can end its turn or begin another.
+    messages, tools, template_arguments: as `ChatTemplate.render` takes them.
+    parse_special_in_content: True reads the text of a special token inside a message or a tool as that token, as
+        encoding the rendered text does. False reads it as ordinary characters, so that no message can end its turn or
+        begin another.
         Messages without such texts have the same ids either way.
     context_length: refuse a conversation that is certainly longer before it is tokenised; None tokenises any.
 
@@ -51,14 +53,15 @@ def encode_chat(
     template = tokenizer.chat_template
     if template is None:
         raise ChatTemplateError("the model has no chat template: give one with chat_template")
-    text = template.render(messages, **template_arguments)
+    text = template.render(messages, tools=tools, **template_arguments)
     if context_length is not None:
         refuse_too_long(tokenizer, text, context_length)
-    mask = _Mask(tokenizer.special_texts, set(text).union(*_strings(messages)))
+    mask = _Mask(tokenizer.special_texts, set(text).union(*_strings([messages, tools or ()])))
     masked_messages = [mask.hide(message) for message in messages]
+    masked_tools = None if tools is None else [mask.hide(tool) for tool in tools]
     if parse_special_in_content or not mask.has_hidden:
         return tokenizer.encode(text, add_special_tokens=False)
-    masked = template.render(masked_messages, **template_arguments)
+    masked = template.render(masked_messages, tools=masked_tools, **template_arguments)
     spans = tokenizer.special_spans(masked)
     if [span[0] for span in spans] == [span[0] for span in tokenizer.special_spans(text)]:
         return tokenizer.encode(text, add_special_tokens=False)  # what looked like one did not become one
@@ -87,10 +90,14 @@ class _Mask:
         if isinstance(value, str):
             return self._specials.replace_at_end(self._specials.replace(value, self._stand_in), self._stand_in)
         if isinstance(value, Mapping):
-            return {name: self.hide(item) for name, item in value.items()}
+            return {self._hide_name(name): self.hide(item) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.hide(item) for item in value]
         return value
+
+    def _hide_name(self, name: Any) -> Any:
+        """Of an argument, say. What could be a name in the template's program stays."""
+        return self.hide(name) if isinstance(name, str) and not name.isidentifier() else name
 
     def show(self, text: str) -> str:
         """The text with everything put back."""
@@ -171,7 +178,7 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
-        for item in value.values() if isinstance(value, Mapping) else value:
+        for item in [*value, *value.values()] if isinstance(value, Mapping) else value:
             yield from _strings(item)
 
 

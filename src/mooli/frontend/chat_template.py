@@ -7,6 +7,7 @@ touches the messages it was given.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ _MAX_REASON_CHARS = 1000
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_MARK "
 """Put after the message to continue; what follows it in the rendered text is the template's closing of the message. The
 space at its end tells whether the template strips the message."""
+
+_NULL_CONTENT = re.compile(r"\bcontent['\"]?\]?\s+(is|==)\s+(not\s+)?none\b", re.IGNORECASE)
+"""How a template asks whether a message with calls says anything. Others would write the word None."""
 
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Names under which clients send a message's reasoning; templates read the first, some the second."""
@@ -62,6 +66,11 @@ class ChatTemplate:
         """The text of the default template."""
         return self._sources["default"]
 
+    @property
+    def has_tools(self) -> bool:
+        """Whether it says anywhere which functions there are."""
+        return any(re.search(r"\btools\b", source) for source in self._sources.values())
+
     def with_source(self, source: str) -> ChatTemplate:
         """Another template that sees the same special tokens."""
         return ChatTemplate(source, special_tokens=self._special_tokens)
@@ -82,7 +91,8 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt text for a chat.
 
-        messages: dicts of JSON values, at least one; keys whose value is None count as missing.
+        messages: dicts of JSON values, at least one; keys whose value is None count as missing, but for the content
+            beside `tool_calls` where the template asks for it.
         add_generation_prompt: end with the header of the assistant's next message.
         tools: JSON schemas of the functions the model may call.
         continue_final_message: leave the last message open, for the model to continue it; excludes
@@ -101,6 +111,10 @@ class ChatTemplate:
             )
         name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
         chat = _plain_messages(messages)
+        if _NULL_CONTENT.search(self._sources[name]):
+            for message in chat:
+                if message.get("tool_calls") and not message.get("content"):
+                    message["content"] = None
         opening = ""
         if continue_final_message:
             opening = _mark_final_message(chat, self._sources[name])

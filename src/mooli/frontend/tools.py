@@ -16,12 +16,14 @@ ToolChoice = Literal["none", "auto", "required"]
 @dataclass(frozen=True, slots=True)
 class Tool:
     """parameters: the JSON schema of its arguments, an object's. strict: whoever sent it wants its arguments to match
-    that schema even where calls are free; where a call is forced they always do."""
+    that schema even where calls are free; where a call is forced they always do. takes_text: its client knows no
+    arguments but one text (OpenAI's custom tools); for the model it is a function with the argument `input`."""
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
     strict: bool = False
+    takes_text: bool = False
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates know it: OpenAI's shape."""
@@ -33,11 +35,17 @@ class Tool:
 @dataclass(frozen=True, slots=True)
 class ToolSet:
     """tools: in the order of the request; of a named choice that one alone, and then choice is "required".
-    parallel: one message may have several calls."""
+    parallel: one message may have several calls. shown: what the prompt tells of, where that is more than may be
+    called now: the same prompt from turn to turn is found in the cache."""
 
     tools: tuple[Tool, ...]
     choice: ToolChoice = "auto"
     parallel: bool = True
+    shown: tuple[Tool, ...] | None = None
 
     def named(self, name: str) -> Tool | None:
         return next((tool for tool in self.tools if tool.name == name), None)
+
+    def for_template(self) -> list[dict[str, Any]]:
+        """Of all that is shown."""
+        return [tool.for_template() for tool in (self.tools if self.shown is None else self.shown)]

@@ -31,9 +31,12 @@ class Api(enum.Flag):
 _NATIVE = Api.ENGINE | Api.GENERATE
 
 _LIST: Mapping[str, tuple[tuple[Api, str], ...]] = {
-    "tools cannot be called yet": (
+    "conversations have tools": (
         (Api.OPENAI | Api.ANTHROPIC, "tools tool_choice"),
-        (Api.OPENAI, "functions function_call web_search_options"),
+        (Api.OPENAI, "functions function_call"),
+    ),
+    "tools are called by who sends the conversation": (
+        (Api.OPENAI, "web_search_options"),
         (Api.ANTHROPIC, "mcp_servers container"),
     ),
     "reasoning has no budget yet": (

@@ -21,9 +21,10 @@ from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.native_answer import NativeAnswer, native_answers
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.unsupported import Api, names_of, refuse_unsupported
+from mooli.server.conversation import prompt_ids
 from mooli.server.json_body import check_count
 from mooli.server.openai import require_tokenizer
-from mooli.server.openai_chat import ChatBody, ChatMessage, conversation_ids
+from mooli.server.openai_chat import ChatBody, ChatMessage, conversation_of
 from mooli.server.routing import SSE_DONE, Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route, sse
 from mooli.server.service import Service
 
@@ -212,7 +213,7 @@ async def _conversation_ids(service: Service, body: TokenizeBody) -> list[int]:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
-    return await conversation_ids(service, conversation)
+    return await prompt_ids(service, conversation_of(service, conversation))
 
 
 async def detokenize(service: Service, request: Incoming) -> Reply:

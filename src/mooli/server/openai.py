@@ -312,11 +312,11 @@ def cache_details(choices: Sequence[Choice]) -> dict[str, Any]:
     return {"cached_tokens_details": {"device": cached, "host": 0}}
 
 
-def finish_fields(finish: FinishReason | None, *, has_calls: bool = False) -> dict[str, Any]:
-    """has_calls: the message asks for tools, which is why it stopped, if it did."""
+def finish_fields(finish: FinishReason | None, *, called: str | None = None) -> dict[str, Any]:
+    """called: the reason why a message with calls stopped, if it did."""
     reason = None if finish is None else finish.type
     return {
-        "finish_reason": "tool_calls" if has_calls and reason == "stop" else reason,
+        "finish_reason": called if called is not None and reason == "stop" else reason,
         "matched_stop": None if finish is None else finish.matched,
     }
 

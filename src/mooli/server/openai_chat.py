@@ -16,8 +16,11 @@ import msgspec
 from mooli.errors import RequestError
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
-from mooli.frontend.parts import PLAIN_TEXT, Part, PartKind, WireFormat, parser_for
+from mooli.frontend.parts import Part, PartKind, WireFormat, parser_for
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.tool_messages import read_tools, text_argument
+from mooli.frontend.tools import ToolSet
+from mooli.server.conversation import Conversation, open_conversation
 from mooli.server.errors import in_names
 from mooli.server.json_body import check_count, num_entries
 from mooli.server.openai import (
@@ -30,7 +33,6 @@ from mooli.server.openai import (
     cache_salt,
     finish_fields,
     refuse_unsupported,
-    require_chat_template,
     require_tokenizer,
     sampling_params,
 )
@@ -66,9 +68,16 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[Any] | None = None
-    function_call: Any = None
+    function_call: dict[str, Any] | None = None
     refusal: str | None = None
     audio: Any = None
+
+    def as_mapping(self) -> dict[str, Any]:
+        """What was said of it, in OpenAI's shape."""
+        said = {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("reasoning", "audio")}
+        if self.reasoning_content is None:
+            said["reasoning_content"] = self.reasoning
+        return {name: value for name, value in said.items() if value is not None}
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -76,10 +85,16 @@ class ChatBody(GenerationBody, kw_only=True):
 
     reasoning_effort, or `effort` and `enabled` of reasoning: said to the template, which also hears as `thinking` and
     `enable_thinking` whether to reason at all. separate_reasoning: false tells the text as it is. stream_reasoning:
-    false gives the reasoning of a stream in one piece.
+    false gives the reasoning of a stream in one piece. functions, function_call: OpenAI's older names for tools and the
+    choice between them; the answer then has the older shape too.
     """
 
     messages: list[ChatMessage]
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None
+    function_call: str | dict[str, Any] | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -98,25 +113,31 @@ async def chat_completions(service: Service, request: Incoming) -> Reply | Event
     body: ChatBody = request.body
     refuse_unsupported(request.unsupported)
     require_tokenizer(service)
-    inputs = await _prepare(service, body, request.client)
+    tools = read_functions(body)
+    inputs, wire_format = await _prepare(service, body, tools, request.client)
     shape = AnswerShape.of(service, body, has_logprobs=bool(body.logprobs))
     shape = replace(shape, streams_reasoning=body.stream_reasoning is not False)
-    wire_format = PLAIN_TEXT if body.separate_reasoning is False else service.wire_format
-    wire_format = wire_format.continued if body.continue_final_message else wire_format
+    writer = _FunctionCalls() if body.functions else _ToolCalls(tools)
     del request, body
     kind = "chat.completion.chunk" if inputs.is_stream else "chat.completion"
-    open_choice = functools.partial(ChatChoice, service, shape, wire_format)
+    open_choice = functools.partial(ChatChoice, service, shape, wire_format, writer)
     return await answer(service, inputs, shape, kind, open_choice, wire_format)
 
 
-async def _prepare(service: Service, body: ChatBody, client: Client) -> CallInputs:
+async def _prepare(
+    service: Service, body: ChatBody, tools: ToolSet | None, client: Client
+) -> tuple[CallInputs, WireFormat]:
     """Raises HttpError."""
     length_name, max_tokens = _length(body)
     if body.top_logprobs and not body.logprobs:
         raise HttpError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    given = sampling_params(body)
+    if max_tokens is not None:
+        given["max_new_tokens"] = max_tokens
+    opened = await open_conversation(service, conversation_of(service, body, tools), given)
     call = GenerateCall(
-        input_ids=await conversation_ids(service, body),
-        sampling_params=_sampling(service, body, max_tokens),
+        input_ids=opened.input_ids,
+        sampling_params=opened.sampling_params,
         return_logprob=bool(body.logprobs),
         top_logprobs_num=body.top_logprobs,
         stream=bool(body.stream),
@@ -125,19 +146,39 @@ async def _prepare(service: Service, body: ChatBody, client: Client) -> CallInpu
         cache_salt=cache_salt(body),
     )
     try:
-        return await service.prepare(call, client.caller)
+        return await service.prepare(call, client.caller), opened.wire_format
     except RequestError as exc:
         raise in_names(exc, Dialect.OPENAI, {**NAMES, "max_new_tokens": length_name}) from exc
 
 
-async def conversation_ids(service: Service, body: ChatBody) -> list[int]:
-    """The ids of a conversation, up to where the assistant goes on. Raises HttpError."""
-    require_chat_template(service)
-    parts = sum(len(message.content) for message in body.messages if isinstance(message.content, list))
-    check_count("messages", len(body.messages) + parts, service.config.max_request_items)
-    messages = [_template_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
-    template_arguments = _template_arguments(service, body)
-    return await service.encode_chat(messages, **template_arguments)
+def read_functions(body: ChatBody) -> ToolSet | None:
+    """The tools of a body, or its functions. Raises RequestError."""
+    if not body.functions and body.function_call in (None, "none", "auto"):
+        return read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if body.tools:
+        raise HttpError(400, "functions is an older name for tools: give one of them", param="functions")
+    functions = [{"type": "function", "function": function} for function in body.functions or ()]
+    return read_tools(
+        functions, body.function_call, parallel=False, tools_name="functions", choice_name="function_call"
+    )
+
+
+def conversation_of(service: Service, body: ChatBody, tools: ToolSet | None = None) -> Conversation:
+    """Raises HttpError."""
+    most = service.config.max_request_items
+    for i, message in enumerate(body.messages):
+        if message.audio:
+            raise HttpError(400, f"messages[{i}].audio is not supported by this server: leave it out", param="messages")
+    lists = [value for message in body.messages for value in (message.content, message.tool_calls)]
+    check_count("messages", len(lists) // 2 + sum(len(value) for value in lists if isinstance(value, list)), most)
+    check_count("tools", 0 if tools is None else len(tools.for_template()), most)
+    return Conversation(
+        messages=[message.as_mapping() for message in body.messages],
+        tools=tools,
+        template_arguments=_template_arguments(service, body),
+        continues=bool(body.continue_final_message),
+        tells_reasoning_apart=body.separate_reasoning is not False,
+    )
 
 
 def _length(body: ChatBody) -> tuple[str, int | None]:
@@ -153,60 +194,7 @@ def _length(body: ChatBody) -> tuple[str, int | None]:
     return "max_completion_tokens", body.max_completion_tokens
 
 
-def _sampling(service: Service, body: ChatBody, max_tokens: int | None) -> dict[str, Any]:
-    params = service.chat_sampling(sampling_params(body))
-    if max_tokens is not None or "max_new_tokens" not in service.engine_config.preferred_sampling:
-        params["max_new_tokens"] = max_tokens
-    return params
-
-
 # -- the conversation ------------------------------------------------------------------------------------------------
-def _template_message(message: ChatMessage, where: str) -> dict[str, Any]:
-    """A message as chat templates know it. Raises HttpError for what cannot be told to this model."""
-    for name in ("tool_calls", "function_call", "audio"):
-        if getattr(message, name):
-            raise HttpError(400, f"{where}.{name} is not supported by this server: leave it out", param="messages")
-    content = message.content
-    if content is None and message.role == "assistant":
-        content = message.refusal  # said instead
-    elif content is None:
-        raise HttpError(400, f"{where}.content is missing", param="messages")
-    # Templates know no developer: it is OpenAI's newer name for who writes the system prompt.
-    kinds = ("text", "thinking") if message.role == "assistant" else ("text",)
-    told = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": _text(content, f"{where}.content", "text", kinds),
-    }
-    reasoning = message.reasoning_content if message.reasoning_content is not None else message.reasoning
-    if reasoning is None and not isinstance(content, str):
-        reasoning = _text(content, f"{where}.content", "thinking", kinds) or None
-    for name, value in (
-        ("name", message.name), ("tool_call_id", message.tool_call_id), ("reasoning_content", reasoning)
-    ):  # fmt: skip
-        if value is not None:
-            told[name] = value
-    return told
-
-
-def _text(content: str | list[dict[str, Any]] | None, where: str, wanted: str, kinds: Sequence[str]) -> str:
-    """One text of the parts of the kind that is wanted, put on lines of their own. Raises HttpError for one that is of
-    none of `kinds`."""
-    if isinstance(content, str):
-        return content
-    texts = []
-    for i, part in enumerate(content or ()):
-        kind = str(part.get("type"))
-        if kind not in kinds:
-            raise HttpError(
-                400, f"{where}[{i}]: a part of type {kind[:80]!r} is not supported, only text is", param="messages"
-            )
-        if not isinstance(part.get(kind), str):
-            raise HttpError(400, f"{where}[{i}].{kind} must be a string", param="messages")
-        if kind == wanted:
-            texts.append(part[kind])
-    return "\n".join(texts)
-
-
 def _template_arguments(service: Service, body: ChatBody) -> dict[str, Any]:
     given = body.chat_template_kwargs or {}
     check_count("chat_template_kwargs", num_entries(given), service.config.max_request_items)
@@ -222,10 +210,8 @@ def _template_arguments(service: Service, body: ChatBody) -> dict[str, Any]:
             400, "continue_final_message and add_generation_prompt exclude each other", param="add_generation_prompt"
         )
     return {
-        **service.config.chat_template_kwargs,
         **_reasoning_arguments(body),
         **given,
-        "continue_final_message": is_continued,
         "add_generation_prompt": not is_continued and body.add_generation_prompt is not False,
     }
 
@@ -258,20 +244,67 @@ def thinking_arguments(is_on: bool) -> dict[str, Any]:
 
 
 # -- the answer ------------------------------------------------------------------------------------------------------
+class _ToolCalls:
+    """Calls as entries of `tool_calls`. One of a tool that takes a text says it when it is whole.
+
+    tools: those that may be called.
+    """
+
+    finish_reason = "tool_calls"
+
+    def __init__(self, tools: ToolSet | None) -> None:
+        self._texts = frozenset(tool.name for tool in (() if tools is None else tools.tools) if tool.takes_text)
+
+    def begun(self, part: Part) -> dict[str, Any]:
+        if part.text in self._texts:
+            return {"id": part.call_id, "type": "custom", "custom": {"name": part.text, "input": ""}}
+        return {"id": part.call_id, "type": "function", "function": {"name": part.text, "arguments": ""}}
+
+    def delta(self, index: int, entry: dict[str, Any]) -> dict[str, Any]:
+        """entry: of `begun`, or {"function": {"arguments": …}}, or the same of a custom tool."""
+        return {"tool_calls": [{"index": index, **entry}]}
+
+    def message(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"tool_calls": calls}
+
+
+class _FunctionCalls:
+    """The one call there can be in OpenAI's older shape, which has no id."""
+
+    finish_reason = "function_call"
+
+    def begun(self, part: Part) -> dict[str, Any]:
+        return {"function": {"name": part.text, "arguments": ""}}
+
+    def delta(self, index: int, entry: dict[str, Any]) -> dict[str, Any]:
+        return {} if index else {"function_call": entry["function"]}
+
+    def message(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"function_call": calls[0]["function"]}
+
+
 class ChatChoice:
     """One sequence as the `choices` entries of chunks: who speaks, what is said, why it ended."""
 
     def __init__(
-        self, service: Service, shape: AnswerShape, wire_format: WireFormat, index: int, generation: Generation
+        self,
+        service: Service,
+        shape: AnswerShape,
+        wire_format: WireFormat,
+        writer: _ToolCalls | _FunctionCalls,
+        index: int,
+        generation: Generation,
     ) -> None:
         self._tokenizer = require_tokenizer(service)
         parser = parser_for(wire_format, generation.request, self._tokenizer)
         self.reader = shape.reader(service, generation, parser)
         self._threads = service.text_threads
         self._shape = shape
+        self._writer = writer
         self._index = index
         self._generation = generation
-        self._has_calls = False
+        self._calls: list[dict[str, Any]] = []
+        """Those that have begun: of a function without its arguments, of a custom tool with what there is of them."""
 
     async def take(self) -> list[dict[str, Any]]:
         """The entries that are due: the first says who speaks, the last why it ended."""
@@ -281,36 +314,67 @@ class ChatChoice:
                 role = {"role": "assistant", "content": "", "reasoning_content": None}
                 entries.append({**self._entry("delta", role), **self._prompt_ids()})
             elif part.kind == "end":
+                if (said := self._rest_of_text()) is not None:
+                    entries.append(self._entry("delta", said))
                 entries.append(self._entry("delta", {"reasoning_content": None}, self._generation.finish))
-            elif part.text or self._shape.shows_tokens:
-                self._has_calls |= part.kind == "call_begin"
-                entries.append({**self._entry("delta", _said(part)), **await self._token_fields([part])})
+            elif (said := self._said(part)) is not None or self._shape.shows_tokens:
+                delta = {"content": "", "reasoning_content": None} if said is None else said
+                entries.append({**self._entry("delta", delta), **await self._token_fields([part])})
         return entries
 
     async def whole(self) -> dict[str, Any]:
         parts = self.reader.take()
-        calls: list[dict[str, Any]] = []
+        calls = self._calls
         for part in parts:
             if part.kind == "call_begin":
-                calls.append(_call(part))
+                calls.append(self._writer.begun(part))
             elif part.kind == "arguments":
-                calls[-1]["function"]["arguments"] += part.text
-        self._has_calls = bool(calls)
+                function = calls[-1].get("function")
+                if function is not None:
+                    function["arguments"] += part.text
+                else:
+                    calls[-1]["custom"]["input"] += part.text
+        for call in calls:
+            if "custom" in call:
+                call["custom"]["input"] = text_argument(call["custom"]["input"])
         reasoning = _joined(parts, "reasoning")
         message: dict[str, Any] = {
             "role": "assistant",
             "content": _joined(parts, "text") or (None if calls else ""),
             **(_reasoning(reasoning) if reasoning else {"reasoning_content": None}),
+            **(self._writer.message(calls) if calls else {}),
         }
-        if calls:
-            message["tool_calls"] = calls
         fields = await self._token_fields(parts)
         return {**self._entry("message", message, self._generation.finish), **self._prompt_ids(), **fields}
 
+    def _said(self, part: Part) -> dict[str, Any] | None:
+        """The delta of a part between the first and the last; None for one that says nothing yet."""
+        if part.kind == "call_begin":
+            self._calls.append(self._writer.begun(part))
+            return self._writer.delta(part.call, self._writer.begun(part))
+        if part.kind == "call_end":
+            return self._rest_of_text()
+        if not part.text:
+            return None
+        if part.kind == "reasoning":
+            return _reasoning(part.text)
+        if part.kind == "arguments":
+            if "custom" not in self._calls[-1]:
+                return self._writer.delta(part.call, {"function": {"arguments": part.text}})
+            self._calls[-1]["custom"]["input"] += part.text
+            return None
+        return {"content": part.text, "reasoning_content": None}
+
+    def _rest_of_text(self) -> dict[str, Any] | None:
+        """Of a custom tool whose call is over: the text for it."""
+        arguments = self._calls[-1].get("custom", {}).pop("input", "") if self._calls else ""
+        if not arguments:
+            return None
+        return self._writer.delta(len(self._calls) - 1, {"custom": {"input": text_argument(arguments)}})
+
     def _entry(self, name: str, words: dict[str, Any], finish: FinishReason | None = None) -> dict[str, Any]:
-        return {
-            "index": self._index, name: words, "logprobs": None, **finish_fields(finish, has_calls=self._has_calls),
-        }  # fmt: skip
+        fields = finish_fields(finish, called=self._writer.finish_reason if self._calls else None)
+        return {"index": self._index, name: words, "logprobs": None, **fields}
 
     async def _token_fields(self, parts: Sequence[Part]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -326,24 +390,9 @@ class ChatChoice:
         return {"prompt_token_ids": self._generation.request.prompt_ids.tolist()} if self._shape.returns_ids else {}
 
 
-def _said(part: Part) -> dict[str, Any]:
-    """The delta of a part between the first and the last."""
-    if part.kind == "reasoning":
-        return _reasoning(part.text)
-    if part.kind == "call_begin":
-        return {"tool_calls": [{"index": part.call, **_call(part)}]}
-    if part.kind == "arguments":
-        return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
-    return {"content": part.text, "reasoning_content": None}
-
-
 def _reasoning(text: str) -> dict[str, Any]:
     """Under SGLang's name, and under the one that vLLM's clients read."""
     return {"reasoning_content": text, "reasoning": text}
-
-
-def _call(part: Part) -> dict[str, Any]:
-    return {"id": part.call_id, "type": "function", "function": {"name": part.text, "arguments": ""}}
 
 
 def _joined(parts: Sequence[Part], kind: PartKind) -> str:
@@ -379,7 +428,7 @@ ROUTES = (
         dialect=Dialect.OPENAI,
         summary="Continue a conversation (OpenAI's chat completions)",
         body=ChatBody,
-        unsupported=UNSUPPORTED - {"reasoning_effort", "reasoning"},
+        unsupported=UNSUPPORTED - frozenset(ChatBody.__struct_fields__),
         names=NAMES,
         is_generation=True,
     ),

@@ -26,6 +26,8 @@ from mooli.frontend.inputs import NOBODY, Caller, CallInputs, GenerateCall, Inpu
 from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.tool_prompt import for_template
+from mooli.frontend.tools import ToolSet
 from mooli.frontend.wire_formats.choice import open_wire_format
 from mooli.link.link import Link
 from mooli.logs import FirstTimes
@@ -121,18 +123,28 @@ class Service:
             self._token_bytes = None
         return inputs
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_arguments: Any) -> list[int]:
-        """Ids of a conversation (`mooli.frontend.chat_encoding.encode_chat`). What users write never becomes a control
-        token. Raises ChatTemplateError, PromptError, ContextLengthError before the text is tokenised where it is
-        certainly too long, or RequestError without a tokenizer."""
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: ToolSet | None = None, **template_arguments: Any
+    ) -> list[int]:
+        """Ids of a conversation in OpenAI's chat shape (`mooli.frontend.tool_prompt.for_template`,
+        `mooli.frontend.chat_encoding.encode_chat`). What users write never becomes a control token.
+
+        Raises ChatTemplateError, PromptError, ContextLengthError before the text is tokenised where it is certainly too
+        long, or RequestError for messages that are wrong, and without a tokenizer or a template."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise RequestError("this server has no tokenizer: use /generate with input_ids")
+        template = tokenizer.chat_template
+        if template is None:
+            raise RequestError("this model has no chat template: use /v1/completions or /generate", argument="messages")
         limit = None if self.rules.allow_auto_truncate else self.rules.context_length
-        return await self.text_threads.run(
-            num_chars((messages, template_arguments)),
-            lambda: encode_chat(tokenizer, messages, context_length=limit, **template_arguments),
-        )
+
+        def encode() -> list[int]:
+            told, shown = for_template(template, messages, tools)
+            return encode_chat(tokenizer, told, tools=shown, context_length=limit, **template_arguments)
+
+        given = (messages, template_arguments, [] if tools is None else tools.for_template())
+        return await self.text_threads.run(num_chars(given), encode)
 
     def chat_sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Sampling parameters of a chat: those given over the model's own; what the operator prefers goes between."""

@@ -1,0 +1,89 @@
+"""What every dialect's conversation goes through: from messages and tools to ids, sampling and a reader's format.
+
+Owns the order of it: what of the request is checked, what the template is told, how calls are forced, and by which
+format the answer is read. A dialect writes its request in OpenAI's chat shape, and what it gets in its own. Never knows
+a dialect's body, and never words an error of HTTP: it raises RequestError, whose `argument` is "messages", "tools",
+"tool_choice" or "response_format"; a route's `names` say what its clients call these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mooli.errors import RequestError
+from mooli.frontend.parts import PLAIN_TEXT, WireFormat
+from mooli.frontend.tools import ToolSet
+from mooli.server.service import Service
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What is asked, in OpenAI's chat shape.
+
+    messages: mappings as `mooli.frontend.tool_messages.template_messages` takes them: `role`; `content`, a text, parts
+        or None; of the assistant `tool_calls` ({"id", "type", "function": {"name", "arguments"}}, arguments as JSON or
+        as an object), `reasoning_content`; of a result (role "tool") `tool_call_id`, `name`. At least one.
+    tools: as `mooli.frontend.tool_messages.read_tools` reads them; None where there are none. With the choice "none"
+        the model hears of none, and nothing in its answer is read as a call.
+    template_arguments: further names for the template, such as `enable_thinking`. The server's own
+        (`--chat-template-kwargs`) lie under them. `add_generation_prompt` may be among them.
+    continues: the last message, the assistant's, is gone on with.
+    tells_reasoning_apart: False reads the answer as plain text; not with tools.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: ToolSet | None = None
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    continues: bool = False
+    tells_reasoning_apart: bool = True
+
+
+class OpenedConversation(NamedTuple):
+    """input_ids: the prompt. sampling_params: for `GenerateCall`. wire_format: for `Service.start`, and by which
+    `parser_for(wire_format, …)` reads each answer."""
+
+    input_ids: list[int]
+    sampling_params: dict[str, Any]
+    wire_format: WireFormat
+
+
+async def open_conversation(
+    service: Service, conversation: Conversation, sampling_params: Mapping[str, Any]
+) -> OpenedConversation:
+    """The prompt of a conversation and how its answer is sampled and read.
+
+    sampling_params: what the request says, under native names; without `max_new_tokens` the answer may take what the
+    context leaves. The model's own defaults are laid under them, and what forces a call over them.
+
+    Raises RequestError for what is wrong in messages or tools, or where there is no template; what
+    `Service.encode_chat` raises.
+    """
+    tools = conversation.tools
+    if tools is not None and tools.choice == "none":
+        tools = None
+    if tools is not None and not conversation.tells_reasoning_apart:
+        raise RequestError(
+            "with tools, reasoning is always told apart from the answer: leave out separate_reasoning",
+            argument="separate_reasoning",
+        )
+    ids = await prompt_ids(service, conversation)
+    wire_format = service.wire_format if conversation.tells_reasoning_apart else PLAIN_TEXT
+    if conversation.continues:
+        wire_format = wire_format.continued
+    params = service.chat_sampling(sampling_params)
+    if "max_new_tokens" not in params and "max_new_tokens" not in service.engine_config.preferred_sampling:
+        params["max_new_tokens"] = None
+    return OpenedConversation(ids, params, wire_format)
+
+
+async def prompt_ids(service: Service, conversation: Conversation) -> list[int]:
+    """The ids of a conversation alone, up to where the assistant goes on. Raises as `open_conversation`."""
+    arguments = {
+        **service.config.chat_template_kwargs,
+        "add_generation_prompt": not conversation.continues,
+        **conversation.template_arguments,
+        "continue_final_message": conversation.continues,
+    }
+    return await service.encode_chat(conversation.messages, conversation.tools, **arguments)
