@@ -83,6 +83,29 @@ class Automaton:
         return state
 
 
+class Spelled:
+    """One id of half the vocabulary, then a run of ids that follows from it; and again."""
+
+    def __init__(self, vocab_size: int, seed: int) -> None:
+        self._vocab_size = vocab_size
+        self._seed = seed
+
+    def allowed(self, output: Sequence[int]) -> NDArray[np.bool_]:
+        ids = np.arange(self._vocab_size)
+        place = self._place(output)
+        if place == 0:
+            return ids % 2 == self._seed % 2
+        return ids == (output[-1] * 5 + place + self._seed) % self._vocab_size
+
+    def has_ended(self, output: Sequence[int]) -> bool:
+        return len(output) >= 30 and self._place(output) == 0
+
+    def _place(self, output: Sequence[int]) -> int:
+        """In a run, 0 between two. Runs have 3, 5 and 7 ids in turn."""
+        place = len(output) % 18
+        return next(place - first for first in (10, 4, 0) if place >= first)
+
+
 class RuleConstraint:
     """A rule as a `Constraint`, with its output so far in `output`."""
 
@@ -108,6 +131,15 @@ class RuleConstraint:
                 return index
         return len(draft_ids)
 
+    def forced(self, most: int) -> list[int]:
+        run: list[int] = []
+        while len(run) < most:
+            only = np.flatnonzero(self.rule.allowed([*self.output, *run]))
+            if len(only) != 1 or self.rule.has_ended([*self.output, *run, int(only[0])]):
+                break
+            run.append(int(only[0]))
+        return run
+
     def mask(self, draft_ids: Sequence[int], allowed: NDArray[np.uint32]) -> None:
         assert self.num_allowed(draft_ids) == len(draft_ids), "a guess that cannot come is asked about"
         assert len(allowed) == 1 + len(draft_ids) and not allowed.any()
@@ -120,6 +152,17 @@ class RuleConstraint:
         for token_id in token_ids:
             assert not self.has_ended and self.rule.allowed(self.output)[token_id], "a token that was not allowed"
             self.output.append(token_id)
+
+
+class Bold(RuleConstraint):
+    """Takes for forced what is only possible, too."""
+
+    def forced(self, most: int) -> list[int]:
+        run = super().forced(most)
+        for token_id in np.flatnonzero(self.rule.allowed([*self.output, *run]))[:1].tolist():
+            if len(run) < most and not self.rule.has_ended([*self.output, *run, token_id]):
+                run.append(token_id)
+        return run
 
 
 def words_of(allowed: NDArray[np.bool_], num_words: int) -> NDArray[np.uint32]:

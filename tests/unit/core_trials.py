@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from constraints import Automaton, Even, NotTwice, Rule, RuleConstraint
+from constraints import Automaton, Bold, Even, NotTwice, Rule, RuleConstraint, Spelled
 from mooli.batch import SamplingBatch, ScheduleBatch
 from mooli.cache.kv_cache import KVCache
 from mooli.engine.core import EngineCore
 from mooli.errors import PromptError
 from mooli.runner.fake import FakeRunner, fake_logits, logprob_row, sample, stored_values
 from mooli.scheduler.constraint import ConstraintMaker
-from mooli.scheduler.drafts import DraftSettings
+from mooli.scheduler.drafts import DraftSettings, ForcedSettings
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import FIRST_CONTENT_ID, FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 
@@ -35,7 +35,8 @@ class Setting:
 
     is_crowded: all requests come at once and want long outputs, so that pages run out while they run. whole_pages:
     cached prefixes are used by the page. drafts: tokens are guessed, and the model has habits that can be guessed.
-    num_clients: whose the requests are, in turn. constrained: most requests have a constraint.
+    num_clients: whose the requests are, in turn. constrained: most requests have a constraint. forced: and what it forces
+    is computed at once.
     """
 
     page_size: int
@@ -55,6 +56,7 @@ class Setting:
     priorities: bool = False
     num_clients: int = 1
     constrained: bool = False
+    forced: ForcedSettings | None = None
 
     def engine(
         self, runner: FakeRunner, constraints: ConstraintMaker | None = None
@@ -70,6 +72,7 @@ class Setting:
             policy=self.policy,
             mixed_prefill_tokens=self.mixed_prefill_tokens,
             drafts=self.drafts,
+            forced=self.forced,
             priorities=self.priorities,
             constraints=constraints,
         )
@@ -169,7 +172,8 @@ def random_rule(seed: int, rid: str) -> Rule | None:
     rng = random.Random(f"{seed} {rid}")
     kind = rng.randrange(4)
     if kind < 2:
-        return Automaton(VOCAB, rng.randrange(1000), num_ends=rng.choice([0, 1, 2]))
+        seed, num_ends = rng.randrange(1000), rng.choice([0, 1, 2])
+        return Spelled(VOCAB, seed) if rng.random() < 0.4 else Automaton(VOCAB, seed, num_ends)
     return rng.choice([Even(VOCAB), NotTwice(VOCAB)]) if kind == 2 else None
 
 
@@ -257,7 +261,11 @@ class Trial:
     def __init__(self, seed: int, setting: Setting | None = None) -> None:
         self.rng = random.Random(seed)
         self.setting = setting or replace(
-            random_setting(self.rng), priorities=seed % 2 == 1, num_clients=1 + seed % 3, constrained=seed % 5 < 2
+            random_setting(self.rng),
+            priorities=seed % 2 == 1,
+            num_clients=1 + seed % 3,
+            constrained=seed % 5 < 2,
+            forced=ForcedSettings(1 + seed % 7, 1 + seed % 11) if seed % 4 else None,
         )
         stem_tokens = 2 * self.setting.page_size + 6
         self.stems = [[self.rng.randrange(VOCAB) for _ in range(self.rng.randint(0, stem_tokens))] for _ in range(3)]
@@ -317,7 +325,9 @@ class Trial:
 
     def _constraint(self, request: Request) -> RuleConstraint | None:
         rule = self.rules[request.rid] = random_rule(self.seed, request.rid)
-        return None if rule is None else RuleConstraint(rule)
+        if rule is None:
+            return None
+        return Bold(rule) if len(self.rules) % 3 == 0 else RuleConstraint(rule)
 
     def _end_one_early(self) -> None:
         if not self.requests:

@@ -21,6 +21,7 @@ from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.grammar.compiler import Grammars
 from mooli.runner.fake import FakeRunner
+from mooli.scheduler.drafts import ForcedSettings
 from mooli.scheduler.scheduler import Scheduler
 
 EOS = 256
@@ -79,6 +80,7 @@ def fake_build(config, **runner_options) -> BuiltEngine:
         policy=config.schedule_policy,
         priorities=config.enable_priority_scheduling,
         drafts=draft_settings(config),
+        forced=ForcedSettings(),
         constraints=grammars.constraint_of,
     )
     facts = EngineFacts(

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_scheduler import VOCAB, Bench, request
+from test_scheduler import VOCAB, Bench, request, spans
 
-from constraints import Automaton, Even, NotTwice, Rule, RuleConstraint
+from constraints import Automaton, Bold, Even, NotTwice, Rule, RuleConstraint, Spelled
 from mooli.errors import RequestError
 from mooli.scheduler.constraint import Constraint, holds_no_other
-from mooli.scheduler.drafts import DraftSettings
+from mooli.scheduler.drafts import DraftSettings, ForcedSettings
 from mooli.types import FinishReason, Request
 
+FORCED = ForcedSettings(tokens_per_request=8, tokens_per_step=12)
 DRAFTS = DraftSettings(tokens_per_request=8, tokens_per_step=64, shortest_match=1, longest_match=4)
 
 
@@ -159,6 +160,144 @@ def test_a_wrong_guess_leaves_no_trace_in_the_constraint() -> None:
     assert answers[0] == answers[1]
 
 
+# -- forced runs -------------------------------------------------------------------------------------------------------
+class Joined:
+    """Ids at places of the output that are fixed, and anything between; nothing ends it."""
+
+    def __init__(self, **at: int) -> None:
+        self.at = {int(place[1:]): token_id for place, token_id in at.items()}
+
+    def allowed(self, output: Sequence[int]) -> NDArray[np.bool_]:
+        only = self.at.get(len(output))
+        return np.ones(VOCAB, np.bool_) if only is None else np.arange(VOCAB) == only
+
+    def has_ended(self, output: Sequence[int]) -> bool:
+        return False
+
+
+def num_tokens_a_step(step: Bench, rid: str = "a") -> list[int]:
+    return [len(out.new_token_ids) for out in step.outputs[rid]]
+
+
+def test_what_is_forced_comes_in_one_step_with_the_token_after_it_from_the_first_of_an_answer_on() -> None:
+    rule = Joined(p0=3, p1=4, p2=5, p5=6, p6=7)
+    plain, forced = bench({"a": rule}), bench({"a": rule}, forced=FORCED)
+    for step in (plain, forced):
+        step.add(request("a", [1, 2, 3], 10, return_logprob=True, num_top_logprobs=2))
+        step.run()
+    assert num_tokens_a_step(plain) == [1] * 10
+    assert num_tokens_a_step(forced) == [4, 1, 3, 1, 1]
+    assert forced.tokens("a") == plain.tokens("a")
+    logprobs = [[entry for out in step.outputs["a"] for entry in out.logprobs] for step in (plain, forced)]
+    assert logprobs[0] == logprobs[1] and len(logprobs[0]) == 10
+    assert forced.last("a").completion_tokens == 10 and forced.last("a").finish == FinishReason("length", length=10)
+    assert forced.scheduler.counters.forced_tokens == 5 == forced.scheduler.counters.generated_tokens - 5
+
+
+def test_forced_runs_take_nothing_from_requests_without_a_constraint() -> None:
+    plain, forced = bench({"a": Spelled(VOCAB, 1)}), bench({"a": Spelled(VOCAB, 1)}, forced=FORCED)
+    for step in (plain, forced):
+        step.add(request("b", [9, 8], 12), request("a", [1, 2, 3], 40))
+        step.run()
+    assert forced.tokens("b") == plain.tokens("b") and num_tokens_a_step(forced, "b") == [1] * 12
+    assert forced.tokens("a") == plain.tokens("a") and max(num_tokens_a_step(forced)) == 8
+
+
+def test_a_forced_run_is_cut_by_its_settings_and_by_what_the_step_has_left() -> None:
+    rules: dict[str, Rule] = {"a": Listed(*range(30)), "b": Listed(*range(30))}
+    step = bench(rules, forced=FORCED)
+    step.add(request("a", [1], 40), request("b", [2], 40))
+    step.step()
+    assert spans(step.batches[0]) == [(0, 9), (0, 5)], "eight of one request, twelve of a step"
+    step.run()
+    assert step.tokens("a") == step.tokens("b") == list(range(30))
+    beside = bench(rules, forced=FORCED, mixed_prefill_tokens=3)
+    beside.add(request("c", [7], 40))
+    beside.step()
+    beside.add(request("a", [1], 40))
+    beside.step()
+    assert beside.batches[1].lengths.tolist() == [1, 3], "streams wait for it no longer than for a prompt"
+
+
+def test_a_prompt_in_chunks_goes_on_with_what_is_forced_where_it_ends() -> None:
+    step = bench({"a": Listed(*range(6))}, forced=FORCED, max_batch_tokens=8)
+    step.add(request("a", list(range(20, 32)), 40))
+    step.run()
+    assert [spans(batch)[0] for batch in step.batches] == [(0, 8), (8, 8), (16, 1)]
+    assert [batch.num_samples.tolist() for batch in step.batches] == [[0], [5], [1]]
+    assert step.tokens("a") == list(range(6))
+
+
+def test_a_forced_run_ends_before_the_length_does_and_before_the_constraint_does() -> None:
+    step = bench({"a": Listed(*range(6)), "b": Listed(*range(6))}, forced=FORCED)
+    step.add(request("a", [1], 4), request("b", [1], 40, ignore_eos=True))
+    step.run()
+    assert (step.tokens("a"), step.last("a").finish) == ([0, 1, 2, 3], FinishReason("length", length=4))
+    assert (step.tokens("b"), step.last("b").finish) == (list(range(6)), FinishReason("stop", matched=5))
+    assert [batch.lengths.tolist() for batch in step.batches] == [[4, 6]], "no token is computed that cannot count"
+
+
+@pytest.mark.parametrize(("min_new_tokens", "expected"), [(0, [4, 6]), (2, [4, 6, 7])])
+def test_a_stop_in_a_forced_run_stops_as_it_does_without(min_new_tokens: int, expected: list[int]) -> None:
+    for forced in (None, FORCED):
+        step = bench({"a": Listed(4, 6, 7, 8)}, forced=forced)
+        stops = frozenset({6, 7})
+        step.add(request("a", [1], 20, stop_token_ids=stops, min_new_tokens=min_new_tokens))
+        step.run()
+        assert (step.tokens("a"), step.last("a").finish) == (expected, FinishReason("stop", matched=expected[-1]))
+
+
+def test_preempted_requests_go_on_with_what_is_forced() -> None:
+    rules: dict[str, Rule] = {rid: Spelled(VOCAB, seed) for seed, rid in enumerate("abc")}
+    roomy, tight = bench(rules), bench(rules, forced=FORCED, num_pages=12, enabled=False)
+    for step in (roomy, tight):
+        step.add(*(request(rid, [1, 2, 3, ord(rid)], 36) for rid in rules))
+        step.run()
+    assert tight.scheduler.counters.preemptions and tight.scheduler.counters.forced_tokens > 30
+    assert {rid: tight.tokens(rid) for rid in rules} == {rid: roomy.tokens(rid) for rid in rules}
+
+
+def test_a_request_can_be_ended_while_a_forced_run_is_computed() -> None:
+    step = bench({"a": Listed(*range(30))}, forced=FORCED)
+    step.add(request("a", [1, 2], 40))
+    step.step()
+    batch = step.scheduler.schedule()
+    assert batch is not None and batch.num_tokens == 9
+    assert step.scheduler.abort("a")
+    outs = step.scheduler.update(batch, step.runner.execute(batch))
+    step.scheduler.check()
+    assert [(out.finish and out.finish.type, out.new_token_ids) for out in outs] == [("abort", [])]
+    step.add(request("again", [1, 2, *range(12)], 1))
+    step.run()
+    assert step.last("again").cached_tokens == 11, "what was known counts, the run does not"
+
+
+def test_guesses_go_on_behind_a_forced_run_and_are_counted_apart() -> None:
+    """The model counts to seven for ever. Of that the constraint forces two ids, and a third that is another."""
+    settings = DraftSettings(4, 64, 1, 12)
+    step = bench(
+        {"a": Joined(p5=5, p6=6, p12=7)}, next_token=lambda ids: (ids[-1] + 1) % 8, drafts=settings, forced=FORCED
+    )
+    step.add(request("a", [*range(8), *range(8)], 18))
+    step.run()
+    assert step.tokens("a") == [*range(8), *range(4), 7, *range(5)]
+    assert num_tokens_a_step(step) == [1, 4, 6, 2, 4, 1], "three guesses, three behind two forced, one before the 7"
+    counters, drafts = step.scheduler.counters, step.last("a").drafts
+    assert (counters.proposed_drafts, counters.correct_drafts, counters.forced_tokens) == (10, 10, 2)
+    assert drafts is not None and drafts.histogram == (1, 1, 0, 3)
+
+
+def test_what_is_taken_for_forced_and_is_not_costs_time_alone() -> None:
+    answers = []
+    for maker in (RuleConstraint, Bold):
+        step = Bench(constraints=lambda request, maker=maker: maker(Spelled(VOCAB, 1)), forced=FORCED)  # type: ignore[misc]
+        step.add(request("a", [1, 2, 3], 40))
+        step.run()
+        answers.append((step.tokens("a"), step.last("a").finish))
+        computed = step.num_computed
+    assert answers[0] == answers[1] and computed > 3 + len(answers[0][0]) - 1
+
+
 # -- the end ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_a_request_stops_with_its_constraint(ignore_eos: bool) -> None:
@@ -237,6 +376,10 @@ class Breaks(RuleConstraint):
         self._may_break("num_allowed")
         return super().num_allowed(draft_ids)
 
+    def forced(self, most: int) -> list[int]:
+        self._may_break("forced")
+        return []
+
     def mask(self, draft_ids: Sequence[int], allowed: NDArray[np.uint32]) -> None:
         where, self.where = self.where, ""
         super().mask(draft_ids, allowed)
@@ -250,12 +393,13 @@ class Breaks(RuleConstraint):
         self._may_break("advance")
 
 
-@pytest.mark.parametrize("where", ["has_ended", "num_allowed", "mask", "advance"])
+@pytest.mark.parametrize("where", ["has_ended", "num_allowed", "forced", "mask", "advance"])
 def test_a_constraint_that_fails_ends_its_request_alone(where: str) -> None:
     step = Bench(
         constraints=lambda request: Breaks(where) if request.rid == "a" else None,
         next_token=lambda context: 8,
         drafts=DraftSettings(2, 64, 1, 4),
+        forced=FORCED,
     )
     step.add(request("a", [1, 8], 9), request("b", [4, 8], 9))
     step.run()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mooli.batch import ScheduleBatch
 from mooli.scheduler.batch_builder import BatchBuilder, Plan
+from mooli.scheduler.drafts import ForcedSettings
 
 TRIALS_PER_BLOCK = 50
 
@@ -67,6 +68,7 @@ SETTINGS = st.builds(
     priorities=st.booleans(),
     num_clients=st.integers(1, 3),
     constrained=st.booleans(),
+    forced=st.none() | st.builds(ForcedSettings, st.integers(1, 9), st.integers(1, 12)),
 )
 
 

@@ -30,7 +30,7 @@ from mooli.models.registry import create_model
 from mooli.models.sharding import Place, check_size, part_checkpoint
 from mooli.runner.base import Runner
 from mooli.runner.model_runner import ModelRunner
-from mooli.scheduler.drafts import DraftSettings
+from mooli.scheduler.drafts import DraftSettings, ForcedSettings
 from mooli.scheduler.planning import Pace
 from mooli.scheduler.scheduler import Scheduler
 
@@ -214,6 +214,8 @@ def _build(
         mixed_prefill_tokens=mixed_tokens,
         computed_in=described.get("dtype"),
         drafts=drafts,
+        # Like guesses: where they change no answer, or were asked for.
+        forced=ForcedSettings() if backend.is_exact or drafts is not None else None,
         constraints=grammars.constraint_of,
     )
     progress("Allocating KV cache", 0, 1)

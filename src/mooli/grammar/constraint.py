@@ -50,6 +50,13 @@ class GrammarConstraint:
             count -= 1
         return count
 
+    def forced(self, most: int) -> Sequence[int]:
+        """How forced bytes are cut into tokens is the vocabulary's rule (`mooli.grammar.vocabulary`), in masks too."""
+        matcher = self._matcher
+        run = matcher.compute_ff_tokens()[:most]
+        self._check(matcher)
+        return run[: self.num_allowed(run)]
+
     def mask(self, draft_ids: Sequence[int], allowed: NDArray[np.uint32]) -> None:
         matcher = self._matcher
         self._fill(matcher, allowed[0])

@@ -25,7 +25,7 @@ class Row:
     """Compute tokens [start, start + length) of one request, and sample the next if `samples`.
 
     drafts: a guess at the tokens that will be sampled next. They are the last of the row, and after each of them a
-    token is sampled too.
+    token is sampled too. num_forced: how many of them, from the first on, a constraint forces.
     """
 
     state: RequestState
@@ -33,6 +33,7 @@ class Row:
     length: int
     samples: bool
     drafts: Sequence[int] = ()
+    num_forced: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -91,8 +92,8 @@ class Plan:
         self.tokens_left -= length
 
     def add_drafts(self, row: Row, drafts: Sequence[int]) -> None:
-        """Let a row that samples verify `drafts` too. Their pages are there."""
-        row.drafts = drafts
+        """Let a row that samples verify `drafts` too, behind those it has. Their pages are there."""
+        row.drafts = [*row.drafts, *drafts]
         row.length += len(drafts)
         self.tokens_left -= len(drafts)
 

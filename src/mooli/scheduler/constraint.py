@@ -36,6 +36,11 @@ class Constraint(Protocol):
         """How many of these guesses may follow, from the first on, each leaving something to follow it."""
         ...
 
+    def forced(self, most: int) -> Sequence[int]:
+        """Up to `most` ids, one after the other, that must come next, as far as that is known at once; each leaves
+        something to follow it. They are verified like guesses, so that one that need not come costs time alone."""
+        ...
+
     def mask(self, draft_ids: Sequence[int], allowed: NDArray[np.uint32]) -> None:
         """Set in row i of `allowed` the bits of the ids that may follow the first i of `draft_ids`.
 
@@ -68,8 +73,20 @@ class Constrained:
     def is_ready(self) -> bool:
         return self._constraint.is_ready
 
+    def forced(self, most: int) -> list[int]:
+        """Up to `most` ids that the output must go on with."""
+        if self.failure is not None:
+            return []
+        try:
+            return list(self._constraint.forced(most))
+        except Exception as exc:
+            self._fail(exc)
+            return []
+
     def cut(self, draft_ids: list[int]) -> list[int]:
         """The guesses before the first that cannot come, or after which nothing could."""
+        if self.failure is not None:
+            return []
         try:
             return draft_ids[: self._constraint.num_allowed(draft_ids)]
         except Exception as exc:

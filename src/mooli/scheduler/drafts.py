@@ -55,6 +55,24 @@ class DraftSettings:
             raise ConfigError(f"{self}: shortest_match must be at least 1 and at most longest_match")
 
 
+@dataclass(frozen=True, slots=True)
+class ForcedSettings:
+    """How much a step computes of what constraints force (see `Constraint.forced`).
+
+    tokens_per_request: forced tokens of one request at most. tokens_per_step: of all requests. Each of them has logits
+    and a mask of its own, so this bounds memory; where they come is where a prompt of as many tokens would.
+
+    Raises ConfigError for values that compute nothing.
+    """
+
+    tokens_per_request: int = 24
+    tokens_per_step: int = 64
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_request < 1 or self.tokens_per_step < 1:
+            raise ConfigError(f"{self} computes no forced token: use 1 or more")
+
+
 @dataclass(slots=True)
 class DraftRecord:
     """How the drafts of one request have fared.

@@ -163,8 +163,10 @@ class Landing:
         state = row.state
         accepted = self.acceptance.take(row, samples)
         self.counters.generated_tokens += len(accepted.token_ids)
+        num_forced = min(row.num_forced, accepted.num_right_drafts)
+        self.counters.forced_tokens += num_forced
         if self.verifies_drafts and row.continues_output:
-            self._count_drafts(row, accepted.num_right_drafts)
+            self._count_drafts(row, accepted.num_right_drafts - num_forced)
         out = self._output(state, accepted.finish or accepted.error)
         out.new_token_ids, out.logprobs = accepted.token_ids, accepted.logprobs
         if accepted.error is not None:
@@ -178,8 +180,9 @@ class Landing:
                 self.admission.preempt(state)  # it would spread: even what has no weight is multiplied
 
     def _count_drafts(self, row: Row, num_right: int) -> None:
-        row.state.drafts.learn(len(row.drafts), num_right)
-        self.counters.proposed_drafts += len(row.drafts)
+        num_guessed = len(row.drafts) - row.num_forced
+        row.state.drafts.learn(num_guessed, num_right)
+        self.counters.proposed_drafts += num_guessed
         self.counters.correct_drafts += num_right
         self.counters.verify_steps += 1
 

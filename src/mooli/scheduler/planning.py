@@ -1,7 +1,7 @@
 """The second room of the scheduler: a step is planned.
 
-Owns how many tokens each running request gets, who gives way where pages are too few, what is computed on a guess, and
-the speed from which follows how long a step may be that streams wait for. Never ends a request and never sees what a
+Owns how many tokens each running request gets, who gives way where pages are too few, what is computed before it is
+sampled (a run that a constraint forces, a guess), and the speed from which follows how long a step may be that streams wait for. Never ends a request and never sees what a
 step computed. The order in which a step is filled is that of `scheduler.py`.
 """
 
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from mooli.cache.kv_cache import KVCache, RequestPages
 from mooli.scheduler.admission import AdmissionControl, Waiting
 from mooli.scheduler.batch_builder import Plan
-from mooli.scheduler.drafts import Drafts
+from mooli.scheduler.drafts import Drafts, ForcedSettings
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.running import Running
 from mooli.scheduler.stats import StepStats
@@ -20,7 +22,8 @@ from mooli.scheduler.stats import StepStats
 
 @dataclass(slots=True, eq=False)
 class Planner:
-    """Plans steps of up to `max_batch_tokens`; with `drafts`, guesses are verified where a step is small."""
+    """Plans steps of up to `max_batch_tokens`; with `drafts`, guesses are verified where a step is small; with `forced`,
+    runs that constraints force are computed at once."""
 
     cache: KVCache
     waiting: Waiting
@@ -28,6 +31,7 @@ class Planner:
     admission: AdmissionControl
     max_batch_tokens: int
     drafts: Drafts | None
+    forced: ForcedSettings | None = None
     prompts_waited: bool = False
     """The step planned last had nothing for prompts in progress."""
 
@@ -37,6 +41,8 @@ class Planner:
         self._continue_running(plan, mixed_prefill_tokens)
         if self.waiting and not plan.num_preempted:  # who just gave way would take the pages back
             self.admission.admit_waiting(plan)
+        if self.forced is not None:
+            self._add_forced(self.forced, plan)
         if self.drafts is not None:
             self._add_drafts(self.drafts, plan)
         plan.may_begin_next = self._may_begin_next(plan)
@@ -89,30 +95,53 @@ class Planner:
         self.running.grow(state, held, state.num_computed + length)
         return length
 
-    def _add_drafts(self, drafts: Drafts, plan: Plan) -> None:
-        """Have the rows verify guesses, where all continue outputs and together are few.
+    def _add_forced(self, forced: ForcedSettings, plan: Plan) -> None:
+        """Have rows that sample go on with what their constraints force, the first token of an answer included.
 
-        Only pages that nobody else could need in the next step are taken for guesses.
+        In any step, but after all else: such a token costs its row now or later, and now it needs no step of its own.
         """
+        tokens_left = min(plan.tokens_left, forced.tokens_per_step)
+        for row in plan.rows:
+            state = row.state
+            held, constrained = state.pages, state.constrained
+            if constrained is None or held is None or not row.samples:
+                continue
+            most = min(tokens_left, forced.tokens_per_request, self._room_for_drafts(state, held))
+            run = constrained.forced(most) if most > 0 else []
+            if run:
+                self.running.grow(state, held, state.num_tokens + len(run))
+                plan.add_drafts(row, run)
+                row.num_forced = len(run)
+                tokens_left -= len(run)
+
+    def _room_for_drafts(self, state: RequestState, held: RequestPages) -> int:
+        """How many tokens a request may have computed before they are sampled: the token after the last of them may be
+        its last, and only pages are taken that nobody else could need in the next step."""
+        spare_pages = max(0, self.cache.num_available - len(self.running.states))
+        room = (len(held.pages) + spare_pages) * self.cache.page_size
+        return min(state.max_tokens - 1, room) - state.num_tokens
+
+    def _add_drafts(self, drafts: Drafts, plan: Plan) -> None:
+        """Have the rows verify guesses, behind what is forced, where all continue outputs and together are few."""
         rows = plan.rows
-        tokens_left = min(plan.tokens_left, drafts.settings.tokens_per_step - len(rows))
+        tokens_left = min(plan.tokens_left, drafts.settings.tokens_per_step - sum(row.length for row in rows))
         if tokens_left < 1 or not all(row.continues_output for row in rows):
             return
         for index, row in enumerate(rows):
             state, held = row.state, row.state.pages
             if held is None:
                 continue
-            spare_pages = max(0, self.cache.num_available - len(self.running.states))
-            most = min(
-                -(-tokens_left // (len(rows) - index)),
-                state.max_tokens - state.num_tokens - 1,  # the token after the last draft is the request's last
-                (len(held.pages) + spare_pages) * self.cache.page_size - state.num_tokens,
-            )
-            guesses = drafts.propose(state.tokens, state.key_ids, held, state.drafts, most)
+            run = row.drafts
+            most = min(-(-tokens_left // (len(rows) - index)), self._room_for_drafts(state, held) - len(run))
+            tokens, key_ids = state.tokens, state.key_ids
+            if run:
+                ahead = np.array(run, np.int32)
+                tokens, key_ids = np.concatenate([tokens, ahead]), np.concatenate([key_ids, ahead])
+            guesses = drafts.propose(tokens, key_ids, held, state.drafts, most)
             if guesses and state.constrained is not None:
-                guesses = state.constrained.cut(guesses)
+                guesses = state.constrained.cut([*run, *guesses])[len(run) :]
             if guesses:
-                self.running.grow(state, held, state.num_tokens + len(guesses))
+                self.running.grow(state, held, state.num_tokens + len(run) + len(guesses))
                 plan.add_drafts(row, guesses)
                 tokens_left -= len(guesses)
 

@@ -12,7 +12,8 @@ A step is filled in this order:
 3. running requests that miss more (a prompt in chunks), oldest first, those of different clients in turn;
 4. waiting requests, clients in turn and each in the order of the policy, as long as tokens, places and pages are left.
    The first that does not fit ends the round, so that large requests are not overtaken for ever;
-5. where that left only a few tokens, drafts: guesses at what the rows will sample, verified in the same step.
+5. what constraints force their outputs to go on with;
+6. where that left only a few tokens, drafts: guesses at what the rows will sample, verified in the same step.
 
 Why nothing hangs: a request that could not run alone is refused by `add`. Under lack of pages a running request takes
 those of requests of lower rank (preemption), never of higher; and for another client that has nothing, the last of
@@ -37,7 +38,7 @@ from mooli.scheduler.admission import (
 )
 from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
 from mooli.scheduler.constraint import Constrained, ConstraintMaker
-from mooli.scheduler.drafts import Drafts, DraftSettings
+from mooli.scheduler.drafts import Drafts, DraftSettings, ForcedSettings
 from mooli.scheduler.landing import Acceptance, Landing
 from mooli.scheduler.planning import Planner
 from mooli.scheduler.request_state import RequestState
@@ -57,6 +58,7 @@ class Scheduler:
     May be set between steps.
     computed_in: the type of the computation, for the error of a request whose logits it could not hold.
     drafts: how to guess tokens ahead; None for never.
+    forced: how much to compute at once of what constraints force; None for never.
     priorities: those of requests count, see `head_start`; otherwise they are ignored.
     constraints: makes what the output of a request must keep to; None where nothing ever does.
     holds: reasons why a request waits though it could begin, besides a prefix that is being computed.
@@ -74,6 +76,7 @@ class Scheduler:
         mixed_prefill_tokens: int | None = None,
         computed_in: str | None = None,
         drafts: DraftSettings | None = None,
+        forced: ForcedSettings | None = None,
         priorities: bool = False,
         constraints: ConstraintMaker | None = None,
         holds: Collection[Hold] = (),
@@ -111,7 +114,7 @@ class Scheduler:
         waiting, running, counters = self._waiting, self._running, self.counters
         admission = AdmissionControl(cache, waiting, running, counters, [ConstraintWaits(), PrefixWaits(cache), *holds])
         guesses = None if drafts is None else Drafts(drafts, cache)
-        self._planner = Planner(cache, waiting, running, admission, max_batch_tokens, guesses)
+        self._planner = Planner(cache, waiting, running, admission, max_batch_tokens, guesses, forced)
         acceptance = Acceptance(vocab_size, computed_in)
         self._landing = Landing(
             cache, running, admission, self._states, counters, acceptance, verifies_drafts=drafts is not None

@@ -16,6 +16,7 @@ class Counters:
     computed_tokens: all tokens of all steps, what preemption made necessary again and wrong drafts included.
     proposed_drafts: draft tokens verified, correct_drafts: those of them that were sampled and so saved a step.
     verify_steps: how often a row continued an output while drafts were on, with drafts or without.
+    forced_tokens: those of the generated that a constraint forced and that so needed no step of their own; no drafts.
     """
 
     requests: int = 0
@@ -29,6 +30,7 @@ class Counters:
     proposed_drafts: int = 0
     correct_drafts: int = 0
     verify_steps: int = 0
+    forced_tokens: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in _COUNTERS}
@@ -40,7 +42,7 @@ _COUNTERS = tuple(field.name for field in fields(Counters))
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """One step. decode_rows: rows that continue an output; prefill_rows, prefill_tokens: all others, and their tokens.
-    draft_tokens: verified by decode rows, besides the one token of each.
+    draft_tokens: verified by rows that sample, besides their own: guessed or forced.
 
     cached_tokens: taken from the cache by requests admitted in this step. used_pages: in use by running requests.
     """
