@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from live import LiveServer
 from openai_raw import complete, complete_events, refusal, stream_choices
 
+from mooli.frontend.infill import Infill
+
 PATH = "/v1/completions"
 
 
@@ -409,7 +411,10 @@ def test_cached_tokens_are_told_and_salts_keep_requests_apart(live):
         ({"rid": ["a", "a"], "prompt": ["x", "y"]}, "rid", "twice"),
         ({"stream_interval": 0}, "stream_interval", "stream_interval=0"),
         ({"seed": 2**70}, "seed", "seed"),
-        ({"suffix": "end"}, "suffix", "suffix is not supported"),
+        ({"suffix": "end"}, "suffix", "suffix is not supported by this model: its vocabulary has no tokens for"),
+        ({"suffix": "end", "prompt": [1, 2]}, "suffix", "suffix needs one prompt that is a text"),
+        ({"suffix": "end", "prompt": ["a", "b"]}, "suffix", "nor several"),
+        ({"suffix": "end", "echo": True}, "echo", "echo and suffix exclude each other"),
         ({"tools": [{}]}, "tools", "tools is not supported"),
     ],
 )
@@ -418,6 +423,18 @@ def test_what_is_wrong_is_refused_and_named(shared_server, fields, param, words)
     assert error["param"] == param
     assert words in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a"]])
+def test_a_suffix_is_put_behind_the_middle_in_the_models_own_tokens(live, prompt):
+    """What the model writes to end a middle is not told."""
+    server = live(says("mid\x04more", after="\x03"))
+    server.service.infill = Infill(1, 2, 3, False, None, None, frozenset({1, 2, 3, 4}), frozenset())
+    choice = complete(server, prompt=prompt, suffix="b", max_tokens=20, return_token_ids=True)["choices"][0]
+    assert choice["prompt_token_ids"] == [1, *b"a", 2, *b"b", 3]
+    assert (choice["text"], choice["finish_reason"], choice["matched_stop"]) == ("mid", "stop", 4)
+    chat = {"messages": [{"role": "user", "content": "a"}], "suffix": "b"}
+    assert server.http.post("/v1/chat/completions", json=chat).status_code == 400
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,16 @@ _PRE_TOKENIZERS = {
     "tekken": _PreTokenizer(split=_TEKKEN_SPLIT, ignore_merges=True, adds_bos=True),
 }
 
+_INFILL_KEYS = {
+    "pre": ("fim_pre_token_id", "prefix_token_id"),
+    "suf": ("fim_suf_token_id", "suffix_token_id"),
+    "mid": ("fim_mid_token_id", "middle_token_id"),
+    "pad": ("fim_pad_token_id",),
+    "rep": ("fim_rep_token_id",),
+    "sep": ("fim_sep_token_id",),
+}
+"""The second are older names."""
+
 _END_ID_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -110,6 +120,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str = "the GGUF 
         special_tokens=vocabulary.special_tokens(),
         chat_template=_chat_template(vocabulary),
         bounds=bounds,
+        infill_ids=vocabulary.infill_ids(),
     )
 
 
@@ -194,6 +205,11 @@ class _Vocabulary:
             "pad_token": "padding_token_id",
         }
         return {name: self.tokens[i] for name, key in keys.items() if (i := self.named_id(key)) is not None}
+
+    def infill_ids(self) -> dict[str, int]:
+        """Tokens that the file names for filling in a middle, under the short names of `Tokenizer`."""
+        found = ((name, self.named_id(key)) for name, keys in _INFILL_KEYS.items() for key in reversed(keys))
+        return {name: token_id for name, token_id in found if token_id is not None}
 
     def text(self, token_id: int | None) -> str | None:
         return None if token_id is None else self.tokens[token_id]

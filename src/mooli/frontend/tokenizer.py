@@ -72,6 +72,7 @@ class Tokenizer:
     eos_ids: ids declared as ends; the well-known end-of-turn tokens are added when there is a chat template.
     special_tokens: texts of the named tokens ("bos_token", …), for a chat template given apart from the model.
     bounds: what the steps of `backend` can make of a text.
+    infill_ids: tokens that a file names for filling in a middle: pre, suf, mid, pad, rep and sep, as GGUF has them.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_template: ChatTemplate | None = None,
         bounds: TextBounds | None = None,
+        infill_ids: Mapping[str, int] | None = None,
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
@@ -100,6 +102,7 @@ class Tokenizer:
         self.special_texts = frozenset(token.content for token in added.values() if token.special)
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
+        self.infill_ids = dict(infill_ids or {})
         self._bounds = bounds or TextBounds()
         self._max_chars = int(_MAX_CHARS / self._bounds.growth)
         ends = set(eos_ids)
@@ -248,6 +251,10 @@ class Tokenizer:
     def has_added_token(self, text: str) -> bool:
         """Whether `text` always is one token, special or not."""
         return text in self._added
+
+    def added_id(self, text: str) -> int | None:
+        """The id of the token that `text` always is; None if it is none."""
+        return self._added.get(text)
 
     def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
         """The ids of those of `texts` that are special tokens."""

@@ -1,6 +1,7 @@
 """POST /v1/completions: prompts in, texts out, in OpenAI's shape.
 
-Owns what is particular to completions: the forms of a prompt, `echo`, the default length, and the shape of a choice.
+Owns what is particular to completions: the forms of a prompt, `suffix`, `echo`, the default length, and the shape of a
+choice.
 Source: OpenAI API reference, completions; the echo of log-probabilities is what lm-evaluation-harness reads.
 """
 
@@ -37,9 +38,11 @@ DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionBody(GenerationBody, kw_only=True):
-    """POST /v1/completions. prompt: a text, token ids, or a list of either."""
+    """POST /v1/completions. prompt: a text, token ids, or a list of either. suffix: what comes behind the answer, of a
+    model that fills in."""
 
     prompt: str | list[str | int | list[int]]
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
@@ -89,6 +92,8 @@ async def _prepare(service: Service, body: CompletionBody, client: Client) -> Ca
             raise HttpError(
                 400, f"min_tokens={body.min_tokens} needs max_tokens, which is {limit} unless given", param="min_tokens"
             )
+    if body.suffix:
+        texts, ids = None, await _infilled(service, body, texts, params)
     has_logprobs = body.logprobs is not None
     call = GenerateCall(
         prompt=texts,
@@ -106,6 +111,23 @@ async def _prepare(service: Service, body: CompletionBody, client: Client) -> Ca
     if limit is not None:
         _limit(inputs, limit)
     return inputs
+
+
+async def _infilled(
+    service: Service, body: CompletionBody, texts: str | list[Any] | None, params: dict[str, Any]
+) -> list[Any]:
+    """The ids of a prompt with a suffix; what ends a middle is added to `params`. Raises HttpError."""
+    given = [texts] if isinstance(texts, str) else texts
+    # Of several each would have the suffix: a short body could ask for any number of tokens.
+    if given is None or len(given) != 1:
+        raise HttpError(400, "suffix needs one prompt that is a text, not token ids nor several", param="suffix")
+    if body.echo:
+        raise HttpError(400, "echo and suffix exclude each other: the answer stands between the two", param="echo")
+    suffix = body.suffix or ""
+    infill = service.require_infill("suffix")
+    params["stop_token_ids"] = infill.stop_token_ids(params.get("stop_token_ids"))
+    ids = await service.encode_infill(infill, given[0], suffix)
+    return ids if isinstance(texts, str) else [ids]
 
 
 def _limit(inputs: CallInputs, max_new_tokens: int) -> None:
@@ -309,7 +331,7 @@ ROUTES = (
         dialect=Dialect.OPENAI,
         summary="Continue prompts (OpenAI's completions)",
         body=CompletionBody,
-        unsupported=UNSUPPORTED,
+        unsupported=UNSUPPORTED - {"suffix"},
         names={**COMMON_NAMES, "input_ids": "prompt", "top_logprobs_num": "logprobs"},
         is_generation=True,
     ),

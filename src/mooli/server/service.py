@@ -22,6 +22,7 @@ from mooli.errors import KeyBusyError, QueueFullError, RequestError
 from mooli.frontend.call import Call, Listener
 from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.generation import Generation, generations_of
+from mooli.frontend.infill import Infill, open_infill
 from mooli.frontend.inputs import NOBODY, Caller, CallInputs, GenerateCall, InputRules
 from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.text_side import input_rules
@@ -88,6 +89,8 @@ class Service:
         """Sequences that may run and wait together."""
         self.wire_format: WireFormat = open_wire_format(engine_config, tokenizer)
         """How the model writes its messages. Chats read answers by it; other routes tell the text as it is."""
+        self.infill: Infill | None = open_infill(tokenizer)
+        """How the model fills in the middle of a text; None if it does not."""
         self.rules: InputRules = replace(
             input_rules(engine_config, client.facts, tokenizer, self.wire_format),
             max_sequences=self.max_open,
@@ -160,6 +163,29 @@ class Service:
         return await self.text_threads.run(
             len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
         )
+
+    def require_infill(self, name: str) -> Infill:
+        """name: of the field that asks for a middle. Raises RequestError for a model that was not taught to."""
+        if self.infill is None:
+            raise RequestError(
+                f"{name} is not supported by this model: its vocabulary has no tokens for filling in a middle. Leave it"
+                " out",
+                argument=name,
+            )
+        return self.infill
+
+    async def encode_infill(
+        self, infill: Infill, before: str, after: str, files: tuple[tuple[str, str], ...] = ()
+    ) -> list[int]:
+        """Ids of `Infill.encode`. Raises PromptError, and ContextLengthError before a text is tokenised that is
+        certainly too long."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise RequestError("this server has no tokenizer")
+        for text in (before, after):
+            self.rules.check_length(text)
+        num = len(before) + len(after) + num_chars(files)
+        return await self.text_threads.run(num, lambda: infill.encode(tokenizer, before, after, files))
 
     @contextlib.contextmanager
     def start(
