@@ -24,7 +24,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "golden" / "http"
 
 VOLATILE = (
     "created", "e2e_latency", "response_sent_to_client_ts", "timestamp", "startup_time", "version",
-    "last_gen_throughput", "gen_throughput",
+    "last_gen_throughput", "gen_throughput", "created_at", "modified_at", "expires_at", "total_duration",
+    "load_duration", "prompt_eval_duration", "eval_duration",
 )  # fmt: skip
 
 HEADERS = ("content-type", "cache-control", "x-accel-buffering", "retry-after", "allow", "www-authenticate")
@@ -65,6 +66,8 @@ def exchange(server: Any, gate: Gate, request: dict[str, Any]) -> dict[str, Any]
         record: dict[str, Any] = {"status": reply.status_code, "headers": kept}
         if kept.get("content-type", "").startswith("text/event-stream"):
             record["events"] = list(events(reply, gate))
+        elif kept.get("content-type") == "application/x-ndjson":
+            record["events"] = list(lines(reply, gate))
         else:
             text = reply.read().decode()
             if kept.get("content-type") == "application/json":
@@ -90,6 +93,15 @@ def events(reply: Any, gate: Gate) -> Any:
         if shows_token(value):
             gate.let()
     assert not lines
+
+
+def lines(reply: Any, gate: Gate) -> Any:
+    """The same of a stream whose every line is an object."""
+    for line in reply.iter_lines():
+        value = json.loads(line)
+        yield masked(value)
+        if not value["done"]:
+            gate.let()
 
 
 def shows_token(value: Any) -> bool:

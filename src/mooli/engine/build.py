@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -245,6 +246,7 @@ def _build(
         max_total_num_tokens=num_pages * page_size,
         max_running_requests=scheduler.max_running_requests,
         chunked_prefill_size=scheduler.max_batch_tokens,
+        num_parameters=sum(math.prod(spec.shape) for spec in model_config.tensors().values()),
         weight_bytes=sum(need.weight_bytes for need in each),
         kv_cache_bytes=num_pages * bytes_per_page * config.tp_size,
         load_time_s=time.perf_counter() - started,

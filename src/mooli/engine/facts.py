@@ -69,6 +69,7 @@ class EngineFacts:
     max_total_num_tokens: int
     max_running_requests: int
     chunked_prefill_size: int
+    num_parameters: int = 0
     weight_bytes: int
     kv_cache_bytes: int
     load_time_s: float

@@ -22,6 +22,7 @@ from mooli.server import (
     native_control,
     native_generate,
     native_info,
+    ollama_models,
     openai_chat,
     openai_completions,
     openai_models,
@@ -45,13 +46,18 @@ ERROR = {
     "required": ["error"],
     "properties": {
         "error": {
-            "type": "object",
-            "required": ["type", "message"],
-            "properties": {"type": {"type": "string"}, "message": {"type": "string", "minLength": 1}},
+            "anyOf": [
+                {
+                    "type": "object",
+                    "required": ["type", "message"],
+                    "properties": {"type": {"type": "string"}, "message": {"type": "string", "minLength": 1}},
+                },
+                {"type": "string", "minLength": 1},
+            ]
         }
     },
 }
-"""What all dialects have in common in the body of an error."""
+"""What all dialects have in common in the body of an error; Ollama's is a text."""
 
 
 def make_route(routes: Sequence[Route]) -> Route:
@@ -134,6 +140,7 @@ API_ROUTES: tuple[Route, ...] = (
     *openai_completions.ROUTES,
     *openai_chat.ROUTES,
     *anthropic.ROUTES,
+    *ollama_models.ROUTES,
     *metrics.ROUTES,
 )
 

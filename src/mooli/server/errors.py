@@ -4,7 +4,7 @@ Owns the way from an exception to an answer, in the names of the route's fields:
 (`mooli.errors.RequestError`). An exception nobody raised on purpose is never shown to a client: it may
 hold paths, prompts of others, or internals. Never logs, never writes to a socket.
 
-Sources: OpenAI's and Anthropic's API references, errors; RFC 9110, status codes and Retry-After.
+Sources: the API references of OpenAI, Anthropic and Ollama, errors; RFC 9110, status codes and Retry-After.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mooli.errors import (
     QueueFullError,
     RequestError,
 )
-from mooli.server.routing import SSE_DONE, Dialect, HttpError, sse
+from mooli.server.routing import SSE_DONE, Dialect, HttpError, json_line, sse
 
 RETRY_AFTER_S = 1
 """Of 429 and 503 that say nothing else."""
@@ -108,8 +108,8 @@ def in_names(error: RequestError, dialect: Dialect, names: Mapping[str, str]) ->
     message, code = _renamed(error.message, names), None
     if isinstance(error, ContextLengthError):
         code = CONTEXT_LENGTH_EXCEEDED
-        if error.prompt_tokens is not None and error.context_length is not None and dialect is not Dialect.NATIVE:
-            words = _openai_too_long if dialect is Dialect.OPENAI else _anthropic_too_long
+        words = _TOO_LONG.get(dialect)
+        if error.prompt_tokens is not None and error.context_length is not None and words is not None:
             message = words(error, prompt, error.prompt_tokens, error.context_length)
     return HttpError(error.status_code, message, param=param, code=code)
 
@@ -141,6 +141,10 @@ def _anthropic_too_long(error: ContextLengthError, prompt: str, num_tokens: int,
     return f"prompt is too long: {about}{num_tokens} tokens > {context_length - 1} maximum"
 
 
+_TOO_LONG = {Dialect.OPENAI: _openai_too_long, Dialect.ANTHROPIC: _anthropic_too_long}
+"""Of dialects whose clients look for words of their own."""
+
+
 def is_for_client(error: Exception) -> bool:
     """Whether the message was written for who sent the request. Others may hold paths or what others sent."""
     return isinstance(error, (RequestError, BusyError, ChatTemplateError, EngineError))
@@ -166,6 +170,8 @@ def error_body(dialect: Dialect, problem: Problem) -> dict[str, Any]:
             "invalid_request_error" if _is_clients(problem) else "api_error"
         )
         return {"type": "error", "error": {"type": kind, "message": problem.message}}
+    if dialect is Dialect.OLLAMA:
+        return {"error": problem.message}
     if dialect is Dialect.OPENAI:
         return {
             "error": _openai_error(problem),
@@ -182,6 +188,8 @@ def error_event(dialect: Dialect, problem: Problem) -> bytes:
     """What ends a stream that has begun: the error, and the end mark of APIs that have one."""
     if dialect is Dialect.ANTHROPIC:
         return sse(error_body(dialect, problem), event="error")
+    if dialect is Dialect.OLLAMA:
+        return json_line(error_body(dialect, problem))
     error = _openai_error(problem) if dialect is Dialect.OPENAI else _native_error(problem)
     return sse({"error": error}) + SSE_DONE
 

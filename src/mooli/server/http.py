@@ -124,7 +124,6 @@ MIN_BODY_BYTES_PER_S = 64 * 1024
 """A body may take `read_timeout` and a second more for each of these."""
 
 EVENT_STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
@@ -267,9 +266,8 @@ class _Exchange:
         pieces = stream.pieces
         try:
             piece = await anext(pieces, b"")
-            await self._start(
-                {"type": "http.response.start", "status": int(HTTPStatus.OK), "headers": list(EVENT_STREAM_HEADERS)}
-            )
+            headers = [(b"content-type", stream.media_type.encode("latin-1")), *EVENT_STREAM_HEADERS]
+            await self._start({"type": "http.response.start", "status": int(HTTPStatus.OK), "headers": headers})
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
             async for piece in pieces:
                 await self._send({"type": "http.response.body", "body": piece, "more_body": True})

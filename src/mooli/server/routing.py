@@ -47,6 +47,7 @@ class Dialect(enum.Enum):
     NATIVE = "native"
     OPENAI = "openai"
     ANTHROPIC = "anthropic"
+    OLLAMA = "ollama"
 
 
 class HttpError(RequestError):
@@ -125,12 +126,15 @@ class Reply:
 class EventStream:
     """Server-sent events, already framed ("data: …\\n\\n"; several in one piece are fine).
 
+    media_type: of a stream that is framed in another way, as its dialect's errors are then too.
+
     The first piece is awaited before the status is sent, so an error before it has its own status. A MooliError after
     that is sent as the dialect's error event, and ends the stream. When the client leaves, the iterator is closed.
     Source: WHATWG HTML, server-sent events.
     """
 
     pieces: AsyncIterator[bytes]
+    media_type: str = "text/event-stream; charset=utf-8"
 
 
 Handler = Callable[["Service", Incoming], Awaitable["Reply | EventStream"]]
@@ -162,5 +166,13 @@ def sse(data: Any, *, event: str | None = None) -> bytes:
     head = b"" if event is None else b"event: " + event.encode() + b"\n"
     return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
+
+def json_line(data: Any) -> bytes:
+    """`data` as a line of JSON."""
+    return msgspec.json.encode(data) + b"\n"
+
+
+JSON_LINES = "application/x-ndjson"
+"""Media type of a stream of such lines."""
 
 SSE_DONE = b"data: [DONE]\n\n"
