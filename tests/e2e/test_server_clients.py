@@ -212,7 +212,7 @@ def test_anthropic_stops_at_a_sequence(claude):
 def test_anthropic_raises_the_error_that_fits(claude, server):
     with pytest.raises(anthropic.BadRequestError, match="tools"):
         claude.messages.create(
-            model="demo", max_tokens=4, messages=QUESTION, tools=[{"name": "f", "input_schema": {"type": "object"}}]
+            model="demo", max_tokens=4, messages=QUESTION, tools=[{"name": "f", "input_schema": {"type": "list"}}]
         )
     with pytest.raises(anthropic.BadRequestError) as too_long:
         claude.messages.create(model="demo", max_tokens=4, messages=[{"role": "user", "content": "word " * 5000}])

@@ -195,14 +195,12 @@ def test_what_asks_for_nothing_is_accepted(greeter, body):
     assert ask(greeter, **body).status_code == 200
 
 
-TOOL = {"name": "f", "input_schema": {"type": "object"}}
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://example.org/i.png"}}
 
 
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        ({"tools": [TOOL]}, "tools"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config"),
@@ -211,7 +209,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://example.org/i
         ({"mcp_servers": [{"name": "s"}]}, "mcp_servers"),
         ({"speed": "fast"}, "speed"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0] is of type 'image'"),
-        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "tool_result"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "one must be the user's"),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "document"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": [{"role": "user", "content": [{}]}]}, "messages[0].content[0]"),
@@ -254,8 +252,9 @@ def test_the_client_raises_what_the_server_says(live):
     with client_of(server, api_key="wrong") as client, pytest.raises(anthropic.AuthenticationError):
         client.messages.create(model="m", max_tokens=5, messages=HELLO)
     with client_of(server, api_key="right") as client:
-        with pytest.raises(anthropic.BadRequestError, match="tools is not supported"):
-            client.messages.create(model="m", max_tokens=5, messages=HELLO, tools=[TOOL])
+        with pytest.raises(anthropic.BadRequestError, match=r"tools\[0\].input_schema must be a JSON schema"):
+            wrong = {"name": "f", "input_schema": {"type": "string"}}
+            client.messages.create(model="m", max_tokens=5, messages=HELLO, tools=[wrong])
         assert client.messages.create(model="m", max_tokens=5, messages=HELLO).content[0].text == "Hi"
 
 

@@ -123,7 +123,7 @@ def test_too_long_a_prompt_has_openais_code(serve):
             "This model's maximum context length is 100 tokens. However, your messages resulted in at least 150 tokens."
             " Please reduce the length of the messages. This is about prompt 2.",
         ),
-        (Dialect.ANTHROPIC, "prompt is too long: at least 150 tokens > 99 maximum"),
+        (Dialect.ANTHROPIC, "prompt is too long: 150 tokens > 99 maximum"),
     ],
 )
 def test_too_long_a_prompt_is_told_in_the_words_of_each_api(serve, dialect, words):
@@ -133,6 +133,15 @@ def test_too_long_a_prompt_is_told_in_the_words_of_each_api(serve, dialect, word
     assert str(error) == "it is too long Set a flag."
     server = serve(post("/fail", raises(error), dialect=dialect, names={"input_ids": "messages"}))
     assert server.http.post("/fail").json()["error"]["message"] == words
+
+
+def test_an_answer_that_is_too_long_is_told_as_anthropics_clients_read_it(serve):
+    error = ContextLengthError("x", prompt_tokens=90, context_length=100, max_new_tokens=11)
+    server = serve(post("/fail", raises(error), dialect=Dialect.ANTHROPIC))
+    assert server.http.post("/fail").json()["error"]["message"] == (
+        "input length and `max_tokens` exceed context limit: 90 + 11 > 100, decrease input length or `max_tokens` and"
+        " try again"
+    )
 
 
 def test_an_error_has_the_names_of_its_route(serve):

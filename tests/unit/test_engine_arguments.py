@@ -220,14 +220,14 @@ NOTHING = {
     Api.GENERATE: [{"return_entropy": False}, {"lora_path": []}],
     Api.SAMPLING: [{"beam_width": 1}, {"stop_regex": ""}, {"watermark": None}],
     Api.OPENAI: [{"tool_choice": "auto"}, {"use_beam_search": False}, {"reasoning_effort": "none"}],
-    Api.ANTHROPIC: [{"tool_choice": {"type": "auto"}}, {"speed": "standard"}],
+    Api.ANTHROPIC: [{"mcp_servers": []}, {"speed": "standard"}],
 }
 SOMETHING = {
     Api.ENGINE: [{"routed_experts_start_len": False}, {"lora_path": False}],
     Api.GENERATE: [{"input_embeds": [[1.0]]}, {"return_entropy": True}],
     Api.SAMPLING: [{"beam_width": 2}, {"stop_regex": "none"}],
     Api.OPENAI: [{"tool_choice": "required"}, {"web_search_options": {"user_location": {}}}],
-    Api.ANTHROPIC: [{"tools": ""}, {"speed": "fast"}],
+    Api.ANTHROPIC: [{"mcp_servers": ""}, {"speed": "fast"}],
 }
 
 

@@ -31,10 +31,7 @@ class Api(enum.Flag):
 _NATIVE = Api.ENGINE | Api.GENERATE
 
 _LIST: Mapping[str, tuple[tuple[Api, str], ...]] = {
-    "conversations have tools": (
-        (Api.OPENAI | Api.ANTHROPIC, "tools tool_choice"),
-        (Api.OPENAI, "functions function_call"),
-    ),
+    "conversations have tools": ((Api.OPENAI, "tools tool_choice functions function_call"),),
     "tools are called by who sends the conversation": (
         (Api.OPENAI, "web_search_options"),
         (Api.ANTHROPIC, "mcp_servers container"),
@@ -76,7 +73,6 @@ _LIST: Mapping[str, tuple[tuple[Api, str], ...]] = {
     "only what follows a prompt is made": ((Api.OPENAI, "suffix prediction"),),
     "send the whole conversation: its beginning is found in the cache": (
         (_NATIVE | Api.OPENAI, "session_params session_id"),
-        (Api.ANTHROPIC, "context_management"),
     ),
     "one engine computes a whole request": (
         (_NATIVE, "bootstrap_host bootstrap_port bootstrap_room routed_dp_rank disagg_prefill_dp_rank"),
@@ -132,10 +128,6 @@ def _values(*values: Any) -> Callable[[Any], bool]:
     return lambda value: _is_one_of(value, values)
 
 
-def _types(*types: str) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and value.get("type") in types
-
-
 _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "return_hidden_states": _values(False),
     "return_routed_experts": _values(False),
@@ -144,7 +136,7 @@ _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "beam_width": _values(1),
     "modalities": _values(["text"]),
     "reasoning": _values({"enabled": False}, {"effort": "none"}),
-    "tool_choice": lambda value: value == "auto" or _types("none", "auto")(value),
+    "tool_choice": _values("auto"),
     "speed": _values("standard"),
 }
 """Values of one name that ask for nothing, or for what is done anyway."""

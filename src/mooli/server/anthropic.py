@@ -26,9 +26,12 @@ import msgspec
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part, PartKind, PartReader, WireFormat, parser_for
+from mooli.frontend.tool_messages import choose, make_tool
+from mooli.frontend.tools import ToolSet
 from mooli.frontend.unsupported import Api, asked, names_of
+from mooli.server.conversation import Conversation, open_conversation, prompt_ids
 from mooli.server.json_body import check_count
-from mooli.server.openai import require_chat_template, require_tokenizer
+from mooli.server.openai import require_tokenizer
 from mooli.server.openai_chat import effort_arguments, thinking_arguments
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, ModelName, Reply, Route, sse
 from mooli.server.service import Service
@@ -43,8 +46,8 @@ NAMES = {
 
 # -- bodies ----------------------------------------------------------------------------------------------------------
 Block = dict[str, Any]
-"""A content block: an object with a `type`. {"type": "text", "text": …} is served, and of the assistant's
-{"type": "thinking", "thinking": …}; a signature is left aside, as none is given out."""
+"""A content block: an object with a `type`. Texts are served; of the assistant's reasoning too (a signature is left
+aside, as none is given out) and calls (`tool_use`); of the user's what they returned (`tool_result`)."""
 
 PART_SEPARATOR = "\n"
 """Between the blocks of a message, and between messages of one role that become one turn."""
@@ -71,6 +74,8 @@ class CountTokensBody(msgspec.Struct, kw_only=True):
     model: ModelName
     messages: Annotated[list[InputMessage], msgspec.Meta(min_length=1)]
     system: str | list[Block] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
     thinking: Thinking | None = None
     output_config: dict[str, Any] | None = None
 
@@ -131,68 +136,164 @@ def template_arguments(body: CountTokensBody) -> dict[str, Any]:
     return {**told, **thinking_arguments(thinking.type != "disabled")}
 
 
-def conversation(body: CountTokensBody, max_items: int) -> tuple[list[dict[str, str]], bool]:
-    """Messages for a chat template, and whether the last one is to be continued (it is the assistant's).
+def tools_of(body: CountTokensBody) -> ToolSet | None:
+    """The functions that a client calls by itself. Those of a type that only Anthropic knows (web_search_…, bash_…) are
+    left aside: a conversation does not depend on them. Raises RequestError."""
+    tools = []
+    for index, given in enumerate(body.tools or ()):
+        if given.get("type") in (None, "custom"):
+            at = f"tools[{index}]"
+            schema = given.get("input_schema")
+            tools.append(
+                make_tool(
+                    given.get("name"), given.get("description"), schema, where=at, parameters_name="input_schema",
+                    strict=given.get("strict"),
+                )
+            )  # fmt: skip
+    choice = body.tool_choice or {}
+    return choose(tools, choice.get("type") and choice, not choice.get("disable_parallel_tool_use"))
 
-    Messages of one role in a row become one turn, as the API has it. Raises HttpError (400) for a block that is not
-    text or, of the assistant's, reasoning, and for more than `max_items` messages and blocks together.
+
+def conversation(body: CountTokensBody, service: Service) -> Conversation:
+    """The body's, in the shape that all dialects share.
+
+    Messages of one role in a row become one turn, as the API has it. Those of the system become part of the system
+    prompt, wherever they stand: templates have one place for it. What a tool returned stands before what the user says
+    with it. Raises HttpError (400) for a block that this model cannot read, and for too many messages and blocks.
     """
     blocks = [body.system, *(message.content for message in body.messages)]
     count = len(body.messages) + sum(len(content) for content in blocks if isinstance(content, list))
-    check_count("messages", count, max_items)
-    turns: list[tuple[str, list[str], list[str]]] = []
-    if body.system:
-        turns.append(("system", _texts(body.system, "system", {"text": []})["text"], []))
+    check_count("messages", count, service.config.max_request_items)
+    tools = tools_of(body)
+    check_count("tools", 0 if tools is None else len(tools.for_template()), service.config.max_request_items)
+    system = [PART_SEPARATOR.join(_texts(body.system, "system", "text"))] if body.system else []
+    turns: list[dict[str, Any]] = []
     for index, message in enumerate(body.messages):
-        found: dict[str, list[str]] = {"text": [], "thinking": []} if message.role == "assistant" else {"text": []}
-        _texts(message.content, f"messages[{index}].content", found)
-        texts, reasoning = [PART_SEPARATOR.join(found["text"])], found.get("thinking", [])
-        if turns and turns[-1][0] == message.role:
-            turns[-1][1].extend(texts)
-            turns[-1][2].extend(reasoning)
+        where = f"messages[{index}].content"
+        if message.role == "system":
+            system += _texts(message.content, where, "text")
+        elif message.role == "assistant":
+            _add(turns, _assistant(message.content, where))
         else:
-            turns.append((message.role, texts, reasoning))
-    told = []
-    for role, texts, reasoning in turns:
-        told.append({"role": role, "content": PART_SEPARATOR.join(texts)})
-        if reasoning:
-            told[-1]["reasoning_content"] = PART_SEPARATOR.join(reasoning)
-    return told, told[-1]["role"] == "assistant"
+            turns += _results(message.content, where)
+            said = _texts(message.content, where, "text", beside=("tool_result",))
+            if said or not isinstance(message.content, list) or not message.content:
+                _add(turns, {"role": "user", "content": PART_SEPARATOR.join(said)})
+    if not turns:
+        raise HttpError(400, "messages has only messages of the system: one must be the user's.", param="messages")
+    continues = turns[-1]["role"] == "assistant"
+    if continues and "tool_calls" in turns[-1]:
+        raise HttpError(400, "messages ends with a tool_use: send its tool_result behind it.", param="messages")
+    told = [{"role": "system", "content": PART_SEPARATOR.join(system)}, *turns] if system else turns
+    arguments = template_arguments(body)
+    return Conversation(messages=told, tools=tools, template_arguments=arguments, continues=continues)
 
 
-def _texts(content: str | Sequence[Block], where: str, found: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Adds the texts of blocks to those of their type. Raises HttpError for a type that is not in `found`."""
+def _add(turns: list[dict[str, Any]], turn: dict[str, Any]) -> None:
+    """As one with the last turn where both are of one role."""
+    last = turns[-1] if turns else None
+    if last is None or last["role"] != turn["role"]:
+        turns.append(turn)
+        return
+    for name in ("content", "reasoning_content"):
+        texts = [value[name] for value in (last, turn) if name in value]
+        if texts:
+            last[name] = PART_SEPARATOR.join(texts)
+    if "tool_calls" in turn:
+        last["tool_calls"] = [*last.get("tool_calls", ()), *turn["tool_calls"]]
+
+
+_OF_OTHERS = ("server_tool_use", "mcp_tool_use", "_tool_result")
+"""How types of blocks end that tell of tools which Anthropic's servers call."""
+
+
+def _assistant(content: str | Sequence[Block], where: str) -> dict[str, Any]:
+    """A turn. What Anthropic's own tools did, and returned, is left aside."""
+    blocks = content if isinstance(content, str) else [
+        block for block in content if not str(block.get("type")).endswith(_OF_OTHERS)
+    ]  # fmt: skip
+    turn: dict[str, Any] = {
+        "role": "assistant",
+        "content": PART_SEPARATOR.join(_texts(blocks, where, "text", beside=("thinking", "tool_use"))),
+    }
+    reasoning = [] if isinstance(blocks, str) else _texts(blocks, where, "thinking", beside=("text", "tool_use"))
+    if reasoning:
+        turn["reasoning_content"] = PART_SEPARATOR.join(reasoning)
+    calls = []
+    for index, block in enumerate(() if isinstance(content, str) else content):
+        if block.get("type") == "tool_use":
+            name, given, at = block.get("name"), block.get("input"), f"{where}[{index}]"
+            if not isinstance(name, str) or not name or not isinstance(given, (dict, type(None))):
+                raise HttpError(400, f"{at} must have a name and an input, which is an object.", param="messages")
+            function = {"name": name, "arguments": given or {}}
+            calls.append({"id": block.get("id"), "type": "function", "function": function})
+    if calls:
+        turn["tool_calls"] = calls
+    return turn
+
+
+def _results(content: str | Sequence[Block], where: str) -> list[dict[str, Any]]:
+    """What tools returned, each as a message. What is no text is a note: the model may know what it asked for."""
+    found = []
+    for index, block in enumerate(() if isinstance(content, str) else content):
+        if block.get("type") != "tool_result":
+            continue
+        said = block.get("content")
+        if isinstance(said, list):
+            texts = [_result_text(item, f"{where}[{index}].content[{i}]") for i, item in enumerate(said)]
+            said = PART_SEPARATOR.join(texts)
+        if not isinstance(said, (str, type(None))):
+            raise HttpError(400, f"{where}[{index}].content must be a string or blocks.", param="messages")
+        said = said or ""
+        if block.get("is_error") and "error" not in said[:20].lower():
+            said = f"Error: {said}"
+        found.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": said})
+    return found
+
+
+def _result_text(block: Any, where: str) -> str:
+    kind = block.get("type") if isinstance(block, dict) else None
+    if not isinstance(kind, str):
+        raise HttpError(400, f"{where} has no type: a text is {{'type': 'text', 'text': …}}.", param="messages")
+    if kind != "text":
+        return f"[{kind[:40]}]"
+    if not isinstance(block.get("text"), str):
+        raise HttpError(400, f"{where}.text must be a string.", param="messages")
+    return str(block["text"])
+
+
+def _texts(content: str | Sequence[Block], where: str, wanted: str, beside: Sequence[str] = ()) -> list[str]:
+    """The texts of the blocks of type `wanted`. Raises HttpError for a type that is neither that nor in `beside`."""
     if isinstance(content, str):
-        found["text"].append(content)
-        return found
+        return [content]
+    texts = []
     for index, block in enumerate(content):
         at, kind = f"{where}[{index}]", block.get("type")
         if not isinstance(kind, str):
             raise HttpError(400, f"{at} has no type: a text is {{'type': 'text', 'text': …}}.", param=at)
-        if kind not in found:
+        if kind == wanted:
+            if not isinstance(block.get(kind), str):
+                raise HttpError(400, f"{at}.{kind} must be a string.", param=at)
+            texts.append(block[kind])
+        elif kind not in beside:
             raise HttpError(400, f"{at} is of type {kind[:40]!r}, but only text is supported yet.", param=at)
-        text = block.get(kind)
-        if not isinstance(text, str):
-            raise HttpError(400, f"{at}.{kind} must be a string.", param=at)
-        found[kind].append(text)
-    return found
+    return texts
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
 async def create_message(service: Service, request: Incoming) -> Reply | EventStream:
     """POST /v1/messages. Raises RequestError, ChatTemplateError or EngineError."""
     body: MessagesBody = request.body
-    ids = await _prompt_ids(service, request)
+    check_served(request.unsupported)
+    given = {**body.sampling_params(), "max_new_tokens": body.max_tokens, "n": 1}
+    ids, params, wire_format = await open_conversation(service, conversation(body, service), given)
     room = service.facts.context_length - len(ids)
-    params = service.chat_sampling({**body.sampling_params(), "n": 1})
-    # Without room the rules refuse the prompt itself, with a better reason.
-    params["max_new_tokens"] = min(body.max_tokens, room) if room > 0 else body.max_tokens
+    if room > 0:  # otherwise the rules refuse the prompt itself, with a better reason
+        params["max_new_tokens"] = min(body.max_tokens, room)
     rid = f"msg_{uuid.uuid4().hex[:24]}"
     call = GenerateCall(input_ids=ids, sampling_params=params, rid=rid, stream=bool(body.stream))
     inputs = await service.prepare(call, request.client.caller)
     is_cut = 0 < room < body.max_tokens
-    continues = body.messages[-1].role == "assistant"
-    wire_format = service.wire_format.continued if continues else service.wire_format
     model = body.model
     del request, body
     if inputs.is_stream:
@@ -204,17 +305,9 @@ async def create_message(service: Service, request: Incoming) -> Reply | EventSt
 
 async def count_tokens(service: Service, request: Incoming) -> Reply:
     """POST /v1/messages/count_tokens: the tokens of the prompt, cached or not. Raises as `create_message`."""
-    return Reply({"input_tokens": len(await _prompt_ids(service, request))})
-
-
-async def _prompt_ids(service: Service, request: Incoming) -> list[int]:
-    body: CountTokensBody = request.body
     check_served(request.unsupported)
-    require_chat_template(service)
-    messages, continues = conversation(body, service.config.max_request_items)
-    last = {"add_generation_prompt": not continues, "continue_final_message": continues}
-    arguments = {**service.config.chat_template_kwargs, **template_arguments(body), **last}
-    return await service.encode_chat(messages, **arguments)
+    ids = await prompt_ids(service, conversation(request.body, service))
+    return Reply({"input_tokens": len(ids)})
 
 
 async def _events(

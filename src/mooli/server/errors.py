@@ -136,9 +136,15 @@ def _openai_too_long(error: ContextLengthError, prompt: str, num_tokens: int, co
 
 
 def _anthropic_too_long(error: ContextLengthError, prompt: str, num_tokens: int, context_length: int) -> str:
+    """Word for word: Anthropic's clients read the numbers, ask for less or shorten the conversation, and try again."""
+    if error.max_new_tokens is not None:
+        sum_of_both = f"{num_tokens} + {error.max_new_tokens} > {context_length}"
+        return (
+            f"input length and `max_tokens` exceed context limit: {sum_of_both}, decrease input length or `max_tokens`"
+            " and try again"
+        )
     # At least one token is for the answer.
-    about = "at least " if error.is_estimate else ""
-    return f"prompt is too long: {about}{num_tokens} tokens > {context_length - 1} maximum"
+    return f"prompt is too long: {num_tokens} tokens > {context_length - 1} maximum"
 
 
 _TOO_LONG = {Dialect.OPENAI: _openai_too_long, Dialect.ANTHROPIC: _anthropic_too_long}

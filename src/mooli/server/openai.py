@@ -118,12 +118,6 @@ def require_tokenizer(service: Service) -> Tokenizer:
     return service.tokenizer
 
 
-def require_chat_template(service: Service) -> None:
-    """Raises HttpError (400) where a conversation cannot be written down."""
-    if require_tokenizer(service).chat_template is None:
-        raise HttpError(400, "this model has no chat template: use /v1/completions or /generate", param="messages")
-
-
 def sampling_params(body: GenerationBody) -> dict[str, Any]:
     """The fields that are given, under their native names. The length of the answer is not among them: its default
     belongs to the route."""
