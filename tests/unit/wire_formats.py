@@ -16,6 +16,10 @@ class ThinkFormat:
     marker_tokens = ()
     calls = None
 
+    @property
+    def without_reasoning(self) -> ThinkFormat:
+        return self
+
     def with_tools(self, tools: ToolSet) -> ThinkFormat:
         return self
 
@@ -67,6 +71,10 @@ class BracketFormat:
     prompt_tail_tokens = 0
     marker_tokens = ()
     calls = None
+
+    @property
+    def without_reasoning(self) -> BracketFormat:
+        return self
 
     def with_tools(self, tools: ToolSet) -> BracketFormat:
         return self

@@ -95,6 +95,11 @@ class WireFormat(Protocol):
         """The same for an answer that goes on with what the assistant has begun to say."""
         ...
 
+    @property
+    def without_reasoning(self) -> WireFormat:
+        """The same that tells reasoning as text, with its markers."""
+        ...
+
     def with_tools(self, tools: ToolSet) -> WireFormat:
         """The same that finds calls too; none where the choice is "none" or the model has no format of calls."""
         ...
@@ -114,6 +119,10 @@ class PlainText:
 
     @property
     def continued(self) -> PlainText:
+        return self
+
+    @property
+    def without_reasoning(self) -> PlainText:
         return self
 
     def with_tools(self, tools: ToolSet) -> PlainText:

@@ -400,8 +400,9 @@ class _Message:
 
     def _begun(self, part: Part) -> dict[str, Any] | None:
         """The block that begins with this part, if one does. A message without words has an empty one."""
+        self._has_calls |= part.kind == "call_end"
         if part.kind == "call_begin":
-            self._open, self._has_calls = part.kind, True
+            self._open = part.kind
             return {"type": "tool_use", "id": part.call_id, "name": part.text, "input": {}}
         kind: PartKind = "text" if part.kind == "end" else part.kind
         if kind not in ("text", "reasoning") or kind == self._open:

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from mooli.errors import RequestError
-from mooli.frontend.parts import PLAIN_TEXT, WireFormat
+from mooli.frontend.parts import WireFormat
 from mooli.frontend.tools import ToolSet
 from mooli.server.service import Service
 
@@ -30,7 +29,7 @@ class Conversation:
     template_arguments: further names for the template, such as `enable_thinking`. The server's own
         (`--chat-template-kwargs`) lie under them. `add_generation_prompt` may be among them.
     continues: the last message, the assistant's, is gone on with.
-    tells_reasoning_apart: False reads the answer as plain text; not with tools.
+    tells_reasoning_apart: False reads reasoning as text, its markers too.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -60,16 +59,12 @@ async def open_conversation(
     Raises RequestError for what is wrong in messages or tools, or where there is no template; what
     `Service.encode_chat` raises.
     """
-    tools = conversation.tools
-    if tools is not None and tools.choice == "none":
-        tools = None
-    if tools is not None and not conversation.tells_reasoning_apart:
-        raise RequestError(
-            "with tools, reasoning is always told apart from the answer: leave out separate_reasoning",
-            argument="separate_reasoning",
-        )
     ids = await prompt_ids(service, conversation)
-    wire_format = service.wire_format if conversation.tells_reasoning_apart else PLAIN_TEXT
+    wire_format = service.wire_format
+    if not conversation.tells_reasoning_apart:
+        wire_format = wire_format.without_reasoning
+    if conversation.tools is not None:
+        wire_format = wire_format.with_tools(conversation.tools)
     if conversation.continues:
         wire_format = wire_format.continued
     params = service.chat_sampling(sampling_params)

@@ -305,6 +305,7 @@ class ChatChoice:
         self._generation = generation
         self._calls: list[dict[str, Any]] = []
         """Those that have begun: of a function without its arguments, of a custom tool with what there is of them."""
+        self._has_whole_call = False
 
     async def take(self) -> list[dict[str, Any]]:
         """The entries that are due: the first says who speaks, the last why it ended."""
@@ -334,6 +335,7 @@ class ChatChoice:
                     function["arguments"] += part.text
                 else:
                     calls[-1]["custom"]["input"] += part.text
+            self._has_whole_call |= part.kind == "call_end"
         for call in calls:
             if "custom" in call:
                 call["custom"]["input"] = text_argument(call["custom"]["input"])
@@ -353,6 +355,7 @@ class ChatChoice:
             self._calls.append(self._writer.begun(part))
             return self._writer.delta(part.call, self._writer.begun(part))
         if part.kind == "call_end":
+            self._has_whole_call = True
             return self._rest_of_text()
         if not part.text:
             return None
@@ -373,7 +376,7 @@ class ChatChoice:
         return self._writer.delta(len(self._calls) - 1, {"custom": {"input": text_argument(arguments)}})
 
     def _entry(self, name: str, words: dict[str, Any], finish: FinishReason | None = None) -> dict[str, Any]:
-        fields = finish_fields(finish, called=self._writer.finish_reason if self._calls else None)
+        fields = finish_fields(finish, called=self._writer.finish_reason if self._has_whole_call else None)
         return {"index": self._index, name: words, "logprobs": None, **fields}
 
     async def _token_fields(self, parts: Sequence[Part]) -> dict[str, Any]:

@@ -58,6 +58,10 @@ class MessageFormat:
     def continued(self) -> MessageFormat:
         return replace(self, without_calls=self.without_calls.continued)
 
+    @property
+    def without_reasoning(self) -> MessageFormat:
+        return replace(self, without_calls=PLAIN_TEXT)
+
     def with_tools(self, tools: ToolSet) -> MessageFormat:
         if not tools.tools or tools.choice == "none":
             return replace(self, tools=None)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mooli.frontend.parts import Part, PartKind, WireFormat
+from mooli.frontend.parts import PLAIN_TEXT, Part, PartKind, WireFormat
 from mooli.frontend.tools import ToolSet
 from mooli.frontend.wire_formats.calls import length_of_beginning, pieces_of
 
@@ -50,6 +50,10 @@ class ReasoningPair:
     @property
     def continued(self) -> ReasoningPair:
         return replace(self, starts_inside=False)
+
+    @property
+    def without_reasoning(self) -> WireFormat:
+        return PLAIN_TEXT
 
     def with_tools(self, tools: ToolSet) -> ReasoningPair:
         return self
@@ -147,6 +151,10 @@ class Harmony:
     @property
     def continued(self) -> Harmony:
         return self
+
+    @property
+    def without_reasoning(self) -> WireFormat:
+        return PLAIN_TEXT
 
     def with_tools(self, tools: ToolSet) -> Harmony:
         return self
