@@ -20,12 +20,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from mooli.config import EngineConfig
 from mooli.engine.build import Progress, build_engine
-from mooli.errors import ConfigError, PromptError, RequestError
+from mooli.errors import ConfigError, PromptError
 from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
-from mooli.frontend.chat_encoding import encode_chat
+from mooli.frontend.chat import ChatOptions, chat_call
 from mooli.frontend.generation import generations_of
 from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.native_answer import NativeAnswer, model_info, native_answers
+from mooli.frontend.parts import WireFormat
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, token_bytes, with_seed
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.wire_formats.choice import open_wire_format
@@ -148,27 +149,23 @@ class Engine:
         RequestFailedError if the only request fails; in a list, or in a stream, a failed request has the finish_reason
         type `error` instead. Raises EngineClosedError after `shutdown`, EngineDeadError if the engine breaks down.
         """
-        answers, is_single = self._prepare(call)
-        if call.stream:
-            return stream_sync(self._loop, answers, owner=self)
-        results = run(self._loop, answers)
-        return results[0] if is_single else results
+        return self._answer(call)
 
     @_taking(GenerateCall)
     async def async_generate(self, call: GenerateCall) -> Answer | list[Answer] | AsyncStream:
         """`generate`, with the same arguments, for asyncio: await it for the answer, or with stream=True for an
         asynchronous iterator. Cancelling the task, or closing the iterator, aborts the requests."""
-        answers, is_single = self._prepare(call)
-        if call.stream:
-            return stream_async(self._loop, answers, owner=self)
-        results = await run_async(self._loop, answers)
-        return results[0] if is_single else results
+        return await self._answer_async(call)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | None = None,
         stream: bool = False,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -177,25 +174,45 @@ class Engine:
     ) -> Answer | list[Answer] | Stream:
         """`generate` for a conversation, or for a list of conversations: the model's own template makes its prompt.
 
-        messages: dicts of `role` and `content`, or a list of such lists. No text in them can end a message or begin
-        another. add_generation_prompt: the assistant begins a message. continue_final_message: the last message goes
-        on instead. chat_template_kwargs: further names for the template, `enable_thinking` for example.
+        messages: dicts of `role` and `content` as OpenAI has them, with `tool_calls` and results of tools too; or a
+        list of such lists. No text in them can end a message or begin another.
+        tools, tool_choice, parallel_tool_calls: the functions that the model may call, and whether it must, as OpenAI
+        has them. response_format: what the answer is held to, likewise. Nothing is called here: who asks does that.
+        add_generation_prompt: the assistant begins a message. continue_final_message: the last message goes on instead.
+        chat_template_kwargs: further names for the template, `enable_thinking` for example.
         arguments: other fields of `GenerateCall`, such as return_logprob.
 
-        The answer is that of `generate`. Raises ChatTemplateError if the model has no template or it refuses the
-        messages, and what `generate` raises.
+        The answer is that of `generate` with one key more: `message` is what the assistant says, to be appended to
+        `messages`: {"role", "content"}, and where there are some `reasoning_content` and `tool_calls`, whose arguments
+        are JSON. With the engine's incremental_streaming_output only the last chunk has it. `text` is all of that as
+        the model writes it.
+
+        Raises ChatTemplateError if the model has no template or it refuses the messages, RequestError for tools or
+        messages that are wrong, and what `generate` raises.
         """
-        call = self._chat_call(
-            messages, add_generation_prompt, continue_final_message, chat_template_kwargs,
-            {**arguments, "sampling_params": sampling_params, "stream": stream},
-        )  # fmt: skip
-        return self.generate(**call)
+        options = ChatOptions(
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            response_format=response_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        call, wire_format = self._chat_call(
+            messages, options, {**arguments, "sampling_params": sampling_params, "stream": stream}
+        )
+        return self._answer(call, wire_format)
 
     async def async_chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | None = None,
         stream: bool = False,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -203,11 +220,19 @@ class Engine:
         **arguments: Any,
     ) -> Answer | list[Answer] | AsyncStream:
         """`chat`, with the same arguments, for asyncio; as `async_generate` is to `generate`."""
-        call = self._chat_call(
-            messages, add_generation_prompt, continue_final_message, chat_template_kwargs,
-            {**arguments, "sampling_params": sampling_params, "stream": stream},
-        )  # fmt: skip
-        return await self.async_generate(**call)
+        options = ChatOptions(
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            response_format=response_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        call, wire_format = self._chat_call(
+            messages, options, {**arguments, "sampling_params": sampling_params, "stream": stream}
+        )
+        return await self._answer_async(call, wire_format)
 
     def flush_cache(self) -> FlushCacheResult:
         """Forget all cached prefixes. Without effect, and saying so, while requests are running."""
@@ -245,47 +270,48 @@ class Engine:
         self.shutdown()
 
     def _chat_call(
-        self,
-        messages: Conversation | Sequence[Conversation],
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        chat_template_kwargs: Mapping[str, Any] | None,
-        arguments: dict[str, Any],
-    ) -> dict[str, Any]:
-        """Arguments of `generate`. Raises ChatTemplateError, PromptError, and RequestError for names of a prompt."""
-        tokenizer = self._tokenizer
-        if tokenizer is None:
+        self, messages: Any, options: ChatOptions, arguments: dict[str, Any]
+    ) -> tuple[GenerateCall, WireFormat]:
+        if self._tokenizer is None:
             raise PromptError(
                 "a conversation needs a tokenizer, and there is none here: give input_ids to generate",
                 argument="messages",
                 advice="(skip_tokenizer_init=True leaves it out)",
             )
-        for name in ("prompt", "input_ids"):
-            if name in arguments:
-                raise RequestError(f"chat makes the prompt of messages: leave out {name}", argument=name)
-        template_arguments = {
-            **(chat_template_kwargs or {}),
-            "add_generation_prompt": add_generation_prompt and not continue_final_message,
-            "continue_final_message": continue_final_message,
-        }
-        is_batch = isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], (list, tuple))
-        conversations: Sequence[Any] = messages if is_batch else [messages]
-        ids = [
-            encode_chat(tokenizer, conversation, context_length=self._facts.context_length, **template_arguments)
-            for conversation in conversations
-        ]
-        return {**arguments, "input_ids": ids if is_batch else ids[0]}
+        context_length = self._facts.context_length
+        call, wire_format = chat_call(self._tokenizer, self._wire_format, messages, options, arguments, context_length)
+        return GenerateCall(**call), wire_format
 
-    def _prepare(self, call: GenerateCall) -> tuple[list[NativeAnswer], bool]:
-        """The answers of a checked call, none submitted yet, and whether it is for a dict rather than a list."""
+    def _answer(self, call: GenerateCall, messages: WireFormat | None = None) -> Answer | list[Answer] | Stream:
+        answers, is_single = self._prepare(call, messages)
+        if call.stream:
+            return stream_sync(self._loop, answers, owner=self)
+        results = run(self._loop, answers)
+        return results[0] if is_single else results
+
+    async def _answer_async(
+        self, call: GenerateCall, messages: WireFormat | None = None
+    ) -> Answer | list[Answer] | AsyncStream:
+        answers, is_single = self._prepare(call, messages)
+        if call.stream:
+            return stream_async(self._loop, answers, owner=self)
+        results = await run_async(self._loop, answers)
+        return results[0] if is_single else results
+
+    def _prepare(self, call: GenerateCall, messages: WireFormat | None) -> tuple[list[NativeAnswer], bool]:
+        """The answers of a checked call, none submitted yet, and whether it is for a dict rather than a list. messages:
+        of a call of conversations, how their answers are read."""
         inputs = self._rules.prepare(call)
-        generations = generations_of(inputs.requests, self._tokenizer)
+        markers = () if messages is None or self._tokenizer is None else messages.marker_tokens
+        shown_ids = self._tokenizer.special_ids_of(markers) if self._tokenizer is not None and markers else frozenset()
+        generations = generations_of(inputs.requests, self._tokenizer, shown_ids=shown_ids)
         answers = native_answers(
             generations,
             self._tokenizer,
             self.server_args,
             is_single=inputs.is_single,
             reasoning=self._wire_format if call.require_reasoning else None,
+            messages=messages,
         )
         return answers, inputs.is_single
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from mooli.config import EngineConfig
 from mooli.engine.facts import EngineFacts
+from mooli.frontend.chat_message import ChatMessage
 from mooli.frontend.generation import Generation
 from mooli.frontend.parts import PartReader, ReasoningCount, WireFormat
 from mooli.frontend.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ class NativeAnswer:
     tokenizer: None leaves out `text`. index: place in the call's list, shown in chunks of calls with several requests,
     None otherwise. incremental: chunks hold what is new instead of everything so far.
     shows_token_texts: in lists of log-probabilities. shows_prompt_ids: `prompt_token_ids` too. reasoning: the format by
-    which `reasoning_tokens` are counted; None counts none.
+    which `reasoning_tokens` are counted; None counts none. message: of a conversation, what answers it.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class NativeAnswer:
         shows_token_texts: bool = False,
         shows_prompt_ids: bool = False,
         reasoning: WireFormat | None = None,
+        message: ChatMessage | None = None,
     ) -> None:
         self.generation = generation
         self._tokenizer = tokenizer
@@ -64,6 +66,7 @@ class NativeAnswer:
         self._shows_token_texts = shows_token_texts
         self._shows_prompt_ids = shows_prompt_ids
         self._parts = PartReader(generation, stream_interval=stream_interval)
+        self._message = message
         self._reasoning: ReasoningCount | None = None
         if reasoning is not None and tokenizer is not None:
             self._reasoning = ReasoningCount(generation, reasoning, tokenizer)
@@ -112,6 +115,8 @@ class NativeAnswer:
     def _dict(self, shown: _Shown) -> dict[str, Any]:
         answer: dict[str, Any] = {} if self._tokenizer is None else {"text": shown.text}
         answer["output_ids"] = shown.token_ids
+        if self._message is not None and not (self._incremental and self.generation.finish is None):
+            answer["message"] = self._message.so_far()
         if self._shows_prompt_ids and shown.prompt:
             answer["prompt_token_ids"] = self.generation.request.prompt_ids.tolist()
         answer["meta_info"] = self._meta_info(shown)
@@ -124,7 +129,7 @@ class NativeAnswer:
             "finish_reason": None if generation.finish is None else generation.finish.to_dict(),
             "prompt_tokens": generation.prompt_tokens,
             "completion_tokens": len(generation.output_ids),
-            "reasoning_tokens": 0 if self._reasoning is None else self._reasoning.update(),
+            "reasoning_tokens": self._num_reasoning_tokens(),
             "cached_tokens": last.cached_tokens,
             "cached_tokens_details": {"device": last.cached_tokens, "host": 0},
             "weight_version": WEIGHT_VERSION,
@@ -137,6 +142,11 @@ class NativeAnswer:
         if generation.request.return_logprob:
             meta.update(self._logprob_info(shown))
         return meta
+
+    def _num_reasoning_tokens(self) -> int:
+        if self._message is not None:
+            return self._message.num_reasoning_tokens
+        return 0 if self._reasoning is None else self._reasoning.update()
 
     def _logprob_info(self, shown: _Shown) -> dict[str, Any]:
         request, output = self.generation.request, shown.logprobs
@@ -174,8 +184,10 @@ def native_answers(
     shows_token_texts: bool = False,
     shows_prompt_ids: bool = False,
     reasoning: WireFormat | None = None,
+    messages: WireFormat | None = None,
 ) -> list[NativeAnswer]:
-    """One for each sequence of a call. is_single: of a single prompt, whose chunks have no index."""
+    """One for each sequence of a call. is_single: of a single prompt, whose chunks have no index. messages: of a call
+    of conversations, the format by which their answers are read."""
     return [
         NativeAnswer(
             generation,
@@ -186,6 +198,7 @@ def native_answers(
             shows_token_texts=shows_token_texts,
             shows_prompt_ids=shows_prompt_ids,
             reasoning=reasoning,
+            message=None if messages is None or tokenizer is None else ChatMessage(generation, messages, tokenizer),
         )
         for index, generation in enumerate(generations)
     ]

@@ -21,6 +21,7 @@ from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.native_answer import WEIGHT_VERSION
 from mooli.frontend.parts import PLAIN_TEXT, Parser, PartReader, WireFormat
+from mooli.frontend.response_format import response_format_params
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.unsupported import Api, asked, names_of
 from mooli.server.routing import SSE_DONE, EventStream, HttpError, ModelName, Reply, sse
@@ -145,7 +146,7 @@ def _grammar(body: GenerationBody) -> dict[str, Any]:
         found.append(("guided_choice", *_choice("guided_choice", body.guided_choice)))
     found += [("structured_outputs", *pair) for pair in _structured(body.structured_outputs or {})]
     if body.response_format:
-        found += [("response_format", *pair) for pair in _response_format(body.response_format)]
+        found += [("response_format", *pair) for pair in response_format_params(body.response_format).items()]
     given = [(field, native, value) for field, native, value in found if value not in (None, "", {})]
     if len(given) > 1:
         names = " and ".join(field for field, _, _ in given)
@@ -176,30 +177,6 @@ def _choice(name: str, texts: Any) -> tuple[str, str]:
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise HttpError(400, f"{name} must be a list of texts that are not empty", param=name.partition(".")[0])
     return "ebnf", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
-
-
-def _response_format(given: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """OpenAI's field. A schema is always enforced, whatever `strict` says; llama.cpp has it one level up."""
-    kind = given.get("type")
-    if kind == "text":
-        return []
-    if kind == "json_object":
-        return [("json_schema", given.get("schema") or {"type": "object"})]
-    if kind == "json_schema":
-        inner = given.get("json_schema")
-        schema = inner.get("schema") if isinstance(inner, dict) else None
-        schema = given.get("schema") if schema is None else schema
-        if schema is None:
-            raise HttpError(400, "response_format.json_schema.schema is missing", param="response_format")
-        # `{}` and `true` allow any JSON, and are no absence of a schema.
-        return [("json_schema", json.dumps(schema) if isinstance(schema, (dict, bool)) else schema)]
-    if kind == "structural_tag":
-        return [("structural_tag", {name: value for name, value in given.items() if name != "type"})]
-    raise HttpError(
-        400,
-        f"response_format.type={str(kind)[:80]!r} is not one of text, json_object, json_schema, structural_tag",
-        param="response_format",
-    )
 
 
 def cache_salt(body: GenerationBody) -> str | None:

@@ -1,0 +1,99 @@
+"""`Engine.chat`'s conversations as calls of `generate`: their prompts, and what holds their answers to calls or a form.
+
+Owns the meaning of its arguments. Never runs a request, and never reads an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mooli.errors import ChatTemplateError, RequestError
+from mooli.frontend.chat_encoding import encode_chat
+from mooli.frontend.parts import WireFormat
+from mooli.frontend.response_format import response_format_params
+from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.tool_messages import read_tools
+from mooli.frontend.tool_prompt import for_template
+from mooli.frontend.tools import ToolSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """Whoever makes one may have given values of other types.
+
+    tools, tool_choice, parallel_tool_calls: as `mooli.frontend.tool_messages.read_tools` has them. response_format: as
+    OpenAI has it. add_generation_prompt: the assistant begins a message. continue_final_message: the last message goes
+    on instead. chat_template_kwargs: further names for the template.
+    """
+
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    response_format: Mapping[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+
+def chat_call(
+    tokenizer: Tokenizer,
+    wire_format: WireFormat,
+    messages: Any,
+    options: ChatOptions,
+    arguments: Mapping[str, Any],
+    context_length: int,
+) -> tuple[dict[str, Any], WireFormat]:
+    """Arguments of `GenerateCall` for a conversation or a list of them, and the format by which answers are read.
+
+    wire_format: the model's. arguments: of `GenerateCall`, with `sampling_params`. Raises RequestError for what is
+    wrong in them, and what `encode_chat` raises.
+    """
+    for name in ("prompt", "input_ids"):
+        if name in arguments:
+            raise RequestError(f"chat makes the prompt of messages: leave out {name}", argument=name)
+    tools = read_tools(options.tools, options.tool_choice, options.parallel_tool_calls)
+    if tools is not None:
+        wire_format = wire_format.with_tools(tools)
+    if options.continue_final_message:
+        wire_format = wire_format.continued
+    is_batch = isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], (list, tuple))
+    ids = [_ids(tokenizer, item, tools, options, context_length) for item in (messages if is_batch else [messages])]
+    form = response_format_params(options.response_format)
+    given = arguments.get("sampling_params")
+    params: Any = [_params(item, form, tools, wire_format) for item in (given if isinstance(given, list) else [given])]
+    call = {
+        **arguments,
+        "input_ids": ids if is_batch else ids[0],
+        "sampling_params": params if isinstance(given, list) else params[0],
+    }
+    return call, wire_format
+
+
+def _ids(
+    tokenizer: Tokenizer, messages: Any, tools: ToolSet | None, options: ChatOptions, context_length: int
+) -> list[int]:
+    template = tokenizer.chat_template
+    if template is None:
+        raise ChatTemplateError("the model has no chat template: give one with chat_template")
+    is_list = isinstance(messages, (list, tuple))  # all else is the template's to refuse
+    told, shown = for_template(template, messages, tools) if is_list else (messages, None)
+    return encode_chat(
+        tokenizer,
+        told,
+        tools=shown,
+        context_length=context_length,
+        **{
+            **(options.chat_template_kwargs or {}),
+            "add_generation_prompt": options.add_generation_prompt and not options.continue_final_message,
+            "continue_final_message": options.continue_final_message,
+        },
+    )
+
+
+def _params(given: Any, form: Mapping[str, Any], tools: ToolSet | None, wire_format: WireFormat) -> Any:
+    """Sampling parameters with what a call or a form asks for over them. What is no mapping is refused later."""
+    if given is not None and not isinstance(given, Mapping):
+        return given
+    return {**(given or {}), **form}
