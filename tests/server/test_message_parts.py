@@ -16,6 +16,7 @@ from wire_formats import BracketFormat
 from mooli.config import EngineConfig
 from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.wire_formats.reasoning import REASONING_FORMATS
+from mooli.server import ollama
 from mooli.server.anthropic import MessagesBody, create_message
 from mooli.server.config import ServerConfig
 from mooli.server.launch import make_service
@@ -85,6 +86,8 @@ async def answered(handler: Handler, body: Any, steps: list[list[int]], **option
 
 
 def events(text: str) -> list[Any]:
+    if text.startswith("{"):  # lines of JSON
+        return [json.loads(line) for line in text.splitlines()]
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     return [json.loads(line) for line in lines if line != "[DONE]"]
 
@@ -166,6 +169,25 @@ def joined_anthropic(given: list[Any]) -> dict[str, Any]:
     return message
 
 
+def joined_ollama(given: list[Any]) -> dict[str, Any]:
+    """A client may leave the words of the last line aside."""
+    assert [line["done"] for line in given] == [False] * (len(given) - 1) + [True]
+    whole = given[-1]
+    message = whole.get("message", whole)
+    name = "content" if message is not whole else "response"
+    assert not message.get(name) and "thinking" not in message and "tool_calls" not in message
+    for line in given[:-1]:
+        said = line.get("message", line)
+        for key in (name, "thinking"):
+            if key in said:
+                message[key] = message.get(key, "") + said[key]
+        if "tool_calls" in said:
+            message["tool_calls"] = message.get("tool_calls", []) + said["tool_calls"]
+        if "logprobs" in line:
+            whole["logprobs"] = whole.get("logprobs", []) + line["logprobs"]
+    return whole
+
+
 def joined_native(chunks: list[Any]) -> dict[str, Any]:
     """Of chunks that hold what is new."""
     whole = chunks[0]
@@ -210,6 +232,15 @@ DIALECTS: dict[str, tuple[Any, ...]] = {
         {"model": "m", "messages": USER, "max_tokens": 50, "stop_sequences": ["<c"]}, {"stream": True},
         joined_anthropic, {},
     ),
+    "ollama chat": (
+        ollama.chat, ollama.ChatBody,
+        {"messages": USER, "options": {"stop": ["<c"]}, "logprobs": True, "top_logprobs": 2, "stream": False},
+        {"stream": True}, joined_ollama, {},
+    ),
+    "ollama generate": (
+        ollama.generate, ollama.GenerateBody, {"prompt": "hi", "options": {"stop": "<c"}, "stream": False},
+        {"stream": None}, joined_ollama, {},
+    ),
     "native": (generate, GenerateBody, NATIVE, {"stream": True}, last, {}),
     "native, incremental": (
         generate, GenerateBody, NATIVE, {"stream": True}, joined_native, {"incremental_streaming_output": True},
@@ -227,6 +258,8 @@ def said(answer: Any) -> Any:
         moments = ("e2e_latency", "response_sent_to_client_ts")
         meta = {name: value for name, value in answer["meta_info"].items() if name not in moments}
         return {**answer, "meta_info": meta}
+    if "done" in answer:
+        return {name: value for name, value in answer.items() if name != "created_at" and "duration" not in name}
     return {name: value for name, value in answer.items() if name != "id"}
 
 
@@ -248,7 +281,7 @@ def test_a_joined_stream_is_the_whole_answer_whatever_the_cut(
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("name", ["chat with log-probabilities", "anthropic"])
+@pytest.mark.parametrize("name", ["chat with log-probabilities", "anthropic", "ollama chat"])
 def test_reasoning_and_calls_of_a_wire_format_have_the_dialect_s_shape(name):
     """The dialects write parts; which there are is the format's to say. All cuts of it are tried in test_parts."""
     handler, body_type, body, streaming, joined, _ = DIALECTS[name]
@@ -266,7 +299,7 @@ def test_reasoning_and_calls_of_a_wire_format_have_the_dialect_s_shape(name):
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("name", ["chat with log-probabilities", "anthropic"])
+@pytest.mark.parametrize("name", ["chat with log-probabilities", "anthropic", "ollama chat"])
 @pytest.mark.parametrize("text", ["<think>m</think>\nt", "<think>\nm <", "<think></think>"])
 def test_a_joined_stream_with_reasoning_is_the_whole_answer(name, text):
     """A model's format: its markers cut by steps, white space, reasoning that does not end, and an empty one."""
@@ -300,6 +333,8 @@ def test_other_dialects_tell_the_text_as_it_is(name):
 
 
 def shown(answer: Any) -> Any:
+    if "message" in answer:
+        return answer["message"], answer["done_reason"], len(answer["logprobs"])
     if "choices" not in answer:
         return answer["content"], answer["stop_reason"]
     (choice,) = answer["choices"]
@@ -308,6 +343,13 @@ def shown(answer: Any) -> Any:
 
 
 EXPECTED: dict[str, Any] = {
+    "ollama chat": (
+        {
+            "role": "assistant", "content": "t", "thinking": "m",
+            "tool_calls": [{"id": "call_0", "function": {"index": 0, "name": "f", "arguments": 1}}],
+        },
+        "stop", 10,
+    ),
     "chat with log-probabilities": (
         {
             "role": "assistant", "content": "t", "reasoning_content": "m", "reasoning": "m",

@@ -22,6 +22,7 @@ from mooli.server import (
     native_control,
     native_generate,
     native_info,
+    ollama,
     ollama_models,
     openai_chat,
     openai_completions,
@@ -140,6 +141,7 @@ API_ROUTES: tuple[Route, ...] = (
     *openai_completions.ROUTES,
     *openai_chat.ROUTES,
     *anthropic.ROUTES,
+    *ollama.ROUTES,
     *ollama_models.ROUTES,
     *metrics.ROUTES,
 )

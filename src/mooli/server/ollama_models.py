@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 
-from mooli.frontend.parts import PLAIN_TEXT
 from mooli.server.routing import Access, Dialect, Handler, HttpError, Incoming, ModelName, Reply, Route
 from mooli.server.service import Service
 from mooli.version import __version__
@@ -111,8 +110,8 @@ def capabilities(service: Service) -> list[str]:
     tokenizer = service.tokenizer
     found = {
         "completion": tokenizer is not None,
-        "tools": tokenizer is not None and tokenizer.chat_template is not None and tokenizer.chat_template.has_tools,
-        "thinking": service.wire_format is not PLAIN_TEXT,
+        "tools": service.wire_format.calls is not None,
+        "thinking": service.wire_format.name is not None,
         "insert": service.infill is not None,
     }
     return [name for name, is_there in found.items() if is_there]
