@@ -128,6 +128,31 @@ def _anthropic(rng: Rng) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _ollama(rng: Rng, start: dict[str, Any]) -> dict[str, Any]:
+    options = _some(rng, {
+        "num_predict": lambda: rng.choice([-1, 0, 1, 3]), "temperature": lambda: rng.random(), "top_k": lambda: 0,
+        "stop": lambda: rng.choice(["a", ["b"]]), "seed": lambda: -1, "num_ctx": lambda: 4096,
+    })  # fmt: skip
+    return {
+        **start, "options": {"num_predict": 2, **options},
+        **_some(rng, {
+            "model": lambda: "m", "stream": lambda: False, "format": lambda: rng.choice(["json", {}]),
+            "logprobs": lambda: True, "top_logprobs": lambda: 2, "keep_alive": lambda: rng.choice([0, "5m"]),
+            "think": lambda: False,
+        }),
+    }  # fmt: skip
+
+
+def _ollama_chat(rng: Rng) -> dict[str, Any]:
+    turns = [{**message, "content": _text(rng)} for message in _messages(rng)]
+    return _ollama(rng, {"messages": turns, **_some(rng, {"tools": list})})
+
+
+def _ollama_generate(rng: Rng) -> dict[str, Any]:
+    extra = _some(rng, {"raw": lambda: True, "system": lambda: "be", "images": list, "suffix": lambda: ""})
+    return _ollama(rng, {"prompt": _text(rng), **extra})
+
+
 def _tokenize(rng: Rng) -> dict[str, Any]:
     given = rng.choice([{"prompt": _text(rng)}, {"prompt": [_text(rng)] * 2}, {"messages": _messages(rng)}])
     return {**given, **_some(rng, {"add_special_tokens": lambda: False})}
@@ -151,6 +176,8 @@ ROUTES: tuple[tuple[str, Callable[[Rng], dict[str, Any]]], ...] = (
     ("/v1/messages", _anthropic),
     ("/v1/messages", _anthropic),
     ("/v1/messages/count_tokens", _anthropic),
+    ("/api/chat", _ollama_chat),
+    ("/api/generate", _ollama_generate),
     ("/tokenize", _tokenize),
     ("/detokenize", _detokenize),
     ("/abort_request", _abort),
