@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from mooli.server import (
     anthropic,
+    infill,
     metrics,
     native_control,
     native_generate,
@@ -141,6 +142,7 @@ API_ROUTES: tuple[Route, ...] = (
     *openai_completions.ROUTES,
     *openai_chat.ROUTES,
     *anthropic.ROUTES,
+    *infill.ROUTES,
     *ollama.ROUTES,
     *ollama_models.ROUTES,
     *metrics.ROUTES,
