@@ -79,7 +79,10 @@ REASONING_PARSERS = (
 )  # fmt: skip
 """Names of `reasoning_parser`, all but one of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""
 
-TOOL_CALL_PARSERS = ("hermes", "json_list", "qwen", "qwen25")
+TOOL_CALL_PARSERS = (
+    "gpt-oss", "granite", "hermes", "json_list", "lfm2", "llama3", "mistral", "openpangu", "pangu",
+    "pythonic", "qwen", "qwen25",
+)  # fmt: skip
 """Names of `tool_call_parser`, most of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""
 
 GRAMMAR_BACKENDS = ("llguidance", "xgrammar", "outlines", "none")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
+from call_forms import FORMS, VARIANTS
 from fake_engine import EOS, byte_tokenizer
 
 from mooli.config import TOOL_CALL_PARSERS, EngineConfig
@@ -60,6 +62,222 @@ def test_every_name_that_an_engine_takes_has_a_format():
     ):
         EngineConfig.from_kwargs(model_path="m", tool_call_parser="qwen9")
     assert EngineConfig.from_kwargs(model_path="m", tool_call_parser=None).tool_call_parser == "none"
+
+
+# -- every format, all cuts --------------------------------------------------------------------------------------------
+NAMES = sorted(set(FORMS) - {"hermes", "qwen25"})  # what differs of these is their name
+
+ARGUMENTS = [
+    '{"city": "Oslo", "a": {"b": [1, {"c": "}"}], "d": {}}, "e": []}',
+    '{"city": "\\"é\\\\ \\n{[\\u00e9 \\ud83d\\ude00 \U0001f600"}',
+    '{"n": 123456789012345678901234567890, "s": "0012", "x": -1.5e-7, "t": true, "z": null}',
+]
+
+
+def cuts_of(text: str, seed: int = 0) -> Iterator[Sequence[int]]:
+    """Each cut alone, a character alone, every character alone, and some of the many others."""
+    places = range(1, len(text))
+    yield from ([place] for place in places)
+    yield from ([place, place + 1] for place in places[::3])
+    yield places
+    chance = random.Random(seed)
+    for _ in range(10 if text else 0):
+        yield sorted(chance.sample(places, chance.randrange(len(text))))
+
+
+def read_whole(call_format, text: str, tools: ToolSet = TOOLS) -> list[tuple[str, str]]:
+    """What it tells, which must be the same whatever the cut."""
+    expected = joined(read(call_format.parser(tools), text))
+    for cuts in cuts_of(text):
+        parts = read(call_format.parser(tools), text, cuts)
+        assert joined(parts) == expected, cuts
+        assert sum(part.num_tokens for part in parts) <= len(cuts) + 1
+    return expected
+
+
+def calls_in(told: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Names and arguments of the calls that are whole."""
+    found: list[tuple[str, str]] = []
+    for (kind, text), (_, arguments), (end, _) in zip(told, told[1:], told[2:], strict=False):
+        if (kind, end) == ("call_begin", "call_end"):
+            found.append((text, arguments))
+    return found
+
+
+def texts_in(told: Sequence[tuple[str, str]]) -> str:
+    return "".join(text for kind, text in told if kind == "text")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_are_read_whatever_the_cut(name):
+    form, call_format = FORMS[name], CALL_FORMATS[name]
+    for arguments in ARGUMENTS:
+        end = f'{{"city": "{form.ends}</parameter>"}}'
+        three = [("get_weather", arguments), ("now", "{}"), ("get_weather", end)]
+        for calls in ([one] for one in three) if form.has_one else [three]:
+            told = read_whole(call_format, form.write(calls))
+            assert [kind for kind, _ in told] == ["call_begin", "arguments", "call_end"] * len(calls)
+            assert [(one, json.loads(text)) for one, text in calls_in(told)] == [
+                (one, json.loads(text)) for one, text in calls
+            ]
+            if form.keeps_text:
+                assert calls_in(told) == calls
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_around_calls_is_told_without_the_white_space_between(name):
+    form, call_format = FORMS[name], CALL_FORMATS[name]
+    call = form.write([("get_weather", '{"city": "Oslo"}')])
+    if not form.is_first:
+        told = read_whole(call_format, f"I see:\n\n{call}")
+        assert told[0] == ("text", "I see:") and len(calls_in(told)) == 1 and len(told) == 4
+    told = read_whole(call_format, f"{call}\n\nThat is <all>. ")
+    assert told[-1] == ("text", "That is <all>. ") and len(calls_in(told)) == 1 and len(told) == 4
+    assert read_whole(call_format, " Just text, with [a] {list} <b>.\n") == [
+        ("text", " Just text, with [a] {list} <b>.\n")
+    ]
+    assert read_whole(call_format, "") == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_function_that_is_not_there_is_called_where_a_marker_says_so(name):
+    form, call_format = FORMS[name], CALL_FORMATS[name]
+    text = form.write([("fly", '{"to": "Oslo"}')])
+    told = read_whole(call_format, text)
+    assert told == (call("fly", '{"to": "Oslo"}') if form.is_marked else [("text", text)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_that_is_cut_short_loses_nothing_and_makes_nothing_up(name):
+    form, call_format = FORMS[name], CALL_FORMATS[name]
+    calls = [("get_weather", '{"city": "Oslo", "days": 3}'), ("now", "{}")][: 1 if form.has_one else 2]
+    text = form.write(calls)
+    seen = 0
+    for length in range(len(text)):
+        told = joined(read(call_format.parser(TOOLS), text[:length]))
+        assert told == joined(read(call_format.parser(TOOLS), text[:length], range(1, length)))
+        whole = [(one, json.loads(arguments)) for one, arguments in calls_in(told)]
+        assert whole == [(one, json.loads(arguments)) for one, arguments in calls[: len(whole)]]
+        begun = [one for kind, one in told if kind == "call_begin"]
+        assert begun == [one for one, _ in calls[: len(begun)]] and len(whole) <= len(begun) <= len(whole) + 1
+        if len(begun) > len(whole):
+            arguments = "".join(said for kind, said in told[3 * len(whole) :] if kind == "arguments")
+            if form.keeps_text:
+                assert calls[len(whole)][1].startswith(arguments)
+            with pytest.raises(ValueError):
+                json.loads(arguments)
+        elif not begun and form.ends != "<|call|>":  # of harmony headers are no text
+            assert texts_in(told) == text[:length]
+        assert len(begun) >= seen
+        seen = len(begun)
+    assert seen == len(calls)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt-oss"])
+def test_a_marker_without_a_call_is_text(name):
+    call_format = CALL_FORMATS[name]
+    for marker in (*call_format.marker_tokens, *call_format.triggers(), "[get_weather(", '{"name": "get_weather'):
+        for text in (f"a {marker} b", f"{marker} {{", f" {marker}", f"{marker}\n{{1: 2}}", f"{marker}[{{}}]"):
+            assert texts_in(read_whole(call_format, text)) == text or "get_weather(" in marker
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if FORMS[name].keeps_text])
+def test_arguments_that_are_no_json_are_told_as_they_are_written_and_have_no_end(name):
+    form, call_format = FORMS[name], CALL_FORMATS[name]
+    for arguments in ('{"city": Oslo}', "{'city': 1}", '{"a": 01}', '{"a": [1}'):
+        told = read_whole(call_format, form.write([("get_weather", arguments)]))
+        assert told[0] == ("call_begin", "get_weather") and not calls_in(told)
+        assert told[1][0] == "arguments" and told[1][1].startswith(arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if FORMS[name].keeps_text])
+def test_slips_that_can_mean_one_thing_are_written_right(name):
+    form, call_format = FORMS[name], CALL_FORMATS[name]
+    told = read_whole(call_format, form.write([("get_weather", '{"a": "b\n\\d\tc", "d": [True, None, False]}')]))
+    ((_, arguments),) = calls_in(told)
+    assert json.loads(arguments) == {"a": "b\n\\d\tc", "d": [True, None, False]}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_ways_to_write_two_calls(variant):
+    name, text = VARIANTS[variant]
+    told = read_whole(CALL_FORMATS[name], text)
+    assert calls_in(told) == [("now", "{}")] * 2 and len(told) == 6
+
+
+def test_arguments_come_as_they_are_written():
+    """Not at their end: one character in, and all but one before it are told."""
+    for name in NAMES:
+        parser = CALL_FORMATS[name].parser(TOOLS)
+        text = FORMS[name].write([("get_weather", '{"city": "Oslo, the capital"}')])
+        head, _, _ = text.partition(" capital")
+        told = "".join(part.text for char in head for part in parser.push(char, [1]) if part.kind == "arguments")
+        assert told == '{"city": "Oslo, the', name
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("a='it\\'s \"x\"'", {"a": 'it\'s "x"'}),
+        ("a=r'\\d', b='''two\nlines's''', c=''", {"a": "\\d", "b": "two\nlines's", "c": ""}),
+        ("a='\\x41\\u00e9\\U0001f600\\101\\ud83d\\ude00\\q'", {"a": "Aé\U0001f600A\U0001f600\\q"}),
+        ("a = [1, 2.0, ], b=(1,), c={'d': {}, \"e\": [[]]}, ", {"a": [1, 2.0], "b": [1], "c": {"d": {}, "e": [[]]}}),
+        ("a=1_000, b=-.5, c=5., d=0x1F, e=+7, f=1e3", {"a": 1000, "b": -0.5, "c": 5.0, "d": 31, "e": 7, "f": 1000.0}),
+        ("a=True, b=None, c=false", {"a": True, "b": None, "c": False}),
+        ("**{'a b': 1}", {"a b": 1}),
+        ("**{}", {}),
+        ("", {}),
+        (" ", {}),
+    ],
+)
+def test_literals_of_python_become_json(written, expected):
+    told = read_whole(CALL_FORMATS["pythonic"], f"[get_weather({written})]")
+    ((_, arguments),) = calls_in(told)
+    assert json.loads(arguments) == expected
+
+
+@pytest.mark.parametrize(
+    "written", ["a=b", "a=f(1)", "1", "a=1+2", "a={1: 2}", "a='\\xg0000000'", "a==1", "a=1 b=2", "**a", "a=f'x'"]
+)
+def test_what_is_no_literal_of_python_ends_no_call(written):
+    told = read_whole(CALL_FORMATS["pythonic"], f"[get_weather({written})]")
+    assert told[0] == ("call_begin", "get_weather") and not calls_in(told)
+
+
+def test_big_numbers_of_python_stay_as_they_are():
+    told = read_whole(CALL_FORMATS["pythonic"], "[get_weather(n=123456789012345678901234567890, x=0.1000)]")
+    assert calls_in(told) == [("get_weather", '{"n": 123456789012345678901234567890, "x": 0.1000}')]
+
+
+# -- gpt-oss -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "<|channel|>analysis<|message|>m<|end|><|start|>assistant<|channel|>commentary to=functions.now"
+            " <|constrain|>json<|message|>{}<|call|>",
+            [("reasoning", "m"), *call("now", "{}")],
+        ),
+        (
+            "<|channel|>analysis<|message|>m<|end|><|start|>assistant<|channel|>commentary<|message|>t<|end|>"
+            "<|start|>assistant to=functions.now<|channel|>commentary json<|message|> {}",
+            [("reasoning", "m"), ("text", "t"), *call("now", "{}")],
+        ),
+        (
+            "<|channel|>commentary to=functions.now<|message|><|end|><|start|>assistant<|channel|>commentary"
+            " to=functions.now<|message|>{}<|call|><|start|>assistant<|channel|>final<|message|>t",
+            [*call("now", "{}"), *call("now", "{}"), ("text", "t")],
+        ),
+        ("<|channel|>analysis to=functions.now code<|message|>{}<|call|>", call("now", "{}")),
+        ("<|channel|>analysis to=python code<|message|>1+1<|call|>", [("reasoning", "1+1")]),
+        ("<|channel|>commentary to=functions.now", []),
+        ("plain {}", [("text", "plain {}")]),
+    ],
+)
+def test_messages_of_harmony_to_functions_are_calls(text, expected):
+    wire_format = MessageFormat(REASONING_FORMATS["gpt-oss"], CALL_FORMATS["gpt-oss"]).with_tools(TOOLS)
+    for cuts in ([], *cuts_of(text)):
+        assert joined(read(wire_format.parser("<|start|>assistant"), text, cuts)) == expected, cuts
 
 
 # -- reasoning and calls -----------------------------------------------------------------------------------------------

@@ -21,20 +21,36 @@ What all formats do, unless their module says otherwise:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from mooli.frontend.parts import Parser, Part
 from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.json_text import JsonScanner
-from mooli.lark import json_of, quoted
+from mooli.lark import json_of, quoted, without_options
+
+TAIL_TOKENS = 32
+"""Of a prompt, to be read for how it ends: enough for a marker that is no token of its own, and white space behind."""
 
 T = TypeVar("T")
 Waiting = Generator[None, None, T]
 """Something that is read from text that comes; each `yield` waits for more of it."""
 
+_BEFORE_NAME = ("type", "id", "index")
+"""Keys of calls that may stand before the name. Any other says that an object is none."""
+
 Outcome = Literal["none", "whole", "broken"]
 """Of reading a call: there was none, and nothing is told; it is told; or its arguments stopped being JSON."""
+
+
+class Scanner(Protocol):
+    """Arguments in text that grows, as JSON: `mooli.frontend.wire_formats.json_text.JsonScanner`."""
+
+    is_over: bool
+    is_broken: bool
+
+    def feed(self, text: str, *, is_last: bool = False) -> tuple[str, int]: ...
 
 
 class CallFormat(Protocol):
@@ -171,6 +187,15 @@ class CallParser:
             if not (yield from self._more()):
                 return None
 
+    def _run_of(self, pattern: re.Pattern[str]) -> Waiting[str]:
+        """The longest text that `pattern` matches here is read; pattern: of any number of characters of a kind."""
+        while True:
+            found = pattern.match(self._text, self._at)
+            end = self._at if found is None else found.end()
+            if end < len(self._text) or not (yield from self._more()):
+                said, self._at = self._text[self._at : end], end
+                return said
+
     def _json(self) -> Waiting[str | None]:
         """A JSON value of any kind, as text; None, and nothing read, if there is none."""
         start, scanner, found = self._at, JsonScanner(), ""
@@ -189,6 +214,9 @@ class CallParser:
             return None
         found = yield from self._json()
         return None if found is None else _said(found)
+
+    def _is_function(self, name: str) -> bool:
+        return self._tools.named(name) is not None
 
     # -- telling
     def _tell(self, part: Part) -> None:
@@ -213,7 +241,11 @@ class CallParser:
     def _tell_call(self, name: str, call_id: str = "") -> None:
         """A call begins; all that is read is its head."""
         self._call += 1
-        self._tell(Part("call_begin", name, call=self._call, call_id=call_id))
+        self._tell(Part("call_begin", name, call=self._call, call_id=call_id or self._new_id()))
+
+    def _new_id(self) -> str:
+        """The id of a call that brings none; "" for one that `PartReader` makes."""
+        return ""
 
     def _tell_arguments(self, text: str) -> None:
         """A piece of its arguments, for what is read."""
@@ -267,7 +299,10 @@ class CallParser:
 
     def _stream_json(self) -> Waiting[Outcome]:
         """Tell the JSON value that comes next as arguments, as it comes."""
-        scanner = JsonScanner()
+        return (yield from self._stream(JsonScanner()))
+
+    def _stream(self, scanner: Scanner) -> Waiting[Outcome]:
+        """Tell what `scanner` makes of what comes next as arguments, as it comes."""
         while True:
             piece, length = scanner.feed(self._text[self._at :], is_last=self._is_over)
             self._at += length
@@ -319,7 +354,7 @@ class CallParser:
                     arguments = _object_text((yield from self._json()))
                     if arguments is None:
                         return "none"
-            elif (yield from self._json()) is None:
+            elif (name is None and key not in _BEFORE_NAME) or (yield from self._json()) is None:
                 break
             yield from self._skip_spaces()
             is_closed = (yield from self._skip(",", "}")) == "}"
@@ -349,7 +384,7 @@ class CallParser:
             if read == "none":
                 self._at = start
                 return has_calls
-            has_calls = True
+            has_calls, is_function = True, bool  # what stands beside a call is one
             if read == "broken":
                 yield from self._stream_broken(*ends)
                 return True
@@ -393,40 +428,54 @@ def calls_rules(
 ) -> str:
     """The rules of `CallFormat.calls_grammar` for calls that are alike.
 
-    call: the body of the rule of one function's call, as Lark, of the tool and the name of the rule for its arguments:
+    call: the body of the rule of one function's call, as Lark, of the tool and the name of the rule for its arguments,
     JSON of its schema. trigger, opening: what stands before the first call. between: between two. closing: behind the
     last. The texts are no Lark.
     """
-    calls, rules = [], []
-    for index, tool in enumerate(tools.tools):
-        calls.append(f"call_{index}")
-        rules.append(f"call_{index}: {call(tool, f'arguments_{index}')}")
-        rules.append(f"arguments_{index}: {arguments_json(tool)}")
-    several = f" ({_literal(between)} call)*" if tools.parallel else ""
+    after = several(tools, "call", between)
     return "\n".join(
         [
-            f"calls: {_literal(trigger)} calls_after_trigger",
-            f"calls_after_trigger: {_literal(opening)} call{several} {_literal(closing)}",
-            f"call: {' | '.join(calls)}",
-            *rules,
+            f"calls: {literal(trigger)} calls_after_trigger",
+            f"calls_after_trigger: {literal(opening)} {after} {literal(closing)}",
+            *call_rules(tools, "call", call),
+            *arguments_rules(tools),
         ]
     )
 
 
-def object_call(key: str = "arguments") -> Callable[[Tool, str], str]:
-    """For `calls_rules`: a call as `{"name": …, "arguments": …}`, with that key."""
+def several(tools: ToolSet, rule: str, between: str) -> str:
+    """What stands for one `rule`, or for more where one message may have more calls."""
+    return f"{rule} ({literal(between)} {rule})*" if tools.parallel else rule
+
+
+def call_rules(tools: ToolSet, rule: str, call: Callable[[Tool, str], str]) -> list[str]:
+    """A rule of any function's call, and one for each of them. call: as `calls_rules` has it."""
+    bodies = [call(tool, f"arguments_{index}") for index, tool in enumerate(tools.tools)]
+    names = " | ".join(f"{rule}_{index}" for index in range(len(bodies)))
+    return [f"{rule}: {names}", *(f"{rule}_{index}: {body}" for index, body in enumerate(bodies))]
+
+
+def arguments_rules(tools: ToolSet) -> list[str]:
+    """`arguments_0` and so on: JSON of each function's arguments."""
+    return [f"arguments_{index}: {json_of(arguments_schema(tool))}" for index, tool in enumerate(tools.tools)]
+
+
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """Of one that says nothing of its arguments: there are none."""
+    return without_options({"type": "object", **(tool.parameters or {"properties": {}, "additionalProperties": False})})
+
+
+def object_call(key: str = "arguments", *, behind: str = "") -> Callable[[Tool, str], str]:
+    """For `call_rules`: a call as `{"name": …, "arguments": …}`, with that key; without `behind`, which it begins
+    with."""
 
     def call(tool: Tool, arguments: str) -> str:
         head = '{"name": ' + json.dumps(tool.name, ensure_ascii=False) + f', "{key}": '
-        return f"{quoted(head)} {arguments} {quoted('}')}"
+        return f"{quoted(head.removeprefix(behind))} {arguments} {quoted('}')}"
 
     return call
 
 
-def arguments_json(tool: Tool) -> str:
-    """The body of a rule: JSON of a function's arguments."""
-    return json_of({"type": "object", **(tool.parameters or {"properties": {}, "additionalProperties": False})})
-
-
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """A text as Lark; nothing for no text."""
     return quoted(text) if text else ""

@@ -15,13 +15,31 @@ from mooli.frontend.parts import PLAIN_TEXT, Parser, Part, WireFormat
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tools import ToolSet
 from mooli.frontend.wire_formats.calls import CallFormat, pieces_of
+from mooli.frontend.wire_formats.harmony import Harmony, HarmonyCalls
 from mooli.frontend.wire_formats.hermes import Hermes
+from mooli.frontend.wire_formats.json_block import JsonBlock
 from mooli.frontend.wire_formats.json_list import JsonList
+from mooli.frontend.wire_formats.llama3 import Llama3
+from mooli.frontend.wire_formats.mistral import Mistral
+from mooli.frontend.wire_formats.pythonic import Pythonic
 from mooli.frontend.wire_formats.reasoning import PANGU, REASONING_FORMATS, TOLD_BY_MARKERS, ReasoningPair
 
-CALL_FORMATS: Mapping[str, CallFormat] = {
-    call_format.name: call_format for call_format in (Hermes("hermes"), Hermes("qwen"), Hermes("qwen25"), JsonList())
-}
+_FORMATS: tuple[CallFormat, ...] = (
+    HarmonyCalls(),
+    Hermes("hermes"),
+    Hermes("qwen"),
+    Hermes("qwen25"),
+    JsonBlock("granite", ("<|tool_call|>", "<tool_call>")),
+    JsonBlock("openpangu", ("<|tool_call_start|>",), "<|tool_call_end|>"),
+    JsonBlock("pangu", ("[unused11]",), "[unused12]"),
+    JsonList(),
+    Llama3(),
+    Mistral(),
+    Pythonic("lfm2", "<|tool_call_start|>", "<|tool_call_end|>"),
+    Pythonic("pythonic", "<|python_start|>", "<|python_end|>", is_bare=True),
+)
+
+CALL_FORMATS: Mapping[str, CallFormat] = {call_format.name: call_format for call_format in _FORMATS}
 """By the names that `tool_call_parser` takes."""
 
 _ENDED_BY_CALLS = ("qwen3", "glm45", "kimi_k2")
@@ -75,6 +93,8 @@ class MessageFormat:
         if isinstance(reasoning, ReasoningPair) and reasoning.name in _ENDED_BY_CALLS:
             markers = tuple(text for text in self.calls.triggers() if text in self.calls.marker_tokens)
             reasoning = replace(reasoning, ended_by=markers)
+        elif isinstance(reasoning, Harmony):
+            reasoning = replace(reasoning, passes_calls=isinstance(self.calls, HarmonyCalls))
         calls = self.calls.parser(self.tools)
         return calls if reasoning is PLAIN_TEXT else MessageParser(reasoning.parser(prompt_tail), calls)
 
@@ -149,6 +169,8 @@ _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("deepseekv32", ("<\uff5cDSML\uff5cfunction_calls>",)),
     ("deepseekv3", ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "```json")),
     ("deepseekv31", ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581sep\uff5c>")),
+    ("openpangu", ("[unused9]", "<|tool_call_start|>")),
+    ("pangu", ("[unused9]", "[unused11]")),
     ("lfm2", ("<|tool_call_start|>",)),
     ("glm47", ("[gMASK]<sop>", "'<tool_call>' + ")),
     ("glm45", ("[gMASK]<sop>",)),

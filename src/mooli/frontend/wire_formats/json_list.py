@@ -37,6 +37,6 @@ class JsonListParser(CallParser):
     """See `CallParser`. Only the functions of the tools are called: nothing else marks a call."""
 
     def _read(self) -> Waiting[None]:
-        if not (yield from self._object_calls(lambda name: self._tools.named(name) is not None)):
+        if not (yield from self._object_calls(self._is_function)):
             self._at = 0
         yield from self._rest_is_text()

@@ -1,13 +1,13 @@
-"""Formats that tell reasoning from the answer: pairs of markers, and the channels of gpt-oss.
+"""Formats that tell reasoning from the answer: pairs of markers, and beside them the channels of gpt-oss.
 
-Owns the formats and SGLang's names for them. Parsers are pure functions of the text, token by token, so that their
+Owns the pairs and SGLang's names for them. Parsers are pure functions of the text, token by token, so that their
 parts never depend on the cut. Knows no calls of tools but the texts that they begin with, which may end reasoning.
 
 Whether an answer begins inside its reasoning is read from the end of its prompt: many templates open it there.
 Reasoning is told without the white space around it, and the answer without that between the two, which templates write
 again. Markers count as reasoning.
 
-Sources: the chat templates of the models; SGLang's `--reasoning-parser`; OpenAI's harmony format.
+Sources: the chat templates of the models; SGLang's `--reasoning-parser`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from typing import Literal
 
 from mooli.frontend.parts import PLAIN_TEXT, Part, PartKind, WireFormat
 from mooli.frontend.tools import ToolSet
-from mooli.frontend.wire_formats.calls import length_of_beginning, pieces_of
-
-_TAIL_TOKENS = 32
-"""Enough for a marker that is no token of its own, and the white space behind it."""
+from mooli.frontend.wire_formats.calls import TAIL_TOKENS, length_of_beginning, pieces_of
+from mooli.frontend.wire_formats.harmony import Harmony
 
 
 # -- pairs of markers --------------------------------------------------------------------------------------------------
@@ -40,7 +38,7 @@ class ReasoningPair:
     starts_inside: bool = False
     ended_by: tuple[str, ...] = ()
 
-    prompt_tail_tokens = _TAIL_TOKENS
+    prompt_tail_tokens = TAIL_TOKENS
     calls = None
 
     @property
@@ -130,106 +128,6 @@ class PairParser:
         if words or self._num_held:
             parts.append(Part(kind, words, self._num_held))
         self._held, self._num_held = rest, 0
-
-
-# -- gpt-oss -----------------------------------------------------------------------------------------------------------
-_CHANNEL, _MESSAGE, _START = "<|channel|>", "<|message|>", "<|start|>"
-_ENDS = ("<|end|>", "<|return|>", "<|call|>", _START)
-
-
-@dataclass(frozen=True, slots=True)
-class Harmony:
-    """An answer of several messages: a header with a channel, `<|message|>`, the words, `<|end|>`. Those of the channel
-    `analysis` are reasoning; all others are told, each on lines of its own."""
-
-    name: str = "gpt-oss"
-
-    prompt_tail_tokens = _TAIL_TOKENS
-    marker_tokens = (_CHANNEL, _MESSAGE, *_ENDS)
-    calls = None
-
-    @property
-    def continued(self) -> Harmony:
-        return self
-
-    @property
-    def without_reasoning(self) -> WireFormat:
-        return PLAIN_TEXT
-
-    def with_tools(self, tools: ToolSet) -> Harmony:
-        return self
-
-    def parser(self, prompt_tail: str) -> HarmonyParser:
-        header, message, _ = prompt_tail.rpartition(_MESSAGE)
-        return HarmonyParser(_kind(header) if message and prompt_tail.endswith(_MESSAGE) else None)
-
-
-def _kind(header: str) -> PartKind:
-    """Whose words follow it."""
-    return "reasoning" if header.rpartition(_CHANNEL)[2].lstrip().startswith("analysis") else "text"
-
-
-class HarmonyParser:
-    """One sequence. open_kind: of the message that the prompt has opened, None if the answer begins with a header."""
-
-    def __init__(self, open_kind: PartKind | None) -> None:
-        self._kind = open_kind
-        """Of the words that come; None in a header."""
-        self._told: set[PartKind] = set()
-        self._needs_line = False
-        self._held = ""
-        self._num_held = 0
-
-    def push(self, text: str, lengths: Sequence[int]) -> list[Part]:
-        parts: list[Part] = []
-        for piece, num_tokens in pieces_of(text, lengths):
-            self._held += piece
-            self._num_held += num_tokens
-            while self._read(parts):
-                pass
-        return parts
-
-    def flush(self) -> list[Part]:
-        parts: list[Part] = []
-        is_header = self._kind is None and self._held.lstrip().startswith((_CHANNEL, _MESSAGE, _START))
-        self._tell(parts, self._kind or "text", "" if is_header else self._held)
-        return parts
-
-    def _read(self, parts: list[Part]) -> bool:
-        """Go on by one marker. Whether there may be another."""
-        if self._kind is None:
-            header, message, rest = self._held.partition(_MESSAGE)
-            if message:
-                self._kind = _kind(header)
-                self._needs_line = self._kind in self._told
-                self._tell(parts, self._kind, "", rest=rest)
-            elif not _is_header(self._held.lstrip()):
-                self._kind = "text"  # a model that was tuned to write plain text
-            return self._kind is not None
-        at, end = min(((at, end) for end in _ENDS if (at := self._held.find(end)) >= 0), default=(-1, ""))
-        if at >= 0:
-            rest = self._held[at:] if end == _START else self._held[at + len(end) :]
-            self._tell(parts, self._kind, self._held[:at], rest=rest)
-            self._kind = None
-            return True
-        end_of_words = len(self._held) - length_of_beginning(self._held, _ENDS)
-        if end_of_words or not self._held:
-            self._tell(parts, self._kind, self._held[:end_of_words], rest=self._held[end_of_words:])
-        return False
-
-    def _tell(self, parts: list[Part], kind: PartKind, words: str, rest: str = "") -> None:
-        if words:
-            words = "\n" + words if self._needs_line else words
-            self._needs_line = False
-            self._told.add(kind)
-        if words or self._num_held:
-            parts.append(Part(kind, words, self._num_held))
-        self._held, self._num_held = rest, 0
-
-
-def _is_header(text: str) -> bool:
-    """Whether `text` may be the beginning of one."""
-    return any(text.startswith(mark) or mark.startswith(text) for mark in (_CHANNEL, _START, _MESSAGE))
 
 
 # -- by name ----------------------------------------------------------------------------------------------------------
