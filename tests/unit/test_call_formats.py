@@ -16,7 +16,8 @@ from fake_engine import EOS, byte_tokenizer
 from mooli.config import TOOL_CALL_PARSERS, EngineConfig
 from mooli.errors import ConfigError
 from mooli.frontend.generation import Generation
-from mooli.frontend.parts import PLAIN_TEXT, Part, PartReader
+from mooli.frontend.parts import PLAIN_TEXT, Part, PartReader, WireFormat, parser_for
+from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.choice import CALL_FORMATS, MessageFormat, open_wire_format
 from mooli.frontend.wire_formats.reasoning import REASONING_FORMATS
@@ -337,30 +338,61 @@ def test_a_model_without_a_format_has_the_list_for_calls_that_are_forced():
     assert joined(read(forced.parser(""), text)) == call("now", "{}")
 
 
-def test_a_call_has_an_id():
+@pytest.mark.parametrize("name", NAMES)
+def test_markers_that_are_special_tokens_are_seen_by_the_format_and_by_nobody_else(name):
+    wire_format = MessageFormat(PLAIN_TEXT, CALL_FORMATS[name]).with_tools(TOOLS)
+    tokenizer = byte_tokenizer(markers=wire_format.marker_tokens)
+    text = FORMS[name].write([("get_weather", '{"city": "Oslo"}')])
+    ids = [*tokenizer.encode(text, add_special_tokens=False), 257]  # a special token of no format
+    parts = [part for part in parts_of(ids, wire_format, tokenizer) if part.text]
+    assert [(part.kind, part.text) for part in parts] == call("get_weather", '{"city": "Oslo"}')[:2]
+
+
+def parts_of(ids: Sequence[int], wire_format: WireFormat, tokenizer: Tokenizer) -> list[Part]:
+    """Of a sequence that says `ids`, read once at its end."""
     request = Request(rid="r", prompt_ids=np.array([33], np.int32), sampling=SamplingParams())
-    generation = Generation(request, byte_tokenizer())
+    generation = Generation(request, tokenizer, shown_ids=tokenizer.special_ids_of(wire_format.marker_tokens))
+    generation.update(RequestOutput("r", [*ids, EOS], FinishReason("stop", matched=EOS)))
+    parts = PartReader(generation, parser_for(wire_format, request, tokenizer)).take()
+    assert [token_id for part in parts for token_id in part.token_ids] == generation.output_ids
+    return parts
+
+
+def test_a_call_has_an_id():
     wire_format = MessageFormat(PLAIN_TEXT, CALL_FORMATS["qwen"]).with_tools(TOOLS)
-    generation.update(RequestOutput("r", [*f"{OSLO}\n{OSLO}".encode(), EOS], FinishReason("stop", matched=EOS)))
-    parts = PartReader(generation, wire_format.parser("")).take()
+    parts = parts_of([*f"{OSLO}\n{OSLO}".encode()], wire_format, byte_tokenizer())
     ids = [part.call_id for part in parts if part.kind == "call_begin"]
     assert len(set(ids)) == 2 and all(re.fullmatch("call_[0-9a-f]{24}", call_id) for call_id in ids)
-    assert [token_id for part in parts for token_id in part.token_ids] == generation.output_ids
     assert [json.loads(part.text) for part in parts if part.kind == "arguments"] == [{"city": "Oslo"}] * 2
+
+
+def test_ids_of_mistral_are_those_it_writes_or_as_its_templates_have_them():
+    parts = read(CALL_FORMATS["mistral"].parser(TOOLS), VARIANTS["Mistral's ids"][1])
+    given, made = (part.call_id for part in parts if part.kind == "call_begin")
+    assert given == "abc123456" and re.fullmatch("[a-z0-9]{9}", made)
 
 
 # -- which one a model has ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("template", "name"),
+    ("template", "markers", "name"),
     [
-        ("{{ messages }}", "hermes"),  # told of tools in that form
-        ("{{ messages }}{{ tools }}", None),
-        ("{{ tools }}<tool_call>", "qwen"),
+        ("{{ messages }}", ("<tool_calls>",), "hermes"),  # told of tools in that form
+        ("{{ messages }}{{ tools }}", (), None),
+        ("{{ tools }}<tool_call>", (), "qwen"),
+        ("{{ tools }}", ("<tool_call>", "</tool_call>"), "qwen"),
+        ("{{ tools }}<tool_call>", ("<|tool_call|>",), "qwen"),  # Granite 4 has the token of Granite 3
+        ("{{ tools }}<|tool_call|>", (), "granite"),
+        ("{{ tools }}<|python_tag|>", (), "llama3"),
+        ("{{ tools }}", ("<|python_start|>", "<|python_end|>"), "pythonic"),
+        ("{{ tools }}[TOOL_CALLS]", (), "mistral"),
+        ("{{ tools }}<|channel|>", ("<tool_call>",), "gpt-oss"),
+        ("{{ tools }}<|tool_call_start|>", (), "lfm2"),
+        ("{{ tools }}[unused9]", ("<|tool_call_start|>", "[unused11]"), "openpangu"),
+        ("{{ tools }}[unused9]", ("[unused11]", "[unused12]"), "pangu"),
     ],
 )
-def test_the_format_is_found_in_the_template(template, name):
-    tokenizer = byte_tokenizer(template)
-    wire_format = open_wire_format(EngineConfig.from_kwargs(model_path="m"), tokenizer)
+def test_the_format_is_found_in_the_template_or_in_the_vocabulary(template, markers, name):
+    wire_format = open_wire_format(EngineConfig.from_kwargs(model_path="m"), byte_tokenizer(template, markers))
     assert (None if wire_format.calls is None else wire_format.calls.name) == name
 
 

@@ -184,7 +184,8 @@ _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("granite", ("<|tool_call|>",)),
     ("qwen", ("<tool_call>",)),
 )
-"""Names, and what a model's template or vocabulary has that writes so. The first of which all is there is the one."""
+"""Names, and what a model's template has that writes so, or else its vocabulary, where families keep older markers. The
+first of which all is there is the one."""
 
 
 def _calls_of(name: str, tokenizer: Tokenizer) -> CallFormat | None:
@@ -195,7 +196,9 @@ def _calls_of(name: str, tokenizer: Tokenizer) -> CallFormat | None:
     template = _template(tokenizer)
     if template and not re.search(r"\btools\b", template):
         return CALL_FORMATS["hermes"]  # so its conversations are told of tools: `mooli.frontend.tool_prompt`
-    for rule, markers in _RULES:
-        if all(marker in template or tokenizer.has_added_token(marker) for marker in markers):
-            return CALL_FORMATS.get(rule)
+    in_template = template.__contains__
+    for has in (in_template, lambda marker: in_template(marker) or tokenizer.has_added_token(marker)):
+        for rule, markers in _RULES:
+            if all(map(has, markers)):
+                return CALL_FORMATS.get(rule)
     return None
