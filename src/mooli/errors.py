@@ -12,6 +12,7 @@ what to do about it.
     │   ├── SamplingParamsError               a sampling value out of its range
     │   │   └── UnknownSamplingParamError (TypeError)
     │   └── GrammarError                      a schema or grammar that is wrong, impossible or cannot be kept to
+    │       └── GrammarTooLargeError          one that grew too large while an answer was held to it
     ├── ProgramError (RuntimeError)           a program of the frontend language is wrong, or something in it failed
     ├── BusyError (RuntimeError)              no room for one request now; the same may be sent again
     │   ├── QueueFullError                    as many run and wait as may
@@ -108,6 +109,10 @@ class ProgramError(MooliError, RuntimeError):
 
 class GrammarError(RequestError):
     """What the output shall keep to is no grammar, allows no output, or asks for what cannot be enforced."""
+
+
+class GrammarTooLargeError(GrammarError):
+    """What an output is held to grew beyond its limits while it was written: it is the grammar's fault."""
 
 
 class BusyError(MooliError, RuntimeError):

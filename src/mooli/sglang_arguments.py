@@ -51,6 +51,7 @@ _HINTS_BY_REASON = {
     "there is one watchdog, see --watchdog-timeout": "soft_watchdog_timeout",
     "/metrics has the times": "show_time_cost",
     "there is one copy of the model": "load_balance_method",
+    "a request's bound on its reasoning always holds": "enable_strict_thinking",
     _NO_PORT: "nccl_port dist_timeout",
     f"{_GONE}; for weights of fewer bits there is --quantization": "torchao_config",
     f"{_GONE}; /metrics has the histograms": "collect_tokens_histogram",
@@ -127,7 +128,7 @@ abort_on_priority_when_disabled collect_tokens_histogram constrained_json_disabl
 disable_overlap_schedule disable_priority_preemption enable_deterministic_inference enable_double_sparsity
 enable_dp_attention enable_flexkv enable_hicache enable_hierarchical_cache enable_http2 enable_lmcache enable_lora
 enable_memory_saver enable_mixed_chunk enable_multimodal enable_nan_detection enable_piecewise_cuda_graph
-enable_response_store enable_torch_compile enable_trace is_embedding
+enable_response_store enable_strict_thinking enable_torch_compile enable_trace is_embedding
 prefill_round_robin_balance schedule_low_priority_values_first show_time_cost sleep_on_idle smg_grpc_mode
 strip_thinking_cache trust_request_chat_template
 """)

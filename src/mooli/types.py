@@ -20,14 +20,64 @@ GrammarKind = Literal["json_schema", "regex", "ebnf", "structural_tag"]
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoning:
+    """The reasoning that an output begins with, as far as its prompt leaves it open. All are texts of the output.
+
+    opening: what begins it. is_open: the prompt has begun it; where it has not, an output may go without reasoning.
+    closing: what ends it, its first occurrence. again: with `opening` behind it, what begins more of it behind
+    `closing`; "" where there is no more. words: what stands before what the output says then, calls excepted.
+    """
+
+    opening: str
+    closing: str
+    is_open: bool
+    again: str = ""
+    words: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingBudget:
+    """After `max_tokens` tokens of reasoning its closing text comes, whatever the model would say; at once for 0.
+
+    reasoning: None as long as nobody has looked how the prompt ends, or where there is none.
+    """
+
+    max_tokens: int
+    reasoning: Reasoning | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """Calls of functions that an output must be, or may be. It is written for one wire format and one set of functions.
+
+    text: rules of llguidance's Lark: `calls` is an output that calls, and `calls_after_trigger` what follows where it
+    has begun. is_forced: nothing but calls. triggers: texts that begin calls wherever they are, so that reasoning has
+    none of them, and no other text where calls are not forced.
+    """
+
+    text: str
+    is_forced: bool
+    triggers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Grammar:
     """What an output must be: a language, as its user wrote it. Whether it is one is found where it is compiled.
 
-    text: of a JSON schema, a regular expression, a grammar (Lark or GBNF), or a structural tag as JSON.
+    text: of a JSON schema, a regular expression, a grammar (Lark or GBNF), or a structural tag as JSON; "" of calls.
+    calls: of the kind "calls", what the output is; of the others, what it may be instead. reasoning: what comes before;
+    the output is held to the rest from where that ends, inside a token too.
     """
 
-    kind: GrammarKind
+    kind: GrammarKind | Literal["calls"]
     text: str
+    calls: Calls | None = None
+    reasoning: Reasoning | None = None
+
+    @property
+    def argument(self) -> str:
+        """What of a request says so."""
+        return "tools" if self.kind == "calls" else self.kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +102,7 @@ class SamplingParams:
     temperature 0.0 means greedy. `seed` is always set by the time the scheduler sees it: a sampled token is a function
     of (logits, seed, position) alone, so batching can never change it.
     `stop` (strings) is the text side's business; the scheduler looks only at ids.
-    grammar: what the whole output is; None for anything.
+    grammar: what the whole output is; None for anything. thinking: how long it may reason; None for any length.
     """
 
     max_new_tokens: int | None = 128
@@ -75,6 +125,12 @@ class SamplingParams:
     no_stop_trim: bool = False
     stream_interval: int | None = None
     grammar: Grammar | None = None
+    thinking: ThinkingBudget | None = None
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        """What bytes tokens stand for decides which may be sampled."""
+        return self.grammar is not None or self.thinking is not None
 
 
 FinishType = Literal["stop", "length", "abort", "error"]

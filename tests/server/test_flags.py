@@ -36,7 +36,8 @@ scheduler-recv-interval schedule-policy schedule-conservativeness enable-priorit
 schedule-low-priority-values-first priority-scheduling-preemption-threshold disable-priority-preemption
 default-priority-value abort-on-priority-when-disabled retraction-policy page-size disable-radix-cache
 radix-eviction-policy radix-eviction-policy-config disable-overlap-schedule attention-backend
-prefill-attention-backend decode-attention-backend sampling-backend grammar-backend random-seed served-model-name
+enable-strict-thinking prefill-attention-backend decode-attention-backend sampling-backend grammar-backend
+random-seed served-model-name
 weight-version api-key admin-api-key chat-template hf-chat-template-name completion-template
 default-chat-template-kwargs trust-request-chat-template reasoning-parser tool-call-parser tool-server
 enable-response-store sampling-defaults stream-interval incremental-streaming-output

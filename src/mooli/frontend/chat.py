@@ -14,6 +14,7 @@ from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.parts import WireFormat
 from mooli.frontend.response_format import response_format_params
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.tool_forcing import tool_grammar
 from mooli.frontend.tool_messages import read_tools
 from mooli.frontend.tool_prompt import for_template
 from mooli.frontend.tools import ToolSet
@@ -96,4 +97,5 @@ def _params(given: Any, form: Mapping[str, Any], tools: ToolSet | None, wire_for
     """Sampling parameters with what a call or a form asks for over them. What is no mapping is refused later."""
     if given is not None and not isinstance(given, Mapping):
         return given
-    return {**(given or {}), **form}
+    params = {**(given or {}), **form}
+    return {**params, **tool_grammar(wire_format, tools, params)}

@@ -29,6 +29,7 @@ from mooli.frontend.native_answer import NativeAnswer, model_info, native_answer
 from mooli.frontend.parts import WireFormat
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, token_bytes, with_seed
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.tool_forcing import begin_behind_reasoning
 from mooli.frontend.wire_formats.choice import open_wire_format
 from mooli.hub.locate import locate
 from mooli.link.thread import EngineLoop
@@ -126,9 +127,8 @@ class Engine:
         self._loop = EngineLoop(built.core, built.facts, on_thread_start=built.bind_thread)
         if tokenizer is not None and config.grammar_backend != "none":
             wake = functools.partial(self._loop.wake, built.core.look_again)
-            self._loop.wake(
-                lambda: built.core.bind_grammars(functools.partial(token_bytes, tokenizer, built.facts), wake)
-            )
+            vocabulary = functools.partial(token_bytes, tokenizer, built.facts, self._wire_format)
+            self._loop.wake(lambda: built.core.bind_grammars(vocabulary, wake))
         built.watch(self._loop.fail)
         self._finalizer = weakref.finalize(self, _shut_down, self._loop, built.close)
         self._startup_time_s = time.perf_counter() - started
@@ -302,6 +302,11 @@ class Engine:
         """The answers of a checked call, none submitted yet, and whether it is for a dict rather than a list. messages:
         of a call of conversations, how their answers are read."""
         inputs = self._rules.prepare(call)
+        reads = self._wire_format if messages is None else messages
+        holds_behind = call.require_reasoning or messages is not None
+        begin_behind_reasoning(inputs.requests, reads, self._tokenizer, grammars=holds_behind)
+        if self._tokenizer is not None and any(request.sampling.thinking is not None for request in inputs.requests):
+            token_bytes(self._tokenizer, self._facts, self._wire_format)  # the first time here, and not between steps
         markers = () if messages is None or self._tokenizer is None else messages.marker_tokens
         shown_ids = self._tokenizer.special_ids_of(markers) if self._tokenizer is not None and markers else frozenset()
         generations = generations_of(inputs.requests, self._tokenizer, shown_ids=shown_ids)

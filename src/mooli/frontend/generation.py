@@ -115,7 +115,7 @@ class Generation:
             return
         if finish.err_type == GrammarError.__name__:
             grammar = self.request.sampling.grammar
-            raise GrammarError(f"{finish.message}", argument=None if grammar is None else grammar.kind)
+            raise GrammarError(f"{finish.message}", argument=None if grammar is None else grammar.argument)
         error = RequestError if finish.type == "abort" and finish.status_code == 400 else RequestFailedError
         raise error(f"request {self.rid} failed: {finish.message}") from self._cause
 

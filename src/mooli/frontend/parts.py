@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mooli.frontend.detokenizer import IncrementalDetokenizer
 from mooli.frontend.generation import Generation
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tools import ToolSet
-from mooli.types import Request, TokenLogprobs
+from mooli.types import Reasoning, Request, TokenLogprobs
 
 if TYPE_CHECKING:
     from mooli.frontend.wire_formats.calls import CallFormat
@@ -108,6 +111,10 @@ class WireFormat(Protocol):
         """For one sequence. prompt_tail: the text of the prompt's last tokens, special ones written out."""
         ...
 
+    def reasoning_ahead(self, prompt_tail: str) -> Reasoning | None:
+        """The reasoning that the answer to such a prompt begins with, or may begin with; None where it has none."""
+        ...
+
 
 class PlainText:
     """Text that means nothing but itself. It keeps nothing, and so is its own parser."""
@@ -131,6 +138,9 @@ class PlainText:
     def parser(self, prompt_tail: str) -> PlainText:
         return self
 
+    def reasoning_ahead(self, prompt_tail: str) -> None:
+        return None
+
     def push(self, text: str, lengths: Sequence[int]) -> list[Part]:
         return [Part("text", text, len(lengths))]
 
@@ -143,9 +153,14 @@ PLAIN_TEXT = PlainText()
 
 def parser_for(wire_format: WireFormat, request: Request, tokenizer: Tokenizer) -> Parser:
     """A parser for the answer to `request`."""
+    return wire_format.parser(prompt_tail(wire_format, request.prompt_ids, tokenizer))
+
+
+def prompt_tail(wire_format: WireFormat, prompt_ids: Sequence[int] | NDArray[np.int32], tokenizer: Tokenizer) -> str:
+    """The text of the last tokens of a prompt, as many as the format looks at."""
     num_tokens = wire_format.prompt_tail_tokens
-    tail = request.prompt_ids[-num_tokens:].tolist() if num_tokens else []
-    return wire_format.parser(tokenizer.decode(tail, skip_special_tokens=False) if tail else "")
+    tail = [int(token_id) for token_id in prompt_ids[-num_tokens:]] if num_tokens else []
+    return tokenizer.decode(tail, skip_special_tokens=False) if tail else ""
 
 
 class ReasoningCount:

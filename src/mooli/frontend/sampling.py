@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from mooli.errors import GrammarError, SamplingParamsError, UnknownSamplingParamError
 from mooli.frontend.unsupported import Api, asked, names_of
-from mooli.types import TOP_K_ALL, Grammar, GrammarKind, SamplingParams
+from mooli.types import TOP_K_ALL, Calls, Grammar, GrammarKind, Reasoning, SamplingParams, ThinkingBudget
 
 MAX_STOP_STRINGS = 32
 MAX_STOP_CHARS = 4096
@@ -45,8 +45,17 @@ MAX_GRAMMAR_DEPTH = 128
 GRAMMARS: tuple[GrammarKind, ...] = get_args(GrammarKind)
 """Names of parameters: at most one says what the whole output is."""
 
+CALLS, REASONING = "calls", "reasoning_ahead"
+"""Parameters that no user writes: `mooli.types.Calls`, and `mooli.types.Reasoning` or None, both made by
+`mooli.frontend.tool_forcing`."""
+
+_MADE_OF = ("grammar", "thinking")
+"""Fields that are made of parameters of other names."""
+
 _DEFAULTS: dict[str, Any] = {
-    item.name: item.default for item in fields(SamplingParams) if item.default is not MISSING and item.name != "grammar"
+    item.name: item.default
+    for item in fields(SamplingParams)
+    if item.default is not MISSING and item.name not in _MADE_OF
 }
 _INT64 = 2**63
 _OTHER_ENGINES = {
@@ -57,7 +66,7 @@ _OTHER_ENGINES = {
     "do_sample": "temperature",
     "num_return_sequences": "n",
 }
-_NAMES = (*_DEFAULTS, *GRAMMARS, "sampling_seed", *names_of(Api.SAMPLING))
+_NAMES = (*_DEFAULTS, *GRAMMARS, "max_thinking_tokens", "sampling_seed", *names_of(Api.SAMPLING))
 
 
 def parse_sampling_params(
@@ -92,6 +101,7 @@ def parse_sampling_params(
     result["stop_token_ids"] = frozenset(_token_ids("stop_token_ids", values.get("stop_token_ids", ()), vocab_size))
     result["logit_bias"] = _logit_bias(values.get("logit_bias") or {}, vocab_size)
     result["grammar"] = _grammar(given)
+    result["thinking"] = _thinking(given)
     seed = _seed(given.get("seed"), given.get("sampling_seed"))
     result["seed"] = next_seed() if seed is None else seed
     if result["temperature"] < GREEDY_BELOW:
@@ -127,7 +137,7 @@ def _mix(seed: int, index: int) -> int:
 def _check_name(name: Any, value: Any) -> None:
     if asked({name: value}, Api.SAMPLING):
         raise _refused(name, f"{name} is not supported yet: remove {name}={_short(value)}")
-    if name in _NAMES:
+    if name in _NAMES or (name in (CALLS, REASONING) and (value is None or isinstance(value, (Calls, Reasoning)))):
         return
     close = _OTHER_ENGINES.get(name) or next(iter(difflib.get_close_matches(str(name), _NAMES, n=1)), None)
     hint = f"did you mean {close}?" if close else f"there are: {', '.join(sorted(_NAMES))}"
@@ -239,13 +249,19 @@ def _logit_bias(value: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
 
 
 def _grammar(given: Mapping[str, Any]) -> Grammar | None:
-    """From the one of GRAMMARS that is given. A schema or a tag may be an object or its text."""
+    """From the one of GRAMMARS that is given, and calls. A schema or a tag may be an object or its text."""
     named = [name for name in GRAMMARS if given.get(name) is not None and given[name] != ""]
+    calls: Calls | None = given.get(CALLS)
+    reasoning: Reasoning | None = given.get(REASONING)
     if not named:
-        return None
+        # Where a call is free the reasoning before it is, and one begun in reasoning is one all the same.
+        return None if calls is None else Grammar("calls", "", calls, reasoning if calls.is_forced else None)
     kind = named[0]
     if len(named) > 1:
         raise GrammarError(f"{' and '.join(named)} are given: at most one is possible", argument=named[1])
+    if calls is not None and calls.is_forced:
+        message = f"{kind} is given, and a tool must be called: an answer cannot be both. Leave one out"
+        raise GrammarError(message, argument=kind)
     text = given[kind]
     is_json = kind in ("json_schema", "structural_tag")
     if is_json and isinstance(text, (Mapping, bool)):
@@ -269,7 +285,21 @@ def _grammar(given: Mapping[str, Any]) -> Grammar | None:
         raise GrammarError(f"{kind} is not valid Unicode: {exc}", argument=kind) from exc
     if is_json:
         _check_json(kind, text)
-    return Grammar(kind, text)
+    return Grammar(kind, text, calls, reasoning)
+
+
+def _thinking(given: Mapping[str, Any]) -> ThinkingBudget | None:
+    """From `max_thinking_tokens`, or what SGLang reads of `custom_params`. -1 is no limit, as in vLLM."""
+    name, value = "max_thinking_tokens", given.get("max_thinking_tokens")
+    custom = given.get("custom_params")
+    if value is None and isinstance(custom, Mapping):
+        name, value = "custom_params.thinking_budget", custom.get("thinking_budget")
+    if value is None:
+        return None
+    number = _integer(-1, _INT64 - 1)(name, value)
+    reasoning: Reasoning | None = given.get(REASONING)
+    is_over = REASONING in given and reasoning is None
+    return None if number < 0 or is_over else ThinkingBudget(number, reasoning)
 
 
 def _check_json(kind: str, text: str) -> None:

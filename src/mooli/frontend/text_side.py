@@ -78,9 +78,12 @@ def input_rules(
     )
 
 
-def token_bytes(tokenizer: Tokenizer, facts: EngineFacts) -> TokenBytes:
-    """What grammars must know of the vocabulary. Some tenths of a second the first time."""
-    return tokenizer.grammar_tokens(facts.vocab_size, tuple(sorted(_eos_ids(facts, tokenizer))))
+def token_bytes(tokenizer: Tokenizer, facts: EngineFacts, wire_format: WireFormat) -> TokenBytes:
+    """What grammars must know of the vocabulary: markers of the wire format are text to them. Some tenths of a second
+    the first time."""
+    calls = () if wire_format.calls is None else wire_format.calls.marker_tokens
+    markers = frozenset((*wire_format.marker_tokens, *calls))
+    return tokenizer.grammar_tokens(facts.vocab_size, tuple(sorted(_eos_ids(facts, tokenizer))), markers)
 
 
 def _eos_ids(facts: EngineFacts, tokenizer: Tokenizer | None) -> frozenset[int]:

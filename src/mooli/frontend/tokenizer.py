@@ -17,7 +17,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +108,8 @@ class Tokenizer:
         ends = set(eos_ids)
         if chat_template is not None:
             ends |= {i for i, token in added.items() if token.special and token.content in END_OF_TURN_TOKENS}
+        if "<|channel|>" in self._added:  # gpt-oss: it ends one message of several
+            ends.discard(self._added.get("<|end|>", -1))
         self.eos_ids = frozenset(ends)
         kinds = _decoder_kinds(backend)
         self.is_byte_level = kinds == ["ByteLevel"]
@@ -285,10 +287,11 @@ class Tokenizer:
         self._bytes_cache[token_id] = raw
         return raw
 
-    def grammar_tokens(self, vocab_size: int, eos_ids: tuple[int, ...]) -> TokenBytes:
+    def grammar_tokens(self, vocab_size: int, eos_ids: tuple[int, ...], markers: Collection[str] = ()) -> TokenBytes:
         """The bytes of ids 0 … vocab_size - 1 as a grammar writes them. Made once.
 
-        Markers of tools and reasoning are text, whatever the files call them: grammars write them.
+        Markers of tools and reasoning are text, whatever the files call them: grammars write them. `markers` are, and
+        tokens that are named so.
         """
         with self._plain_lock:
             if self._grammar_tokens is None:
@@ -296,7 +299,8 @@ class Tokenizer:
                 texts = {
                     token_id: self._piece(token_id) or "" for token_id in self.special_ids if token_id < vocab_size
                 }
-                special = {i for i, text in texts.items() if not _MARKERS.search(text)} | set(eos_ids)
+                written = {i for i, text in texts.items() if text in markers or _MARKERS.search(text)}
+                special = (texts.keys() - written) | set(eos_ids)
                 added = self._backend.get_added_tokens_decoder()
                 whole = [token_id for token_id in sorted(added) if token_id < len(tokens) and token_id not in special]
                 self._grammar_tokens = TokenBytes(tokens, sorted(special), list(eos_ids), whole)

@@ -36,10 +36,6 @@ _LIST: Mapping[str, tuple[tuple[Api, str], ...]] = {
         (Api.OPENAI, "web_search_options"),
         (Api.ANTHROPIC, "mcp_servers container"),
     ),
-    "reasoning has no budget yet": (
-        (Api.GENERATE | Api.OPENAI, "max_thinking_tokens"),
-        (Api.OPENAI, "thinking_token_budget"),
-    ),
     "how much to reason is said to a conversation's template": ((Api.OPENAI, "reasoning_effort reasoning"),),
     "only text is read and written": (
         (_NATIVE | Api.OPENAI, "image_data audio_data video_data"),
@@ -135,6 +131,7 @@ _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "routed_experts_start_len": _values(0),
     "beam_width": _values(1),
     "modalities": _values(["text"]),
+    "custom_params": lambda value: isinstance(value, dict) and set(value) == {"thinking_budget"},
     "reasoning": _values({"enabled": False}, {"effort": "none"}),
     "tool_choice": _values("auto"),
     "speed": _values("standard"),

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from mooli.errors import GrammarError, MooliError, QueueFullError
 from mooli.grammar.constraint import GrammarConstraint
-from mooli.types import Grammar, Request, TokenBytes
+from mooli.grammar.thinking import Markers, ThinkingConstraint
+from mooli.types import Grammar, Reasoning, Request, TokenBytes
 
 if TYPE_CHECKING:
     import llguidance
@@ -72,6 +73,7 @@ class Grammars:
         self._token_bytes: Callable[[], TokenBytes] | None = None
         self._wake: Callable[[], None] = lambda: None
         self._kept: OrderedDict[Grammar, Compilation] = OrderedDict()
+        self._markers: dict[Reasoning | None, Markers] = {}
         self._failed: queue.SimpleQueue[Compilation] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: deque[Compilation] = deque()
@@ -84,30 +86,44 @@ class Grammars:
         """See `EngineCore.bind_grammars`."""
         self._token_bytes, self._wake = token_bytes, wake
 
-    def constraint_of(self, request: Request) -> GrammarConstraint | None:
-        """What the output of a request must keep to, maybe not ready yet; None if it has no grammar.
+    def constraint_of(self, request: Request) -> GrammarConstraint | ThinkingConstraint | None:
+        """What the output of a request must keep to, maybe not ready yet; None if nothing is asked of it.
 
         Raises GrammarError if the grammar was refused before or nobody has told the vocabulary, QueueFullError.
         """
-        grammar = request.sampling.grammar
-        if grammar is None:
-            return None
-        if self._token_bytes is None:
-            raise GrammarError(
-                f"{grammar.kind} is not possible here: leave it out",
-                argument=grammar.kind,
-                advice="(skip_tokenizer_init=True or grammar_backend='none')",
-            )
+        grammar, thinking = request.sampling.grammar, request.sampling.thinking
+        held = None if grammar is None else self._held_to(grammar, request.rid)
+        if thinking is None:
+            return held
+        token_bytes = self._known_bytes("max_thinking_tokens")
+        markers = self._markers.get(thinking.reasoning)
+        if markers is None:
+            if len(self._markers) >= MAX_KEPT:
+                self._markers.clear()
+            markers = self._markers[thinking.reasoning] = Markers(thinking, token_bytes())
+        return ThinkingConstraint(thinking.max_tokens, markers, held)
+
+    def _held_to(self, grammar: Grammar, rid: str) -> GrammarConstraint:
+        self._known_bytes(grammar.argument)
         known = self._kept.get(grammar)
         if known is None or known.is_spoilt:
             known = self._begin(grammar)
         self._kept.move_to_end(grammar)
         with self._lock:
             if not known.is_over:
-                known.rids.append(request.rid)
+                known.rids.append(rid)
         if known.error is not None:
-            raise GrammarError(str(known.error), argument=grammar.kind)
+            raise GrammarError(str(known.error), argument=grammar.argument)
         return GrammarConstraint(known)
+
+    def _known_bytes(self, argument: str) -> Callable[[], TokenBytes]:
+        if self._token_bytes is None:
+            raise GrammarError(
+                f"{argument} is not possible here: leave it out",
+                argument=argument,
+                advice="(skip_tokenizer_init=True or grammar_backend='none')",
+            )
+        return self._token_bytes
 
     def take_failures(self) -> list[tuple[str, MooliError]]:
         """Requests whose grammar was refused since the last time, and why."""
@@ -155,7 +171,7 @@ class Grammars:
             error = exc
         except BaseException as exc:  # a panic of the library is no Exception, and requests must not wait for ever
             logger.warning("a grammar could not be compiled: %s: %s", type(exc).__name__, exc)
-            kind = compilation.grammar.kind
+            kind = compilation.grammar.argument
             error = GrammarError(f"{kind}: it cannot be compiled: {type(exc).__name__}: {str(exc)[:500]}")
         timer.cancel()
         with self._lock:
@@ -163,7 +179,7 @@ class Grammars:
         self._settle(compilation, matcher, error)
 
     def _expire(self, compilation: Compilation) -> None:
-        kind = compilation.grammar.kind
+        kind = compilation.grammar.argument
         late = GrammarError(f"{kind}: to compile it takes longer than {self._deadline_s:g} s: use a simpler one")
         compilation.is_spoilt = True  # it may have been the machine: the next request tries anew
         self._settle(compilation, None, late)

@@ -6,16 +6,21 @@ matcher in trouble stays in it and then allows nothing but the end, which would 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mooli.errors import GrammarError
+from mooli.errors import GrammarError, GrammarTooLargeError
 
 if TYPE_CHECKING:
     import llguidance
+
+
+_LIMITS = re.compile(r"[Tt]oo many (states|items|expressions)|fuel exhausted")
+"""Of llguidance's messages, those that say that a limit was met."""
 
 
 class Compiled(Protocol):
@@ -32,6 +37,7 @@ class GrammarConstraint:
     def __init__(self, compiled: Compiled) -> None:
         self._compiled = compiled
         self._own: llguidance.LLMatcher | None = None
+        self._num_tokens = 0
 
     @property
     def is_ready(self) -> bool:
@@ -71,6 +77,7 @@ class GrammarConstraint:
         matcher = self._matcher
         matcher.consume_tokens(list(token_ids))
         self._check(matcher)
+        self._num_tokens += len(token_ids)
 
     def _fill(self, matcher: llguidance.LLMatcher, row: NDArray[np.uint32]) -> None:
         matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
@@ -79,7 +86,13 @@ class GrammarConstraint:
     def _check(self, matcher: llguidance.LLMatcher) -> None:
         if matcher.is_error():
             self._compiled.is_spoilt = True
-            raise GrammarError(error_text(matcher.get_error()))
+            message = error_text(matcher.get_error())
+            if matcher.stop_reason() in ("ParserTooComplex", "LexerTooComplex") or _LIMITS.search(message):
+                raise GrammarTooLargeError(
+                    f"what the output is held to became too large {self._num_tokens} tokens into the answer:"
+                    f" use a simpler one ({message.splitlines()[0]})"
+                )
+            raise GrammarError(message)
 
     @property
     def _matcher(self) -> llguidance.LLMatcher:

@@ -8,9 +8,11 @@ Sources: llguidance's syntax and JSON schema documents; SGLang's structural tags
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +20,7 @@ import numpy as np
 from mooli.errors import GrammarError
 from mooli.grammar.constraint import error_text
 from mooli.lark import JSON_OPTIONS, json_of, quoted, without_options
-from mooli.types import Grammar
+from mooli.types import Grammar, Reasoning
 
 if TYPE_CHECKING:
     import llguidance
@@ -40,24 +42,42 @@ def compiled(grammar: Grammar, vocabulary: llguidance.LLTokenizer) -> llguidance
 
     Raises GrammarError that says what is wrong with the grammar, and where.
     """
+    # Alone first: from behind free text nothing of it would be built yet, and places in it would be others.
+    matcher, starts = _checked(grammar, _written(grammar), vocabulary, [b""]), [b""]
+    if grammar.reasoning is None and (grammar.calls is None or grammar.kind == "calls"):
+        return matcher
+    if grammar.calls is not None and grammar.kind != "calls":
+        alone = Grammar("calls", "", replace(grammar.calls, is_forced=True))
+        _checked(alone, _written(alone), vocabulary, [b""])
+    if grammar.reasoning is not None:
+        starts.append(_shortest(grammar.reasoning).encode())
+    return _checked(grammar, _with_what_is_beside(grammar, _written(grammar)), vocabulary, starts)
+
+
+def _checked(
+    grammar: Grammar, text: str, vocabulary: llguidance.LLTokenizer, starts: Sequence[bytes]
+) -> llguidance.LLMatcher:
+    """starts: where to look into the language, besides its beginning."""
     import llguidance
 
     limits = llguidance.LLParserLimits(
         initial_lexer_fuel=MAX_LEXER_FUEL, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False
     )
-    text = _LANGUAGES[grammar.kind](grammar.text)
     matcher = llguidance.LLMatcher(vocabulary, text, log_level=0, limits=limits)
-    error = matcher.get_error() or _probed(matcher)
+    error = matcher.get_error() or next(
+        filter(None, (_probed(matcher, vocabulary.tokenize_bytes(start)) for start in starts)), ""
+    )
     if error:
-        raise GrammarError(f"{grammar.kind}: {_explained(error_text(error), grammar)}")
+        raise GrammarError(f"{grammar.argument}: {_explained(error_text(error), grammar)}")
     if matcher.is_stopped():
-        raise GrammarError(f"{grammar.kind}: the only output it allows is an empty one")
+        raise GrammarError(f"{grammar.argument}: the only output it allows is an empty one")
     return matcher
 
 
-def _probed(matcher: llguidance.LLMatcher) -> str:
+def _probed(matcher: llguidance.LLMatcher, start_ids: Sequence[int]) -> str:
     """Walk a few tokens into the language: what is only built there is built here, or fails here. What failed."""
     probe = matcher.deep_copy()
+    probe.consume_tokens(list(start_ids))
     for _ in range(PROBED_TOKENS):
         mask = np.frombuffer(probe.compute_bitmask(), np.uint8)
         if probe.is_stopped() or not mask.any():
@@ -65,6 +85,84 @@ def _probed(matcher: llguidance.LLMatcher) -> str:
         word = int(np.flatnonzero(mask)[-1])
         probe.consume_token(word * 8 + int(mask[word]).bit_length() - 1)
     return probe.get_error()
+
+
+def _written(grammar: Grammar) -> str:
+    """The grammar alone, as llguidance reads it."""
+    if grammar.kind == "calls":
+        return _calls_alone(grammar)
+    return _LANGUAGES[grammar.kind](grammar.text)
+
+
+# -- calls and reasoning beside it -------------------------------------------------------------------------------------
+_TEXT = "AHEAD_TEXT: /(.|\\n)*/"
+
+
+def _calls_alone(grammar: Grammar) -> str:
+    """Calls; where they are not forced, any text up to the first text that begins them, and then calls."""
+    calls = grammar.calls
+    if calls is None:
+        raise GrammarError("calls: there are none")
+    if calls.is_forced:
+        return f"start: calls\n{calls.text}"
+    begins = f"ahead_begun[lazy]: AHEAD_TEXT ({_any_of(calls.triggers)})"
+    return "\n".join(["start: ahead_begun calls_after_trigger | AHEAD_TEXT", begins, _TEXT, calls.text])
+
+
+def _with_what_is_beside(grammar: Grammar, alone: str) -> str:
+    """The grammar behind its reasoning, with the calls that an output may be instead.
+
+    Reasoning is text up to its closing one, found as soon as it is there, so inside a token too. What follows is a
+    grammar of its own, whatever its kind: names of its rules mean nothing here. Models put an empty line between the
+    two.
+    """
+    calls = None if grammar.kind == "calls" else grammar.calls
+    rules, body = [_TEXT], "@ahead_rest"
+    reasoning = grammar.reasoning
+    if reasoning is not None and reasoning.words and grammar.kind != "calls":
+        body = f"{quoted(reasoning.words)} {body}"
+    if calls is not None:
+        rules.append(calls.text)
+        body = f"(calls | {body})"
+    rules.append(f"ahead_body: {body}")
+    if reasoning is None:
+        rules.append("start: ahead_body")
+    else:
+        banned = () if grammar.calls is None else grammar.calls.triggers
+        rules += _reasoning_rules(reasoning, banned)
+    rest = json.loads(alone)["grammars"][0] if alone.startswith("{") else {"lark_grammar": alone}
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, {**rest, "name": "ahead_rest"}]})
+
+
+def _reasoning_rules(reasoning: Reasoning, banned: Sequence[str]) -> list[str]:
+    """`start`: reasoning, and then `ahead_body`. banned: texts that reasoning has not."""
+    rules = [f"AHEAD_CLOSED: AHEAD_TEXT {quoted(reasoning.closing)}"]
+    words = "AHEAD_CLOSED"
+    if banned:
+        rules.append(f"AHEAD_BANNED: AHEAD_TEXT ({_any_of(banned)}) AHEAD_TEXT")
+        words = "AHEAD_CLOSED & ~AHEAD_BANNED"
+    rules += [f"AHEAD_WORDS: {words}", "ahead_reasoning[lazy]: AHEAD_WORDS"]
+    block = f"{quoted(reasoning.opening)} ahead_reasoning"
+    if reasoning.again:
+        again = quoted(reasoning.again)
+        begun = f"ahead_reasoning {again} " if reasoning.is_open else ""
+        rules.append(f"start: {begun}ahead_block* ahead_body")
+        rules.append(f"ahead_block: {block} {again}")
+    else:
+        rules.append("AHEAD_LINES: /\\n{1,2}/")
+        rules.append(f"ahead_block: {'ahead_reasoning' if reasoning.is_open else block} AHEAD_LINES?")
+        rules.append(f"start: ahead_block ahead_body{'' if reasoning.is_open else ' | ahead_body'}")
+    return rules
+
+
+def _shortest(reasoning: Reasoning) -> str:
+    """An output up to where its own words begin."""
+    opening = "" if reasoning.is_open else reasoning.opening
+    return opening + reasoning.closing + reasoning.again + reasoning.words
+
+
+def _any_of(texts: Sequence[str]) -> str:
+    return " | ".join(map(quoted, texts))
 
 
 # -- the four kinds ----------------------------------------------------------------------------------------------------
@@ -245,9 +343,24 @@ def _quoted(text: str, then: str = "") -> str:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 def _explained(message: str, grammar: Grammar) -> str:
     """llguidance's message with the place of what it names."""
-    if grammar.kind != "json_schema":
+    if grammar.kind == "json_schema":
+        return _of_schema(message, json.loads(grammar.text))
+    if grammar.calls is None:
         return message
-    schema = json.loads(grammar.text)
+    # A function's schema is a rule of its own: its line has that, and whoever names the rule is the call.
+    found = re.match(r"at (\d+)\(\d+\): failed to compile JSON schema: (.*)", message)
+    if found is None:
+        return message
+    rule, _, body = _calls_alone(grammar).splitlines()[int(found[1]) - 1].partition(":")
+    call = re.search(rf'^\w+: *("(?:[^"\\]|\\.)*")[^\n]*\b{re.escape(rule)}\b', grammar.calls.text, re.MULTILINE)
+    where = f" in the parameters of the call that begins {_short(json.loads(call[1]))}" if call else ""
+    with contextlib.suppress(ValueError):
+        schema, _ = json.JSONDecoder().raw_decode(body.partition("%json ")[2])
+        return _of_schema(found[2], schema) + where
+    return found[2] + where
+
+
+def _of_schema(message: str, schema: Any) -> str:
     keys = re.match(r"Unimplemented keys: \[(.*)\]", message)
     if keys:
         names = re.findall(r'"([^"]+)"', keys[1])

@@ -138,7 +138,7 @@ class EngineClient(asyncio.Protocol):
         except (ValueError, OverflowError) as exc:
             raise RequestError(f"the request cannot be sent to the engine: {exc}") from exc
         self._sinks.add(entries)
-        if self.token_bytes is not None and any(request.sampling.grammar is not None for request in requests):
+        if self.token_bytes is not None and any(request.sampling.needs_vocabulary for request in requests):
             self._send(messages.Tokens(self.token_bytes()))
             self.token_bytes = None  # they stay there
         self._send_frame(frame)

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mooli.errors import GrammarError, GrammarTooLargeError
 from mooli.types import FinishReason, Request
 
 
@@ -122,6 +123,9 @@ class Constrained:
             return self.failure
 
     def _fail(self, exc: Exception) -> None:
+        if isinstance(exc, GrammarTooLargeError):  # its sender's fault, told as a grammar that was refused
+            self.failure = FinishReason("error", message=str(exc), status_code=400, err_type=GrammarError.__name__)
+            return
         self.failure = _failure(f"the constraint of the output failed: {type(exc).__name__}: {exc}")
 
 

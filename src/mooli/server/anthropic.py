@@ -59,9 +59,9 @@ class InputMessage(msgspec.Struct, kw_only=True):
 
 
 class Thinking(msgspec.Struct, kw_only=True):
-    """Whether to reason; without it the model's template decides, and `adaptive` allows it. How much is not bounded:
-    budget_tokens is checked as the API has it, and has no effect. Nor has display: reasoning is always shown, because
-    it comes back with the conversation, where the model reads it and the cache finds it."""
+    """Whether to reason; without it the model's template decides, and `adaptive` allows it. budget_tokens bounds it
+    where the model reasons, and changes nothing where not. display has no effect: reasoning is always shown, because it
+    comes back with the conversation, where the model reads it and the cache finds it."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, msgspec.Meta(ge=1024)] | None = None
@@ -286,6 +286,8 @@ async def create_message(service: Service, request: Incoming) -> Reply | EventSt
     body: MessagesBody = request.body
     check_served(request.unsupported)
     given = {**body.sampling_params(), "max_new_tokens": body.max_tokens, "n": 1}
+    if body.thinking is not None and body.thinking.budget_tokens is not None and service.rules.has_reasoning:
+        given["max_thinking_tokens"] = body.thinking.budget_tokens
     ids, params, wire_format = await open_conversation(service, conversation(body, service), given)
     room = service.facts.context_length - len(ids)
     if room > 0:  # otherwise the rules refuse the prompt itself, with a better reason

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from mooli.frontend.parts import WireFormat
+from mooli.frontend.tool_forcing import reasoning_ahead, tool_grammar
 from mooli.frontend.tools import ToolSet
 from mooli.server.service import Service
 
@@ -70,6 +71,11 @@ async def open_conversation(
     params = service.chat_sampling(sampling_params)
     if "max_new_tokens" not in params and "max_new_tokens" not in service.engine_config.preferred_sampling:
         params["max_new_tokens"] = None
+    params.update(tool_grammar(wire_format, conversation.tools, params))
+    if service.tokenizer is not None:
+        # Also where the answer is read as plain text: the model reasons all the same.
+        reasons = service.wire_format.continued if conversation.continues else service.wire_format
+        params.update(reasoning_ahead(reasons, ids, service.tokenizer))
     return OpenedConversation(ids, params, wire_format)
 
 

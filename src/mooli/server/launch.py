@@ -36,6 +36,7 @@ from mooli.errors import EngineError
 from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.text_side import check_preferred, open_tokenizer, sampling_defaults, token_bytes, with_seed
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.wire_formats.choice import open_wire_format
 from mooli.hub.locate import locate_async
 from mooli.link.client import EngineClient
 from mooli.logs import set_up_logging
@@ -178,7 +179,8 @@ def make_service(
     metrics = Metrics(engine_config.served_model_name or engine_config.model_path, client.facts, config, keys)
     step_log = StepLog(client.facts, config.decode_log_interval)
     if tokenizer is not None and engine_config.grammar_backend != "none":
-        client.token_bytes = functools.partial(token_bytes, tokenizer, client.facts)
+        wire_format = open_wire_format(engine_config, tokenizer)
+        client.token_bytes = functools.partial(token_bytes, tokenizer, client.facts, wire_format)
     service = Service(
         config=config,
         engine_config=engine_config,

@@ -49,6 +49,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
     require_reasoning: bool = False
+    max_thinking_tokens: int | None = None
     priority: int | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
@@ -99,7 +100,7 @@ async def _prepare(service: Service, body: GenerateBody, client: Client) -> Call
     call = GenerateCall(
         prompt=body.text,
         input_ids=body.input_ids,
-        sampling_params=body.sampling_params,
+        sampling_params=_sampling_params(body),
         rid=body.rid,
         return_logprob=body.return_logprob or False,
         logprob_start_len=body.logprob_start_len,
@@ -111,6 +112,16 @@ async def _prepare(service: Service, body: GenerateBody, client: Client) -> Call
         stream=body.stream,
     )
     return await service.prepare(call, client.caller)
+
+
+def _sampling_params(body: GenerateBody) -> Any:
+    """Those of the body, with what SGLang has beside them."""
+    limit, given = body.max_thinking_tokens, body.sampling_params
+    if limit is None:
+        return given
+    if isinstance(given, list):
+        return [{"max_thinking_tokens": limit, **(item or {})} for item in given]
+    return {"max_thinking_tokens": limit, **(given or {})}
 
 
 async def _written(service: Service, answer: NativeAnswer, write: Callable[[], T]) -> T:

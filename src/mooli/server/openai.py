@@ -40,7 +40,7 @@ _SAMPLING_NAMES = {
         for name in (
             "n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
             "repetition_penalty", "stop", "stop_token_ids", "no_stop_trim", "ignore_eos", "skip_special_tokens",
-            "spaces_between_special_tokens", "stream_interval", "seed", "logit_bias",
+            "spaces_between_special_tokens", "stream_interval", "seed", "logit_bias", "custom_params",
         )
     },
 }  # fmt: skip
@@ -84,6 +84,9 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
+    max_thinking_tokens: int | None = None
+    thinking_token_budget: int | None = None
+    custom_params: dict[str, Any] | None = None
     json_schema: str | dict[str, Any] | None = None
     regex: str | None = None
     ebnf: str | None = None
@@ -124,7 +127,19 @@ def sampling_params(body: GenerationBody) -> dict[str, Any]:
     belongs to the route."""
     given = {native: getattr(body, name) for name, native in _SAMPLING_NAMES.items()}
     given.update(_grammar(body))
+    given["max_thinking_tokens"] = _thinking_tokens(body)
     return {native: value for native, value in given.items() if value is not None}
+
+
+def _thinking_tokens(body: GenerationBody) -> int | None:
+    """From vLLM's field or SGLang's. Raises HttpError (400) if both are given and differ."""
+    given, other = body.max_thinking_tokens, body.thinking_token_budget
+    if given is not None and other is not None and given != other:
+        raise HttpError(
+            400, f"max_thinking_tokens={given} and thinking_token_budget={other} differ: give one",
+            param="thinking_token_budget",
+        )  # fmt: skip
+    return other if given is None else given
 
 
 _STRUCTURED = {"json": "json_schema", "regex": "regex", "grammar": "ebnf", "structural_tag": "structural_tag"}

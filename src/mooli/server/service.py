@@ -27,6 +27,7 @@ from mooli.frontend.inputs import NOBODY, Caller, CallInputs, GenerateCall, Inpu
 from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.frontend.tool_forcing import begin_behind_reasoning
 from mooli.frontend.tool_prompt import for_template
 from mooli.frontend.tools import ToolSet
 from mooli.frontend.wire_formats.choice import open_wire_format
@@ -116,12 +117,14 @@ class Service:
         return self.engine_config.served_model_name or self.engine_config.model_path
 
     async def prepare(self, call: GenerateCall, caller: Caller = NOBODY) -> CallInputs:
-        """`InputRules.prepare`, off the event loop where text or lists are long. Raises RequestError."""
+        """`InputRules.prepare`, off the event loop where text or lists are long; what is held behind reasoning knows of
+        it then. Raises RequestError."""
         if isinstance(call.prompt, str):
             self.rules.check_length(call.prompt)  # here: it need not wait for a thread
         inputs = await self.text_threads.run(num_chars(vars(call)), lambda: self.rules.prepare(call, caller))
+        begin_behind_reasoning(inputs.requests, self.wire_format, self.tokenizer, grammars=call.require_reasoning)
         # The first time it takes long, and the link asks for it in the event loop.
-        if self._token_bytes is not None and any(item.sampling.grammar is not None for item in inputs.requests):
+        if self._token_bytes is not None and any(item.sampling.needs_vocabulary for item in inputs.requests):
             await asyncio.to_thread(self._token_bytes)
             self._token_bytes = None
         return inputs

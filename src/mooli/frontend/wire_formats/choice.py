@@ -23,6 +23,7 @@ from mooli.frontend.wire_formats.llama3 import Llama3
 from mooli.frontend.wire_formats.mistral import Mistral
 from mooli.frontend.wire_formats.pythonic import Pythonic
 from mooli.frontend.wire_formats.reasoning import PANGU, REASONING_FORMATS, TOLD_BY_MARKERS, ReasoningPair
+from mooli.types import Reasoning
 
 _FORMATS: tuple[CallFormat, ...] = (
     HarmonyCalls(),
@@ -85,6 +86,9 @@ class MessageFormat:
             return replace(self, tools=None)
         forced = self.fallback if tools.choice == "required" else None
         return replace(self, tools=tools, calls=self.calls or forced)
+
+    def reasoning_ahead(self, prompt_tail: str) -> Reasoning | None:
+        return self.without_calls.reasoning_ahead(prompt_tail)
 
     def parser(self, prompt_tail: str) -> Parser:
         reasoning = self.without_calls

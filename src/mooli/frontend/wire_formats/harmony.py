@@ -28,6 +28,7 @@ from mooli.frontend.wire_formats.calls import (
     literal,
     pieces_of,
 )
+from mooli.types import Reasoning
 
 _CHANNEL, _MESSAGE, _START, _CONSTRAIN = "<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>", _START)
@@ -70,6 +71,19 @@ class Harmony:
         header, message, _ = prompt_tail.rpartition(_MESSAGE)
         open_kind = _kind(header) if message and prompt_tail.endswith(_MESSAGE) else None
         return HarmonyParser(open_kind, passes_calls=self.passes_calls)
+
+    def reasoning_ahead(self, prompt_tail: str) -> Reasoning | None:
+        header, message, _ = prompt_tail.rpartition(_MESSAGE)
+        is_open = bool(message) and prompt_tail.endswith(_MESSAGE)
+        if is_open and _kind(header) == "text":
+            return None
+        return Reasoning(
+            f"{_CHANNEL}analysis{_MESSAGE}",
+            _ENDS[0],
+            is_open=is_open,
+            again=f"{_START}assistant",
+            words=f"{_CHANNEL}final{_MESSAGE}",
+        )
 
 
 def _kind(header: str) -> PartKind:

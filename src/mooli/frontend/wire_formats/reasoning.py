@@ -20,6 +20,7 @@ from mooli.frontend.parts import PLAIN_TEXT, Part, PartKind, WireFormat
 from mooli.frontend.tools import ToolSet
 from mooli.frontend.wire_formats.calls import TAIL_TOKENS, length_of_beginning, pieces_of
 from mooli.frontend.wire_formats.harmony import Harmony
+from mooli.types import Reasoning
 
 
 # -- pairs of markers --------------------------------------------------------------------------------------------------
@@ -57,9 +58,16 @@ class ReasoningPair:
         return self
 
     def parser(self, prompt_tail: str) -> PairParser:
+        return PairParser(self, is_inside=self._is_inside(prompt_tail.rstrip()))
+
+    def reasoning_ahead(self, prompt_tail: str) -> Reasoning | None:
         tail = prompt_tail.rstrip()
-        is_inside = tail.endswith(self.opening) or (self.starts_inside and not tail.endswith(self.closing))
-        return PairParser(self, is_inside=is_inside)
+        if tail.endswith(self.closing):
+            return None
+        return Reasoning(self.opening, self.closing, is_open=self._is_inside(tail))
+
+    def _is_inside(self, tail: str) -> bool:
+        return tail.endswith(self.opening) or (self.starts_inside and not tail.endswith(self.closing))
 
 
 class PairParser:
