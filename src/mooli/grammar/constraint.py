@@ -64,14 +64,15 @@ class GrammarConstraint:
         return run[: self.num_allowed(run)]
 
     def mask(self, draft_ids: Sequence[int], allowed: NDArray[np.uint32]) -> None:
-        matcher = self._matcher
-        self._fill(matcher, allowed[0])
+        address, row_bytes = allowed.ctypes.data, allowed.strides[0]
+        self._fill(self._matcher, address, row_bytes)
         if not draft_ids:
             return
-        probe = matcher.deep_copy()
-        for token_id, row in zip(draft_ids, allowed[1:], strict=True):
+        probe = self._matcher.deep_copy()
+        for token_id in draft_ids:
+            address += row_bytes
             probe.consume_token(token_id)
-            self._fill(probe, row)
+            self._fill(probe, address, row_bytes)
 
     def advance(self, token_ids: Sequence[int]) -> None:
         matcher = self._matcher
@@ -79,8 +80,8 @@ class GrammarConstraint:
         self._check(matcher)
         self._num_tokens += len(token_ids)
 
-    def _fill(self, matcher: llguidance.LLMatcher, row: NDArray[np.uint32]) -> None:
-        matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+    def _fill(self, matcher: llguidance.LLMatcher, address: int, num_bytes: int) -> None:
+        matcher.unsafe_compute_mask_ptr(address, num_bytes)
         self._check(matcher)
 
     def _check(self, matcher: llguidance.LLMatcher) -> None:

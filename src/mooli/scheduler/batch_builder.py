@@ -284,21 +284,25 @@ class BatchBuilder:
         over; what is sampled for it meanwhile does not count."""
         if not self._constrained:
             return None
-        filled: list[NDArray[np.uint32]] = []
+        held = [row for row in rows if row.samples and row.state.constrained is not None]
+        if not held:
+            return None
+        num_words = max(row.state.constrained.num_words for row in held if row.state.constrained is not None)
+        allowed = np.zeros((sum(row.num_samples for row in held), num_words), np.uint32)
         mask_rows: list[int] = []
         num_filled = 0
         for row in rows:
-            constrained = row.state.constrained
-            allowed = constrained.masks(row.drafts) if constrained is not None and row.samples else None
-            if allowed is not None:
-                mask_rows += range(num_filled, num_filled + len(allowed))
-                filled.append(allowed)
-                num_filled += len(allowed)
-                continue
-            mask_rows += [-1] * row.num_samples
-            if constrained is not None and constrained.failure is not None:
+            constrained, last = row.state.constrained, num_filled + row.num_samples
+            if constrained is None or not row.samples:
+                mask_rows += [-1] * row.num_samples
+            elif constrained.masks(row.drafts, allowed[num_filled:last]):
+                mask_rows += range(num_filled, last)
+                num_filled = last
+            else:
+                allowed[num_filled:last] = 0
+                mask_rows += [-1] * row.num_samples
                 row.state.pending_finish = constrained.failure
-        return TokenMasks(np.concatenate(filled), np.array(mask_rows, np.int32)) if filled else None
+        return TokenMasks(allowed[:num_filled], np.array(mask_rows, np.int32)) if num_filled else None
 
     def _sampling(
         self, samples: list[tuple[Row, int]], indices: NDArray[np.int32], masks: TokenMasks | None

@@ -94,24 +94,29 @@ class Constrained:
             self._fail(exc)
             return []
 
-    def masks(self, draft_ids: Sequence[int]) -> NDArray[np.uint32] | None:
-        """A row of words for what may follow the output, and one for what may follow each draft; None on failure."""
+    @property
+    def num_words(self) -> int:
+        """Of a row of `masks`."""
+        return -(-self._vocab_size // 32)
+
+    def masks(self, draft_ids: Sequence[int], allowed: NDArray[np.uint32]) -> bool:
+        """Fill `allowed`, (1 + len(draft_ids), num_words) and all zero: a row for what may follow the output, and one
+        for what may follow each draft. False on failure, and then what is in it means nothing."""
         if self.failure is not None:
-            return None
-        allowed = np.zeros((1 + len(draft_ids), -(-self._vocab_size // 32)), np.uint32)
+            return False
         try:
             self._constraint.mask(draft_ids, allowed)
         except Exception as exc:
             self._fail(exc)
-            return None
+            return False
         if self._vocab_size % 32:
             allowed[:, -1] &= np.uint32((1 << self._vocab_size % 32) - 1)
-        if allowed.any(axis=1).all():
-            return allowed
+        if all(row.max() for row in allowed):
+            return True
         self.failure = _failure(
             "the constraint of the output allows no token of the vocabulary here, and has not ended"
         )
-        return None
+        return False
 
     def advance(self, token_ids: Sequence[int]) -> FinishReason | None:
         """The output has got these. Why the request ends with them: the constraint has ended or failed; None if not."""

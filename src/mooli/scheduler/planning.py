@@ -1,8 +1,9 @@
 """The second room of the scheduler: a step is planned.
 
 Owns how many tokens each running request gets, who gives way where pages are too few, what is computed before it is
-sampled (a run that a constraint forces, a guess), and the speed from which follows how long a step may be that streams wait for. Never ends a request and never sees what a
-step computed. The order in which a step is filled is that of `scheduler.py`.
+sampled (a run that a constraint forces, a guess), and the speed from which follows how long a step may be that streams
+wait for. Never ends a request and never sees what a step computed. The order in which a step is filled is that of
+`scheduler.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from mooli.scheduler.stats import StepStats
 
 @dataclass(slots=True, eq=False)
 class Planner:
-    """Plans steps of up to `max_batch_tokens`; with `drafts`, guesses are verified where a step is small; with `forced`,
-    runs that constraints force are computed at once."""
+    """Plans steps of up to `max_batch_tokens`; with `drafts`, guesses are verified where a step is small; with
+    `forced`, runs that constraints force are computed at once."""
 
     cache: KVCache
     waiting: Waiting
