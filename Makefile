@@ -6,6 +6,8 @@
 # make bench-kernels   speed on this machine, as a share of its measured limits
 # make peers       install the engines that Mooli is compared with into .peers (about 5 GB, builds llama.cpp)
 # make compare     Mooli and those peers on the same work in turns, as ratios (about three hours with all of them)
+# make bench-grammar   what constrained output costs and brings: masks, steps, forced runs, hostile grammars (3 minutes)
+# make check-grammar   500 schemas and 300 sets of tools, sampled and judged (some minutes)
 # make bench-server    what serving costs beside computing, and whether users hold each other up
 # make sanitize    the native tests under the compiler's sanitizers: addresses, undefined behaviour, threads
 # make soak        20 minutes of a server under several times its capacity
@@ -16,7 +18,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test test-quick check accuracy bench-kernels bench-server peers compare sanitize soak attack clean
+.PHONY: demo test test-quick check accuracy bench-kernels bench-grammar check-grammar bench-server peers compare sanitize soak attack clean
 
 demo: $(VENV)/.installed $(VENV)/.demo
 	$(VENV)/bin/mooli demo
@@ -39,6 +41,12 @@ accuracy: $(VENV)/.installed $(VENV)/.demo .models/.fetched
 
 bench-kernels: $(VENV)/.installed $(VENV)/.demo .models/.fetched
 	$(PY) benchmarks/kernels.py
+
+bench-grammar: $(VENV)/.installed $(VENV)/.demo .models/.fetched
+	$(PY) benchmarks/grammar.py
+
+check-grammar: $(VENV)/.installed $(VENV)/.demo $(VENV)/.test
+	$(PY) benchmarks/grammar.py --only valid --model demo
 
 # transformers is a peer too and dequantises the weights for vLLM: it comes with what the tests need.
 peers: $(VENV)/.installed $(VENV)/.test

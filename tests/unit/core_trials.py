@@ -35,8 +35,8 @@ class Setting:
 
     is_crowded: all requests come at once and want long outputs, so that pages run out while they run. whole_pages:
     cached prefixes are used by the page. drafts: tokens are guessed, and the model has habits that can be guessed.
-    num_clients: whose the requests are, in turn. constrained: most requests have a constraint. forced: and what it forces
-    is computed at once.
+    num_clients: whose the requests are, in turn. constrained: most requests have a constraint. forced: and what it
+    forces is computed at once.
     """
 
     page_size: int
