@@ -23,6 +23,7 @@ from mooli.server import (
     native_control,
     native_generate,
     native_info,
+    native_parse,
     ollama,
     ollama_models,
     openai_chat,
@@ -137,6 +138,7 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
 API_ROUTES: tuple[Route, ...] = (
     *native_generate.ROUTES,
     *native_info.ROUTES,
+    *native_parse.ROUTES,
     *native_control.ROUTES,
     *openai_models.ROUTES,
     *openai_completions.ROUTES,
