@@ -1,6 +1,7 @@
 """What `mooli generate`, `mooli chat` and `mooli demo` do: an engine in this process, and its answers as they come.
 
-Owns what is printed: answers on standard output; progress, statistics and errors of single answers on standard error.
+Owns what is printed: answers on standard output; progress, statistics, errors of single answers and, in a conversation,
+what the model reasons on standard error.
 Their flags are in `mooli.cli`. Never does what `Engine` cannot do for everybody.
 """
 
@@ -12,7 +13,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +24,9 @@ from mooli.errors import ChatTemplateError, ConfigError, PromptError, RequestErr
 from mooli.frontend.call import Stream
 from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.engine import Answer, Engine
+from mooli.frontend.parts import PLAIN_TEXT, Parser, Part
 from mooli.frontend.sampling import parse_sampling_params
+from mooli.frontend.wire_formats.reasoning import REASONING_FORMATS
 from mooli.logs import report_error
 
 DEMO_PROMPTS = (
@@ -136,14 +139,26 @@ def _chat_turn(engine: Engine, args: argparse.Namespace, messages: Messages, lin
     """Answer `line` and append both to `messages`. Ctrl-C ends the answer; what there is of it is kept."""
     messages.append({"role": "user", "content": line})
     try:
-        shown = _show(engine, args, input_ids=_chat_ids(engine, messages))
+        shown = _answered(engine, args, messages)
     except (RequestError, RequestFailedError, ChatTemplateError) as exc:
         messages.pop()
         report_error(exc)
         print("The last message is forgotten; /reset begins a new conversation.", file=sys.stderr)
         return
-    messages.append({"role": "assistant", "content": shown.text})
+    told = {"role": "assistant", "content": shown.text}
+    messages.append(told | {"reasoning_content": shown.reasoning} if shown.reasoning else told)
     print(shown.statistics(), file=sys.stderr)
+
+
+def _answered(engine: Engine, args: argparse.Namespace, messages: Messages) -> _Shown:
+    """The next message, printed as it comes: what the model reasons apart, where it is known how that is marked."""
+    ids = _chat_ids(engine, messages)
+    name = engine.get_model_info()["reasoning_parser"]
+    if name is None:
+        return _show(engine, args, input_ids=ids)
+    wire_format = REASONING_FORMATS[name]
+    tail = engine.tokenizer_manager.tokenizer.decode(ids[-wire_format.prompt_tail_tokens :], skip_special_tokens=False)
+    return _show(engine, args, wire_format.parser(tail), messages=messages)
 
 
 # -- parts --
@@ -154,6 +169,7 @@ class _Shown:
     """An answer as it was printed, and its figures. decode_s: from the first token to the last."""
 
     text: str = ""
+    reasoning: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -169,6 +185,20 @@ class _Shown:
         self.decode_tokens += other.decode_tokens
         self.decode_s += other.decode_s
 
+    def tell(self, parts: Sequence[Part]) -> None:
+        """Print what is new. Reasoning is dim on a terminal, and ends its line before the answer begins."""
+        for part in (part for part in parts if part.text):
+            if part.kind == "reasoning":
+                dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+                print(f"{dim}{part.text}{plain}", end="", file=sys.stderr, flush=True)
+                self.reasoning += part.text
+                continue
+            if self.reasoning and not self.text:
+                print(file=sys.stderr, flush=True)
+            sys.stdout.write(part.text)
+            sys.stdout.flush()
+            self.text += part.text
+
     def statistics(self) -> str:
         speed = f", {self.decode_tokens / self.decode_s:.1f} tok/s" if self.decode_s > 0 else ""
         first = "" if self.first_token_s is None else f", first token after {self.first_token_s * 1000:.0f} ms"
@@ -179,20 +209,19 @@ class _Shown:
         )
 
 
-def _show(engine: Engine, args: argparse.Namespace, **inputs: Any) -> _Shown:
-    """Generate, and print the answer as it comes. Ctrl-C ends it."""
+def _show(engine: Engine, args: argparse.Namespace, parser: Parser = PLAIN_TEXT, **inputs: Any) -> _Shown:
+    """Generate, and print the answer as it comes. Ctrl-C ends it. inputs: of `Engine.generate`, or `messages`."""
     shown = _Shown()
+    answer = engine.chat if "messages" in inputs else engine.generate
     first_tokens = 0
     began = time.perf_counter()
     chunks: Stream | None = None
     try:
-        chunks = cast(Stream, engine.generate(sampling_params=_sampling_params(args), stream=True, **inputs))
+        chunks = cast(Stream, answer(sampling_params=_sampling_params(args), stream=True, **inputs))
         for chunk in chunks:
             elapsed_s = time.perf_counter() - began
             meta = chunk["meta_info"]
-            sys.stdout.write(chunk["text"])
-            sys.stdout.flush()
-            shown.text += chunk["text"]
+            shown.tell(parser.push(chunk["text"], [len(chunk["text"])]))
             shown.prompt_tokens, shown.cached_tokens = meta["prompt_tokens"], meta["cached_tokens"]
             if shown.first_token_s is None:
                 first_tokens, shown.first_token_s = meta["completion_tokens"], elapsed_s
@@ -206,6 +235,7 @@ def _show(engine: Engine, args: argparse.Namespace, **inputs: Any) -> _Shown:
         shown.is_interrupted = True
         if chunks is not None:
             chunks.close()
+    shown.tell(parser.flush())
     print(flush=True)
     return shown
 

@@ -149,6 +149,30 @@ def test_chat_keeps_the_conversation_until_reset(run):
     assert "forgotten" in err
 
 
+def test_chat_tells_reasoning_apart_and_keeps_it_so(run, monkeypatch):
+    """On standard error, dim where that is a terminal; the template decides what of it the model reads again."""
+    seen = []
+    template = (
+        "{% for m in messages %}{{ m.role }}({{ m.reasoning_content }}): {{ m.content }}\n{% endfor %}assistant: "
+    )
+    words = says("<think>\nhm\n</think>\n\nyes", after="assistant: ")
+
+    def next_token(context):
+        text = bytes(i for i in context if i < 256).decode()
+        if text.endswith("assistant: "):
+            seen.append(text)
+        return words(context)
+
+    flags = ("--reasoning-parser", "qwen3", "--chat-template", template)
+    status, out, err = run("chat", *GREEDY, *flags, stdin="one\ntwo\n", next_token=next_token)
+    assert (status, out) == (0, "yes\nyes\n")
+    assert err.count("\nhm\n") == 2 and "\x1b" not in err
+    assert seen[1] == "user(): one\nassistant(hm): yes\nuser(): two\nassistant: "
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    err = run("chat", *GREEDY, *flags, stdin="one\n", next_token=words)[2]
+    assert "\x1b[2mh" in err and "hm\n" in re.sub(r"\x1b\[[02]m", "", err)
+
+
 def test_chat_begins_with_the_system_message(run):
     seen = []
     run("chat", *GREEDY, "--system", "be brief", stdin="hi\n", next_token=lambda c: seen.append(bytes(c)) or 256)
