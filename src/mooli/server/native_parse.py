@@ -87,7 +87,7 @@ async def parse_function_call(service: Service, request: Incoming) -> Reply:
 
 def _named(formats: Mapping[str, Any], field: str, name: str | None) -> Any:
     """Raises HttpError."""
-    if name not in formats:
+    if name is None or name not in formats:
         raise HttpError(400, f"{field}={name!r} is none of {', '.join(formats)}", param=field)
     return formats[name]
 
