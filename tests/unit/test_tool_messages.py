@@ -50,6 +50,20 @@ def test_a_choice_says_which_may_and_must_be_called(choice, expected):
     assert names(read_tools([F, G], choice)) == expected
 
 
+@pytest.mark.parametrize(
+    ("choice", "parallel"),
+    [
+        ({"type": "function", "function": {"name": "g"}}, False),
+        ({"type": "tool", "name": "g"}, False),
+        ({"type": "allowed_tools", "mode": "required", "tools": [{"name": "g"}]}, True),
+        ("required", True),
+    ],
+)
+def test_a_function_that_is_chosen_by_its_name_is_called_once(choice, parallel):
+    assert read_tools([F, G], choice).parallel is parallel
+    assert not read_tools([F, G], choice, False).parallel
+
+
 def test_tools_are_read_with_what_they_say():
     tools = read_tools([F, G, TEXT], parallel=False)
     assert tools is not None and not tools.parallel

@@ -133,7 +133,9 @@ def choose(
                 f"{choice_name}={_shown(choice)} asks for a call, but {tools_name} is empty", argument=choice_name
             )
         return None
-    every = ToolSet(tuple(tools), mode, parallel is not False)
+    # A function that is chosen by its name is called once: who asks so reads one call.
+    is_named = wanted is not None and choice.get("type") != "allowed_tools"
+    every = ToolSet(tuple(tools), mode, parallel is not False and not is_named)
     if wanted is None:
         return every
     missing = next((name for name in wanted if name not in names), None)
