@@ -149,6 +149,15 @@ def test_other_content_types_are_refused(serve, headers):
     assert "Content-Type: application/json" in answer.json()["message"]
 
 
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "application/x-www-form-urlencoded"}])
+def test_ollama_s_clients_need_not_name_the_type_and_other_sites_stay_out(serve, headers):
+    server = serve(post("/echo", echo, Body, dialect=Dialect.OLLAMA))
+    assert server.http.post("/echo", content=b"{}", headers=headers).status_code == 200
+    assert server.http.post("/echo", content=b"a=1", headers=headers).status_code == 400
+    foreign = {**headers, "Origin": "https://elsewhere.example"}
+    assert server.http.post("/echo", content=b"{}", headers=foreign).status_code == 403
+
+
 def test_a_compressed_body_is_refused(serve):
     server = serve(post("/echo", echo, Body))
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}

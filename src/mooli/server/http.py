@@ -198,7 +198,7 @@ class _Exchange:
             with self._room.share() as share:
                 raw = await self._read_body(headers, share)
                 if raw or self._route.needs_body:
-                    _check_is_json(raw, headers)
+                    _check_is_json(raw, headers, self._route.dialect)
                     most = self._service.config.max_body_values
                     body, unsupported = await read_body(raw, self._route.body, self._route.unsupported, most)
                 else:
@@ -311,15 +311,17 @@ async def _end(task: asyncio.Future[None]) -> None:
         await task
 
 
-def _check_is_json(raw: bytes, headers: Mapping[str, str]) -> None:
+def _check_is_json(raw: bytes, headers: Mapping[str, str], dialect: Dialect) -> None:
     """Raises HttpError.
 
     The content type must be JSON's: a web page may send forms and plain text anywhere, but JSON only where CORS allows.
+    Of Ollama's clients many name another or none (`curl -d`, LiteLLM); pages of other sites are known by their Origin.
     """
     if not raw:
         raise HttpError(400, "This request needs a JSON object as its body.")
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
+    is_json = media_type == "application/json" or media_type.endswith("+json")
+    if not is_json and dialect is not Dialect.OLLAMA:
         raise HttpError(
             400,
             f"The content type is {media_type or 'missing'}, but only JSON is read here: send the header"
