@@ -250,6 +250,46 @@ def test_big_numbers_of_python_stay_as_they_are():
     assert calls_in(told) == [("get_weather", '{"n": 123456789012345678901234567890, "x": 0.1000}')]
 
 
+# -- by chance ---------------------------------------------------------------------------------------------------------
+SCRAPS = [
+    "get_weather", "now", "(", ")", "[", "]", "{", "}", "\"name\"", "\"arguments\"", "\"parameters\"", ":", ",", ";",
+    "\"", "\\", "\\u00", "e9", " ", "\n", "a", "é", "1", "-", ".", "true", "None", "=", "**", "'", "\"city\": \"Oslo\"",
+    "{\"name\": \"now\"", "to=functions.now", "<", "|", ">", "{}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "name"),
+    [(None, name) for name in NAMES]
+    + [("qwen3", "qwen"), ("gpt-oss", "gpt-oss"), ("gpt-oss", "qwen"), ("openpangu", "pangu")],
+)
+def test_texts_by_chance_are_read_the_same_whatever_the_cut(reasoning, name):
+    without_calls = PLAIN_TEXT if reasoning is None else REASONING_FORMATS[reasoning]
+    wire_format = MessageFormat(without_calls, CALL_FORMATS[name]).with_tools(TOOLS)
+    chance = random.Random(f"{reasoning} {name}")
+    scraps = [*SCRAPS, *wire_format.marker_tokens, *CALL_FORMATS[name].triggers(), FORMS[name].write([("now", "{}")])]
+    for _ in range(40):
+        text = "".join(chance.choices(scraps, k=chance.randint(1, 25)))
+        tail = chance.choice(["", "<think>\n", "[unused16]"])
+        expected = joined(read(wire_format.parser(tail), text))
+        places = range(1, len(text))
+        for cuts in (places, sorted(chance.sample(places, chance.randrange(len(text))))):
+            parts = read(wire_format.parser(tail), text, cuts)
+            assert joined(parts) == expected, text
+            at_once = wire_format.parser(tail)
+            lengths = [end - start for start, end in itertools.pairwise([0, *cuts, len(text)])]
+            whole = at_once.push(text, lengths) + at_once.flush()
+            assert [vars_of(part) for part in whole] == [vars_of(part) for part in parts], text
+        for _, arguments in calls_in(expected):
+            assert isinstance(json.loads(arguments), dict), text
+        if reasoning is None and not any(kind == "call_begin" for kind, _ in expected):
+            assert texts_in(expected) == text
+
+
+def vars_of(part: Part) -> tuple[str, str, int, int]:
+    return (part.kind, part.text, part.call, part.num_tokens)
+
+
 # -- gpt-oss -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("text", "expected"),
@@ -269,6 +309,8 @@ def test_big_numbers_of_python_stay_as_they_are():
             " to=functions.now<|message|>{}<|call|><|start|>assistant<|channel|>final<|message|>t",
             [*call("now", "{}"), *call("now", "{}"), ("text", "t")],
         ),
+        (" to=functions.now<|channel|>commentary json<|message|>{}<|call|>", call("now", "{}")),
+        ("to=be", [("text", "to=be")]),
         ("<|channel|>analysis to=functions.now code<|message|>{}<|call|>", call("now", "{}")),
         ("<|channel|>analysis to=python code<|message|>1+1<|call|>", [("reasoning", "1+1")]),
         ("<|channel|>commentary to=functions.now", []),

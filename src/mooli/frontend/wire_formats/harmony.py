@@ -123,13 +123,13 @@ class HarmonyParser:
         """Go on by one marker. Whether there may be another."""
         if self._kind is None:
             header, message, rest = self._held.partition(_MESSAGE)
-            if message:
+            if not _is_header(self._held.lstrip()):
+                self._kind = "text"  # a model that was tuned to write plain text
+            elif message:
                 self._is_call = self._passes_calls and _function(header) is not None
                 self._kind = "text" if self._is_call else _kind(header)
                 self._needs_line = not self._is_call and self._kind in self._told
                 self._tell(parts, self._kind, header.lstrip() + message if self._is_call else "", rest=rest)
-            elif not _is_header(self._held.lstrip()):
-                self._kind = "text"  # a model that was tuned to write plain text
             return self._kind is not None
         at, end = min(((at, end) for end in _ENDS if (at := self._held.find(end)) >= 0), default=(-1, ""))
         if at >= 0:
@@ -154,8 +154,8 @@ class HarmonyParser:
 
 
 def _is_header(text: str) -> bool:
-    """Whether `text` may be the beginning of one."""
-    return any(text.startswith(mark) or mark.startswith(text) for mark in (_CHANNEL, _START, _MESSAGE))
+    """Whether `text` may be the beginning of one. The prompt may have begun it, up to whom it is from."""
+    return any(text.startswith(mark) or mark.startswith(text) for mark in (_CHANNEL, _START, _MESSAGE, "to="))
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------
@@ -196,7 +196,11 @@ class HarmonyCallParser(CallParser):
     """See `CallParser`."""
 
     def _read(self) -> Waiting[None]:
-        while (yield from self._text_until(_START, _CHANNEL)):
+        yield from self._skip_spaces()  # a message may begin inside its header
+        begins_inside = bool((yield from self._skip("to=")))
+        self._at = 0
+        while begins_inside or (yield from self._text_until(_START, _CHANNEL)):
+            begins_inside = False
             end_of_trigger = self._at
             header = yield from self._until(_MESSAGE)
             name = None if header is None else _function(header)
