@@ -80,8 +80,10 @@ REASONING_PARSERS = (
 """Names of `reasoning_parser`, all but one of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""
 
 TOOL_CALL_PARSERS = (
-    "gpt-oss", "granite", "hermes", "json_list", "lfm2", "llama3", "mistral", "openpangu", "pangu",
-    "pythonic", "qwen", "qwen25",
+    "deepseekv3", "deepseekv31", "deepseekv32", "deepseekv4", "deepseekv41", "dots", "functiongemma", "gemma4",
+    "gigachat35", "glm", "glm45", "glm47", "gpt-oss", "granite", "hermes", "hunyuan", "hunyuan_a13b", "iquest_q1",
+    "json_list", "kimi_k2", "lfm2", "ling3", "llama3", "mimo", "minimax-m2", "mistral", "openpangu", "pangu",
+    "poolside_v1", "pythonic", "qwen", "qwen25", "qwen3_coder", "spark25", "step3", "step3p5",
 )  # fmt: skip
 """Names of `tool_call_parser`, most of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""
 

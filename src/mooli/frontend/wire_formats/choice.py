@@ -15,7 +15,9 @@ from mooli.frontend.parts import PLAIN_TEXT, Parser, Part, WireFormat
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tools import ToolSet
 from mooli.frontend.wire_formats.calls import CallFormat, pieces_of
+from mooli.frontend.wire_formats.gemma import GEMMA_FORMATS
 from mooli.frontend.wire_formats.harmony import Harmony, HarmonyCalls
+from mooli.frontend.wire_formats.headed_json import HEADED_FORMATS
 from mooli.frontend.wire_formats.hermes import Hermes
 from mooli.frontend.wire_formats.json_block import JsonBlock
 from mooli.frontend.wire_formats.json_list import JsonList
@@ -23,6 +25,7 @@ from mooli.frontend.wire_formats.llama3 import Llama3
 from mooli.frontend.wire_formats.mistral import Mistral
 from mooli.frontend.wire_formats.pythonic import Pythonic
 from mooli.frontend.wire_formats.reasoning import PANGU, REASONING_FORMATS, TOLD_BY_MARKERS, ReasoningPair
+from mooli.frontend.wire_formats.tagged_calls import TAGGED_FORMATS
 from mooli.types import Reasoning
 
 _FORMATS: tuple[CallFormat, ...] = (
@@ -40,7 +43,12 @@ _FORMATS: tuple[CallFormat, ...] = (
     Pythonic("pythonic", "<|python_start|>", "<|python_end|>", is_bare=True),
 )
 
-CALL_FORMATS: Mapping[str, CallFormat] = {call_format.name: call_format for call_format in _FORMATS}
+CALL_FORMATS: Mapping[str, CallFormat] = {
+    **{call_format.name: call_format for call_format in _FORMATS},
+    **TAGGED_FORMATS,
+    **HEADED_FORMATS,
+    **GEMMA_FORMATS,
+}
 """By the names that `tool_call_parser` takes."""
 
 _ENDED_BY_CALLS = ("qwen3", "glm45", "kimi_k2")
@@ -176,10 +184,16 @@ _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("openpangu", ("[unused9]", "<|tool_call_start|>")),
     ("pangu", ("[unused9]", "[unused11]")),
     ("lfm2", ("<|tool_call_start|>",)),
+    ("gigachat35", ("<\uff5cGCML\uff5ctool_calls>",)),
+    ("glm47", ("[gMASK]<sop>", "</arg_key><arg_value>")),
     ("glm47", ("[gMASK]<sop>", "'<tool_call>' + ")),
     ("glm45", ("[gMASK]<sop>",)),
-    ("hunyuan", ("<tool_calls>",)),
+    ("hunyuan", ("<tool_calls>", "<tool_sep>")),
+    ("hunyuan_a13b", ("<tool_calls>",)),
     ("step3", ("<steptml:invoke",)),
+    ("dots", ("<dots_function_call>",)),
+    ("iquest_q1", ("<iquest_tool_call>",)),
+    ("functiongemma", ("<start_function_call>",)),
     ("glm45", ("<arg_key>", "<arg_value>")),
     ("qwen3_coder", ("<function=", "<parameter=")),
     ("mistral", ("[TOOL_CALLS]",)),
