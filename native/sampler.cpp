@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace mooli {
@@ -41,13 +42,32 @@ void apply_penalties(float* x, int vocab, const SamplingRow& row, SamplerScratch
     if (row.bias_ids[i] >= 0 && row.bias_ids[i] < vocab) x[row.bias_ids[i]] += row.bias_values[i];
 }
 
-void apply_mask(float* x, int vocab, const uint32_t* allowed) {
+// 32 values of `x` where the bit of `word` is 1, else minus infinity. As integers, which every compiler makes vectors of.
+void copy_bits(const float* x, uint32_t word, float* out) {
+  constexpr uint32_t kBanned = 0xff800000u;
+  uint32_t values[32];
+  std::memcpy(values, x, sizeof(values));
+  constexpr uint32_t kBits[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  for (int i = 0; i < 32; i += 8, word >>= 8)
+    for (int j = 0; j < 8; j++) {
+      const uint32_t keep = 0u - uint32_t((word & kBits[j]) != 0);
+      values[i + j] = (values[i + j] & keep) | (kBanned & ~keep);
+    }
+  std::memcpy(out, values, sizeof(values));
+}
+
+// The values of `x` that are allowed, and minus infinity for all others, to `out`, which may be `x`.
+void copy_allowed(const float* x, int vocab, const uint32_t* allowed, float* out) {
   constexpr float kBanned = -std::numeric_limits<float>::infinity();
   for (int first = 0; first < vocab; first += 32, allowed++) {
     const int n = std::min(32, vocab - first);
-    if (*allowed == 0) std::fill_n(x + first, n, kBanned);
-    else if (*allowed != ~0u)
-      for (int i = 0; i < n; i++) x[first + i] = *allowed >> i & 1 ? x[first + i] : kBanned;
+    const uint32_t word = *allowed;
+    if (word == 0) std::fill_n(out + first, n, kBanned);
+    else if (word == ~0u) {
+      if (out != x) std::copy_n(x + first, n, out + first);
+    } else if (n == 32) copy_bits(x + first, word, out + first);
+    else
+      for (int i = 0; i < n; i++) out[first + i] = word >> i & 1 ? x[first + i] : kBanned;
   }
 }
 
@@ -164,9 +184,15 @@ int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingR
   if (best < 0) return -1;
   const float* x = logits;
   if (row.history_length > 0 || row.num_bias > 0 || row.allowed) {
-    scratch.logits.assign(logits, logits + vocab);
-    apply_penalties(scratch.logits.data(), vocab, row, scratch);
-    if (row.allowed) apply_mask(scratch.logits.data(), vocab, row.allowed);
+    scratch.logits.resize(size_t(vocab));
+    float* const changed = scratch.logits.data();
+    if (row.history_length > 0 || row.num_bias > 0) {
+      std::copy_n(logits, vocab, changed);
+      apply_penalties(changed, vocab, row, scratch);
+      if (row.allowed) copy_allowed(changed, vocab, row.allowed, changed);
+    } else {
+      copy_allowed(logits, vocab, row.allowed, changed);
+    }
     x = scratch.logits.data();
     best = k.argmax(x, vocab, &largest);
     if (best < 0) return -1;
@@ -179,8 +205,8 @@ int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingR
 LogprobRow logprob_row(const Kernels& k, const float* logits, int vocab, const uint32_t* allowed, int target, int num_top,
                        const std::vector<int>& ids, SamplerScratch& scratch) {
   if (allowed) {
-    scratch.logits.assign(logits, logits + vocab);
-    apply_mask(scratch.logits.data(), vocab, allowed);
+    scratch.logits.resize(size_t(vocab));
+    copy_allowed(logits, vocab, allowed, scratch.logits.data());
     logits = scratch.logits.data();
   }
   LogprobRow out{std::numeric_limits<float>::quiet_NaN(), {}, {}};
