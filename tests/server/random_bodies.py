@@ -153,6 +153,25 @@ def _ollama_generate(rng: Rng) -> dict[str, Any]:
     return _ollama(rng, {"prompt": _text(rng), **extra})
 
 
+def _responses(rng: Rng) -> dict[str, Any]:
+    function = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+    items = [
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": _text(rng)},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": _text(rng)}]},
+    ]
+    return {
+        "input": rng.choice([_text(rng), _messages(rng), [*_messages(rng), *items[: rng.randint(0, 3)]]]),
+        "max_output_tokens": rng.choice([1, 1, 2, 8]),
+        **_some(rng, {
+            "stream": lambda: True, "instructions": lambda: "be", "temperature": lambda: rng.random(),
+            "top_p": lambda: 0.5, "tools": lambda: [function, {"type": "web_search"}], "tool_choice": lambda: "none",
+            "include": lambda: ["message.output_text.logprobs"], "top_logprobs": lambda: rng.choice([0, 2]),
+            "reasoning": lambda: {"effort": "low", "summary": "auto"}, "store": lambda: False, "model": lambda: "m",
+        }),
+    }  # fmt: skip
+
+
 def _tokenize(rng: Rng) -> dict[str, Any]:
     given = rng.choice([{"prompt": _text(rng)}, {"prompt": [_text(rng)] * 2}, {"messages": _messages(rng)}])
     return {**given, **_some(rng, {"add_special_tokens": lambda: False})}
@@ -175,6 +194,8 @@ ROUTES: tuple[tuple[str, Callable[[Rng], dict[str, Any]]], ...] = (
     ("/v1/chat/completions", _chat),
     ("/v1/messages", _anthropic),
     ("/v1/messages", _anthropic),
+    ("/v1/responses", _responses),
+    ("/v1/responses", _responses),
     ("/v1/messages/count_tokens", _anthropic),
     ("/api/chat", _ollama_chat),
     ("/api/generate", _ollama_generate),

@@ -23,6 +23,7 @@ BODIES = [
     ("/v1/completions", {"model": "m", "prompt": PROMPT, "max_tokens": 500, "ignore_eos": True}),
     ("/v1/chat/completions", {"model": "m", "messages": MESSAGES, "max_tokens": 500, "ignore_eos": True}),
     ("/v1/messages", {"model": "m", "messages": MESSAGES, "max_tokens": 500}),
+    ("/v1/responses", {"input": PROMPT, "max_output_tokens": 500}),
 ]
 
 
@@ -147,6 +148,7 @@ def test_a_request_over_its_time_ends(live, stream):
         ("/generate", {"text": "a", "sampling_params": ENDLESS}, "data: [DONE]\n\n"),
         ("/v1/completions", {"model": "m", "prompt": "a", "max_tokens": 500, "ignore_eos": True}, "data: [DONE]\n\n"),
         ("/v1/messages", {"model": "m", "messages": MESSAGES, "max_tokens": 500}, "}}\n\n"),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 500}, "}}\n\n"),
     ],
 )
 def test_a_stream_is_told_that_the_engine_died(live, path, body, last):

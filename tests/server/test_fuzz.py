@@ -93,15 +93,22 @@ class Answers:
             self.faults.append(f"{path} {body[:300]!r}: {problem}: {status} {text[:300]}")
 
 
+LAST_EVENTS: dict[str, str | tuple[str, ...]] = {
+    "/v1/messages": "event: message_stop\n",
+    "/v1/responses": ("event: response.completed\n", "event: response.incomplete\n"),
+}
+"""How the last event of a stream begins, where it is no [DONE]."""
+
+
 def _problem(path: str, status: int, headers: Any, text: str) -> str | None:
     """What is wrong with an answer, if anything."""
     media_type = headers["content-type"].partition(";")[0]
     if status == 200:
         if media_type == "text/event-stream":
-            if '"error":' in text:
+            if '"error":{' in text:
                 return "a stream that failed"
-            is_whole = text.endswith('{"type":"message_stop"}\n\n' if path == "/v1/messages" else "data: [DONE]\n\n")
-            return None if is_whole else "a stream without an end"
+            last = text[text.rfind("\n\n", 0, -2) + 2 :]
+            return None if last.startswith(LAST_EVENTS.get(path, "data: [DONE]")) else "a stream without an end"
         if media_type == "application/x-ndjson":
             return None if json.loads(text.splitlines()[-1]).get("done") else "lines without an end"
         if path != "/abort_request":

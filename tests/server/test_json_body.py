@@ -24,6 +24,7 @@ from mooli.server.json_body import LONG_BODY_BYTES, MAX_DEPTH, read_body
 from mooli.server.native_generate import GenerateBody
 from mooli.server.openai_chat import ChatBody
 from mooli.server.openai_completions import CompletionBody
+from mooli.server.openai_responses import ResponsesBody
 from mooli.server.routing import LONG_VALUE, HttpError
 
 MIB = 2**20
@@ -97,6 +98,7 @@ def test_the_dearest_body_that_is_read_has_a_bound(field, value, num_values):
         ("/v1/completions", {"prompt": ["say>"]}, CompletionBody),
         ("/v1/chat/completions", {"messages": [user("hi")], "chat_template_kwargs": {"a": [1]}}, ChatBody),
         ("/v1/messages", {"model": "m", "max_tokens": 5, "messages": [user("hi")]}, MessagesBody),
+        ("/v1/responses", {"input": [user("hi")]}, ResponsesBody),
     ],
 )
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -208,6 +210,8 @@ NESTED = json.loads(nested(500))
         ("/tokenize", {"messages": [user("a")], "chat_template_kwargs": {"a": NESTED}}, None),
         ("/v1/messages", {"model": "m", "max_tokens": 1, "messages": [user("a")], "metadata": {"a": NESTED}}, None),
         ("/v1/messages", {"model": "m", "max_tokens": 1, "messages": [user("a")], "tools": NESTED}, None),
+        ("/v1/responses", {"input": [user("a")], "metadata": {"a": NESTED}}, None),
+        ("/v1/responses", {"input": [{"type": "function_call_output", "output": NESTED}]}, "input"),
         ("/abort_request", {"rid": NESTED}, None),
     ],
 )
@@ -250,6 +254,10 @@ PARTS = [{"type": "text", "text": "a"}] * 2
         ("/tokenize", {"messages": [user("a")], "chat_template_kwargs": {"a": [1] * 3}}, "chat_template_kwargs", 4),
         ("/v1/messages", {"model": "m", "max_tokens": 1, "messages": [user("a")] * 4}, "messages", 4),
         ("/v1/messages/count_tokens", {"model": "m", "messages": [user(PARTS)], "system": PARTS}, "messages", 5),
+        ("/v1/responses", {"input": [user("a")] * 4}, "input", 4),
+        ("/v1/responses", {"input": [user(PARTS)] * 2}, "input", 6),
+        ("/v1/responses", {"input": [{"type": "function_call_output", "output": PARTS}] * 2}, "input", 6),
+        ("/v1/responses", {"input": "a", "tools": [{"type": "x"}] * 4}, "tools", 4),
     ],
 )
 def test_long_lists_are_refused_by_name_and_number(server, path, body, name, count):
@@ -280,9 +288,9 @@ def test_too_many_values_are_a_413_that_says_how_many_are_read(server, path):
     assert "2000 values" in reply.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses"])
 def test_a_name_that_every_chunk_repeats_is_short(server, path):
-    body = {"model": "m" * 2000, "prompt": "a", "messages": [user("a")], "max_tokens": 1}
+    body = {"model": "m" * 2000, "prompt": "a", "messages": [user("a")], "max_tokens": 1, "input": "a"}
     assert refusal(server, path, body)["message"].startswith("model: ")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import msgspec
 import pytest
 from fake_engine import EOS, byte_tokenizer, fake_build
+from responses_stream import joined_responses
 from wire_formats import BracketFormat
 
 from mooli.config import EngineConfig
@@ -23,6 +25,7 @@ from mooli.server.launch import make_service
 from mooli.server.native_generate import GenerateBody, generate
 from mooli.server.openai_chat import ChatBody, chat_completions
 from mooli.server.openai_completions import CompletionBody, completions
+from mooli.server.openai_responses import LOGPROBS, ResponsesBody, create_response
 from mooli.server.routing import Client, EventStream, Incoming, Reply
 from mooli.server.service import Service
 from mooli.types import FinishReason, RequestOutput, TokenLogprobs
@@ -241,12 +244,23 @@ DIALECTS: dict[str, tuple[Any, ...]] = {
         ollama.generate, ollama.GenerateBody, {"prompt": "hi", "options": {"stop": "<c"}, "stream": False},
         {"stream": None}, joined_ollama, {},
     ),
+    "responses": (
+        create_response, ResponsesBody, {"input": "hi", "stop": ["<c"]}, {"stream": True}, joined_responses, {},
+    ),
+    "responses with log-probabilities": (
+        create_response, ResponsesBody,
+        {"input": "hi", "stop": ["<c"], "include": [LOGPROBS], "top_logprobs": 2, "reasoning": {"summary": "auto"}},
+        {"stream": True}, joined_responses, {},
+    ),
     "native": (generate, GenerateBody, NATIVE, {"stream": True}, last, {}),
     "native, incremental": (
         generate, GenerateBody, NATIVE, {"stream": True}, joined_native, {"incremental_streaming_output": True},
     ),
 }  # fmt: skip
 """Each a handler, its body, what makes it stream, what a client does with the events, and the engine's arguments."""
+
+
+RESPONSES = ("responses", "responses with log-probabilities")
 
 
 def said(answer: Any) -> Any:
@@ -260,6 +274,9 @@ def said(answer: Any) -> Any:
         return {**answer, "meta_info": meta}
     if "done" in answer:
         return {name: value for name, value in answer.items() if name != "created_at" and "duration" not in name}
+    if "output" in answer:  # ids of items are made of the answer's
+        output = [{**item, "id": re.sub("_.*", "_", item["id"])} for item in answer["output"]]
+        answer = {**answer, "output": output, "created_at": 0}
     return {name: value for name, value in answer.items() if name != "id"}
 
 
@@ -281,7 +298,7 @@ def test_a_joined_stream_is_the_whole_answer_whatever_the_cut(
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("name", ["chat with log-probabilities", "anthropic", "ollama chat"])
+@pytest.mark.parametrize("name", ["chat with log-probabilities", "anthropic", "ollama chat", *RESPONSES])
 def test_reasoning_and_calls_of_a_wire_format_have_the_dialect_s_shape(name):
     """The dialects write parts; which there are is the format's to say. All cuts of it are tried in test_parts."""
     handler, body_type, body, streaming, joined, _ = DIALECTS[name]
@@ -299,7 +316,7 @@ def test_reasoning_and_calls_of_a_wire_format_have_the_dialect_s_shape(name):
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("name", ["chat with log-probabilities", "anthropic", "ollama chat"])
+@pytest.mark.parametrize("name", ["chat with log-probabilities", "anthropic", "ollama chat", "responses"])
 @pytest.mark.parametrize("text", ["<think>m</think>\nt", "<think>\nm <", "<think></think>"])
 def test_a_joined_stream_with_reasoning_is_the_whole_answer(name, text):
     """A model's format: its markers cut by steps, white space, reasoning that does not end, and an empty one."""
@@ -333,6 +350,8 @@ def test_other_dialects_tell_the_text_as_it_is(name):
 
 
 def shown(answer: Any) -> Any:
+    if "output" in answer:
+        return answer["output"], answer["status"], answer["usage"]["output_tokens_details"]["reasoning_tokens"]
     if "message" in answer:
         return answer["message"], answer["done_reason"], len(answer["logprobs"])
     if "choices" not in answer:
@@ -341,6 +360,13 @@ def shown(answer: Any) -> Any:
     tokens = bytes(i for i in choice["token_ids"] if i != EOS)
     return choice["message"], choice["finish_reason"], tokens, answer["usage"]["reasoning_tokens"]
 
+
+LOGPROB_OF_T: dict[str, Any] = {
+    "token": "t", "bytes": [ord("t")], "logprob": -1.0 - ord("t"), "top_logprobs": [
+        {"token": "a", "bytes": [97], "logprob": -0.5},
+        {"token": "t", "bytes": [ord("t")], "logprob": -1.0 - ord("t")},
+    ],
+}  # fmt: skip
 
 EXPECTED: dict[str, Any] = {
     "ollama chat": (
@@ -364,4 +390,28 @@ EXPECTED: dict[str, Any] = {
         ],
         "tool_use",
     ),
+    **{
+        name: (
+            [
+                {
+                    "id": "rs_", "type": "reasoning", "status": "completed", "encrypted_content": None,
+                    "summary": [], "content": [{"type": "reasoning_text", "text": "m"}],
+                } if name == "responses" else {
+                    "id": "rs_", "type": "reasoning", "status": "completed", "encrypted_content": None,
+                    "summary": [{"type": "summary_text", "text": "m"}],
+                },
+                {
+                    "id": "msg_", "type": "message", "status": "completed", "role": "assistant", "content": [
+                        {"type": "output_text", "text": "t", "annotations": [], "logprobs": logprobs},
+                    ],
+                },
+                {
+                    "id": "fc_", "type": "function_call", "status": "completed", "call_id": "call_0", "name": "f",
+                    "arguments": "1",
+                },
+            ],
+            "completed", 3,
+        )
+        for name, logprobs in zip(RESPONSES, ([], [LOGPROB_OF_T]), strict=True)
+    },
 }  # fmt: skip

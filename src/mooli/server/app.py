@@ -29,6 +29,7 @@ from mooli.server import (
     openai_chat,
     openai_completions,
     openai_models,
+    openai_responses,
 )
 from mooli.server.http import Endpoint, RouteTable
 from mooli.server.json_body import BodyRoom
@@ -143,6 +144,7 @@ API_ROUTES: tuple[Route, ...] = (
     *openai_models.ROUTES,
     *openai_completions.ROUTES,
     *openai_chat.ROUTES,
+    *openai_responses.ROUTES,
     *anthropic.ROUTES,
     *infill.ROUTES,
     *ollama.ROUTES,

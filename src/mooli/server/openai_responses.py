@@ -1,0 +1,337 @@
+"""OpenAI's Responses API: POST /v1/responses, whole or as events.
+
+Owns its body, what of it is refused, and the way from it to an answer. Nothing is kept from one request to the next: a
+client sends its whole conversation, whose beginning is found in the cache. What items and tools mean is in
+`mooli.server.responses_items`, what an answer looks like in `mooli.server.responses_events`.
+
+Clients send more than is known here. A field that only its vendor can give a meaning changes nothing; what would leave
+a part of the conversation out is refused.
+
+Source: OpenAI API reference, responses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import msgspec
+
+from mooli.errors import BusyError
+from mooli.frontend.generation import Generation
+from mooli.frontend.inputs import CallInputs, GenerateCall
+from mooli.frontend.parts import Part, PartReader, WireFormat, parser_for
+from mooli.server.conversation import Conversation, open_conversation
+from mooli.server.errors import CONTEXT_LENGTH_EXCEEDED, is_for_client, problem_of
+from mooli.server.json_body import check_count
+from mooli.server.openai import require_tokenizer
+from mooli.server.openai_chat import chat_logprobs, effort_arguments
+from mooli.server.responses_events import ResponseWriter
+from mooli.server.responses_items import Item, read_messages, read_tools
+from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, ModelName, Reply, Route, sse
+from mooli.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+NAMES = {
+    "input_ids": "input", "messages": "input", "max_new_tokens": "max_output_tokens", "json_schema": "text.format",
+    "response_format": "text.format", "top_logprobs_num": "top_logprobs", "sampling_seed": "seed",
+}  # fmt: skip
+
+LOGPROBS = "message.output_text.logprobs"
+"""In `include`: log-probabilities of the words."""
+
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "stop",
+    "seed",
+)  # fmt: skip
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+class ResponsesBody(msgspec.Struct, kw_only=True):
+    """POST /v1/responses. Of what has no effect here the answer repeats what came: `store`, `truncation` (nothing is
+    cut), `metadata`, `max_tool_calls`, `prompt_cache_key` and the like, `verbosity` of `text`."""
+
+    input: str | list[Item]
+    model: ModelName | None = None
+    instructions: str | None = None
+    stream: bool | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_logprobs: int | None = None
+    tools: list[Item] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[str] | None = None
+    background: bool | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    prompt: Any = None
+    store: bool | None = None
+    metadata: Any = None
+    max_tool_calls: Any = None
+    prompt_cache_key: Any = None
+    safety_identifier: Any = None
+    user: Any = None
+    # Extensions, as chats have them
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+
+    @property
+    def has_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ())
+
+
+def _refuse(body: ResponsesBody) -> None:
+    """Raises HttpError (400) for what names a conversation, or a prompt, that only its vendor's server has."""
+    whole = "send the whole conversation as input: its beginning is found in the cache"
+    for name, why in (
+        ("previous_response_id", f"this server keeps no responses: {whole}"),
+        ("conversation", f"this server keeps no conversations: {whole}"),
+        ("prompt", "this server keeps no prompts: send instructions and input"),
+        ("background", "this server answers on the connection that asks: leave it out, or set stream"),
+    ):
+        if getattr(body, name):
+            raise HttpError(400, f"{name} is not supported, {why}", param=name)
+
+
+def _sampling(body: ResponsesBody) -> dict[str, Any]:
+    """Under native names; without the length, which the prompt's length decides. Raises HttpError."""
+    given = {name: getattr(body, name) for name in _SAMPLING}
+    form = (body.text or {}).get("format")
+    if form is not None:
+        given["json_schema"] = _schema(form)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _schema(form: Any) -> str | None:
+    """Of `text.format`; None for free text. A schema is always enforced, whatever `strict` says."""
+    kind = form.get("type") if isinstance(form, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return json.dumps({"type": "object"})
+    if kind != "json_schema":
+        shown = str(form if kind is None else kind)[:80]
+        raise HttpError(
+            400, f"text.format.type={shown!r} is none of text, json_object, json_schema", param="text.format"
+        )
+    if not isinstance(form.get("schema"), (dict, bool)):
+        raise HttpError(400, "text.format.schema must be a JSON schema, an object", param="text.format")
+    return json.dumps(form["schema"])
+
+
+def _template_arguments(body: ResponsesBody) -> dict[str, Any]:
+    """What the template is told of reasoning. Raises HttpError."""
+    effort = (body.reasoning or {}).get("effort")
+    return {} if effort is None else effort_arguments(effort, "reasoning.effort")
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+async def create_response(service: Service, request: Incoming) -> Reply | EventStream:
+    """Raises HttpError for a request that is wrong, RequestError, and what `Call.changes` raises."""
+    body: ResponsesBody = request.body
+    _refuse(body)
+    require_tokenizer(service)
+    check_count("input", _num_items(body.input), service.config.max_request_items)
+    check_count("tools", len(body.tools or ()), service.config.max_request_items)
+    offered = read_tools(body.tools or (), body.input, body.tool_choice, parallel=body.parallel_tool_calls is not False)
+    conversation = Conversation(
+        messages=read_messages(body.input, body.instructions),
+        tools=offered.tools,
+        template_arguments=_template_arguments(body),
+    )
+    opened = await open_conversation(service, conversation, {**_sampling(body), "n": 1})
+    response_id = f"resp_{uuid.uuid4().hex}"
+    call = GenerateCall(
+        input_ids=opened.input_ids,
+        sampling_params=_with_length(service, opened.sampling_params, len(opened.input_ids), body.max_output_tokens),
+        return_logprob=body.has_logprobs,
+        top_logprobs_num=body.top_logprobs if body.has_logprobs else None,
+        stream=bool(body.stream),
+        rid=response_id,
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+    )
+    inputs = await service.prepare(call, request.client.caller)
+    as_summary = bool((body.reasoning or {}).get("summary") or (body.reasoning or {}).get("generate_summary"))
+    writer = ResponseWriter(response_id, _echo(service, body, inputs), offered.called, as_summary=as_summary)
+    has_logprobs, wire_format = body.has_logprobs, opened.wire_format
+    del request, body, conversation, opened, call
+    if inputs.is_stream:
+        return EventStream(_events(service, inputs, wire_format, writer, has_logprobs))
+    with service.start(inputs, wire_format=wire_format) as answering:
+        await answering.wait()
+        answering.generations[0].raise_if_failed()
+        answer = _Answer(service, answering.generations[0], wire_format, writer, has_logprobs)
+        await answer.read()
+        return Reply(writer.response)
+
+
+def _num_items(items: str | list[Item]) -> int:
+    if isinstance(items, str):
+        return 1
+    contents = [item.get(name) for item in items for name in ("content", "output", "summary")]
+    return len(items) + sum(len(content) for content in contents if isinstance(content, list))
+
+
+def _with_length(
+    service: Service, params: Mapping[str, Any], prompt_tokens: int, max_output_tokens: int | None
+) -> dict[str, Any]:
+    """An answer that fills the context is incomplete, and no error. Without room for one the rules refuse the prompt
+    itself, with a better reason."""
+    if max_output_tokens is None:
+        return dict(params)
+    room = service.facts.context_length - prompt_tokens
+    return {**params, "max_new_tokens": min(max_output_tokens, room) if room > 0 else max_output_tokens}
+
+
+def _echo(service: Service, body: ResponsesBody, inputs: CallInputs) -> dict[str, Any]:
+    """What of a response repeats its request."""
+    sampling, reasoning = inputs.requests[0].sampling, body.reasoning or {}
+    return {
+        "created_at": int(time.time()),
+        "model": body.model or service.model_name,
+        "instructions": body.instructions,
+        "tools": body.tools or [],
+        "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_logprobs": body.top_logprobs or 0,
+        "text": {"format": {"type": "text"}, **(body.text or {})},
+        "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
+        "truncation": "disabled",
+        "background": False,
+        "store": False,
+        "previous_response_id": None,
+        "service_tier": "default",
+        "metadata": body.metadata or {},
+        "prompt_cache_key": body.prompt_cache_key,
+        "safety_identifier": body.safety_identifier,
+        "user": body.user,
+    }
+
+
+async def _events(
+    service: Service, inputs: CallInputs, wire_format: WireFormat, writer: ResponseWriter, has_logprobs: bool
+) -> AsyncIterator[bytes]:
+    """The stream begins with the first token: an error until then has a status of its own, one after that is an event
+    of this API."""
+    with service.start(inputs, wire_format=wire_format) as call:
+        answer = _Answer(service, call.generations[0], wire_format, writer, has_logprobs)
+        try:
+            async for _ in call.changes():
+                call.generations[0].raise_if_failed()
+                await answer.read()
+                said = _framed(writer)
+                if said:
+                    yield said
+        except Exception as exc:
+            if not answer.has_begun:
+                raise
+            if not is_for_client(exc):
+                logger.error("a response has failed while it was made", exc_info=exc)
+            answer.fail(exc)
+            yield _framed(writer)
+
+
+def _framed(writer: ResponseWriter) -> bytes:
+    return b"".join(sse(event, event=event["type"]) for event in writer.take())
+
+
+class _Answer:
+    """One sequence, read as a response."""
+
+    def __init__(
+        self,
+        service: Service,
+        generation: Generation,
+        wire_format: WireFormat,
+        writer: ResponseWriter,
+        has_logprobs: bool,
+    ) -> None:
+        self._tokenizer = require_tokenizer(service)
+        parser = parser_for(wire_format, generation.request, self._tokenizer)
+        self._reader = PartReader(generation, parser, stream_interval=service.engine_config.stream_interval)
+        self._threads = service.text_threads
+        self._generation = generation
+        self._writer = writer
+        self._has_logprobs = has_logprobs
+        self.has_begun = False
+
+    async def read(self) -> None:
+        """Write what is new. Raises HttpError for a sequence ended from outside: the API has no word for that."""
+        for part in self._reader.take():
+            if part.kind == "begin":
+                self._writer.begin()
+                self.has_begun = True
+            elif part.kind == "end":
+                finish = self._generation.finish
+                if finish is None or finish.type in ("abort", "error"):
+                    message = None if finish is None else finish.message
+                    raise HttpError(503, message or "The request was aborted.")
+                self._writer.end(self._usage(), is_cut=finish.type == "length")
+            else:
+                self._writer.add(part, await self._logprobs(part))
+
+    def fail(self, error: Exception) -> None:
+        problem = problem_of(error, Dialect.OPENAI, NAMES)
+        code = "server_error"
+        if problem.code == CONTEXT_LENGTH_EXCEEDED:
+            code = problem.code
+        elif isinstance(error, BusyError):
+            code = "rate_limit_exceeded"
+        elif problem.status < 500:
+            code = "invalid_prompt"
+        self._writer.fail(code, problem.message, self._usage())
+
+    async def _logprobs(self, part: Part) -> list[dict[str, Any]]:
+        if not self._has_logprobs or part.kind != "text" or not part.logprobs:
+            return []
+        num_entries = len(part.logprobs) * (1 + self._generation.request.num_top_logprobs)
+        shown = await self._threads.run(num_entries, lambda: chat_logprobs(self._tokenizer, part.logprobs))
+        content: list[dict[str, Any]] = shown["content"]
+        return content
+
+    def _usage(self) -> dict[str, Any]:
+        generation = self._generation
+        return {
+            "input_tokens": generation.prompt_tokens,
+            # Everything computed is cached, at no price.
+            "input_tokens_details": {"cached_tokens": generation.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": len(generation.output_ids),
+            "output_tokens_details": {"reasoning_tokens": self._reader.num_reasoning_tokens},
+            "total_tokens": generation.prompt_tokens + len(generation.output_ids),
+        }
+
+
+ROUTES = (
+    Route(
+        path="/v1/responses",
+        methods=("POST",),
+        handler=create_response,
+        access=Access.KEY,
+        dialect=Dialect.OPENAI,
+        summary="OpenAI's Responses API: what follows a conversation, as items",
+        body=ResponsesBody,
+        names=NAMES,
+        is_generation=True,
+    ),
+)
