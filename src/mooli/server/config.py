@@ -135,6 +135,12 @@ class ServerConfig(Arguments):
     stream_response_default_include_usage: bool = argument(
         False, "bool", "End OpenAI streams with the usage, asked for or not."
     )
+    enable_response_store: bool = argument(
+        False, "bool", "Keep what /v1/responses answers, in memory, for clients that go on from a response's id."
+    )
+    response_store_bytes: int = argument(
+        64 * 2**20, "size", "Most bytes of kept responses; those used least recently are let go.", low=2**16
+    )
     log_level_http: str | None = argument(
         None,
         "str",
@@ -252,6 +258,8 @@ class ServerConfig(Arguments):
             )
         if self.api_key is not None and self.admin_api_key == self.api_key:
             found.append("admin_api_key is the same as api_key: every client may call the administrative routes")
+        if self.response_store_bytes != type(self).response_store_bytes and not self.enable_response_store:
+            found.append("response_store_bytes has no effect without enable_response_store")
         for name in ("enable_metrics", "enable_cache_report"):
             if not getattr(self, name):
                 found.append(f"{name}=False has no effect: it is always on")

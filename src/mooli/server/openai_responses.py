@@ -1,8 +1,9 @@
 """OpenAI's Responses API: POST /v1/responses, whole or as events.
 
 Owns its body, what of it is refused, and the way from it to an answer. Nothing is kept from one request to the next: a
-client sends its whole conversation, whose beginning is found in the cache. What items and tools mean is in
-`mooli.server.responses_items`, what an answer looks like in `mooli.server.responses_events`.
+client sends its whole conversation, whose beginning is found in the cache. Only where the operator wants it are
+responses kept (`mooli.server.responses_kept`). What items and tools mean is in `mooli.server.responses_items`, what an
+answer looks like in `mooli.server.responses_events`.
 
 Clients send more than is known here. A field that only its vendor can give a meaning changes nothing; what would leave
 a part of the conversation out is refused.
@@ -25,6 +26,7 @@ from mooli.errors import BusyError
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part, PartReader, WireFormat, parser_for
+from mooli.server import responses_kept
 from mooli.server.conversation import Conversation, open_conversation
 from mooli.server.errors import CONTEXT_LENGTH_EXCEEDED, is_for_client, problem_of
 from mooli.server.json_body import check_count
@@ -32,6 +34,7 @@ from mooli.server.openai import require_tokenizer
 from mooli.server.openai_chat import chat_logprobs, effort_arguments
 from mooli.server.responses_events import ResponseWriter
 from mooli.server.responses_items import Item, read_messages, read_tools
+from mooli.server.responses_kept import NOTHING_KEPT, SEND_ALL, Keep, all_items, keeper
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, ModelName, Reply, Route, sse
 from mooli.server.service import Service
 
@@ -96,12 +99,14 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
         return LOGPROBS in (self.include or ())
 
 
-def _refuse(body: ResponsesBody) -> None:
+def _refuse(service: Service, body: ResponsesBody) -> None:
     """Raises HttpError (400) for what names a conversation, or a prompt, that only its vendor's server has."""
-    whole = "send the whole conversation as input: its beginning is found in the cache"
+    if body.previous_response_id and service.responses is None:
+        raise HttpError(
+            400, f"previous_response_id is not supported, {NOTHING_KEPT}: {SEND_ALL}", param="previous_response_id"
+        )
     for name, why in (
-        ("previous_response_id", f"this server keeps no responses: {whole}"),
-        ("conversation", f"this server keeps no conversations: {whole}"),
+        ("conversation", f"this server keeps no conversations: {SEND_ALL}"),
         ("prompt", "this server keeps no prompts: send instructions and input"),
         ("background", "this server answers on the connection that asks: leave it out, or set stream"),
     ):
@@ -145,13 +150,14 @@ def _template_arguments(body: ResponsesBody) -> dict[str, Any]:
 async def create_response(service: Service, request: Incoming) -> Reply | EventStream:
     """Raises HttpError for a request that is wrong, RequestError, and what `Call.changes` raises."""
     body: ResponsesBody = request.body
-    _refuse(body)
+    _refuse(service, body)
     require_tokenizer(service)
-    check_count("input", _num_items(body.input), service.config.max_request_items)
+    items = await all_items(service, request.client, body.input, body.previous_response_id)
+    check_count("input", _num_items(items), service.config.max_request_items)
     check_count("tools", len(body.tools or ()), service.config.max_request_items)
-    offered = read_tools(body.tools or (), body.input, body.tool_choice, parallel=body.parallel_tool_calls is not False)
+    offered = read_tools(body.tools or (), items, body.tool_choice, parallel=body.parallel_tool_calls is not False)
     conversation = Conversation(
-        messages=read_messages(body.input, body.instructions),
+        messages=read_messages(items, body.instructions),
         tools=offered.tools,
         template_arguments=_template_arguments(body),
     )
@@ -170,15 +176,19 @@ async def create_response(service: Service, request: Incoming) -> Reply | EventS
     inputs = await service.prepare(call, request.client.caller)
     as_summary = bool((body.reasoning or {}).get("summary") or (body.reasoning or {}).get("generate_summary"))
     writer = ResponseWriter(response_id, _echo(service, body, inputs), offered.called, as_summary=as_summary)
-    has_logprobs, wire_format = body.has_logprobs, opened.wire_format
-    del request, body, conversation, opened, call
+    has_logprobs, wire_format, keep = body.has_logprobs, opened.wire_format, None
+    if _is_kept(service, body):
+        keep = keeper(service, request.client, response_id, body.input, body.previous_response_id)
+    del request, body, items, conversation, opened, call
     if inputs.is_stream:
-        return EventStream(_events(service, inputs, wire_format, writer, has_logprobs))
+        return EventStream(_events(service, inputs, wire_format, writer, has_logprobs, keep))
     with service.start(inputs, wire_format=wire_format) as answering:
         await answering.wait()
         answering.generations[0].raise_if_failed()
         answer = _Answer(service, answering.generations[0], wire_format, writer, has_logprobs)
         await answer.read()
+        if keep is not None:
+            keep(writer.response)
         return Reply(writer.response)
 
 
@@ -200,6 +210,10 @@ def _with_length(
     return {**params, "max_new_tokens": min(max_output_tokens, room) if room > 0 else max_output_tokens}
 
 
+def _is_kept(service: Service, body: ResponsesBody) -> bool:
+    return service.responses is not None and body.store is not False
+
+
 def _echo(service: Service, body: ResponsesBody, inputs: CallInputs) -> dict[str, Any]:
     """What of a response repeats its request."""
     sampling, reasoning = inputs.requests[0].sampling, body.reasoning or {}
@@ -219,8 +233,8 @@ def _echo(service: Service, body: ResponsesBody, inputs: CallInputs) -> dict[str
         "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
         "truncation": "disabled",
         "background": False,
-        "store": False,
-        "previous_response_id": None,
+        "store": _is_kept(service, body),
+        "previous_response_id": body.previous_response_id,
         "service_tier": "default",
         "metadata": body.metadata or {},
         "prompt_cache_key": body.prompt_cache_key,
@@ -230,7 +244,12 @@ def _echo(service: Service, body: ResponsesBody, inputs: CallInputs) -> dict[str
 
 
 async def _events(
-    service: Service, inputs: CallInputs, wire_format: WireFormat, writer: ResponseWriter, has_logprobs: bool
+    service: Service,
+    inputs: CallInputs,
+    wire_format: WireFormat,
+    writer: ResponseWriter,
+    has_logprobs: bool,
+    keep: Keep | None,
 ) -> AsyncIterator[bytes]:
     """The stream begins with the first token: an error until then has a status of its own, one after that is an event
     of this API."""
@@ -240,6 +259,8 @@ async def _events(
             async for _ in call.changes():
                 call.generations[0].raise_if_failed()
                 await answer.read()
+                if answer.is_over and keep is not None:
+                    keep(writer.response)
                 said = _framed(writer)
                 if said:
                     yield said
@@ -275,6 +296,10 @@ class _Answer:
         self._writer = writer
         self._has_logprobs = has_logprobs
         self.has_begun = False
+
+    @property
+    def is_over(self) -> bool:
+        return self._reader.is_over
 
     async def read(self) -> None:
         """Write what is new. Raises HttpError for a sequence ended from outside: the API has no word for that."""
@@ -334,4 +359,5 @@ ROUTES = (
         names=NAMES,
         is_generation=True,
     ),
+    *responses_kept.ROUTES,
 )

@@ -37,6 +37,7 @@ from mooli.server.config import ServerConfig
 from mooli.server.keys import Key, KeyRing
 from mooli.server.logs import RequestLog, StepLog
 from mooli.server.metrics import Metrics
+from mooli.server.response_store import ResponseStore
 from mooli.server.work import SharedWork, TextThreads, num_chars
 from mooli.types import TokenBytes
 
@@ -97,6 +98,8 @@ class Service:
             max_sequences=self.max_open,
             max_stop_chars=config.max_stop_chars,
         )
+        self.responses = ResponseStore(config.response_store_bytes) if config.enable_response_store else None
+        """What was answered, for clients that ask again; None: nothing is kept."""
         self.text_threads = TextThreads()
         self.is_draining = False
         self.num_active = 0
