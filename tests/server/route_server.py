@@ -42,6 +42,13 @@ def post(path: str, handler: Callable[..., Awaitable[Any]], body: Any = None, **
     return Route(path=path, handler=handler, body=body, **values)
 
 
+def message_of(answer: httpx.Response) -> str:
+    """The words of an error, in any dialect."""
+    error = answer.json()["error"]
+    message: str = error if isinstance(error, str) else error["message"]
+    return message
+
+
 class RouteServer:
     """Serves `routes`. http: a client of it. counts: see `Counts`."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
@@ -15,7 +16,7 @@ from mooli.errors import (
     EngineDeadError,
     PromptError,
 )
-from mooli.server.routing import Access, Dialect, EventStream, Reply, sse
+from mooli.server.routing import JSON_LINES, Access, Dialect, EventStream, Reply, json_line, sse
 
 
 class Message(msgspec.Struct):
@@ -249,6 +250,18 @@ def test_a_stream_has_its_pieces_and_headers(serve):
     assert answer.headers["x-accel-buffering"] == "no"
 
 
+def test_a_stream_may_be_framed_in_another_way(serve):
+    async def handler(service, request) -> EventStream:
+        async def lines() -> AsyncIterator[bytes]:
+            yield json_line({"a": "1\n"})
+
+        return EventStream(lines(), JSON_LINES)
+
+    answer = serve(post("/stream", handler)).http.post("/stream")
+    assert answer.content == b'{"a":"1\\n"}\n'
+    assert answer.headers["content-type"] == "application/x-ndjson"
+
+
 def test_an_empty_stream_is_one(serve):
     answer = serve(post("/stream", streams())).http.post("/stream")
     assert (answer.status_code, answer.content) == (200, b"")
@@ -286,6 +299,7 @@ def test_an_error_before_the_first_piece_has_its_own_status(serve):
             Dialect.ANTHROPIC,
             sse({"type": "error", "error": {"type": "overloaded_error", "message": "died"}}, event="error"),
         ),
+        (Dialect.OLLAMA, b'{"error":"died"}\n'),
     ],
 )
 def test_an_error_after_the_first_piece_is_an_event(serve, dialect, event):
