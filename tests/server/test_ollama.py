@@ -307,7 +307,7 @@ def test_a_model_without_a_template_has_the_prompt_as_it_is(live):
         assert reply.status_code == 400 and "no chat template" in reply.json()["error"]
 
 
-@pytest.mark.parametrize("keep_alive", [None, 0, "0", "0s", "0.0m", "5m", -1, 300])
+@pytest.mark.parametrize("keep_alive", [None, "", 0, "0", "0s", "0.0m", "5m", "0.5h", -1, 300])
 def test_without_words_nothing_is_made(ask, client, keep_alive):
     reason = "unload" if keep_alive in (0, "0", "0s", "0.0m") else "load"
     chatted = client.chat("any", keep_alive=keep_alive)

@@ -60,7 +60,7 @@ ROLES = ("system", "user", "assistant", "tool")
 LEVELS = ("low", "medium", "high", "max")
 """Of `think`, which true and false say too."""
 
-_NO_TIME = re.compile(r"[+-]?0*\.?0*[a-zµ]*")
+_NO_TIME = re.compile(r"[+-]?0+(\.0*)?[a-zµ]*")
 """A duration of nothing: 0, 0s, 0.0m."""
 
 
