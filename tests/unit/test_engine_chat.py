@@ -89,7 +89,7 @@ def test_an_answer_can_be_held_to_a_form(make):
     ("arguments", "named"),
     [
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, r"tools\[0\]\.function\.name"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "find"}}}, "tool_choice names 'find'"),
+        ({"tools": TOOLS, "tool_choice": {"name": "find"}}, "tool_choice names 'find'"),
         ({"tool_choice": "required"}, "tools is empty"),
         ({"response_format": {"type": "yaml"}}, "response_format.type='yaml'"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}]},
@@ -110,9 +110,7 @@ def test_no_text_of_a_tool_or_an_argument_becomes_a_control_token(make):
         "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}|{% endfor %}a:"
     )
     sent: list[Any] = []
-    rules = engine._rules
-    engine._rules = type(
-        "Rules", (), {"prepare": lambda self, call: sent.append(call.input_ids) or rules.prepare(call)}
-    )()
+    prepare = engine._prepare
+    engine._prepare = lambda call, messages: sent.append(call.input_ids) or prepare(call, messages)
     engine.chat([USER, {"role": "assistant", "tool_calls": [call]}], {"max_new_tokens": 1}, tools=tools)
     assert EOS not in sent[0] and bytes(sent[0]).decode().count("<eos>") == 4

@@ -5,7 +5,7 @@ Owns the meaning of its arguments. Never runs a request, and never reads an answ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,12 @@ def chat_call(
     options: ChatOptions,
     arguments: Mapping[str, Any],
     context_length: int,
+    take_up: Callable[[list[int]], list[int]],
 ) -> tuple[dict[str, Any], WireFormat]:
     """Arguments of `GenerateCall` for a conversation or a list of them, and the format by which answers are read.
 
-    wire_format: the model's. arguments: of `GenerateCall`, with `sampling_params`. Raises RequestError for what is
+    wire_format: the model's. arguments: of `GenerateCall`, with `sampling_params`. take_up: puts own answers of before
+    into a prompt, in the tokens they were made of. Raises RequestError for what is
     wrong in them, and what `encode_chat` raises.
     """
     for name in ("prompt", "input_ids"):
@@ -61,6 +63,8 @@ def chat_call(
         wire_format = wire_format.continued
     is_batch = isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], (list, tuple))
     ids = [_ids(tokenizer, item, tools, options, context_length) for item in (messages if is_batch else [messages])]
+    if not options.continue_final_message:
+        ids = [take_up(item) for item in ids]
     form = response_format_params(options.response_format)
     given = arguments.get("sampling_params")
     params: Any = [_params(item, form, tools, wire_format) for item in (given if isinstance(given, list) else [given])]

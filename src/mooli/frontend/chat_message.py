@@ -5,6 +5,7 @@ Owns how parts become one. Never waits, and never changes a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mooli.frontend.generation import Generation
@@ -14,9 +15,17 @@ from mooli.frontend.tokenizer import Tokenizer
 
 class ChatMessage:
     """Of one sequence. Not thread-safe. wire_format: how the model writes reasoning and calls; the sequence's text must
-    show its marker tokens."""
+    show its marker tokens. on_end: called once, when the message has been read to its end."""
 
-    def __init__(self, generation: Generation, wire_format: WireFormat, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        wire_format: WireFormat,
+        tokenizer: Tokenizer,
+        on_end: Callable[[Generation], None] = lambda _: None,
+    ) -> None:
+        self._generation = generation
+        self._on_end: Callable[[Generation], None] | None = on_end
         self._reader = PartReader(generation, parser_for(wire_format, generation.request, tokenizer))
         self._texts = {"text": "", "reasoning": ""}
         self._calls: list[tuple[str, str]] = []
@@ -37,6 +46,9 @@ class ChatMessage:
                 self._arguments.append("")
             elif part.kind == "arguments":
                 self._arguments[-1] += part.text
+        if self._reader.is_over and self._on_end is not None:
+            self._on_end(self._generation)
+            self._on_end = None
         message: dict[str, Any] = {"role": "assistant", "content": self._texts["text"] or (None if self._calls else "")}
         if self._texts["reasoning"]:
             message["reasoning_content"] = self._texts["reasoning"]

@@ -23,9 +23,10 @@ from mooli.engine.build import Progress, build_engine
 from mooli.errors import ConfigError, PromptError
 from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
 from mooli.frontend.chat import ChatOptions, chat_call
-from mooli.frontend.generation import generations_of
+from mooli.frontend.generation import Generation, generations_of
 from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.native_answer import NativeAnswer, model_info, native_answers
+from mooli.frontend.own_answers import OwnAnswers
 from mooli.frontend.parts import WireFormat
 from mooli.frontend.text_side import check_preferred, input_rules, open_tokenizer, token_bytes, with_seed
 from mooli.frontend.tokenizer import Tokenizer
@@ -124,6 +125,7 @@ class Engine:
         self._core = built.core
         self._wire_format = open_wire_format(config, tokenizer)
         self._rules = input_rules(config, built.facts, tokenizer, self._wire_format)
+        self._own_answers = None if tokenizer is None or config.disable_radix_cache else OwnAnswers(tokenizer)
         self._loop = EngineLoop(built.core, built.facts, on_thread_start=built.bind_thread)
         if tokenizer is not None and config.grammar_backend != "none":
             wake = functools.partial(self._loop.wake, built.core.look_again)
@@ -279,7 +281,17 @@ class Engine:
                 advice="(skip_tokenizer_init=True leaves it out)",
             )
         context_length = self._facts.context_length
-        call, wire_format = chat_call(self._tokenizer, self._wire_format, messages, options, arguments, context_length)
+        owner = self._rules.namespace_of(arguments.get("cache_salt"))
+        own = self._own_answers
+        call, wire_format = chat_call(
+            self._tokenizer,
+            self._wire_format,
+            messages,
+            options,
+            arguments,
+            context_length,
+            take_up=list if own is None else functools.partial(own.taken_up, owner),
+        )
         return GenerateCall(**call), wire_format
 
     def _answer(self, call: GenerateCall, messages: WireFormat | None = None) -> Answer | list[Answer] | Stream:
@@ -297,6 +309,11 @@ class Engine:
             return stream_async(self._loop, answers, owner=self)
         results = await run_async(self._loop, answers)
         return results[0] if is_single else results
+
+    def _remember(self, generation: Generation) -> None:
+        """The answer to a conversation, for its next turn."""
+        if self._own_answers is not None:
+            self._own_answers.add(generation.request, generation.output_ids)
 
     def _prepare(self, call: GenerateCall, messages: WireFormat | None) -> tuple[list[NativeAnswer], bool]:
         """The answers of a checked call, none submitted yet, and whether it is for a dict rather than a list. messages:
@@ -317,6 +334,7 @@ class Engine:
             is_single=inputs.is_single,
             reasoning=self._wire_format if call.require_reasoning else None,
             messages=messages,
+            on_end=self._remember,
         )
         return answers, inputs.is_single
 

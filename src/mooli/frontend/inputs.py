@@ -166,7 +166,7 @@ class InputRules:
             )
         rows = _logprob_rows(call, size, is_batch, n)
         chosen = self._chosen_ids(rows)
-        namespace = self._namespace(call.cache_salt, caller.tenant)
+        namespace = self.namespace_of(call.cache_salt, caller.tenant)
         rank = 0 if call.priority is None else _index("priority", call.priority)
         if not -MAX_PRIORITY <= rank <= MAX_PRIORITY:
             raise RequestError(
@@ -406,8 +406,9 @@ class InputRules:
             "logprob_token_ids": chosen,
         }
 
-    def _namespace(self, salt: Any, tenant: str) -> str:
-        """Of equal length whatever the salt: it stays in the engine with its pages."""
+    def namespace_of(self, salt: Any, tenant: str = "") -> str:
+        """What of the cache a call with this salt shares; of equal length whatever the salt: it stays in the engine
+        with its pages. Raises RequestError."""
         if salt is not None and not isinstance(salt, str):
             raise RequestError(f"cache_salt must be a str, not {_type(salt)}", argument="cache_salt")
         if not salt and not tenant:

@@ -7,7 +7,7 @@ changes one.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,9 +185,10 @@ def native_answers(
     shows_prompt_ids: bool = False,
     reasoning: WireFormat | None = None,
     messages: WireFormat | None = None,
+    on_end: Callable[[Generation], None] = lambda _: None,
 ) -> list[NativeAnswer]:
     """One for each sequence of a call. is_single: of a single prompt, whose chunks have no index. messages: of a call
-    of conversations, the format by which their answers are read."""
+    of conversations, the format by which their answers are read; on_end: called of each of those that has been."""
     return [
         NativeAnswer(
             generation,
@@ -198,7 +199,9 @@ def native_answers(
             shows_token_texts=shows_token_texts,
             shows_prompt_ids=shows_prompt_ids,
             reasoning=reasoning,
-            message=None if messages is None or tokenizer is None else ChatMessage(generation, messages, tokenizer),
+            message=(
+                None if messages is None or tokenizer is None else ChatMessage(generation, messages, tokenizer, on_end)
+            ),
         )
         for index, generation in enumerate(generations)
     ]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -288,7 +289,8 @@ async def create_message(service: Service, request: Incoming) -> Reply | EventSt
     given = {**body.sampling_params(), "max_new_tokens": body.max_tokens, "n": 1}
     if body.thinking is not None and body.thinking.budget_tokens is not None and service.rules.has_reasoning:
         given["max_thinking_tokens"] = body.thinking.budget_tokens
-    ids, params, wire_format = await open_conversation(service, conversation(body, service), given)
+    told = replace(conversation(body, service), owner=service.owner_of(request.client.caller))
+    ids, params, wire_format = await open_conversation(service, told, given)
     room = service.facts.context_length - len(ids)
     if room > 0:  # otherwise the rules refuse the prompt itself, with a better reason
         params["max_new_tokens"] = min(body.max_tokens, room)

@@ -31,6 +31,8 @@ class Conversation:
         (`--chat-template-kwargs`) lie under them. `add_generation_prompt` may be among them.
     continues: the last message, the assistant's, is gone on with.
     tells_reasoning_apart: False reads reasoning as text, its markers too.
+    owner: whose own answers of before are gone on with in the tokens they were made of (`Service.owner_of`); None:
+        nobody's.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -38,6 +40,7 @@ class Conversation:
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     continues: bool = False
     tells_reasoning_apart: bool = True
+    owner: str | None = None
 
 
 class OpenedConversation(NamedTuple):
@@ -61,6 +64,8 @@ async def open_conversation(
     `Service.encode_chat` raises.
     """
     ids = await prompt_ids(service, conversation)
+    if conversation.owner is not None and service.own_answers is not None and not conversation.continues:
+        ids = service.own_answers.taken_up(conversation.owner, ids)
     wire_format = service.wire_format
     if not conversation.tells_reasoning_apart:
         wire_format = wire_format.without_reasoning

@@ -134,7 +134,9 @@ async def _prepare(
     given = sampling_params(body)
     if max_tokens is not None:
         given["max_new_tokens"] = max_tokens
-    opened = await open_conversation(service, conversation_of(service, body, tools), given)
+    owner = service.owner_of(client.caller, cache_salt(body))
+    conversation = replace(conversation_of(service, body, tools), owner=owner)
+    opened = await open_conversation(service, conversation, given)
     call = GenerateCall(
         input_ids=opened.input_ids,
         sampling_params=opened.sampling_params,

@@ -24,6 +24,7 @@ from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.generation import Generation, generations_of
 from mooli.frontend.infill import Infill, open_infill
 from mooli.frontend.inputs import NOBODY, Caller, CallInputs, GenerateCall, InputRules
+from mooli.frontend.own_answers import OwnAnswers
 from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
@@ -98,6 +99,8 @@ class Service:
             max_sequences=self.max_open,
             max_stop_chars=config.max_stop_chars,
         )
+        self.own_answers = None if tokenizer is None or engine_config.disable_radix_cache else OwnAnswers(tokenizer)
+        """Of conversations, for their next turns; None where nothing is found again anyway."""
         self.responses = ResponseStore(config.response_store_bytes) if config.enable_response_store else None
         """What was answered, for clients that ask again; None: nothing is kept."""
         self.text_threads = TextThreads()
@@ -154,6 +157,10 @@ class Service:
 
         given = (messages, template_arguments, [] if tools is None else tools.for_template())
         return await self.text_threads.run(num_chars(given), encode)
+
+    def owner_of(self, caller: Caller, cache_salt: str | None = None) -> str:
+        """Whose conversations share what is computed for them, in the cache and in `own_answers`."""
+        return self.rules.namespace_of(cache_salt, caller.tenant)
 
     def chat_sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Sampling parameters of a chat: those given over the model's own; what the operator prefers goes between."""
@@ -212,6 +219,8 @@ class Service:
             # The log first: it says that a request begins before anything is counted of it.
             listeners = [log for log in (self.request_log,) if log is not None]
             listeners.append(_Measured(self.metrics, is_stream=inputs.is_stream))
+        if self.own_answers is not None and wire_format is not PLAIN_TEXT:
+            listeners.append(_Remembered(self.own_answers))
         markers = wire_format.marker_tokens
         shown_ids = self.tokenizer.special_ids_of(markers) if self.tokenizer and markers else frozenset()
         generations = generations_of(inputs.requests, self.tokenizer, shown_ids=shown_ids)
@@ -246,6 +255,17 @@ class Service:
                 f"This key may have {most} sequences running and waiting at a time: try again when some have ended.",
                 retry_after_s=1,
             )
+
+
+class _Remembered(Listener):
+    """Tells of the answers to conversations."""
+
+    def __init__(self, answers: OwnAnswers) -> None:
+        self._answers = answers
+
+    def finished(self, generation: Generation, elapsed_s: float) -> None:
+        if generation.finish is not None:
+            self._answers.add(generation.request, generation.output_ids)
 
 
 class _Measured(Listener):
