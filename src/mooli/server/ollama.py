@@ -159,6 +159,7 @@ async def chat(service: Service, request: Incoming) -> Reply | EventStream:
         tools=read_tools(body.tools),
         template_arguments=_thinking(service, body),
         continues=messages[-1]["role"] == "assistant" and bool(messages[-1]["content"]),
+        owner=service.owner_of(request.client.caller),
     )
     opened = await open_conversation(service, conversation, _sampling(service, body))
     del conversation, messages
