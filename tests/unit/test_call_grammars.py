@@ -13,6 +13,7 @@ import pytest
 from call_forms import FORMS, Calls, Form
 from fake_engine import EOS, VOCAB_SIZE, byte_tokenizer
 
+from mooli.errors import GrammarError
 from mooli.frontend.parts import Part
 from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.choice import CALL_FORMATS
@@ -134,6 +135,50 @@ def test_what_the_tools_do_not_have_is_not_allowed(name, vocabulary):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_arguments_of_which_nothing_is_said_may_be_any(name, vocabulary):
+    form = FORMS[name]
+    matcher = matcher_of(name, ToolSet((Tool("f", parameters=ANY),)), vocabulary)
+    for arguments in ("{}", '{"a": 1}', '{"a": "it", "b": [true, {"c": null}]}'):
+        assert accepts(matcher, written(form, [("f", arguments)]).replace('[True, {"c": None}]', '[true, {"c": null}]'))
+    if not form.keeps_text:
+        assert accepts(matcher, form.write([("f", '{"a": "it", "b": true}')]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_arguments_that_a_schema_lists_are_written_unless_it_says_there_may_be_others(name, vocabulary):
+    form = FORMS[name]
+    listed = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for parameters, arguments, is_right in (
+        (listed, '{"a": 1}', True),
+        (listed, '{"b": 1}', False),
+        ({"properties": {}}, '{"b": 1}', False),
+        ({}, '{"b": 1}', True),
+    ):
+        matcher = matcher_of(name, ToolSet((Tool("f", parameters=parameters),)), vocabulary)
+        assert accepts(matcher, written(form, [("f", arguments)])) == is_right, parameters
+
+
+def test_what_cannot_be_told_key_by_key_is_one_object_in_python(vocabulary):
+    for parameters in (
+        {"properties": {"a b": {"type": "integer"}}},
+        {"required": ["a"], "additionalProperties": {"type": "integer"}},
+        {"anyOf": [{"properties": {"a": {"type": "integer"}}, "required": ["a"]}]},
+    ):
+        tools = ToolSet((Tool("f", parameters=parameters),))
+        matcher = matcher_of("pythonic", tools, vocabulary)
+        key = "a b" if "properties" in parameters else "a"
+        text = f'[f(**{{"{key}": 1}})]'
+        assert accepts(matcher, text) and read("pythonic", tools, text) == [("f", {key: 1})]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_schema_that_is_none_is_refused_where_it_is_compiled(name, vocabulary):
+    for parameters in ({"properties": [1]}, {"properties": {"a": {"type": "number", "minimum": "x"}}}):
+        with pytest.raises(GrammarError):
+            matcher_of(name, ToolSet((Tool("f", parameters=parameters),)), vocabulary)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_rest_of_a_grammar_follows_its_trigger(name, vocabulary):
     """What is constrained from a trigger on is what is forced from the beginning."""
     text = written(FORMS[name], [("now", "{}")])
@@ -183,9 +228,12 @@ def an_object(chance: random.Random, depth: int = 0) -> dict[str, Any]:
     return made
 
 
+ANY = {"type": "object"}
+
+
 def a_tool_set(chance: random.Random) -> ToolSet:
     names = chance.sample(["get_weather", "now", "a-b", "f", "get"], chance.randint(1, 3))
-    tools = tuple(Tool(name, parameters=an_object(chance) if chance.random() < 0.9 else None) for name in names)
+    tools = tuple(Tool(name, parameters=chance.choice([an_object(chance)] * 6 + [None, ANY])) for name in names)
     return ToolSet(tools, "required", parallel=chance.random() < 0.6)
 
 

@@ -461,8 +461,20 @@ def arguments_rules(tools: ToolSet) -> list[str]:
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """Of one that says nothing of its arguments: there are none."""
-    return without_options({"type": "object", **(tool.parameters or {"properties": {}, "additionalProperties": False})})
+    """What arguments are held to: without a schema none are allowed, and with one that lists them no others, unless it
+    says that there may be."""
+    schema = without_options({"type": "object", **({"properties": {}} if tool.parameters is None else tool.parameters)})
+    is_list = schema.keys() <= {
+        "type",
+        "properties",
+        "required",
+        "title",
+        "description",
+        "$schema",
+        "$defs",
+        "definitions",
+    }
+    return {**schema, "additionalProperties": False} if is_list and "properties" in schema else schema
 
 
 def object_call(key: str = "arguments", *, behind: str = "") -> Callable[[Tool, str], str]:

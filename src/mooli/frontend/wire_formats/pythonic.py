@@ -16,7 +16,7 @@ cannot be told key by key: then the arguments are written as `**{…}`. Sources:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,13 @@ _TOLD_KEY_BY_KEY = frozenset(
         "definitions",
     )
 )
+_ANY = (
+    r'any_keyword: /[A-Za-z_][A-Za-z0-9_]*/ "=" any_value',
+    r'any_value: "True" | "False" | "None" | ANY_TEXT | any_json',
+    r"ANY_TEXT: /'([^'\\\x00-\x1f]|\\['\\nrt])*'/",
+    f"any_json: {json_of({})}",
+)
+"""Arguments of which a schema says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,7 @@ class Pythonic:
                     for index, tool in enumerate(tools.tools)
                     for rule in _arguments_rules(tool, f"arguments_{index}")
                 ),
+                *_ANY,
             ]
         )
 
@@ -90,12 +98,16 @@ def _arguments_rules(tool: Tool, rule: str) -> list[str]:
     schema = arguments_schema(tool)
     properties = schema.get("properties", {})
     required = schema.get("required", [])
+    if schema.keys() <= {"type", "title", "description", "$schema"}:
+        return [f'{rule}: "" | any_keyword (", " any_keyword)*']
     is_plain = (
         schema.keys() <= _TOLD_KEY_BY_KEY
+        and isinstance(properties, Mapping)
+        and isinstance(required, Sequence)
         and all(_KEYWORD.fullmatch(key) and value is not False for key, value in properties.items())
-        and set(required) <= properties.keys()
+        and all(key in tuple(properties) for key in required)
     )
-    if not is_plain:
+    if not is_plain:  # or no schema: that is said where it is compiled
         return [f'{rule}: "**" {rule}_object', f"{rule}_object: {json_of(schema)}"]
     rules = [f"{rule}: {rule}_first_0"]
     for index, (key, value) in enumerate(properties.items()):
