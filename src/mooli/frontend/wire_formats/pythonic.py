@@ -16,7 +16,7 @@ cannot be told key by key: then the arguments are written as `**{…}`. Sources:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,10 +143,9 @@ class PythonicParser(CallParser):
 
     def _read(self) -> Waiting[None]:
         opening, closing = self._format.opening, self._format.closing
-        heads = [f"[{tool.name}(" for tool in self._tools.tools]
-        while trigger := (yield from self._text_until(opening, *heads)):
+        while trigger := (yield from self._text_until(opening, "[")):
             end_of_trigger = self._at
-            if trigger != opening:
+            if trigger == "[":
                 self._at -= len(trigger)
             elif (yield from self._object_calls(separators=",;", ends=(closing,))):
                 yield from self._skip_spaces()
@@ -154,11 +153,12 @@ class PythonicParser(CallParser):
                 continue
             else:
                 self._at = end_of_trigger
-            if not (yield from self._python_calls(closing)):
+            if not (yield from self._python_calls(bool if trigger == opening else self._is_function, closing)):
                 self._tell_text(end_of_trigger)
 
-    def _python_calls(self, closing: str) -> Waiting[bool]:
-        """A list of calls, and the marker behind it. Whether there was one; if not, nothing is told."""
+    def _python_calls(self, is_function: Callable[[str], bool], closing: str) -> Waiting[bool]:
+        """A list of calls, and the marker behind it. Whether there was one; if not, nothing is told. is_function:
+        whether the name of the first makes it one."""
         yield from self._skip_spaces()
         yield from self._skip("[")
         has_calls = False
@@ -166,7 +166,7 @@ class PythonicParser(CallParser):
             yield from self._skip_spaces()
             start = self._at
             name = yield from self._run_of(_NAME)
-            if not name or not (yield from self._skip("(")):
+            if not name or not (has_calls or is_function(name)) or not (yield from self._skip("(")):
                 self._at = start
                 break
             has_calls = True
