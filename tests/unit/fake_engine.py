@@ -34,7 +34,7 @@ NUM_PAGES = 200
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 
 
-def byte_tokenizer(template: str = TEMPLATE, markers: Sequence[str] = ()) -> Tokenizer:
+def byte_tokenizer(template: str | dict[str, str] = TEMPLATE, markers: Sequence[str] = ()) -> Tokenizer:
     """Id = byte, as a byte-level tokenizer has it; 256 ends a text, 257 is a special token without a meaning. markers:
     special tokens too, from 258 on."""
     alphabet = _byte_alphabet()

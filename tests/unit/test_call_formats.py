@@ -431,6 +431,7 @@ def test_ids_of_mistral_are_those_it_writes_or_as_its_templates_have_them():
         ("{{ tools }}<|tool_call_start|>", (), "lfm2"),
         ("{{ tools }}[unused9]", ("<|tool_call_start|>", "[unused11]"), "openpangu"),
         ("{{ tools }}[unused9]", ("[unused11]", "[unused12]"), "pangu"),
+        ({"default": "{{ messages }}", "tool_use": "{{ tools }}<tool_call>"}, (), "qwen"),
     ],
 )
 def test_the_format_is_found_in_the_template_or_in_the_vocabulary(template, markers, name):

@@ -67,6 +67,11 @@ class ChatTemplate:
         return self._sources["default"]
 
     @property
+    def source_with_tools(self) -> str:
+        """The text of the template that conversations with tools are written by."""
+        return self._sources.get("tool_use", self.source)
+
+    @property
     def has_tools(self) -> bool:
         """Whether it says anywhere which functions there are."""
         return any(re.search(r"\btools\b", source) for source in self._sources.values())

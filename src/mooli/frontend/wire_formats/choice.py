@@ -6,7 +6,6 @@ parsers: reasoning is read first, and what it calls text is read for calls. Know
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -151,16 +150,12 @@ def open_wire_format(config: EngineConfig, tokenizer: Tokenizer | None) -> WireF
     return MessageFormat(reasoning, _calls_of(config.tool_call_parser, tokenizer), fallback)
 
 
-def _template(tokenizer: Tokenizer) -> str:
-    return "" if tokenizer.chat_template is None else tokenizer.chat_template.source
-
-
 def _reasoning_of(name: str, tokenizer: Tokenizer) -> WireFormat:
     if name == "none":
         return PLAIN_TEXT
     if name != "auto":
         return REASONING_FORMATS[name]
-    template = _template(tokenizer)
+    template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
     if "[unused9]" in template:  # openPangu's turns; the markers are names that other vocabularies have as well
         return PANGU
     for has in (template.__contains__, tokenizer.has_added_token):
@@ -211,8 +206,8 @@ def _calls_of(name: str, tokenizer: Tokenizer) -> CallFormat | None:
         return None
     if name != "auto":
         return CALL_FORMATS[name]
-    template = _template(tokenizer)
-    if template and not re.search(r"\btools\b", template):
+    template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source_with_tools
+    if tokenizer.chat_template is not None and not tokenizer.chat_template.has_tools:
         return CALL_FORMATS["hermes"]  # so its conversations are told of tools: `mooli.frontend.tool_prompt`
     in_template = template.__contains__
     for has in (in_template, lambda marker: in_template(marker) or tokenizer.has_added_token(marker)):
