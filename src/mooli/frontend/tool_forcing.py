@@ -53,7 +53,7 @@ def tool_grammar(
             )
         return {}
     # Other triggers are words as well, and text would be cut short by them.
-    triggers = tuple(text for text in calls.triggers() if text in calls.marker_tokens)
+    triggers = tuple(text for text in calls.triggers() if text.startswith(calls.marker_tokens))
     if is_forced:
         return {CALLS: Calls(calls.calls_grammar(tools), True, triggers)}
     has_grammar = any(sampling_params.get(name) not in (None, "") for name in GRAMMARS)
