@@ -64,3 +64,70 @@ def test_forced_text_is_cut_as_the_tokenizer_cuts_it(engine):
     answer = engine.generate("x", {"ebnf": f"start: {json.dumps(text)}", "max_new_tokens": 60})
     assert answer["text"] == text
     assert len(answer["output_ids"]) <= len(tokenizer.encode(text, add_special_tokens=False)) + 2
+
+
+# -- behind reasoning, and calls ---------------------------------------------------------------------------------------
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+)
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {
+        "type": "object", "properties": properties, "required": [*properties], "additionalProperties": False,
+    }}}
+    for name, properties in (
+        ("weather", {"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer", "maximum": 9}}),
+        ("paint", {"tags": {"type": "array", "items": {"enum": ["red", "été"]}, "minItems": 1, "maxItems": 2}}),
+    )
+]  # fmt: skip
+ASKED = [{"role": "user", "content": "What is the weather in Oslo? In Oslo, the weather is </think>\n\n"}]
+
+
+def thinkers(**options):
+    return Engine(
+        model_path="demo",
+        max_total_tokens=4096,
+        random_seed=1,
+        chat_template=TEMPLATE,
+        reasoning_parser="qwen3",
+        **options,
+    )
+
+
+def asked_of(engine):
+    """Everything at once: forced calls, forms, bounds, with and without reasoning."""
+    answers = []
+    for thinks in (True, False):
+        params = [{"temperature": 1.5, "max_new_tokens": 70, "sampling_seed": seed} for seed in (1, 2)]
+        if thinks:
+            params = [{**item, "max_thinking_tokens": 4 + 9 * i} for i, item in enumerate(params)]
+        form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMAS[2]}}
+        for kind, held in (("call", {"tools": TOOLS, "tool_choice": "required"}), ("form", {"response_format": form})):
+            options = {"chat_template_kwargs": {"enable_thinking": thinks}, **held}
+            answers += [(thinks, kind, answer) for answer in engine.chat([ASKED, ASKED], params, **options)]
+    return answers
+
+
+@pytest.mark.slow
+def test_calls_and_forms_behind_reasoning_are_valid_and_the_same_whatever_is_guessed():
+    outputs = []
+    for guesses in ({"speculative_algorithm": "none"}, {"speculative_algorithm": "NGRAM"}):
+        with thinkers(**guesses) as engine:
+            answers = asked_of(engine)
+        outputs.append([answer["output_ids"] for _, _, answer in answers])
+    assert outputs[0] == outputs[1]
+    num_whole = 0
+    for thinks, kind, answer in answers:
+        message, finish = answer["message"], answer["meta_info"]["finish_reason"]["type"]
+        assert thinks == ("</think>" in answer["text"])
+        if finish != "stop":
+            continue
+        num_whole += 1
+        if kind == "form":
+            jsonschema.validate(json.loads(message["content"]), SCHEMAS[2])
+            continue
+        assert message["tool_calls"] and not message.get("content")
+        for call in message["tool_calls"]:
+            schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+            jsonschema.validate(json.loads(call["function"]["arguments"]), schemas[call["function"]["name"]])
+    assert num_whole >= 5

@@ -15,7 +15,7 @@ from mooli.frontend.parts import PLAIN_TEXT
 from mooli.frontend.sampling import parse_sampling_params
 from mooli.frontend.tool_forcing import tool_grammar
 from mooli.frontend.tools import Tool, ToolSet
-from mooli.frontend.wire_formats.choice import MessageFormat
+from mooli.frontend.wire_formats.choice import CALL_FORMATS, MessageFormat
 from mooli.frontend.wire_formats.hermes import Hermes
 from mooli.frontend.wire_formats.json_list import JsonList
 from mooli.frontend.wire_formats.reasoning import Harmony, ReasoningPair
@@ -229,6 +229,23 @@ def test_a_schema_of_a_tool_that_cannot_be_enforced_is_named(vocabulary):
     ):
         with pytest.raises(GrammarError, match=words):
             compiled(grammar, vocabulary)
+
+
+@pytest.mark.parametrize("name", sorted(CALL_FORMATS))
+def test_calls_of_every_format_can_be_forced_free_and_beside_a_grammar(vocabulary, name):
+    wire_format = MessageFormat(THINK, CALL_FORMATS[name], JsonList())
+    for choice, params, kind in (
+        ("required", {}, "calls"), ("auto", {}, "calls"), ("auto", {"regex": "xy"}, "regex")
+    ):  # fmt: skip
+        for parallel in (True, False):
+            found = tool_grammar(wire_format, ToolSet(STRICT, choice, parallel), params)
+            if not found:
+                assert choice == "auto" and not params, "a format whose calls begin as any text does"
+                continue
+            reasoning = None if choice == "auto" and not params else OPEN
+            made = held_to(vocabulary, Grammar(kind, "xy" if params else "", found["calls"], reasoning))
+            if choice == "auto":
+                assert accepts(made, *([] if reasoning is None else ["z", b"</think>", "\n"]), "xy")
 
 
 STRICT = (Tool("f", parameters=POINT, strict=True), TOOLS[1])
