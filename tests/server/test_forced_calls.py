@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -136,5 +137,24 @@ def test_a_bound_where_there_is_no_reasoning_is_refused():
     try:
         reply = server.http.post("/v1/completions", json={"prompt": "a", "max_thinking_tokens": 5})
         assert reply.status_code == 400 and "nothing is known of reasoning" in reply.json()["message"]
+    finally:
+        server.stop()
+
+
+def test_a_form_that_becomes_too_large_in_the_middle_is_the_sender_s_error(monkeypatch):
+    monkeypatch.setattr("mooli.grammar.language.MAX_LEXER_STATES", 60)
+    letters = random.Random(1).choices(b"ab", k=400)
+    server = LiveServer(lambda context: letters[len(context)])
+    body = {"messages": [{"role": "user", "content": "q"}], "regex": "(a|b)*a(a|b){9}x", "max_tokens": 100}
+    try:
+        reply = server.http.post(CHAT, json=body)
+        assert reply.status_code == 400, reply.text
+        assert "became too large" in reply.json()["message"]
+        lines = server.http.post(CHAT, json={**body, "stream": True}).text.splitlines()
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        said = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks[:-1])
+        assert said and set(said) <= {*"ab"}, "what there is of it is told"
+        assert "became too large" in chunks[-1]["error"]["message"] and chunks[-1]["error"]["code"] is None
+        assert chunks[-1]["error"]["type"] == "invalid_request_error"
     finally:
         server.stop()

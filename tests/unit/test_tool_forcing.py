@@ -271,6 +271,12 @@ def test_which_calls_are_enforced():
     assert made("required", wire_format=unknown).triggers == ()
     with pytest.raises(RequestError, match="there are none"):
         made("required", ())
+    deep: dict = {}
+    for _ in range(100_000):
+        deep = {"items": deep}
+    for wrong in (Tool("f", parameters=deep), Tool("\ud800"), Tool("f", parameters={"const": "a" * (1 << 20)})):
+        with pytest.raises(RequestError, match=r"^tools "):
+            made("required", (wrong,))
     with pytest.raises(RequestError, match="not known how this model writes calls"):
         made("required", wire_format=PLAIN_TEXT)
 
@@ -350,6 +356,35 @@ def test_half_a_character_is_finished_first_and_no_reasoning_has_no_bound():
     free = budget(0, MAYBE)
     free.advance(ids_of("hm<think>"))
     assert free.forced(1) == []
+
+
+HARMONY = Harmony().reasoning_ahead("<|start|>assistant<|channel|>analysis<|message|>")
+
+
+@pytest.mark.parametrize("reasoning", [OPEN, MAYBE, HARMONY], ids=["open", "maybe", "harmony"])
+def test_whatever_is_sampled_reasoning_ends_in_time(reasoning):
+    """Tokens at random of what is allowed, those that may end or begin reasoning more often."""
+    rng = random.Random(4)
+    likely = ids_of("<></think>|", b"<think>", b"\n", b"\xc3", "\xe9", b">\n\n")
+    for trial in range(60):
+        most = rng.randrange(12)
+        made = budget(most, reasoning)
+        written, num_inside = b"" if reasoning.is_open else reasoning.opening.encode(), 0
+        made.advance([*written])
+        for _ in range(60):
+            masks = np.zeros((1, -(-SIZE // 32)), np.uint32)
+            made.mask([], masks)
+            ids = np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little")[: SIZE - 1])
+            ids = ids if len(ids) == 1 or rng.random() < 0.3 else np.intersect1d(ids, likely)
+            token_id = int(rng.choice(ids))
+            assert made.forced(1) in ([], [token_id]) and made.num_allowed([token_id]) == 1
+            made.advance([token_id])
+            written += TOKENS[token_id]
+            if reasoning.closing.encode() in written:
+                break
+            num_inside += 1
+        assert reasoning.closing.encode() in written, written
+        assert num_inside <= most + 3 + len(reasoning.closing), (trial, most, written)
 
 
 def test_a_budget_and_a_grammar_hold_together(vocabulary):

@@ -22,7 +22,11 @@ from mooli.frontend.parts import WireFormat, prompt_tail
 from mooli.frontend.sampling import CALLS, GRAMMARS, REASONING
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tools import Tool, ToolSet
+from mooli.frontend.wire_formats.calls import CallFormat
 from mooli.types import Calls, Reasoning, Request
+
+MAX_RULES_CHARS = 1 << 20
+"""Of the rules for all tools of a request."""
 
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
@@ -55,12 +59,26 @@ def tool_grammar(
     # Other triggers are words as well, and text would be cut short by them.
     triggers = tuple(text for text in calls.triggers() if text.startswith(calls.marker_tokens))
     if is_forced:
-        return {CALLS: Calls(calls.calls_grammar(tools), True, triggers)}
+        return {CALLS: Calls(_rules(calls, tools), True, triggers)}
     has_grammar = any(sampling_params.get(name) not in (None, "") for name in GRAMMARS)
     if not tools.tools or not (has_grammar or (triggers and any(tool.strict for tool in tools.tools))):
         return {}
     loose = replace(tools, tools=tuple(map(_as_it_is_held, tools.tools)))
-    return {CALLS: Calls(calls.calls_grammar(loose), False, triggers)}
+    return {CALLS: Calls(_rules(calls, loose), False, triggers)}
+
+
+def _rules(calls: CallFormat, tools: ToolSet) -> str:
+    try:
+        rules = calls.calls_grammar(tools)
+        rules.encode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise RequestError(f"tools cannot be enforced: {exc}", argument="tools") from exc
+    if len(rules) > MAX_RULES_CHARS:
+        raise RequestError(
+            f"tools have schemas of {len(rules)} characters; calls can be held to at most {MAX_RULES_CHARS}",
+            argument="tools",
+        )
+    return rules
 
 
 def _as_it_is_held(tool: Tool) -> Tool:

@@ -77,7 +77,8 @@ def _checked(
 def _probed(matcher: llguidance.LLMatcher, start_ids: Sequence[int]) -> str:
     """Walk a few tokens into the language: what is only built there is built here, or fails here. What failed."""
     probe = matcher.deep_copy()
-    probe.consume_tokens(list(start_ids))
+    if start_ids and not probe.consume_tokens(list(start_ids)):
+        return ""  # a vocabulary that cannot write the texts around reasoning; nothing is wrong with the grammar
     for _ in range(PROBED_TOKENS):
         mask = np.frombuffer(probe.compute_bitmask(), np.uint8)
         if probe.is_stopped() or not mask.any():
