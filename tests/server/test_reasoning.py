@@ -13,6 +13,7 @@ from fake_engine import EOS, says
 from live import LiveServer
 
 from mooli.frontend.chat_template import ChatTemplate
+from mooli.frontend.parts import PLAIN_TEXT
 from mooli.frontend.wire_formats.reasoning import ReasoningPair
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
@@ -240,7 +241,7 @@ def test_generate_counts_reasoning_where_it_is_asked_to(thinker, stream):
 def test_a_model_without_reasoning(live):
     server = live(says("<think>a</think>b", after="assistant: "))
     server.prompts = []
-    assert server.service.wire_format.without_reasoning == server.service.wire_format
+    assert server.service.wire_format.without_calls is PLAIN_TEXT
     assert ask(server)["choices"][0]["message"]["content"] == "<think>a</think>b"
     assert server.http.get("/model_info").json()["reasoning_parser"] is None
     reply = server.http.post("/generate", json={"text": "x", "require_reasoning": True})
