@@ -216,7 +216,7 @@ def masks(model: Model, quick: bool) -> None:
 
 
 def steps(model: Model, quick: bool) -> None:
-    blocks, length = (1, 12) if quick else (5, 40)
+    blocks, length = (1, 12) if quick else (9, 24)
     times: dict[bool, list[list[float]]] = {False: [], True: []}
 
     def block(constrained: bool, seed: int) -> list[float]:

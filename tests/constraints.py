@@ -84,11 +84,12 @@ class Automaton:
 
 
 class Spelled:
-    """One id of half the vocabulary, then a run of ids that follows from it; and again."""
+    """One id of half the vocabulary, then a run of ids that follows from it; and again, for `length` ids or so."""
 
-    def __init__(self, vocab_size: int, seed: int) -> None:
+    def __init__(self, vocab_size: int, seed: int, length: int = 30) -> None:
         self._vocab_size = vocab_size
         self._seed = seed
+        self._length = length
 
     def allowed(self, output: Sequence[int]) -> NDArray[np.bool_]:
         ids = np.arange(self._vocab_size)
@@ -98,7 +99,7 @@ class Spelled:
         return ids == (output[-1] * 5 + place + self._seed) % self._vocab_size
 
     def has_ended(self, output: Sequence[int]) -> bool:
-        return len(output) >= 30 and self._place(output) == 0
+        return len(output) >= self._length and self._place(output) == 0
 
     def _place(self, output: Sequence[int]) -> int:
         """In a run, 0 between two. Runs have 3, 5 and 7 ids in turn."""

@@ -3,8 +3,9 @@
 Random mixes of batch, chunk size, cold and warm cache, pools so small that requests are preempted, shared prefixes in
 one batch, and guessed tokens in every other mix (200 as the file has the weights, 40 at 8 bits, 20 with
 a KV cache of 8 bits): each request's tokens and log-probabilities are those of the request run alone and cold. A third
-of the requests have a constraint, and of these the greedy ones give what decoding token by token gives, with logits
-from plain steps and the reference sampler. Nor does an answer depend on pages that were carried off as bytes and
+of the requests have a constraint, what it forces is computed at once in two mixes of three (and sometimes what it does
+not force), and the greedy ones give what decoding token by token gives, with logits from plain steps and the reference
+sampler. Nor does an answer depend on pages that were carried off as bytes and
 brought back elsewhere.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from constraints import Automaton, Even, NotTwice, Rule, RuleConstraint, words_of
+from constraints import Automaton, Bold, Even, NotTwice, Rule, RuleConstraint, Spelled, words_of
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, Limits
 from mooli.backends.reference_sampling import sample_row
@@ -29,7 +30,7 @@ from mooli.engine.core import EngineCore
 from mooli.models.loader import open_model
 from mooli.models.registry import create_model
 from mooli.runner.model_runner import ModelRunner
-from mooli.scheduler.drafts import DraftSettings
+from mooli.scheduler.drafts import DraftSettings, ForcedSettings
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import Request, RequestOutput, SamplingParams, TokenLogprobs
 from page_moves import Place
@@ -54,7 +55,13 @@ class RealModel:
     rules: list[Rule]
 
     def core(
-        self, *, num_pages: int, chunk: int, cache: KVCache | None = None, drafts: DraftSettings | None = None
+        self,
+        *,
+        num_pages: int,
+        chunk: int,
+        cache: KVCache | None = None,
+        drafts: DraftSettings | None = None,
+        forced: ForcedSettings | None = None,
     ) -> EngineCore:
         cache = cache or KVCache(num_pages, PAGE_SIZE)
         return EngineCore(
@@ -65,6 +72,7 @@ class RealModel:
                 context_length=num_pages * PAGE_SIZE,
                 vocab_size=self.vocab_size,
                 drafts=drafts,
+                forced=forced,
                 constraints=self.constraint,
             ),
             self.runner,
@@ -72,7 +80,9 @@ class RealModel:
 
     def constraint(self, request: Request) -> RuleConstraint | None:
         rule = self.rule(request)
-        return None if rule is None else RuleConstraint(rule)
+        if rule is None:
+            return None
+        return Bold(rule) if int(request.rid) % 2 else RuleConstraint(rule)
 
     def rule(self, request: Request) -> Rule | None:
         """What every third request has to keep to."""
@@ -108,7 +118,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
     backend.allocate(kv_spec, NUM_PAGES, Limits(MAX_TOKENS, 8, NUM_PAGES))
     runner = ModelRunner(built, backend, config.vocab_size)
     size = config.vocab_size
-    rules: list[Rule] = [Even(size), NotTwice(size), Automaton(size, 1), Automaton(size, 2)]
+    rules: list[Rule] = [Even(size), Spelled(size, 1, 1000), Automaton(size, 1), NotTwice(size), Automaton(size, 2)]
     yield RealModel(runner, backend, size, *MIXES[kind], rules)
     backend.close()
 
@@ -121,8 +131,8 @@ def requests(vocab_size: int) -> list[Request]:
     for index in range(24):
         prompt = heads[index % 3] + [draw.randrange(vocab_size) for _ in range(draw.choice([1, 3, 17, 30]))]
         sampling = SamplingParams(
-            # long outputs of short prompts are what a small pool has to preempt
-            max_new_tokens=75 if index % 6 == 0 else draw.choice([1, 4, 9]),
+            # long outputs of short prompts are what a small pool has to preempt; 5 and 20 have forced runs
+            max_new_tokens=75 if index % 6 == 0 else max(draw.choice([1, 4, 9]), 24 * (index % 15 == 5)),
             temperature=draw.choice([0.0, 0.0, 1.0]),
             top_p=draw.choice([1.0, 0.9]),
             repetition_penalty=draw.choice([1.0, 1.2]),
@@ -166,7 +176,7 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
 
     long = [r for r in every if r.sampling.max_new_tokens == 75]
     draw = random.Random(model.seed)
-    cached = preempted = right = wrong = 0
+    cached = preempted = right = wrong = num_forced = 0
     cache: KVCache | None = None
     for mix in range(model.num_mixes):
         wanted = draw.sample(every, draw.randint(1, 4))
@@ -177,7 +187,8 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
             cache = KVCache(num_pages, PAGE_SIZE, draw.random() < 0.85)  # otherwise warm from the mix before
         chunk = draw.choice([4, 20, 50, MAX_TOKENS])
         drafts = DraftSettings(*((4, 8, 2, 12) if mix % 4 == 1 else (8, 16, 1, 3))) if mix % 2 else None
-        core = model.core(num_pages=num_pages, chunk=chunk, cache=cache, drafts=drafts)
+        forced = ForcedSettings(1 + mix % 12, 5 + mix % 30) if mix % 3 else None
+        core = model.core(num_pages=num_pages, chunk=chunk, cache=cache, drafts=drafts, forced=forced)
         answers = run(core, wanted, draw)
         for request in wanted:
             assert answers[request.rid] == alone[request.rid], f"request {request.rid} in mix {mix}"
@@ -186,10 +197,12 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
         preempted += stats["preemptions"]
         right += stats["correct_drafts"]
         wrong += stats["proposed_drafts"] - stats["correct_drafts"]
+        num_forced += stats["forced_tokens"]
     least = 10 if model.num_mixes >= 40 else 5  # a mix, on average: few mixes have shared less
     assert cached > least * model.num_mixes, "the mixes must reuse what others computed"
     assert min(right, wrong) > model.num_mixes, "the mixes must have right and wrong guesses"
     assert preempted >= model.num_mixes // 20, "the mixes must preempt"
+    assert num_forced > model.num_mixes, "the mixes must have forced runs"
 
 
 def decode(model: RealModel, request: Request) -> list[int]:
@@ -220,19 +233,26 @@ def test_constrained_requests_answer_as_they_do_token_by_token(model: RealModel)
         wanted.append(Request(rid=str(rid), prompt_ids=np.array(prompt, np.int32), sampling=sampling))
     expected = {request.rid: decode(model, request) for request in wanted}
     device = model.backend._device  # type: ignore[attr-defined]
-    preempted = right = 0
+    preempted = right = num_forced = 0
     guesses = DraftSettings(8, 32, 1, 8)
-    for num_pages, chunk, drafts in ((NUM_PAGES, MAX_TOKENS, None), (5, 20, guesses), (5, 50, None)):
+    runs = ForcedSettings(12, 24)
+    for num_pages, chunk, drafts, forced in (
+        (NUM_PAGES, MAX_TOKENS, None, None),
+        (5, 20, guesses, runs),
+        (NUM_PAGES, 50, None, runs),
+        (5, 50, None, None),
+    ):
         num_begun = device.num_begun_steps
-        core = model.core(num_pages=num_pages, chunk=chunk, drafts=drafts)
+        core = model.core(num_pages=num_pages, chunk=chunk, drafts=drafts, forced=forced)
         answers = run(core, wanted)
         assert {rid: answer[0] for rid, answer in answers.items()} == expected
         stats = core.stats()
         preempted += stats["preemptions"]
         right += stats["correct_drafts"]
+        num_forced += stats["forced_tokens"]
         if drafts is None and device.num_threads > 1:
             assert device.num_begun_steps > num_begun, "steps begin before their masks are known"
-    assert preempted and right, (preempted, right)
+    assert preempted and right and num_forced > 40, (preempted, right, num_forced)
 
 
 def test_sequences_whose_pages_are_carried_off_and_back_answer_as_if_they_had_stayed(model: RealModel) -> None:
