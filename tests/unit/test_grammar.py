@@ -101,6 +101,36 @@ STRUCTURES = {
              "tags": [{"begin": "[", "content": {"type": "const_string", "value": "x"}, "end": "]"}]}},
             ["[x]", "[x],[x]"], ["", "[x],"],
         ),
+        (
+            "structural_tag",
+            {"format": {"type": "tags_with_separator", "separator": ",", "stop_after_first": True,
+             "tags": [{"begin": "[", "content": {"type": "const_string", "value": "x"}, "end": "]"}]}},
+            ["[x]", ""], ["[x],[x]"],
+        ),
+        (
+            "structural_tag",
+            {"format": {"type": "sequence", "elements": [
+                {"type": "tag", "begin": "<a>", "end": "</a>", "content": {"type": "any_text"}},
+                {"type": "const_string", "value": "!"}]}},
+            ["<a></a>!", "<a>b < c\n</b></a>!"], ["<a>b!", "<a>b</a>c</a>!"],
+        ),
+        (
+            "structural_tag",
+            {"format": {"type": "repeat", "min": 2, "max": 3, "content": {"type": "const_string", "value": "ab"}}},
+            ["abab", "ababab"], ["ab", "abababab"],
+        ),
+        (
+            "structural_tag",
+            {"format": {"type": "repeat", "min": 2, "content": {"type": "regex", "pattern": "[ab]"}}},
+            ["ab", "abbbba"], ["a", ""],
+        ),
+        (
+            "structural_tag",
+            {"format": {"type": "sequence", "elements": [
+                {"type": "grammar", "grammar": 'root ::= "a" [0-9]+ tail\ntail ::= "!" | "?"'},
+                {"type": "grammar", "grammar": 'start: "x" B // }\nB: /[0-9]/'}]}},
+            ["a1!x2", "a22?x0"], ["a!x2", "a1!", "a1!x"],
+        ),
     ],
 )  # fmt: skip
 def test_what_each_kind_allows(vocabulary, kind, text, right, wrong):
@@ -132,10 +162,14 @@ def test_what_each_kind_allows(vocabulary, kind, text, right, wrong):
         ("ebnf", "root ::= nothing", "nothing"),
         ("structural_tag", {"a": 1}, "neither format"),
         ("structural_tag", {"format": {"type": "dispatch"}}, "format.type='dispatch' is not supported"),
+        ("structural_tag", {"format": {"type": "qwen_xml_parameter"}}, "format.type='qwen_xml_parameter' is not"),
+        ("structural_tag", {"format": {"type": "token", "token": 5}}, "format.type='token' is not supported"),
+        ("structural_tag", {"format": {"type": "any_text", "excludes": ["x"]}}, "format.excludes cannot be enforced"),
+        ("structural_tag", {"format": {"type": "grammar", "grammar": "start: nothing"}}, "nothing"),
         (
             "structural_tag",
-            {"format": {"type": "tag", "begin": "a", "end": "b", "content": {"type": "any_text"}}},
-            "any",
+            {"format": {"type": "repeat", "min": 3, "max": 2, "content": {"type": "any_text"}}},
+            "repeats from min=3 and max=2",
         ),
         ("structural_tag", {"structures": [{"begin": "x", "end": "y"}], "triggers": ["<"]}, "begins with no trigger"),
         ("structural_tag", {"structures": [{"end": "y"}], "triggers": ["<"]}, r"structures\[0\].begin must be a text"),
@@ -442,3 +476,38 @@ def test_whatever_is_sampled_is_of_its_schema(fake):
             num_finished += 1
             check(schema, json.loads(answer["text"]))
     assert num_finished > 30
+
+
+PIECES = (
+    '{" ": ", " "} "}, [" "] ": first name first_name created _at max un unit cel cels celsius low true null value kind'
+)
+
+
+@pytest.mark.slow
+def test_what_is_forced_is_all_that_masks_allow_and_no_mask_depends_on_how_its_place_was_reached():
+    """One constraint goes run by run, the other token by token. Tokens overlap: a run can be cut in many ways."""
+    tokens = [bytes([byte]) for byte in range(256)] + [piece.encode() for piece in PIECES.split()] + [b"<|end|>"]
+    size = len(tokens)
+    opened = open_vocabulary(TokenBytes(tokens, [size - 1], [size - 1], []), size)
+    rng, num_forced = random.Random(4), 0
+    for _ in range(60):
+        schema = json.dumps(random_schema(rng))
+        by_run, by_token = constraint(opened, "json_schema", schema), constraint(opened, "json_schema", schema)
+        for _ in range(40):
+            run = list(by_run.forced(8))
+            num_forced += len(run)
+            masks = np.zeros((1 + len(run), -(-size // 32)), np.uint32)
+            by_run.mask(run, masks)
+            for place, mask in enumerate(masks):
+                ids = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+                token_id = run[place] if place < len(run) else rng.choice(ids)
+                assert place == len(run) or ids == [token_id]
+                alone = np.zeros((1, len(mask)), np.uint32)
+                by_token.mask((), alone)
+                assert alone[0].tolist() == mask.tolist()
+                by_token.advance([token_id])
+            by_run.advance([*run, token_id])
+            assert by_run.has_ended == by_token.has_ended
+            if by_run.has_ended:
+                break
+    assert num_forced > 500

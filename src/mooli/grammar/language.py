@@ -200,6 +200,11 @@ def _ebnf(text: str) -> str:
         raise GrammarError(f"ebnf: {exc}") from exc
 
 
+def _lark(text: str) -> str:
+    """A grammar as part of another: without the line of options that only a whole one has."""
+    return _ebnf(text).removeprefix("%llguidance {}")
+
+
 def _structural_tag(text: str) -> str:
     import llguidance
 
@@ -241,14 +246,26 @@ class _TagWriter:
         if not isinstance(form, dict):
             raise GrammarError(f"structural_tag: {where} is {_short(form)}, not an object with a type")
         kind = form.get("type")
+        if form.get("excludes"):
+            raise GrammarError(f"structural_tag: {where}.excludes cannot be enforced: leave it out")
         if kind == "const_string":
             return _quoted(_field(form, "value", where))
         if kind == "json_schema":
             return self._rule(json_of(_schema(form.get("json_schema", True))))
         if kind == "regex":
             return self._rule("/" + _field(form, "pattern", where).replace("/", r"\/") + "/")
+        if kind == "grammar":
+            # The brace that ends it stands in a line of its own, as the last one may be a comment.
+            return self._rule(f"%lark {{\n{_lark(_field(form, 'grammar', where))}\n}}")
         if kind == "any_text":
             return "TEXT"
+        if kind == "repeat":
+            least, most = form.get("min", 0), form.get("max", -1)
+            if not _is_count(least) or not (most in (None, -1) or (_is_count(most) and most >= max(1, least))):
+                given = f"min={_short(least)} and max={_short(most)}"
+                raise GrammarError(f"structural_tag: {where} repeats from {given}; max: -1 for any number")
+            times = f"{least},{'' if most in (None, -1) else most}"
+            return self._rule(f"({self.expression(form.get('content'), f'{where}.content')}){{{times}}}")
         if kind in ("sequence", "or"):
             elements = _list(form, "elements", where)
             if not elements:
@@ -260,7 +277,7 @@ class _TagWriter:
             return self._rule(f"({self.expression(form.get('content'), f'{where}.content')}){mark}")
         if kind == "tag":
             begin = _quoted(_field(form, "begin", where), " ")
-            return self._rule(f"{begin}{self._content(form, where)}{_quoted(_field(form, 'end', where))}" or '""')
+            return self._rule(f"{begin}{self._content(form, where)}" or '""')
         if kind == "triggered_tags":
             return self._triggered(form, where)
         if kind == "tags_with_separator":
@@ -269,15 +286,17 @@ class _TagWriter:
             ]
             one = self._rule(" | ".join(tags))
             many = self._rule(f"{one} ({_quoted(_field(form, 'separator', where), ' ')}{one})*")
-            return many if form.get("at_least_one") else f"({many})?"
+            some = one if form.get("stop_after_first") else many
+            return some if form.get("at_least_one") else f"({some})?"
         raise GrammarError(f"structural_tag: {where}.type={_short(kind)} is not supported")
 
     def _content(self, form: Mapping[str, Any], where: str) -> str:
-        """What is inside a tag. Any text there ends with the first end of the tag, so that this must not follow."""
-        content = form.get("content")
-        if isinstance(content, dict) and content.get("type") == "any_text":
-            raise GrammarError(f"structural_tag: {where}.content of type any_text is not supported")
-        return self.expression(content, f"{where}.content") + " "
+        """What is inside a tag, and its end. Any text there ends with the first end of the tag."""
+        content, end = form.get("content"), _quoted(_field(form, "end", where))
+        inside = self.expression(content, f"{where}.content")
+        if inside == "TEXT" and end:
+            return self._rule(f"TEXT {end}", "[lazy]")
+        return f"{inside} {end}"
 
     def _triggered(self, form: Mapping[str, Any], where: str) -> str:
         """Free text up to a trigger, from where on one of its tags is enforced; and again."""
@@ -334,6 +353,10 @@ def _field(form: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise GrammarError(f"structural_tag: {where}.{name} must be a text, not {_short(value)}")
     return value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _quoted(text: str, then: str = "") -> str:
