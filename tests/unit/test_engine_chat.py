@@ -57,7 +57,7 @@ def test_streams_batches_and_samples_have_messages(make):
     assert chunks[0]["message"] == {"role": "assistant", "content": ""}
     messages = [chunk["message"] for chunk in chunks if "tool_calls" in chunk["message"]]
     arguments = [message["tool_calls"][0]["function"]["arguments"] for message in messages]
-    assert len(set(arguments)) > 3 and all(text.startswith(before) for before, text in pairwise(arguments))
+    assert all(text.startswith(before) for before, text in pairwise(arguments))
     assert json.loads(arguments[-1]) == {"at": "é"}
     both = engine.chat([[USER], [USER]], [GREEDY, GREEDY], tools=TOOLS)
     assert [len(answer["message"]["tool_calls"]) for answer in both] == [1, 1]

@@ -36,7 +36,7 @@ POINT = {
 THINK = ReasoningPair("qwen3", "<think>", "</think>")
 FORMAT = MessageFormat(THINK, Hermes("hermes"), JsonList())
 OPEN, MAYBE = Reasoning("<think>", "</think>", True), Reasoning("<think>", "</think>", False)
-CALL = '<tool_call>\n{"name": "f", "arguments": {"a":1}}\n</tool_call>'
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 TOOLS = (Tool("f", parameters=POINT), Tool("g", parameters={"type": "object", "properties": {"s": {"type": "string"}}}))
 
 PIECES = [b"<tool_call>", b"</tool_call>", b"<think>", b"</think>", b">\n\n", b'ink>{"', b"\xc3", b"<|channel|>"]

@@ -101,5 +101,12 @@ def _params(given: Any, form: Mapping[str, Any], tools: ToolSet | None, wire_for
     """Sampling parameters with what a call or a form asks for over them. What is no mapping is refused later."""
     if given is not None and not isinstance(given, Mapping):
         return given
-    params = {**(given or {}), **form}
-    return {**params, **tool_grammar(wire_format, tools, params)}
+    return with_calls({**(given or {}), **form}, tools, wire_format)
+
+
+def with_calls(params: Mapping[str, Any], tools: ToolSet | None, wire_format: WireFormat) -> dict[str, Any]:
+    """Sampling parameters with what holds an answer to calls over them. Where a call is forced, a schema waits: agents
+    say in every turn which form the last one has. Raises RequestError."""
+    is_forced = tools is not None and tools.choice == "required"
+    kept = {name: value for name, value in params.items() if not (is_forced and name == "json_schema")}
+    return {**kept, **tool_grammar(wire_format, tools, kept)}

@@ -251,7 +251,7 @@ class _TagWriter:
         if kind == "const_string":
             return _quoted(_field(form, "value", where))
         if kind == "json_schema":
-            return self._rule(json_of(_schema(form.get("json_schema", True))))
+            return self._rule(json_of(_schema(form.get("json_schema", True)), JSON_OPTIONS))
         if kind == "regex":
             return self._rule("/" + _field(form, "pattern", where).replace("/", r"\/") + "/")
         if kind == "grammar":

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from mooli.frontend.chat import with_calls
 from mooli.frontend.parts import WireFormat
-from mooli.frontend.tool_forcing import reasoning_ahead, tool_grammar
+from mooli.frontend.tool_forcing import reasoning_ahead
 from mooli.frontend.tools import ToolSet
 from mooli.server.service import Service
 
@@ -58,7 +59,8 @@ async def open_conversation(
     """The prompt of a conversation and how its answer is sampled and read.
 
     sampling_params: what the request says, under native names; without `max_new_tokens` the answer may take what the
-    context leaves. The model's own defaults are laid under them, and what forces a call over them.
+    context leaves. The model's own defaults are laid under them, and what forces a call over them: then a schema does
+    not count.
 
     Raises RequestError for what is wrong in messages or tools, or where there is no template; what
     `Service.encode_chat` raises.
@@ -76,7 +78,7 @@ async def open_conversation(
     params = service.chat_sampling(sampling_params)
     if "max_new_tokens" not in params and "max_new_tokens" not in service.engine_config.preferred_sampling:
         params["max_new_tokens"] = None
-    params.update(tool_grammar(wire_format, conversation.tools, params))
+    params = with_calls(params, conversation.tools, wire_format)
     if service.tokenizer is not None:
         # Also where the answer is read as plain text: the model reasons all the same.
         reasons = service.wire_format.continued if conversation.continues else service.wire_format
