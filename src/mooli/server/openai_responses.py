@@ -160,6 +160,7 @@ async def create_response(service: Service, request: Incoming) -> Reply | EventS
         messages=read_messages(items, body.instructions),
         tools=offered.tools,
         template_arguments=_template_arguments(body),
+        owner=service.owner_of(request.client.caller, body.cache_salt),
     )
     opened = await open_conversation(service, conversation, {**_sampling(body), "n": 1})
     response_id = f"resp_{uuid.uuid4().hex}"
