@@ -107,6 +107,12 @@ def test_the_beginning_of_a_conversation_is_found_in_the_cache(agent):
     assert again.usage.input_tokens_details.cached_tokens > 30
 
 
+def test_the_tokens_of_a_prompt_are_counted(agent):
+    body = {"input": [{"role": "user", "content": "weather"}], "tools": [TOOL], "instructions": "Be."}
+    counted = agent.openai.responses.input_tokens.count(model="m", **body)
+    assert counted.input_tokens == len("s:Be.\nu:weather\nlook,|") == agent.create(**body).usage.input_tokens
+
+
 def test_a_stream_has_every_event_in_order(agent):
     response = streamed(agent, input="weather", tools=[TOOL])
     kinds = [item["type"] for item in response["output"]]
@@ -205,6 +211,56 @@ def test_what_does_not_fit_is_incomplete(agent):
 
 def test_a_length_beyond_the_context_is_no_error(agent):
     assert agent.create(input="plain", max_output_tokens=32000).output_text == "hello"
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Iterator[LiveServer]:
+    """A server whose model says anything at all that it may."""
+    server = LiveServer(engine={"context_length": 400, "tool_call_parser": "hermes", "random_seed": 5})
+    server.service.tokenizer.chat_template = ChatTemplate(TEMPLATE)
+    yield server
+    server.stop()
+
+
+POINT = {"type": "object", "properties": {"x": {"enum": ["é", 1]}}, "required": ["x"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("required", {"find", "go", "write"}),
+        ({"type": "function", "name": "go"}, {"go"}),
+        ({"type": "custom", "name": "write"}, {"write"}),
+        ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "find"}]}, {"find"}),
+    ],
+)
+def test_a_call_that_is_forced_is_of_its_tools_schema(drawn, choice, names):
+    tools = [
+        {"type": "function", "name": "find", "parameters": POINT},
+        {"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "go", "parameters": POINT}]},
+        {"type": "custom", "name": "write"},
+    ]
+    asked = {
+        "input": "a",
+        "tools": tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "max_output_tokens": 300,
+    }
+    for seed in range(3):
+        response = streamed(drawn, **asked, temperature=0.7, seed=seed)
+        assert response["output"][0]["type"] in ("function_call", "custom_tool_call"), response
+        (call,) = response["output"]
+        assert call["name"] in names and call.get("namespace", "ns") == "ns"
+        if call["type"] == "function_call":
+            assert json.loads(call["arguments"])["x"] in ("é", 1)
+
+
+def test_a_form_and_a_call_cannot_both_be_asked_for(drawn):
+    tools = [{"type": "function", "name": "find", "parameters": POINT}]
+    form = {"format": {"type": "json_schema", "name": "n", "schema": POINT}}
+    error = refusal(drawn, PATH, {"input": "a", "tools": tools, "tool_choice": "required", "text": form})
+    assert error["param"] in ("text.format", "tool_choice"), error
 
 
 class Weather(pydantic.BaseModel):

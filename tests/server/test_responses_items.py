@@ -201,6 +201,7 @@ def test_items_bring_tools_too_and_a_name_that_comes_again_is_the_later_one():
 def test_a_choice_is_of_tools_by_the_name_that_the_client_knows(choice, mode, names):
     tools = read_tools(TOOLS, "hi", choice, parallel=True).tools
     assert tools is not None and tools.choice == mode
+    assert tools.parallel is (choice == "none" or choice == "required" or choice["type"] == "allowed_tools")
     assert names is None or [tool.name for tool in tools.tools] == names
 
 

@@ -78,6 +78,9 @@ def test_other_odd_arguments_are_warned_of_without_the_keys():
     found = ServerConfig(api_key="5ecret", admin_api_key="5ecret", enable_metrics=False).warnings()
     assert [warning.split()[0] for warning in found] == ["admin_api_key", "enable_metrics=False"]
     assert "5ecret" not in str(found)
+    (found_too,) = ServerConfig(response_store_bytes=2**20).warnings()
+    assert found_too.startswith("response_store_bytes has no effect without enable_response_store")
+    assert ServerConfig(response_store_bytes=2**20, enable_response_store=True).warnings() == []
 
 
 def test_keys_are_never_shown():

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: POST /v1/responses, whole or as events.
+"""OpenAI's Responses API: POST /v1/responses, whole or as events, and /v1/responses/input_tokens.
 
 Owns its body, what of it is refused, and the way from it to an answer. Nothing is kept from one request to the next: a
 client sends its whole conversation, whose beginning is found in the cache. Only where the operator wants it are
@@ -27,13 +27,13 @@ from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part, PartReader, WireFormat, parser_for
 from mooli.server import responses_kept
-from mooli.server.conversation import Conversation, open_conversation
+from mooli.server.conversation import Conversation, open_conversation, prompt_ids
 from mooli.server.errors import CONTEXT_LENGTH_EXCEEDED, is_for_client, problem_of
 from mooli.server.json_body import check_count
 from mooli.server.openai import require_tokenizer
 from mooli.server.openai_chat import chat_logprobs, effort_arguments
 from mooli.server.responses_events import ResponseWriter
-from mooli.server.responses_items import Item, read_messages, read_tools
+from mooli.server.responses_items import CalledTool, Item, read_messages, read_tools
 from mooli.server.responses_kept import NOTHING_KEPT, SEND_ALL, Keep, all_items, keeper
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, ModelName, Reply, Route, sse
 from mooli.server.service import Service
@@ -147,8 +147,14 @@ def _template_arguments(body: ResponsesBody) -> dict[str, Any]:
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
-async def create_response(service: Service, request: Incoming) -> Reply | EventStream:
-    """Raises HttpError for a request that is wrong, RequestError, and what `Call.changes` raises."""
+async def count_input_tokens(service: Service, request: Incoming) -> Reply:
+    """POST /v1/responses/input_tokens: the tokens of the prompt, cached or not. Raises as `create_response`."""
+    conversation, _ = await _conversation(service, request)
+    return Reply({"object": "response.input_tokens", "input_tokens": len(await prompt_ids(service, conversation))})
+
+
+async def _conversation(service: Service, request: Incoming) -> tuple[Conversation, Mapping[str, CalledTool]]:
+    """With the tools as the client knows them. Raises HttpError, RequestError."""
     body: ResponsesBody = request.body
     _refuse(service, body)
     require_tokenizer(service)
@@ -162,6 +168,13 @@ async def create_response(service: Service, request: Incoming) -> Reply | EventS
         template_arguments=_template_arguments(body),
         owner=service.owner_of(request.client.caller, body.cache_salt),
     )
+    return conversation, offered.called
+
+
+async def create_response(service: Service, request: Incoming) -> Reply | EventStream:
+    """Raises HttpError for a request that is wrong, RequestError, and what `Call.changes` raises."""
+    body: ResponsesBody = request.body
+    conversation, called = await _conversation(service, request)
     opened = await open_conversation(service, conversation, {**_sampling(body), "n": 1})
     response_id = f"resp_{uuid.uuid4().hex}"
     call = GenerateCall(
@@ -176,11 +189,11 @@ async def create_response(service: Service, request: Incoming) -> Reply | EventS
     )
     inputs = await service.prepare(call, request.client.caller)
     as_summary = bool((body.reasoning or {}).get("summary") or (body.reasoning or {}).get("generate_summary"))
-    writer = ResponseWriter(response_id, _echo(service, body, inputs), offered.called, as_summary=as_summary)
+    writer = ResponseWriter(response_id, _echo(service, body, inputs), called, as_summary=as_summary)
     has_logprobs, wire_format, keep = body.has_logprobs, opened.wire_format, None
     if _is_kept(service, body):
         keep = keeper(service, request.client, response_id, body.input, body.previous_response_id)
-    del request, body, items, conversation, opened, call
+    del request, body, conversation, opened, call
     if inputs.is_stream:
         return EventStream(_events(service, inputs, wire_format, writer, has_logprobs, keep))
     with service.start(inputs, wire_format=wire_format) as answering:
@@ -359,6 +372,16 @@ ROUTES = (
         body=ResponsesBody,
         names=NAMES,
         is_generation=True,
+    ),
+    Route(
+        path="/v1/responses/input_tokens",
+        methods=("POST",),
+        handler=count_input_tokens,
+        access=Access.KEY,
+        dialect=Dialect.OPENAI,
+        summary="OpenAI's Responses API: the tokens of a prompt",
+        body=ResponsesBody,
+        names=NAMES,
     ),
     *responses_kept.ROUTES,
 )

@@ -258,6 +258,8 @@ def _told_choice(choice: Any, called: Mapping[str, CalledTool]) -> Any:
     kind = choice.get("type")
     if kind in ("function", "custom"):
         names = _matching(choice, called)
+        if len(names) == 1:
+            return {"type": "function", "name": names[0]}
         return {"type": "allowed_tools", "mode": "required", "tools": _functions(names)} if names else choice
     if kind == "allowed_tools" and isinstance(choice.get("tools"), list):
         names = [name for wanted in choice["tools"] for name in _matching(wanted, called)]
