@@ -361,6 +361,17 @@ def test_half_a_character_is_finished_first_and_no_reasoning_has_no_bound():
 HARMONY = Harmony().reasoning_ahead("<|start|>assistant<|channel|>analysis<|message|>")
 
 
+def test_a_bound_holds_for_all_messages_of_reasoning_together():
+    made = budget(3, HARMONY)
+    for said, due in (("ab", []), ("c", [ord("<")]), ("<|end|>", []), ("<|start|>assistant", [])):
+        made.advance(ids_of(said))
+        assert made.forced(1) == due, said
+    more, final = ids_of("<|channel|>analysis<|message|>"), ids_of("<|channel|>final<|message|>and so on")
+    assert made.num_allowed(final) == len(final)
+    made.advance(more)
+    assert bytes(made.forced(99)) == b"<|end|>"
+
+
 @pytest.mark.parametrize("reasoning", [OPEN, MAYBE, HARMONY], ids=["open", "maybe", "harmony"])
 def test_whatever_is_sampled_reasoning_ends_in_time(reasoning):
     """Tokens at random of what is allowed, those that may end or begin reasoning more often."""
