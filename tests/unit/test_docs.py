@@ -15,6 +15,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from mooli import Engine, EngineConfig, UnknownArgumentError, cli
+from mooli.config import TOOL_CALL_PARSERS
 from mooli.doctor.failures import explain
 from mooli.doctor.torch_stack import VERSIONS, pair_findings
 from mooli.errors import ConfigError, RequestError
@@ -62,7 +63,9 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("README.md", 110), ("README.zh.md", 108), ("docs/architecture.md", 200)], ids=str
+    ("name", "most"),
+    [("README.md", 110), ("README.zh.md", 108), ("docs/architecture.md", 200), ("docs/agents.md", 200)],
+    ids=str,
 )
 def test_documents_stay_short(name: str, most: int) -> None:
     assert len(text_of(name).splitlines()) <= most
@@ -71,7 +74,10 @@ def test_documents_stay_short(name: str, most: int) -> None:
 SHORT_SENTENCES = (
     *("README.md", "SECURITY.md", "deploy/README.md"),
     *(f"docs/{name}.md" for name in ("architecture", "cpu_backend", "extending", "add_a_model", "add_a_backend")),
-    *(f"docs/{name}.md" for name in ("benchmarking", "ascend", "figures", "serving", "compatibility", "lang")),
+    *(
+        f"docs/{name}.md"
+        for name in ("benchmarking", "ascend", "figures", "serving", "compatibility", "lang", "agents")
+    ),
 )
 
 
@@ -202,6 +208,11 @@ def test_sampling_parameters_documented_as_refused_are_refused() -> None:
     for name in re.findall(r"`(\w+)`", sentence[1]):
         with pytest.raises(RequestError, match=f"{name} is not supported yet"):
             parse_sampling_params({name: 2}, vocab_size=10, next_seed=lambda: 0)
+
+
+def test_every_format_of_calls_is_in_the_page_for_agents() -> None:
+    table = text_of("docs/agents.md").split("\n| models | names |\n")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"`([^`]+)`", table)) == sorted(TOOL_CALL_PARSERS)
 
 
 @pytest.mark.parametrize("backend", ["ascend", "npu", "cuda", "gpu"])
