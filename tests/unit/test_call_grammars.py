@@ -145,6 +145,17 @@ def test_arguments_of_which_nothing_is_said_may_be_any(name, vocabulary):
         assert accepts(matcher, form.write([("f", '{"a": "it", "b": true}')]))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if FORMS[name].keeps_text])
+def test_no_arguments_are_written_without_white_space(name, vocabulary):
+    tools = ToolSet(
+        (Tool("f", parameters={"type": "object", "properties": {}, "title": "f"}), Tool("g")), parallel=False
+    )
+    matcher = matcher_of(name, tools, vocabulary)
+    for function in ("f", "g"):
+        assert accepts(matcher, written(FORMS[name], [(function, "{}")]))
+        assert not accepts(matcher, written(FORMS[name], [(function, "{ }")]))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_only_arguments_that_a_schema_lists_are_written_unless_it_says_there_may_be_others(name, vocabulary):
     form = FORMS[name]

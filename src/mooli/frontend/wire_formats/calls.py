@@ -456,8 +456,13 @@ def call_rules(tools: ToolSet, rule: str, call: Callable[[Tool, str], str]) -> l
 
 
 def arguments_rules(tools: ToolSet) -> list[str]:
-    """`arguments_0` and so on: JSON of each function's arguments."""
-    return [f"arguments_{index}: {json_of(arguments_schema(tool))}" for index, tool in enumerate(tools.tools)]
+    """`arguments_0` and so on: JSON of each function's arguments, without white space where there are none."""
+    schemas = [arguments_schema(tool) for tool in tools.tools]
+    bodies = [quoted("{}") if _NOTHING.items() <= schema.items() else json_of(schema) for schema in schemas]
+    return [f"arguments_{index}: {body}" for index, body in enumerate(bodies)]
+
+
+_NOTHING: dict[str, Any] = {"properties": {}, "additionalProperties": False}
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
