@@ -393,6 +393,7 @@ def test_a_grammar_allows_what_the_model_writes_and_nothing_beside_the_schema(na
         "p": {"type": "string", "pattern": "^[ab]+$"},
         "u": {"anyOf": [{"type": "number"}, {"type": "null"}]},
         "w": {"enum": ["x", "y"]},
+        "s": {"type": "string", "maxLength": 3},
     }
     parameters = {"type": "object", "properties": properties, "required": ["text"], "additionalProperties": False}
     names = sorted(properties) if "gemma" in name else [*properties]
@@ -409,6 +410,7 @@ def test_a_grammar_allows_what_the_model_writes_and_nothing_beside_the_schema(na
     assert has(("write_it", {"text": 'a <b> "c" \\ é'}))
     assert has(("now", {})) and has(("now", {}), ("write_it", {"text": "x"}), ("now", {}))
     assert has(("write_it", {"text": "x", "n": 9, "p": "ab", "u": -1.5, "w": "y"}))
+    assert has(("write_it", {"text": " ", "s": " 1"}))
     assert has(("write_it", {"text": "x", "u": None})) and has(("write_it", {"text": "x", "w": "x"}))
     assert not has(("write_it", {}))
     assert not has(("write_it", {"text": "x", "n": 10}))
@@ -419,6 +421,24 @@ def test_a_grammar_allows_what_the_model_writes_and_nothing_beside_the_schema(na
     assert not has(("not_there", {}))
     assert not has(("now", {}), ("now", {}), tools=ToolSet(tools.tools, "required", parallel=False))
     assert has(("now", {}), tools=ToolSet(tools.tools, "required", parallel=False))
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "deepseekv32", "gemma4"])
+@pytest.mark.parametrize("schema", [{"maxLength": 2000}, {"minLength": 3, "maxLength": 90, "pattern": "^[^é]*$"}])
+@pytest.mark.parametrize("kinds", ["string", ["string", "null", "number"], ["string", "boolean", "object", "array"]])
+def test_texts_that_are_nearly_their_end_do_not_exhaust_a_grammar(name, schema, kinds, vocabulary):
+    """Where a state cannot be told from one that leads nowhere, the compiler gives up."""
+    tools = ToolSet((Tool("f", parameters={"properties": {"x": {"type": kinds, **schema}}, "required": ["x"]}),))
+    (end,) = _ends(name)
+    for value in (f"a{end[:-1]}", f"a{end[:-1]}b{end[:-1]}", "nulll", "1234x", " {}", "[[", f"{end[:-1]}{end}"):
+        text = WRITTEN[name]([("f", {"x": value})])
+        made = matcher(vocabulary, CALL_FORMATS[name], tools)
+        for byte in text.encode():
+            made.compute_bitmask()
+            if made.validate_tokens([byte]) != 1:
+                break
+            assert made.consume_token(byte)
+        assert not made.get_error(), value
 
 
 @NAMES
@@ -448,6 +468,8 @@ SCHEMAS: Sequence[Any] = (
     {"type": ["string", "null"]},
     {"anyOf": [{"type": "integer", "minimum": 3}, {"type": "string", "maxLength": 5}, {"type": "null"}]},
     {"type": "string", "minLength": 2, "maxLength": 9},
+    {"type": "string", "maxLength": 80},
+    {"type": ["string", "null", "number"], "maxLength": 80},
     {"type": "string", "pattern": "^[a-z]{1,4}$"},
     {"type": "string", "pattern": "x+y|^/tmp"},
     {"type": "string", "format": "date-time"},

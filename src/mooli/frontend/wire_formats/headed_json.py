@@ -52,7 +52,7 @@ class HeadedJson:
 
     def _call(self, tool: Tool, arguments: str) -> str:
         head = quoted(self.opening + self.kind + ("functions." if self.has_ids else "") + tool.name)
-        number = '":" /[0-9]+/ ' if self.has_ids else ""
+        number = '":" /[0-9]{1,4}/ ' if self.has_ids else ""
         behind = "\n" if self.fence[0] else self.separator
         return f"{head} {number}{quoted(behind + self.fence[0])} {arguments} {quoted(self.fence[1] + self.closing)}"
 

@@ -31,6 +31,14 @@ _LOOSE_TYPES = {
 _BEGUN_NUMBER = re.compile(r"-?\d*\.?\d*(?:[eE][-+]?\d*)?\s*")
 _MAX_REFS = 32
 
+_KEYS_OF = {
+    "string": {"pattern", "minLength", "maxLength", "format"},
+    "integer number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+    "array": {"items", "prefixItems", "contains", "minItems", "maxItems", "uniqueItems"},
+    "object": {"properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties"},
+}
+"""Keywords that say nothing of values of other types."""
+
 
 # -- what a schema allows ----------------------------------------------------------------------------------------------
 def branches(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Iterator[dict[str, Any]]:
@@ -65,7 +73,8 @@ def branches(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Iterator[d
     kinds = rest.get("type")
     if isinstance(kinds, list):
         for kind in kinds:
-            yield {**rest, "type": kind}
+            others = {key for name, keys in _KEYS_OF.items() if kind not in name.split() for key in keys}
+            yield {key: value for key, value in {**rest, "type": kind}.items() if key not in others}
     elif kinds is None and ("enum" in rest or "const" in rest):
         values = [rest["const"]] if "const" in rest else rest["enum"]
         for kind in dict.fromkeys(map(_type_of, values)):
@@ -300,7 +309,11 @@ class Rules:
             return f"{self.json(schema, root)} {quoted(end)}"
         if texts == [free_text(close)] and all(map(_is_any, others)):
             return self.add(_lexeme(texts, end), is_terminal=True)
-        texts = [text + _not_read_as(kinds) for text in texts]
+        is_plain = [text == free_text(close) or text.startswith('("') for text in texts]
+        texts = [
+            text + (_not_read_as(kinds) if plain else _not_begun_as(kinds))
+            for text, plain in zip(texts, is_plain, strict=True)
+        ]
         words = {"null": '"null"', "boolean": '("true" | "false")'}
         told = [words[branch["type"]] for branch in others if _is_any(branch) and branch["type"] in words]
         others = [branch for branch in others if not (_is_any(branch) and branch["type"] in words)]
@@ -390,8 +403,16 @@ def unknown_keys(branch: Mapping[str, Any], known: Set[str]) -> str:
 
 
 def free_text(close: str) -> str:
-    """A terminal for any text without the marker."""
-    return f"(/(?s:.*)/ & ~/(?s:.*){escaped(close)}(?s:.*)/)"
+    """A terminal for any text without the marker, whose first character is in it only once.
+
+    It is spelled out, and no complement: whether an intersection with one can still be met is a search without end.
+    """
+    first, behind = escaped(close[0]), ""
+    for char in reversed(close[1:]):
+        # What may stand behind `first` and the characters before this one, up to the next `first`.
+        going_on = f"|{escaped(char)}{behind}" if behind else ""
+        behind = f"(?:[^{escaped(char)}{first}][^{first}]*{going_on})?"
+    return f"/[^{first}]*(?:{first}{behind})*/"
 
 
 def _not_read_as(kinds: frozenset[str]) -> str:
@@ -402,6 +423,18 @@ def _not_read_as(kinds: frozenset[str]) -> str:
     texts += ["null|None"] if "null" in kinds else []
     texts += [_NUMBER] if kinds & {"integer", "number"} else []
     return "".join(rf" & ~/\s*(?:{text})\s*/" for text in texts)
+
+
+def _not_begun_as(kinds: frozenset[str]) -> str:
+    """The same by the first character alone, for texts of which more is asked: with a complement beside that the
+    compiler would search for what can still be met."""
+    if not kinds:
+        return ""
+    chars = r"\s"
+    for kind, begins in (("object", r"\{"), ("array", r"\["), ("boolean", "tTfF"), ("null", "nN")):
+        chars += begins if kind in kinds else ""
+    chars += "0-9-" if kinds & {"integer", "number"} else ""
+    return f" & /(?:[^{chars}](?s:.*))?/"
 
 
 def _lexeme(texts: list[str], end: str) -> str:
