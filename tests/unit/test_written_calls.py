@@ -459,6 +459,31 @@ def test_an_object_of_which_nothing_is_said_may_have_any_parameters(name, parame
     assert allows(made, write([("f", {"a": "b", "c_d": 3})])) == takes_any
 
 
+@pytest.mark.parametrize("name", ["qwen3_coder", "gemma4"])
+def test_schemas_that_refer_to_themselves_are_no_work_without_end(name, vocabulary):
+    many = {
+        f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}, {"$ref": f"#/$defs/d{i + 1}", "title": "t"}]}
+        for i in range(25)
+    }
+    node = {
+        "type": "object", "additionalProperties": False,
+        "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
+    }  # fmt: skip
+    definitions = {
+        **many,
+        "d25": {"type": "integer"},
+        "node": node,
+        "self": {"anyOf": [{"$ref": "#/$defs/self"}, node]},
+    }
+    for ref, value in (("d0", 3), ("node", {"next": {"next": None}}), ("self", {"next": {}})):
+        parameters = {"properties": {"x": {"$ref": f"#/$defs/{ref}"}}, "required": ["x"], "$defs": definitions}
+        tools = ToolSet((Tool("f", parameters=parameters),))
+        text = WRITTEN[name]([("f", {"x": value})])
+        assert called(CALL_FORMATS[name], text, tools=tools) == [("f", {"x": value})]
+        if ref != "self":  # which llguidance refuses
+            assert allows(matcher(vocabulary, CALL_FORMATS[name], tools), text)
+
+
 SCHEMAS: Sequence[Any] = (
     {"type": "string"},
     {"type": "string", "enum": ["a", "b<c", 'q"x', "é", "5", "null"]},

@@ -21,21 +21,15 @@ from typing import Any
 from mooli.errors import GrammarError
 from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.calls import CallParser, Waiting, length_of_beginning
-from mooli.frontend.wire_formats.raw_values import (
-    Rules,
-    branches,
-    free_text,
-    string_text,
-    takes_any,
-    target_of,
-    unknown_keys,
-)
+from mooli.frontend.wire_formats.raw_rules import Rules, free_text, says_only, string_text, takes_any, unknown_keys
+from mooli.frontend.wire_formats.raw_values import branches, target_of
 from mooli.frontend.wire_formats.tagged_calls import NAME
 from mooli.lark import quoted
 
 _WORD = re.compile(r"[-+.\w]+")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _WORDS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null"}
+_MAX_DEPTH = 64
 _PLAIN_KEY = re.compile(r"[^\s{}\[\]:,\"<>]+")
 
 
@@ -200,11 +194,24 @@ class _SchemaWriter:
     where: str
     _by_reference: dict[str, str] = field(default_factory=dict)
     _any: str = ""
+    _depth: int = 0
 
     def value(self, schema: Any) -> str:
         """An expression for a value."""
-        if isinstance(schema, Mapping) and set(schema) - {"description", "title", "default"} == {"$ref"}:
-            return self._reference(str(schema["$ref"]))
+        if isinstance(schema, Mapping) and "type" not in schema:
+            if says_only(schema, "$ref"):
+                return self._reference(str(schema["$ref"]))
+            for union in ("anyOf", "oneOf"):
+                if says_only(schema, union) and schema[union]:
+                    return f"({' | '.join(map(self.value, schema[union]))})"  # references in it stay such
+        if self._depth > _MAX_DEPTH:
+            raise GrammarError(f"{self.where}: its schema refers to itself beside other keywords, or is too deep")
+        self._depth += 1
+        told = self._alternatives(schema)
+        self._depth -= 1
+        return told
+
+    def _alternatives(self, schema: Any) -> str:
         if schema is False:
             raise GrammarError(f"{self.where}: no value is possible")
         told = [self._branch(branch) for branch in branches(schema, self.root) if not branch.get("nullable")]

@@ -22,17 +22,8 @@ from typing import Any
 from mooli.errors import GrammarError
 from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.calls import CallParser, Waiting, length_of_beginning
-from mooli.frontend.wire_formats.raw_values import (
-    ANY_TYPES,
-    STRING,
-    RawValue,
-    Rules,
-    escaped,
-    parameters_of,
-    schema_of,
-    takes_any,
-    types_of,
-)
+from mooli.frontend.wire_formats.raw_rules import Rules, escaped, parameters_of, takes_any
+from mooli.frontend.wire_formats.raw_values import ANY_TYPES, STRING, RawValue, schema_of, types_of
 from mooli.lark import quoted
 
 NAME = re.compile(r"[^\s<>\"'`{}\[\]()=|]*")
