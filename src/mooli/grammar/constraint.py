@@ -105,5 +105,5 @@ class GrammarConstraint:
 
 
 def error_text(message: str) -> str:
-    """What llguidance says, without its note that it says no more."""
-    return message.replace("<non-verbose/>", "").strip()
+    """What llguidance says, without its note that it says no more, and of a panic its words alone."""
+    return message.split("<backtrace>")[0].replace("<non-verbose/>", "").strip()
