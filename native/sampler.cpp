@@ -193,8 +193,10 @@ int sample_row(const Kernels& k, const float* logits, int vocab, const SamplingR
     } else {
       copy_allowed(logits, vocab, row.allowed, changed);
     }
-    x = scratch.logits.data();
-    best = k.argmax(x, vocab, &largest);
+    x = changed;
+    // The largest of all is mostly one of those that are allowed, and then the largest of these.
+    const bool is_same = row.history_length == 0 && row.num_bias == 0 && (row.allowed[best / 32] >> best % 32 & 1);
+    if (!is_same) best = k.argmax(x, vocab, &largest);
     if (best < 0) return -1;
   }
   if (row.temperature == 0.f || row.top_k == 1) return best;
