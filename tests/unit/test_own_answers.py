@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import replace
 
@@ -63,7 +64,7 @@ def test_an_answer_that_is_read_as_it_was_written_takes_no_room(tokenizer):
     answers.add(request(read(tokenizer, "<turn>a:")), [ABC, *b"x", EOS])
     answers.add(request(read(tokenizer, "a:")), [*b"abc"])  # no turn
     answers.add(request(read(tokenizer, "<turn>a:")), [])
-    assert not answers._answers and not answers._ends
+    assert not answers._answers and not answers._ends and len(answers._last) == 1
 
 
 def test_what_only_looks_like_a_control_token_is_another_text(tokenizer):
@@ -105,6 +106,25 @@ def test_what_is_remembered_is_bounded(tokenizer, monkeypatch):
     assert answers._num_prompt_tokens == sum(map(len, answers._prompts.values()))
     answers.add(request(read(tokenizer, "<turn>a:")), [*b"abc" * 7])
     assert len(answers._answers) == 3, "too long"
+
+
+def test_the_log_says_how_much_of_an_answer_a_template_has_changed(tokenizer, caplog):
+    caplog.set_level(logging.DEBUG)
+    answers = OwnAnswers(tokenizer)
+    prompt = read(tokenizer, "<turn>u:q<turn>a:")
+    answers.add(request(prompt), [*b"abc|hm|yes", EOS])
+    turn = read(tokenizer, "<turn>u:q<turn>a:abc|hm|yes<eos><turn>u:p<turn>a:")
+    again = answers.taken_up("me", turn)
+    assert not caplog.records, "all of it is the same text"
+    answers.add(request(again), [*b"abc|hm|no", EOS])
+    answers.taken_up("you", read(tokenizer, "<turn>u:q<turn>a:x<eos>"))
+    assert not caplog.records
+    answers.taken_up("me", turn)
+    assert not caplog.records, "it is asked for once more"
+    answers.add(request(again), [*b"abc|hm|no", EOS])
+    answers.taken_up("me", read(tokenizer, "<turn>u:q<turn>a:abc|hm|yes<eos><turn>u:p<turn>a:no<eos>"))
+    (record,) = caplog.records
+    assert record.levelname == "INFO" and record.getMessage().startswith("9 of 11 tokens of an earlier answer")
 
 
 def test_an_answer_that_cannot_be_read_is_let_go(tokenizer):

@@ -2,8 +2,9 @@
 
 Owns which ids stand in a prompt where it repeats what the model itself said. A model may write a text in other tokens
 than a tokenizer reads it in: then the next turn's prompt differs from what is in the cache, and all from there on would
-be computed again. So the answer's own ids are put in the place of those that were read. Both are the same text; an
-answer whose text came back changed is not found. Never looks at a text of a conversation, and never at the cache.
+be computed again. So the answer's own ids are put in the place of those that were read. Both are the same text. An
+answer that came back as another text is left as it is, and the log says how much of it is computed again. Never looks
+at a text of a conversation, and never at the cache.
 
 An answer is found by what stands before it and by what it is read as, both in ids: words of a user that look like a
 control token are other ids, and so are never mistaken for one. Those of different owners are apart.
@@ -14,9 +15,10 @@ Reference: "splicing" of cached ids in SGLang (pull request 26555).
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,8 @@ from numpy.typing import NDArray
 from mooli.errors import MooliError
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.types import Request
+
+logger = logging.getLogger(__name__)
 
 MAX_ANSWERS = 2048
 """That are remembered: those that are not read as they were written. Least recently used ones go first."""
@@ -34,6 +38,9 @@ MAX_ANSWER_TOKENS = 8192
 MAX_PROMPTS = 256
 MAX_PROMPT_TOKENS = 2**21
 """Of prompts that begin with such answers: so many, and so many tokens of them, are known in both forms."""
+
+MAX_LAST_ANSWERS = 256
+"""Of which it is known what would be lost of them."""
 
 _TAIL_TOKENS = 64
 """In so many tokens at a prompt's end there is a special one, which begins the assistant's turn."""
@@ -52,26 +59,56 @@ class OwnAnswers:
         self._prompts: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()
         """By the owner and the ids of a prompt, those as they are read."""
         self._num_prompt_tokens = 0
+        self._last: OrderedDict[bytes, tuple[int, NDArray[np.int32]]] = OrderedDict()
+        """By the owner and a prompt as it is read, up to the last special token: its length, and all that followed."""
+        self._has_told = False
 
     def taken_up(self, owner: str, ids: Sequence[int]) -> list[int]:
         """The prompt `ids` with the own ids of the answers in it."""
         with self._lock:
-            if not self._ends:
-                return [*ids]
             read = np.asarray(ids, dtype=np.int32)
-            pieces: list[Sequence[int]] = []
+            found = self._found(owner, read)
+            own: list[int] = []
             position = 0
-            for digest, end in self._digests(owner, read):
-                answer = self._answers.get(digest)
-                if answer is not None and end - answer.num_read >= position:
-                    self._answers.move_to_end(digest)
-                    pieces += [ids[position : end - answer.num_read], answer.ids]
-                    position = end
-            if not position:
-                return [*ids]
-            own = [token_id for piece in (*pieces, ids[position:]) for token_id in piece]
-            self._remember_prompt(_digest(owner, np.asarray(own, dtype=np.int32)), read)
+            for answer in found:
+                own += [*ids[position : answer.end - answer.num_read], *answer.ids]
+                position = answer.end
+            own += ids[position:]
+            if found:
+                self._remember_prompt(_digest(owner, np.asarray(own, dtype=np.int32)), read)
+            self._tell_lost(owner, read, own, found)
             return own
+
+    def _found(self, owner: str, read: NDArray[np.int32]) -> list[_Answer]:
+        """The answers in a prompt, in order."""
+        found: list[_Answer] = []
+        for digest, _ in _digests(owner, read, self._ends):
+            answer = self._answers.get(digest)
+            if answer is not None and answer.end - answer.num_read >= (found[-1].end if found else 0):
+                self._answers.move_to_end(digest)
+                found.append(answer)
+        return found
+
+    def _tell_lost(self, owner: str, read: NDArray[np.int32], own: Sequence[int], found: Sequence[_Answer]) -> None:
+        """Say how much of the last answer in a prompt is not found in the cache."""
+        starts = {start for start, _ in self._last.values()}
+        known = [digest for digest, _ in _digests(owner, read, starts) if digest in self._last]
+        if not known:
+            return
+        start, written = self._last.pop(known[-1])
+        start += sum(len(answer.ids) - answer.num_read for answer in found if answer.end <= start)
+        now = np.asarray(own[start : start + len(written)], dtype=np.int32)
+        differs = np.flatnonzero(now != written[: len(now)])
+        if len(differs):  # otherwise it is there, or asked for once more
+            level = logging.DEBUG if self._has_told else logging.INFO
+            self._has_told = True
+            logger.log(
+                level,
+                "%d of %d tokens of an earlier answer are computed again: it came back otherwise than the model wrote"
+                " it, without its reasoning for example; said once at this level",
+                len(written) - int(differs[0]),
+                len(written),
+            )
 
     def add(self, request: Request, output_ids: Sequence[int]) -> None:
         """Remember an answer if it is not read as it was written. `request.namespace` is its owner."""
@@ -84,13 +121,20 @@ class OwnAnswers:
             return
         own = [*tail, *written]
         read = self._read(own)
-        if read is None or read == own:
+        if read is None:
             return
         with self._lock:
             before = self._prompts.get(_digest(request.namespace, prompt), prompt)
-            if before[len(before) - len(tail) :].tolist() != tail:
+            start = len(before) - len(tail)
+            if before[start:].tolist() != tail:
                 return
-            whole = np.concatenate([before[: len(before) - len(tail)], np.asarray(read, dtype=np.int32)])
+            if request.sampling.n == 1:  # of several, one may come back
+                self._last[_digest(request.namespace, before[:start])] = (start, np.asarray(own, dtype=np.int32))
+            if len(self._last) > MAX_LAST_ANSWERS:
+                self._last.popitem(last=False)
+            if read == own:
+                return
+            whole = np.concatenate([before[:start], np.asarray(read, dtype=np.int32)])
             digest = _digest(request.namespace, whole)
             if digest not in self._answers:
                 self._ends[len(whole)] += 1
@@ -122,16 +166,6 @@ class OwnAnswers:
             return None
         return read
 
-    def _digests(self, owner: str, ids: NDArray[np.int32]) -> list[tuple[bytes, int]]:
-        """Of the beginnings of `ids` up to where answers end, in order."""
-        state, position = hashlib.blake2b(_owner(owner), digest_size=16), 0
-        found = []
-        for end in sorted(end for end in self._ends if end <= len(ids)):
-            state.update(ids[position:end].tobytes())
-            position = end
-            found.append((state.copy().digest(), end))
-        return found
-
     def _remember_prompt(self, digest: bytes, read: NDArray[np.int32]) -> None:
         known = self._prompts.pop(digest, None)
         self._num_prompt_tokens += len(read) - (0 if known is None else len(known))
@@ -157,6 +191,17 @@ def _tail(ids: list[int], special_ids: frozenset[int]) -> list[int] | None:
     """What follows the last special token; None if there is none."""
     at = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in special_ids), None)
     return None if at is None else ids[at + 1 :]
+
+
+def _digests(owner: str, ids: NDArray[np.int32], ends: Iterable[int]) -> list[tuple[bytes, int]]:
+    """Of the beginnings of `ids` up to each of `ends` that it has, in order."""
+    state, position = hashlib.blake2b(_owner(owner), digest_size=16), 0
+    found = []
+    for end in sorted(end for end in ends if end <= len(ids)):
+        state.update(ids[position:end].tobytes())
+        position = end
+        found.append((state.copy().digest(), end))
+    return found
 
 
 def _owner(owner: str) -> bytes:
