@@ -280,6 +280,23 @@ def test_openais_client_parses_what_a_schema_made(live):
     assert asked.status == "incomplete" or isinstance(json.loads(asked.output_text), dict)
 
 
+@pytest.mark.parametrize("length", [200, 3000])
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns_where_it_may(agent, length):
+    turns = [
+        {"role": role, "content": f"{name} " + name * length}
+        for name in "abcd" for role in ("user", "assistant")
+    ]  # fmt: skip
+    body = {"input": [*turns, {"role": "user", "content": "plain"}], "instructions": "Be."}
+    response = agent.create(**body, truncation="auto")
+    assert response.output_text == "hello"
+    (prompt,) = agent.prompts
+    assert prompt.startswith("s:Be.\nu:") and prompt.endswith("u:plain\n")
+    assert ("u:d" in prompt, "u:a" in prompt) == (length == 200, False)
+    assert refusal(agent, PATH, body)["code"] == "context_length_exceeded"
+    alone = {"input": "x" * 3000, "truncation": "auto"}
+    assert refusal(agent, PATH, alone)["code"] == "context_length_exceeded"
+
+
 # -- a coding agent ----------------------------------------------------------------------------------------------------
 def test_the_request_of_a_coding_agent(agent):
     """The shape of what Codex CLI sends, and the three events that it lives on."""
@@ -327,7 +344,7 @@ def test_unknown_fields_and_values_break_nobody(agent):
         "tools": [{"type": "mcp"}],
     }  # fmt: skip
     response = streamed(agent, input="plain", **extra)
-    assert response["output"][0]["content"][0]["text"] == "hello" and response["truncation"] == "disabled"
+    assert response["output"][0]["content"][0]["text"] == "hello" and response["truncation"] == "auto"
 
 
 # -- LangChain ---------------------------------------------------------------------------------------------------------

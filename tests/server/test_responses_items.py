@@ -13,7 +13,7 @@ from mooli.errors import RequestError
 from mooli.frontend.parts import Part
 from mooli.frontend.tool_messages import template_messages
 from mooli.server.responses_events import CustomInput, ResponseWriter
-from mooli.server.responses_items import CalledTool, read_messages, read_tools
+from mooli.server.responses_items import CalledTool, read_messages, read_tools, without_oldest
 
 
 def call(name: str, call_id: str = "c1", arguments: str = '{"a": 1}', **fields: Any) -> dict[str, Any]:
@@ -138,6 +138,18 @@ def test_what_is_wrong_with_an_item_is_said_with_its_place(item, named):
     with pytest.raises(RequestError) as caught:
         read_messages([item], None)
     assert named in str(caught.value)
+
+
+def test_the_oldest_turns_are_left_out_whole():
+    result = {"type": "function_call_output", "call_id": "c1", "output": "x"}
+    messages = told(
+        {"role": "user", "content": "a" * 10}, call("f"), result, {"role": "user", "content": "b" * 10},
+        {"role": "assistant", "content": "c" * 10}, {"role": "user", "content": "d"}, instructions="i",
+    )  # fmt: skip
+    assert without_oldest(messages, 0.0) == [messages[0], *messages[4:]]
+    assert without_oldest(messages, 0.9) == without_oldest(messages, 1.0) == [messages[0], messages[-1]]
+    assert without_oldest([messages[0], messages[-1]], 0.5) is None
+    assert without_oldest(messages[-1:], 0.5) is None
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------

@@ -18,22 +18,23 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from mooli.errors import BusyError
+from mooli.errors import BusyError, ContextLengthError
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part, PartReader, WireFormat, parser_for
 from mooli.server import responses_kept
-from mooli.server.conversation import Conversation, open_conversation, prompt_ids
+from mooli.server.conversation import Conversation, OpenedConversation, open_conversation, prompt_ids
 from mooli.server.errors import CONTEXT_LENGTH_EXCEEDED, is_for_client, problem_of
 from mooli.server.json_body import check_count
 from mooli.server.openai import require_tokenizer
 from mooli.server.openai_chat import chat_logprobs, effort_arguments
 from mooli.server.responses_events import ResponseWriter
-from mooli.server.responses_items import CalledTool, Item, read_messages, read_tools
+from mooli.server.responses_items import CalledTool, Item, read_messages, read_tools, without_oldest
 from mooli.server.responses_kept import NOTHING_KEPT, SEND_ALL, Keep, all_items, keeper
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, ModelName, Reply, Route, sse
 from mooli.server.service import Service
@@ -44,6 +45,12 @@ NAMES = {
     "input_ids": "input", "messages": "input", "max_new_tokens": "max_output_tokens", "json_schema": "text.format",
     "response_format": "text.format", "top_logprobs_num": "top_logprobs", "sampling_seed": "seed",
 }  # fmt: skip
+
+MAX_CUTS = 8
+"""How often a conversation is made shorter that was found too long."""
+
+ROOM = 0.25
+"""Of the context, for the answer to a conversation that was cut."""
 
 LOGPROBS = "message.output_text.logprobs"
 """In `include`: log-probabilities of the words."""
@@ -56,8 +63,8 @@ _SAMPLING = (
 
 # -- bodies ------------------------------------------------------------------------------------------------------------
 class ResponsesBody(msgspec.Struct, kw_only=True):
-    """POST /v1/responses. Of what has no effect here the answer repeats what came: `store`, `truncation` (nothing is
-    cut), `metadata`, `max_tool_calls`, `prompt_cache_key` and the like, `verbosity` of `text`."""
+    """POST /v1/responses. Of what has no effect here the answer repeats what came: `store`, `metadata`,
+    `max_tool_calls`, `prompt_cache_key` and the like, `verbosity` of `text`."""
 
     input: str | list[Item]
     model: ModelName | None = None
@@ -77,6 +84,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     previous_response_id: str | None = None
     conversation: Any = None
     prompt: Any = None
+    truncation: Any = None
     store: bool | None = None
     metadata: Any = None
     max_tool_calls: Any = None
@@ -171,11 +179,30 @@ async def _conversation(service: Service, request: Incoming) -> tuple[Conversati
     return conversation, offered.called
 
 
+async def _open(service: Service, body: ResponsesBody, conversation: Conversation) -> OpenedConversation:
+    """With `truncation` "auto" a conversation that is too long loses its oldest turns, so many that an answer has some
+    room. Raises as `open_conversation`."""
+    params, context_length = {**_sampling(body), "n": 1}, service.facts.context_length
+    for _ in range(MAX_CUTS if body.truncation == "auto" else 0):
+        try:
+            opened = await open_conversation(service, conversation, params)
+            num_tokens = len(opened.input_ids)
+        except ContextLengthError as exc:
+            num_tokens = exc.prompt_tokens or 2 * context_length
+        if num_tokens < context_length:
+            return opened
+        shorter = without_oldest(conversation.messages, 1 - (1 - ROOM) * context_length / num_tokens)
+        if shorter is None:
+            break
+        conversation = replace(conversation, messages=shorter)
+    return await open_conversation(service, conversation, params)
+
+
 async def create_response(service: Service, request: Incoming) -> Reply | EventStream:
     """Raises HttpError for a request that is wrong, RequestError, and what `Call.changes` raises."""
     body: ResponsesBody = request.body
     conversation, called = await _conversation(service, request)
-    opened = await open_conversation(service, conversation, {**_sampling(body), "n": 1})
+    opened = await _open(service, body, conversation)
     response_id = f"resp_{uuid.uuid4().hex}"
     call = GenerateCall(
         input_ids=opened.input_ids,
@@ -245,7 +272,7 @@ def _echo(service: Service, body: ResponsesBody, inputs: CallInputs) -> dict[str
         "top_logprobs": body.top_logprobs or 0,
         "text": {"format": {"type": "text"}, **(body.text or {})},
         "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
-        "truncation": "disabled",
+        "truncation": "auto" if body.truncation == "auto" else "disabled",
         "background": False,
         "store": _is_kept(service, body),
         "previous_response_id": body.previous_response_id,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ import msgspec
 from mooli.frontend.tool_messages import TEXT_PARAMETERS, choose, make_tool
 from mooli.frontend.tools import Tool, ToolSet
 from mooli.server.routing import HttpError
+from mooli.server.work import num_chars
 
 Item = dict[str, Any]
 
@@ -54,6 +56,17 @@ def read_messages(items: str | Sequence[Item], instructions: str | None) -> list
     if not messages:
         raise HttpError(400, "input says nothing: send a text, or a list with a message", param="input")
     return messages
+
+
+def without_oldest(messages: Sequence[Mapping[str, Any]], share: float) -> list[Mapping[str, Any]] | None:
+    """Messages without the oldest turns, whole ones that each begin with a user's message, until `share` of all that
+    was said is gone. What systems say and the last turn stay. None where there is only that turn."""
+    first = int(messages[0]["role"] == "system")
+    starts = [index for index, message in enumerate(messages) if index > first and message["role"] == "user"]
+    said = list(accumulate(map(num_chars, messages), initial=0))
+    enough = said[first] + share * (said[-1] - said[first])
+    cut = next((start for start in starts if said[start] >= enough), starts[-1] if starts else 0)
+    return [*messages[:first], *messages[cut:]] if cut else None
 
 
 class _Turns:
