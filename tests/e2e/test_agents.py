@@ -121,7 +121,6 @@ def test_openai_streams_the_call_of_the_whole_answer(client):
     assert [delta.function.name for delta in deltas if delta.function.name] == ["get_weather"]
     assert [bool(delta.id) for delta in deltas] == [True] + [False] * (len(deltas) - 1)
     assert "".join(delta.function.arguments or "" for delta in deltas) == whole.function.arguments
-    assert len(deltas) > 2
 
 
 def test_openai_s_own_helpers_parse_tools_and_answers(client):
@@ -223,7 +222,7 @@ def test_anthropic_streams_the_call_of_the_whole_answer(claude):
     with claude.messages.stream(**fields) as stream:
         pieces = [event.partial_json for event in stream if event.type == "input_json"]
         final = stream.get_final_message()
-    assert len(pieces) > 1
+    assert json.loads("".join(pieces)) == final.content[-1].input
     assert [(block.name, block.input) for block in final.content] == [
         (block.name, block.input) for block in whole.content
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -147,17 +148,28 @@ def test_a_bound_where_there_is_no_reasoning_is_refused():
 def test_a_form_that_becomes_too_large_in_the_middle_is_the_sender_s_error(monkeypatch):
     monkeypatch.setattr("mooli.grammar.language.MAX_LEXER_STATES", 60)
     letters = random.Random(1).choices(b"ab", k=400)
-    server = LiveServer(lambda context: letters[len(context)])
+    has_begun = threading.Event()
+
+    def waits(batch: Any) -> None:
+        if max(batch.positions) >= len("user: q\nassistant: ") + 3:
+            has_begun.wait(120)  # the client has seen a part: what fails before is answered with a status
+
+    server = LiveServer(lambda context: letters[len(context)], runner={"raises": waits})
     body = {"messages": [{"role": "user", "content": "q"}], "regex": "(a|b)*a(a|b){9}x", "max_tokens": 100}
     try:
-        reply = server.http.post(CHAT, json=body)
-        assert reply.status_code == 400, reply.text
-        assert "became too large" in reply.json()["message"]
-        lines = server.http.post(CHAT, json={**body, "stream": True}).text.splitlines()
-        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        with server.http.stream("POST", CHAT, json={**body, "stream": True}) as reply:
+            chunks: list[Any] = []
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    chunks.append(json.loads(line[6:]))
+                    if "choices" in chunks[-1] and chunks[-1]["choices"][0]["delta"].get("content"):
+                        has_begun.set()
         said = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks[:-1])
         assert said and set(said) <= {*"ab"}, "what there is of it is told"
         assert "became too large" in chunks[-1]["error"]["message"] and chunks[-1]["error"]["code"] is None
         assert chunks[-1]["error"]["type"] == "invalid_request_error"
+        whole = server.http.post(CHAT, json=body)
+        assert whole.status_code == 400, whole.text
+        assert "became too large" in whole.json()["message"]
     finally:
         server.stop()

@@ -420,7 +420,7 @@ def test_a_stream_that_fails_ends_with_its_event(live):
     def raises(batch: Any) -> Exception | None:
         if max(batch.positions) < 40:
             return None
-        has_begun.wait(30)  # the client has seen a part: what fails before is answered with a status
+        has_begun.wait(120)  # the client has seen a part: what fails before is answered with a status
         return RuntimeError("the pool burst")
 
     server = live(says("y" * CONTEXT, after="assistant: ", then=None), runner={"raises": raises})

@@ -6,6 +6,7 @@ Whole and in streams; and both clients' second turn reaches the model as it wrot
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ SCRIPTS = {
     "text": called("write", input='a "b"\nc'),
     "cut": '<tool_call>\n{"name": "look", "arguments": {"at": "O',
     "thought": f"<think>\nhm\n</think>\n\n{called('look')}",
+    "held": called("look", at="Oslo"),
 }
 LOOK = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {"at": {}}}}
 TOOLS: Any = [{"type": "function", "function": LOOK}]
@@ -44,8 +46,10 @@ CLAUDE_TOOLS: Any = [{"name": "look", "description": "Looks.", "input_schema": L
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[LiveServer]:
-    """The user says which script the model follows. `prompts`: what came to it."""
+    """The user says which script the model follows. `prompts`: what came to it. go: what the script "held" waits for
+    in the middle of its arguments."""
     prompts: list[str] = []
+    go = threading.Event()
 
     def next_token(context: list[int]) -> int | None:
         written = bytes(i if i < EOS else 0 for i in context)
@@ -53,13 +57,15 @@ def server() -> Iterator[LiveServer]:
         if not answer:
             prompts.append(prompt.decode())
         key = prompt.decode().split("u:")[-1].split("|")[0]
+        if key == "held" and answer.endswith(b'"Os') and not go.wait(60):
+            raise TimeoutError("nothing of the arguments has been told")
         text = SCRIPTS.get(key, "Done.").encode()
         return text[len(answer)] if len(answer) < len(text) else EOS
 
     options = {"context_length": 700, "reasoning_parser": "qwen3", "tool_call_parser": "hermes"}
     server = LiveServer(next_token, engine=options)
     server.service.tokenizer.chat_template = ChatTemplate(TEMPLATE)
-    server.prompts = prompts
+    server.prompts, server.go = prompts, go
     yield server
     server.stop()
 
@@ -127,6 +133,28 @@ def test_a_stream_has_the_name_first_and_then_pieces_of_the_arguments(server):
         assert json.loads("".join(pieces)) == expected and pieces[0] == ""
     assert "".join(choice["delta"].get("content") or "" for choice in got) == "Let me see."
     assert [choice["finish_reason"] for choice in got if choice["finish_reason"]] == ["tool_calls"]
+
+
+@pytest.mark.parametrize(("path", "tools"), [("/v1/chat/completions", TOOLS), ("/v1/messages", CLAUDE_TOOLS)])
+def test_arguments_are_told_while_the_model_writes_them(server, path, tools):
+    body = {"model": "m", "messages": [{"role": "user", "content": "held"}], "tools": tools, "max_tokens": 300}
+    server.go.clear()
+    told = ""
+    with server.http.stream("POST", path, json={**body, "temperature": 0, "stream": True}) as reply:
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                told += piece_of_arguments(json.loads(line[6:]))
+            if told:
+                server.go.set()
+    assert json.loads(told) == {"at": "Oslo"}
+
+
+def piece_of_arguments(event: Any) -> str:
+    """In an event of either API."""
+    if "choices" in event:
+        calls = event["choices"][0]["delta"].get("tool_calls", ())
+        return "".join(call["function"]["arguments"] for call in calls)
+    return event.get("delta", {}).get("partial_json", "")
 
 
 @pytest.mark.parametrize(("body", "reason"), [({"max_tokens": 50}, "length"), ({}, "stop"), ({"stop": ['"O']}, "stop")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from itertools import pairwise
 from typing import Any
 
@@ -52,8 +53,17 @@ def test_a_call_stands_beside_the_text_and_its_result_goes_back(make):
 
 
 def test_streams_batches_and_samples_have_messages(make):
-    engine = make(CALL, tool_call_parser="hermes")
-    chunks = list(engine.chat([USER], GREEDY, tools=TOOLS, stream=True))
+    has_begun = threading.Event()
+
+    def waits(batch: Any) -> None:
+        if max(batch.positions) >= len("<look>u:Q|a:"):
+            has_begun.wait(120)  # the reader has seen the first token alone
+
+    engine = make(CALL, tool_call_parser="hermes", runner_options={"raises": waits})
+    stream = engine.chat([USER], GREEDY, tools=TOOLS, stream=True)
+    chunks = [next(stream)]
+    has_begun.set()
+    chunks += stream
     assert chunks[0]["message"] == {"role": "assistant", "content": ""}
     messages = [chunk["message"] for chunk in chunks if "tool_calls" in chunk["message"]]
     arguments = [message["tool_calls"][0]["function"]["arguments"] for message in messages]
