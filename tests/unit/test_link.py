@@ -8,10 +8,11 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
-from engine_link import START, fake_child, request, within
+from engine_link import SLOW, START, fake_child, request, within
 from fake_engine import NUM_PAGES, fake_build
 
 from mooli.config import EngineConfig
+from mooli.engine import messages
 from mooli.engine.facts import EngineFacts
 from mooli.errors import EngineClosedError, EngineError, MooliError, RequestError, RequestFailedError
 from mooli.frontend.call import Call, Listener, run_async
@@ -115,9 +116,11 @@ def thread() -> EngineLoop:
     return EngineLoop(built.core, built.facts)
 
 
-async def play(kind: str, test: Test) -> None:
-    """`test(link)`, and that afterwards all is closed and everything that was open has heard of it."""
-    process = None if kind == "thread" else await EngineClient.connect(START, *fake_child())
+async def play(kind: str, test: Test, scenario: str = "fake") -> None:
+    """`test(link)`, and that afterwards all is closed and everything that was open has heard of it. scenario: of the
+    process."""
+    start = messages.Start(START.config, scenario, START.log_level)
+    process = None if kind == "thread" else await EngineClient.connect(start, *fake_child())
     loop = None if kind == "process" else thread()
     parts: list[Link] = [link for link in (process, loop) if link is not None]
     link = parts[0] if len(parts) == 1 else Pair(*parts)
@@ -275,8 +278,8 @@ def test_a_mailed_call_has_the_same_answer_over_every_link(on_link):
     on_link(test)
 
 
-def over_a_process(test: Test) -> None:
-    asyncio.run(play("process", test))
+def over_a_process(test: Test, scenario: str = "fake") -> None:
+    asyncio.run(play("process", test, scenario))
 
 
 def test_listeners_hear_of_each_request_and_a_faulty_one_ends_none():
@@ -303,7 +306,7 @@ def test_a_call_that_is_left_says_that_its_requests_have_ended_once():
         assert sorted(rid for event, rid, _ in told.events if event == "finished") == ["a", "b"]
         assert all(generation.finish is None for generation in call.generations)
 
-    over_a_process(test)
+    over_a_process(test, SLOW)  # it is left before its 100 tokens are there
 
 
 def test_a_call_that_cannot_begin_tells_nobody_and_leaves_the_other_of_its_id_alone():
