@@ -87,6 +87,7 @@ NB_MODULE(_native, m) {
       .def_ro("n", &Linear::n)
       .def_ro("k", &Linear::k)
       .def_ro("gated", &Linear::gated)
+      .def_rw("is_gelu", &Linear::is_gelu)
       .def_prop_ro("kind", [](const Linear& w) { return int(w.kind); })
       .def_prop_ro("num_bytes", [](const Linear& w) { return w.data.size() + w.bias.size() * 4; })
       .def("set_bias", [](Linear& w, int part, int first, Floats bias) {
@@ -242,10 +243,10 @@ NB_MODULE(_native, m) {
   nb::class_<Tape>(m, "Tape")
       .def(nb::init<Device&>(), nb::keep_alive<1, 2>())
       .def("__len__", &Tape::size)
-      .def("embed", [](Tape& t, const Embedding& e, uintptr_t out) { t.embed(&e, (float*)out); }, nb::keep_alive<1, 2>())
-      .def("rms_norm", [](Tape& t, uintptr_t x, FloatBuffer& w, float eps, int width, uintptr_t out) {
+      .def("embed", [](Tape& t, const Embedding& e, float scale, uintptr_t out) { t.embed(&e, scale, (float*)out); }, nb::keep_alive<1, 2>())
+      .def("rms_norm", [](Tape& t, uintptr_t x, FloatBuffer& w, float eps, int width, uintptr_t residual, uintptr_t out) {
         if (size_t(width) != w.count) throw std::invalid_argument("norm weight of another width");
-        t.rms_norm((const float*)x, w.buffer.as<float>(), eps, width, (float*)out);
+        t.rms_norm((const float*)x, w.buffer.as<float>(), eps, width, (const float*)residual, (float*)out);
       }, nb::keep_alive<1, 3>())
       // `norm` and `residual` may be None and 0
       .def("linear", [](Tape& t, uintptr_t x, const Linear& w, FloatBuffer* norm, float eps, uintptr_t residual, uintptr_t out) {

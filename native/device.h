@@ -35,6 +35,7 @@ struct Linear {
   Kind kind;
   int n, k, padded_k;
   bool gated;
+  bool is_gelu = false;  // of a gated one: its activation, which is else silu
   size_t stride;
   Buffer data;
   std::vector<float> bias;  // empty, or one per output padded to whole panels

@@ -109,7 +109,8 @@ struct Kernels {
   void (*finish_attention)(const float* out, const float* lane_sums, int head_dim, float* result);
   void (*to_bf16)(const float* x, int n, uint16_t* out);
   QuantizeFn quantize_q4;
-  void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
+  // residual may be null; out may be x or residual
+  void (*rms_norm)(const float* x, const float* weight, float eps, int n, const float* residual, float* out);
   void (*rope)(float* head, const float* cosines, const float* sines, int half);
   // epilogues of one R x 32 tile: bias may be null; columns <= 32
   void (*store)(const float* tile, int rows, int columns, const float* bias, const float* residual, float* out, size_t stride);
@@ -122,6 +123,7 @@ struct Kernels {
                        float* kept, float* rest);
   // the bias of a gated panel has 32 entries, as its columns lie
   void (*store_silu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
+  void (*store_gelu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
   // out = exp((x - max) * inverse_temperature); returns the sum, in a fixed order. out may be null.
   double (*exp_sum)(const float* x, int n, float max, float inverse_temperature, float* out);
   // indices of values from `from` to just below `below` (of all from there on, where that is infinite), ascending; returns

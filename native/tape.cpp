@@ -18,9 +18,9 @@ constexpr size_t kStreamedBytes = 8 << 20;  // of results, beyond what is found 
 constexpr size_t kLargeBytes = 1 << 20;  // of activations, beyond half a second level cache
 }
 
-void Tape::embed(const Embedding* table, float* out) { Op o{EMBED}; o.table = table; o.out = out; add(o); }
-void Tape::rms_norm(const float* x, const float* weight, float eps, int width, float* out) {
-  Op o{RMS_NORM}; o.x = x; o.a = weight; o.number = eps; o.width = width; o.out = out; add(o);
+void Tape::embed(const Embedding* table, float scale, float* out) { Op o{EMBED}; o.table = table; o.number = scale; o.out = out; add(o); }
+void Tape::rms_norm(const float* x, const float* weight, float eps, int width, const float* residual, float* out) {
+  Op o{RMS_NORM}; o.x = x; o.a = weight; o.b = residual; o.number = eps; o.width = width; o.out = out; add(o);
 }
 void Tape::linear(const float* x, const Linear* weight, const float* norm, float eps, const float* residual, float* out) {
   Op o{LINEAR}; o.x = x; o.weight = weight; o.b = norm; o.number = eps; o.a = residual; o.out = out; add(o);
@@ -206,10 +206,17 @@ void Tape::compute(int stage, int thread) {
   const int rows = op.rows;
   switch (op.code) {
     case EMBED:
-      share(parts, thread, [&](int i) { op.table->gather(device_.token_ids[size_t(i)], op.out + size_t(i) * op.table->columns); });
+      share(parts, thread, [&](int i) {
+        float* row = op.out + size_t(i) * op.table->columns;
+        op.table->gather(device_.token_ids[size_t(i)], row);
+        if (op.number != 1.f) for (int c = 0; c < op.table->columns; c++) row[c] *= op.number;
+      });
       break;
     case RMS_NORM:
-      share(parts, thread, [&](int i) { k.rms_norm(op.x + size_t(i) * op.width, op.a, op.number, op.width, op.out + size_t(i) * op.width); });
+      share(parts, thread, [&](int i) {
+        const size_t row = size_t(i) * op.width;
+        k.rms_norm(op.x + row, op.a, op.number, op.width, op.b ? op.b + row : nullptr, op.out + row);
+      });
       break;
     case LINEAR:
       if (s.phase == 0) prepare_rows(op, thread, parts);
@@ -225,7 +232,7 @@ void Tape::compute(int stage, int thread) {
         if (x != y) memcpy(y, x, size_t(width) * 4);
         for (int h = 0; h < op.heads + op.kv_heads; h++) {
           float* head = y + h * op.head_dim;
-          if (op.code == HEAD_NORM) k.rms_norm(head, h < op.heads ? op.a : op.b, op.number, op.head_dim, head);
+          if (op.code == HEAD_NORM) k.rms_norm(head, h < op.heads ? op.a : op.b, op.number, op.head_dim, nullptr, head);
           else k.rope(head, &op.rope->cosines[angles], &op.rope->sines[angles], half);
         }
       });
@@ -341,7 +348,7 @@ void Tape::prepare_rows(const Op& op, int thread, Part* parts) {
     const float* x = op.x + size_t(r0) * w.k;
     if (op.b) {
       float* normed = device_.work[thread].rows.as<float>();
-      for (int i = 0; i < r; i++) k.rms_norm(x + size_t(i) * w.k, op.b, op.number, w.k, normed + size_t(i) * w.k);
+      for (int i = 0; i < r; i++) k.rms_norm(x + size_t(i) * w.k, op.b, op.number, w.k, nullptr, normed + size_t(i) * w.k);
       x = normed;
     }
     blocks.kernels.prepare(x, size_t(w.k), w.k, w.padded_k, device_.activations.data() + r0 * row_size, r);
@@ -395,14 +402,15 @@ void Tape::gate_panels(const Op& op, const Blocks& blocks, int pair, int thread)
   float* first_half = device_.work[size_t(thread)].half.as<float>();  // of all rows, while the second panel is read
   alignas(64) float group[kMaxRows * kGroup];
   const Product product{w, blocks, 2 * pair, columns > 16 ? 2 * pair + 2 : 2 * pair + 1, thread, device_.activations.data()};
+  const auto gated = w.is_gelu ? k.store_gelu_mul : k.store_silu_mul;
   multiply(product, [&](int p, int r0, int r, const float* sums) {
     const int half = p - 2 * pair;
     const float* bias = w.bias.empty() ? nullptr : w.bias.data() + size_t(p) * kPanel;
     if ((half + 1) * 16 < columns) {
-      k.store_silu_mul(sums, r, 16, bias, first_half + size_t(r0) * 16, 16);
+      gated(sums, r, 16, bias, first_half + size_t(r0) * 16, 16);
       return;
     }
-    k.store_silu_mul(sums, r, columns - half * 16, bias, group + half * 16, kGroup);
+    gated(sums, r, columns - half * 16, bias, group + half * 16, kGroup);
     if (half) for (int i = 0; i < r; i++) memcpy(group + i * kGroup, first_half + size_t(r0 + i) * 16, 64);
     down.prepare(group, kGroup, columns, kGroup, device_.gated.data() + size_t(r0) * next_size + size_t(pair) * down.group_bytes * size_t(r), r);
   });
@@ -438,7 +446,8 @@ void Tape::compute_linear(const Op& op, int thread, Part* parts) {
     multiply({w, blocks, begin, end, thread, prepared}, [&](int p, int r0, int r, const float* sums) {
       if (w.gated) {
         int column = p * 16, columns = std::min(16, w.n - column);
-        k.store_silu_mul(sums, r, columns, w.bias.empty() ? nullptr : w.bias.data() + p * kPanel, op.out + r0 * width + column, width);
+        const auto gated = w.is_gelu ? k.store_gelu_mul : k.store_silu_mul;
+        gated(sums, r, columns, w.bias.empty() ? nullptr : w.bias.data() + p * kPanel, op.out + r0 * width + column, width);
       } else {
         int column = p * kPanel, columns = std::min(kPanel, w.n - column);
         const float* bias = w.bias.empty() ? nullptr : w.bias.data() + column;

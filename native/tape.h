@@ -14,8 +14,9 @@ class Tape : private Region {
   ~Tape() override { device_.pool.abandon(); }
   Tape(const Tape&) = delete;
   // Addresses are of float32 rows, max rows each; strides are the widths. All must outlive the tape.
-  void embed(const Embedding* table, float* out);
-  void rms_norm(const float* x, const float* weight, float eps, int width, float* out);
+  void embed(const Embedding* table, float scale, float* out);
+  // `residual` may be null, or be added; `out` may be it.
+  void rms_norm(const float* x, const float* weight, float eps, int width, const float* residual, float* out);
   // `norm` may be null, or the weight of an RMS norm that each row of x goes through first.
   void linear(const float* x, const Linear* weight, const float* norm, float eps, const float* residual, float* out);
   // A gated linear whose result is nothing but the input of `down`: it leaves rows as that multiplies them, and no float32

@@ -107,7 +107,7 @@ class ToyModel:
             rotated = ops.rope(batch, ops.linear(batch, x, qkv), self._spec, self._rope)
             mixed = ops.attend(batch, index, rotated, self._spec)
             hidden = ops.linear(batch, mixed, o, residual=hidden)
-            hidden = ops.linear(batch, ops.linear_silu_mul(batch, x, gate_up), down, residual=hidden)
+            hidden = ops.linear(batch, ops.gated_linear(batch, x, gate_up), down, residual=hidden)
         return ops.asked_rows(batch, hidden)
 
     def logits(self, batch: Any, hidden: Array) -> Array:

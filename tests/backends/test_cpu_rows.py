@@ -36,7 +36,7 @@ def test_a_row_of_a_linear_has_the_same_bits_among_1_to_40(level: str, kind: str
         parts = [random_tensor(storage, 50, 160, seed=seed) for seed in (1, 2)]
         if gated:
             weight = backend.load_gated(*parts)
-            captured = backend.capture(lambda batch, x: backend.ops.linear_silu_mul(batch, x, weight))
+            captured = backend.capture(lambda batch, x: backend.ops.gated_linear(batch, x, weight))
         else:
             weight = backend.load_linear(parts)
             captured = backend.capture(lambda batch, x: backend.ops.linear(batch, x, weight))
@@ -181,9 +181,9 @@ def test_a_gated_linear_and_the_next_in_one_have_the_bits_of_one_after_the_other
     with cpu_backend(level, dtype=dtype, quantization=quantization) as backend:
         gate_up = backend.load_gated(*(random_tensor(storage, width, 160, seed=seed) for seed in (1, 2)))
         down = backend.load_linear([random_tensor(down_storage, 70, width, seed=3)])
-        gated = backend.capture(lambda batch, x: backend.ops.linear_silu_mul(batch, x, gate_up))
+        gated = backend.capture(lambda batch, x: backend.ops.gated_linear(batch, x, gate_up))
         both = backend.capture(
-            lambda batch, x: backend.ops.linear(batch, backend.ops.linear_silu_mul(batch, x, gate_up), down)
+            lambda batch, x: backend.ops.linear(batch, backend.ops.gated_linear(batch, x, gate_up), down)
         )
         values = random(4, MOST_ROWS, 160)
         inputs = Inputs(backend, values)
@@ -214,7 +214,7 @@ def layer_bits(level: str, num_threads: int, dtype: str, quantization: str | Non
             x = ops.embed(batch, table)
             qkv = ops.rope(batch, ops.linear(batch, ops.rms_norm(x, gain, 1e-5), qkv_weight), SPEC, rope)
             x = ops.linear(batch, ops.attend(batch, 0, qkv, SPEC), out_weight, residual=x)
-            x = ops.linear(batch, ops.linear_silu_mul(batch, ops.rms_norm(x, gain, 1e-5), gated), down, residual=x)
+            x = ops.linear(batch, ops.gated_linear(batch, ops.rms_norm(x, gain, 1e-5), gated), down, residual=x)
             return ops.linear(batch, x, head)
 
         captured = backend.capture(layer)

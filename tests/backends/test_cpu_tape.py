@@ -76,7 +76,7 @@ class Weights:
                 target, residual = pick(op.other)
                 results.append((target, ops.linear(batch, source, self.linears[target, width], residual=residual)))
             elif op.name == "gated":
-                results.append((op.width, ops.linear_silu_mul(batch, source, self.gated[op.width, width])))
+                results.append((op.width, ops.gated_linear(batch, source, self.gated[op.width, width])))
             elif op.name == "attend" and not attended:
                 attended = True  # a layer's keys are stored once a step
                 results.append((64, ops.attend(batch, 0, pick(op.source, QKV)[1], SPEC)))
@@ -249,8 +249,8 @@ def test_a_function_may_return_its_input_or_use_it_twice() -> None:
 WRONG = {
     "linear": lambda ops, w, x: ops.linear(None, x, w["linear"]),
     "gated weight": lambda ops, w, x: ops.linear(None, ops.linear(None, x, w["square"]), w["gated"]),
-    "gated": lambda ops, w, x: ops.linear_silu_mul(None, x, w["gated"]),
-    "weight that is not gated": lambda ops, w, x: ops.linear_silu_mul(None, x, w["square"]),
+    "gated": lambda ops, w, x: ops.gated_linear(None, x, w["gated"]),
+    "weight that is not gated": lambda ops, w, x: ops.gated_linear(None, x, w["square"]),
     "residual": lambda ops, w, x: ops.linear(None, x, w["square"], residual=ops.linear(None, x, w["narrow"])),
     "norm": lambda ops, w, x: ops.rms_norm(x, w["gain"], 1e-5),
     "head norm": lambda ops, w, x: ops.head_norm(x, SPEC, w["gain"], w["gain"], 1e-5),

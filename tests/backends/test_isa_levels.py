@@ -90,7 +90,7 @@ def linears(level: str, storage: TensorType, quantization: str | None) -> list[F
         functions = (
             lambda batch, x: ops.linear(batch, x, weight),
             residual,
-            lambda batch, x: ops.linear_silu_mul(batch, x, gated),
+            lambda batch, x: ops.gated_linear(batch, x, gated),
         )
         captured = [backend.capture(function) for function in functions]
         inputs = Inputs(backend, random(5, 33, 256, scale=3))
@@ -146,7 +146,7 @@ def test_a_row_has_the_same_bits_in_any_number_of_rows(level: str, storage: Tens
         ops = backend.ops
         functions = (
             lambda batch, x: ops.linear(batch, x, plain),
-            lambda batch, x: ops.linear(batch, ops.linear_silu_mul(batch, x, gated), down),
+            lambda batch, x: ops.linear(batch, ops.gated_linear(batch, x, gated), down),
         )
         inputs = Inputs(backend, random(6, 70, 608, scale=3))
         for captured in [backend.capture(function) for function in functions]:

@@ -101,6 +101,16 @@ def test_embedding_gives_the_rows_of_its_table(backend: Backend, variant: Varian
     assert_close(actual, table[ids].astype(np.float64), variant.embed)
 
 
+def test_an_embedding_may_be_scaled(backend: Backend, variant: Variant) -> None:
+    table = random(0, 40, HIDDEN)
+    loaded = backend.load_embedding(raw(table))
+    page_size = allocate(backend, variant)
+    forward = backend.capture(lambda batch: backend.ops.embed(batch, loaded, 8.0))  # a number that rounds nothing
+    planned = backend.plan(step([Row([7, 0, 39], 0, [0] * (3 // page_size + 1))], page_size))
+    actual = np.array(backend.to_host(forward(planned)), dtype=np.float64)
+    assert_close(actual, 8.0 * table[[7, 0, 39]].astype(np.float64), variant.embed)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0], ids=["tiny", "unit", "large"])
 def test_rms_norm_divides_by_the_root_mean_square(backend: Backend, variant: Variant, eps: float, scale: float) -> None:
     gain = random(1, HIDDEN) + 1
@@ -109,6 +119,19 @@ def test_rms_norm_divides_by_the_root_mean_square(backend: Backend, variant: Var
         backend, variant, random(2, 9, HIDDEN, scale=scale), lambda _, x: backend.ops.rms_norm(x, weight, eps)
     )
     assert_close(actual, normed(x, gain, eps), variant.norm)
+
+
+def test_rms_norm_adds_a_residual_which_it_may_overwrite(backend: Backend, variant: Variant) -> None:
+    gain = random(1, HIDDEN) + 1
+    weight, matrix = backend.load_vector(raw(gain)), random(3, HIDDEN, HIDDEN)
+    linear = backend.load_linear([raw(matrix)])
+
+    def branch(batch: Any, x: Any) -> Any:
+        return backend.ops.rms_norm(backend.ops.linear(batch, x, linear), weight, 1e-6, residual=x)
+
+    x, actual = run_op(backend, variant, random(2, 9, HIDDEN), branch)
+    expected = normed(x @ matrix.T.astype(np.float64), gain, 1e-6) + x
+    assert_close(actual, expected, 2 * variant.linear)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 5, 13, 33])
@@ -201,12 +224,23 @@ def test_gated_linear_multiplies_silu_of_gate_with_up(backend: Backend, variant:
     biases = [random(18, 96), random(19, 96)] if biased else []
     weight = backend.load_gated(raw(gate), raw(up), [raw(bias) for bias in biases])
     x, actual = run_op(
-        backend, variant, random(20, 6, HIDDEN), lambda batch, x: backend.ops.linear_silu_mul(batch, x, weight)
+        backend, variant, random(20, 6, HIDDEN), lambda batch, x: backend.ops.gated_linear(batch, x, weight)
     )
     gate_bias, up_bias = biases or (0, 0)
     expected = silu(x @ gate.T.astype(np.float64) + gate_bias) * (x @ up.T.astype(np.float64) + up_bias)
     # A product of two inexact factors; silu's slope never exceeds 1.1.
     assert_close(actual, expected, 2 * variant.linear)
+
+
+def test_gated_linear_with_gelu(backend: Backend, variant: Variant) -> None:
+    gate, up = random(16, 96, HIDDEN, scale=0.2), random(17, 96, HIDDEN, scale=0.2)
+    weight = backend.load_gated(raw(gate), raw(up), activation="gelu_tanh")
+    x, actual = run_op(
+        backend, variant, random(20, 6, HIDDEN), lambda batch, x: backend.ops.gated_linear(batch, x, weight)
+    )
+    gates = x @ gate.T.astype(np.float64)
+    expected = gates * (1 + np.tanh(np.sqrt(2 / np.pi) * (gates + 0.044715 * gates**3))) / 2
+    assert_close(actual, expected * (x @ up.T.astype(np.float64)), 2 * variant.linear)
 
 
 def test_silu_keeps_its_limits_for_large_inputs(backend: Backend, variant: Variant) -> None:
@@ -215,7 +249,7 @@ def test_silu_keeps_its_limits_for_large_inputs(backend: Backend, variant: Varia
     inputs = np.zeros((2, HIDDEN), dtype=np.float32)
     inputs[:, 0] = 64, 250  # exp(250) is beyond float32, and the square of 250 is not beyond float16
     weight = backend.load_gated(raw(gate), raw(up))
-    x, actual = run_op(backend, variant, inputs, lambda batch, x: backend.ops.linear_silu_mul(batch, x, weight))
+    x, actual = run_op(backend, variant, inputs, lambda batch, x: backend.ops.gated_linear(batch, x, weight))
     square = np.broadcast_to(x[:, :1] ** 2, (2, 16))
     np.testing.assert_allclose(actual[:, 0::2], square, rtol=0.02)
     np.testing.assert_allclose(actual[:, 1::2], 0, atol=1e-6)
@@ -491,7 +525,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(backend: Backend, variant: 
         ops = backend.ops
         qkv = ops.linear(batch, ops.rms_norm(x, gain, eps), qkv_weight)
         x = ops.linear(batch, ops.attend(batch, 0, qkv, SPEC), out_weight, residual=x)
-        return ops.linear_silu_mul(batch, x, gated)
+        return ops.gated_linear(batch, x, gated)
 
     together = run(backend, table, step([Row([i], 0, [i % NUM_PAGES]) for i in range(13)], page_size), layer)
     alone = [run(backend, table, step([Row([i], 0, [5])], page_size), layer)[0] for i in range(13)]

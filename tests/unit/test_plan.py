@@ -8,8 +8,8 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_files import small_gguf
 
+from model_files import small_gguf
 from modelslim_folder import quantised, write
 from mooli import ConfigError, cli
 from mooli.backends import create_backend

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from made_tokenizers import trained_byte_level, write_folder
-from model_files import small_gguf, small_safetensors
 
+from model_files import small_gguf, small_safetensors
 from mooli.errors import CheckpointError, ModelError, ModelNotFoundError, TokenizerError
 from mooli.formats.files import open_weights, parse_json, read_given_file, read_json, read_text_file
 from mooli.formats.gguf import GGUFFile, is_gguf

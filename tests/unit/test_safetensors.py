@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_files import safetensors_bytes, small_safetensors
 from safetensors.torch import save_file
 
+from model_files import safetensors_bytes, small_safetensors
 from mooli.backends.dequant import dequantize
 from mooli.errors import CheckpointError, ModelError, ModelNotFoundError, UnsupportedModelError
 from mooli.formats.safetensors import INDEX_NAME, SafetensorsFile, SafetensorsFolder

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model_files import QWEN_PATH
 
+from model_files import QWEN_PATH
 from mooli.backends.dequant import dequantize
 from mooli.errors import ConfigError
 from mooli.models.checkpoint import Checkpoint, DummyCheckpoint

@@ -12,10 +12,10 @@ import time
 import numpy as np
 import pytest
 from made_tokenizers import CONTROL, TEXTS, gguf_metadata, sentencepiece_metadata, trained_byte_level, write_folder
-from model_files import demo_path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from model_files import demo_path
 from mooli.errors import ContextLengthError, PromptError, TokenizerError
 from mooli.frontend import tokenizer_bounds
 from mooli.frontend.chat_encoding import encode_chat

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ models. Pages of another version are never used. `tests/backends/test_numeric_ve
 
 Array = Any
 """Opaque to models. Activations have shape (tokens, features)."""
+
+Activation = Literal["silu", "gelu_tanh"]
+"""Of a gated linear. gelu_tanh: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), arXiv 1606.08415."""
 
 Weight = Any
 """What a backend's `load_*` returned; handed back to its operations unopened."""
@@ -173,20 +176,20 @@ class Ops(Protocol):
     Shapes: T tokens in the step, H hidden size, x (T, H).
     """
 
-    def embed(self, batch: Any, table: Weight) -> Array:
-        """Rows of `table` (vocab, H) at the step's token ids: (T, H)."""
+    def embed(self, batch: Any, table: Weight, scale: float = 1.0) -> Array:
+        """Rows of `table` (vocab, H) at the step's token ids, times `scale`: (T, H)."""
         ...
 
-    def rms_norm(self, x: Array, weight: Weight, eps: float) -> Array:
-        """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
+    def rms_norm(self, x: Array, weight: Weight, eps: float, residual: Array | None = None) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight (+ residual), over the last axis."""
         ...
 
     def linear(self, batch: Any, x: Array, weight: Weight, residual: Array | None = None) -> Array:
         """x @ weight.T + bias (+ residual). The weight knows its packing and its bias."""
         ...
 
-    def linear_silu_mul(self, batch: Any, x: Array, weight: Weight) -> Array:
-        """silu(x @ gate.T) * (x @ up.T) for a weight of `load_gated`. One op: the wide product stays in cache."""
+    def gated_linear(self, batch: Any, x: Array, weight: Weight) -> Array:
+        """activation(x @ gate.T) * (x @ up.T) for a weight of `load_gated`. One op: the wide product stays in cache."""
         ...
 
     def head_norm(self, qkv: Array, spec: AttentionSpec, q_weight: Weight, k_weight: Weight, eps: float) -> Array:
@@ -266,8 +269,10 @@ class Backend(Protocol):
         """A linear weight (sum of rows, columns). `head` marks the output head, kept finer under int4."""
         ...
 
-    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> Weight:
-        """The weight of `linear_silu_mul`. `biases` is empty, or the gate's and the up projection's."""
+    def load_gated(
+        self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = (), *, activation: Activation = "silu"
+    ) -> Weight:
+        """The weight of `gated_linear`. `biases` is empty, or the gate's and the up projection's."""
         ...
 
     def load_embedding(self, table: RawTensor) -> Weight: ...

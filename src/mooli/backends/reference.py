@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mooli.backends import reference_sampling
 from mooli.backends.base import (
+    Activation,
     AttentionSpec,
     CacheSpec,
     Limits,
@@ -51,6 +52,7 @@ class GatedWeight:
 
     gate: LinearWeight
     up: LinearWeight
+    activation: Activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +133,14 @@ class ReferenceOps:
         """Of each layer: keys and values (2, slots, kv heads, head_dim)."""
         self.kv_dtype = "float32"
 
-    def embed(self, batch: ForwardBatch, table: Floats) -> Floats:
-        return table[batch.token_ids]
+    def embed(self, batch: ForwardBatch, table: Floats, scale: float = 1.0) -> Floats:
+        rows: Floats = table[batch.token_ids] * np.float32(scale)
+        return rows
 
-    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
+    def rms_norm(self, x: Floats, weight: Floats, eps: float, residual: Floats | None = None) -> Floats:
         mean_square = np.mean(x * x, axis=-1, keepdims=True)
         normed: Floats = x / np.sqrt(mean_square + np.float32(eps)) * weight
-        return normed
+        return normed if residual is None else normed + residual
 
     def linear(self, batch: ForwardBatch, x: Floats, weight: LinearWeight, residual: Floats | None = None) -> Floats:
         product: Floats = x @ weight.values.T
@@ -147,10 +150,15 @@ class ReferenceOps:
             product += residual
         return product
 
-    def linear_silu_mul(self, batch: ForwardBatch, x: Floats, weight: GatedWeight) -> Floats:
+    def gated_linear(self, batch: ForwardBatch, x: Floats, weight: GatedWeight) -> Floats:
         gate = self.linear(batch, x, weight.gate)
-        with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
-            gated: Floats = gate / (1 + np.exp(-gate)) * self.linear(batch, x, weight.up)
+        if weight.activation == "gelu_tanh":
+            bend = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
+            active: Floats = np.float32(0.5) * gate * (1 + np.tanh(bend))
+        else:
+            with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
+                active = gate / (1 + np.exp(-gate))
+        gated: Floats = active * self.linear(batch, x, weight.up)
         return gated
 
     def head_norm(self, qkv: Floats, spec: AttentionSpec, q_weight: Floats, k_weight: Floats, eps: float) -> Floats:
@@ -284,8 +292,10 @@ class ReferenceBackend:
         bias = self._count(np.concatenate([_vector(tensor) for tensor in biases])) if biases else None
         return LinearWeight(values, bias)
 
-    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> GatedWeight:
-        return GatedWeight(self.load_linear([gate], biases[:1]), self.load_linear([up], biases[1:]))
+    def load_gated(
+        self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = (), *, activation: Activation = "silu"
+    ) -> GatedWeight:
+        return GatedWeight(self.load_linear([gate], biases[:1]), self.load_linear([up], biases[1:]), activation)
 
     def load_embedding(self, table: RawTensor) -> Floats:
         return self._count(_matrix(table))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from mooli.backends.ascend.defaults import MAX_RUNNING_REQUESTS
 from mooli.backends.ascend.paths import PAGE_SIZE
-from mooli.backends.base import CacheSpec
+from mooli.backends.base import Activation, CacheSpec
 from mooli.errors import ConfigError
 from mooli.tensor import RawTensor
 
@@ -52,7 +52,9 @@ class Sizes:
     ) -> None:
         raise NotImplementedError
 
-    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> None:
+    def load_gated(
+        self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = (), *, activation: Activation = "silu"
+    ) -> None:
         raise NotImplementedError
 
     def load_embedding(self, table: RawTensor) -> None:
@@ -85,7 +87,9 @@ class TorchSizes(Sizes):
     ) -> None:
         self._add(tensors, biases, head=head, is_tied=False)
 
-    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> None:
+    def load_gated(
+        self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = (), *, activation: Activation = "silu"
+    ) -> None:
         self.load_linear([gate, up], biases)
 
     def load_embedding(self, table: RawTensor) -> None:

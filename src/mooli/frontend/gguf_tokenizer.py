@@ -74,6 +74,8 @@ _INFILL_KEYS = {
 }
 """The second are older names."""
 
+_SENTENCEPIECE_ARCHITECTURES = ("llama", "gemma3")
+
 _END_ID_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -323,7 +325,8 @@ def _check_merges(vocabulary: _Vocabulary, merges: list[tuple[str, str]]) -> Non
 
 
 def _sentencepiece_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
-    """Llama 2's and Mistral's tokenizer: SentencePiece BPE with byte fallback, its merges recovered from the scores.
+    """Llama 2's, Mistral's and Gemma's tokenizer: SentencePiece BPE with byte fallback, its merges recovered from the
+    scores. Gemma's runs of spaces and of line ends are user-defined tokens, which are found before all else.
 
     SentencePiece merges the pair whose result scores best. As a list of merges: every way to cut every token in two,
     best result first (Hugging Face's conversion of SentencePiece models does the same).
@@ -332,10 +335,10 @@ def _sentencepiece_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     from tokenizers import decoders, models, normalizers
 
     architecture = vocabulary.metadata.get("general.architecture", "llama")
-    if not isinstance(architecture, str) or architecture != "llama":
+    if not isinstance(architecture, str) or architecture not in _SENTENCEPIECE_ARCHITECTURES:
         raise TokenizerError(
             f"the SentencePiece tokenizer of architecture {_short(architecture)} in {vocabulary.source} is not"
-            " supported; only that of Llama and Mistral is"
+            " supported; only those of Llama, Mistral and Gemma are"
         )
     merging = {_NORMAL, _USER_DEFINED, _UNUSED}
     ids = {token: i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] in merging}

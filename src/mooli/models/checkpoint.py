@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mooli.backends.dequant import dequantize
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.formats.gguf import GGUFFile
 from mooli.formats.safetensors import SafetensorsFolder
@@ -66,7 +67,8 @@ def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
 class SafetensorsCheckpoint:
     """A Hugging Face folder of safetensors."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorSpec]) -> None:
+        self._tensors = tensors
         self._folder = SafetensorsFolder(folder)
         self._names = frozenset(self._folder.names())
 
@@ -82,13 +84,21 @@ class SafetensorsCheckpoint:
         return info.shape
 
     def tensor(self, name: str) -> RawTensor:
-        return self._folder.tensor(name)
+        return as_declared(self._folder.tensor(name), self._tensors.get(name))
 
     def release(self, name: str) -> None:
         self._folder.release(name)
 
     def close(self) -> None:
         self._folder.close()
+
+
+def as_declared(raw: RawTensor, spec: TensorSpec | None) -> RawTensor:
+    """A tensor of a folder, of the values that the model multiplies by."""
+    if spec is None or not spec.hf_offset:
+        return raw
+    values = dequantize(raw) + np.float32(spec.hf_offset)
+    return RawTensor(raw.name, TensorType.F32, raw.shape, values.reshape(raw.num_rows, -1).view(np.uint8))
 
 
 def gguf_names(tensors: Mapping[str, TensorSpec]) -> dict[str, str]:

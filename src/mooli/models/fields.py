@@ -26,7 +26,7 @@ HF_KEYS = frozenset(
 GGUF_KEYS = frozenset(("max_position_embeddings", "eos_token_id", "bos_token_id"))
 """What may be overridden of every GGUF file, by its Hugging Face name."""
 
-_END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+_END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>")
 _CONTROL_TOKEN = 3
 _MAX_EOS_IDS = 1024
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mooli.backends.base import Array, AttentionSpec, Ops, RopeSpec, Weight
+from mooli.backends.base import Activation, Array, AttentionSpec, Ops, RopeSpec, Weight
 from mooli.models.config import COLUMNS, ROWS, Split, TensorSpec
 from mooli.models.packer import Packer
 
@@ -117,14 +117,17 @@ class Attention:
         qkv = self.ops.rope(batch, qkv, self.spec, self.rope)
         return self.ops.attend(batch, layer, qkv, self.spec)
 
-    def output(self, batch: Any, mixed: Array, residual: Array) -> Array:
-        """What `mix` returned, projected and added: (T, H)."""
+    def output(self, batch: Any, mixed: Array, residual: Array | None = None) -> Array:
+        """What `mix` returned, projected, and added where there is a residual: (T, H)."""
         return self.ops.linear(batch, mixed, self.o, residual=residual)
 
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
-    """down(silu(gate x) * up x) of one layer. Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202."""
+    """down(activation(gate x) * up x) of one layer.
+
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
+    """
 
     ops: Ops
     gate_up: Weight
@@ -142,11 +145,11 @@ class GatedMLP:
         }
 
     @classmethod
-    def load(cls, packer: Packer, name: str, ops: Ops) -> GatedMLP:
-        gate_up = packer.gated(f"{name}.gate_proj", f"{name}.up_proj")
+    def load(cls, packer: Packer, name: str, ops: Ops, activation: Activation = "silu") -> GatedMLP:
+        gate_up = packer.gated(f"{name}.gate_proj", f"{name}.up_proj", activation)
         return cls(ops, gate_up, packer.linear(f"{name}.down_proj"))
 
-    def output(self, batch: Any, x: Array, residual: Array) -> Array:
-        """(T, H), the residual added."""
-        gated = self.ops.linear_silu_mul(batch, x, self.gate_up)
+    def output(self, batch: Any, x: Array, residual: Array | None = None) -> Array:
+        """(T, H), the residual added where there is one."""
+        gated = self.ops.gated_linear(batch, x, self.gate_up)
         return self.ops.linear(batch, gated, self.down, residual=residual)

@@ -134,7 +134,9 @@ def _open_folder(
             raise _pickle_error(pickles[0])
         raise ModelNotFoundError(f"{path} has config.json but no .safetensors file; download the weights too")
     checkpoint = (
-        SafetensorsCheckpoint(path) if description is None else ModelslimCheckpoint(path, description, config.tensors())
+        SafetensorsCheckpoint(path, config.tensors())
+        if description is None
+        else ModelslimCheckpoint(path, description, config.tensors())
     )
     try:
         embedding = next(iter(config.tensors()))

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.formats.files import read_json
 from mooli.formats.safetensors import SafetensorsFolder
+from mooli.models.checkpoint import as_declared
 from mooli.models.config import TensorSpec
 from mooli.models.fields import short
 from mooli.tensor import RawTensor, TensorType
@@ -142,7 +143,7 @@ class ModelslimCheckpoint:
         if name in self._made_biases:
             return self._made_bias(name)
         if name not in self._kinds:
-            return self._folder.tensor(name)
+            return as_declared(self._folder.tensor(name), self._tensors.get(name))
         codes = self._folder.array(name)
         if _sibling(name, "bias") in self._made_biases and _sibling(name, "bias") not in self._tensors:
             self._check_no_bias(name, codes)

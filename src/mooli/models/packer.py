@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from mooli.backends.base import Backend, Weight
+from mooli.backends.base import Activation, Backend, Weight
 from mooli.models.checkpoint import Checkpoint
 from mooli.models.config import ModelConfig
 from mooli.tensor import RawTensor
@@ -62,10 +62,12 @@ class Packer:
         tensors, biases = self._weights(modules), self._biases(modules)
         return self._packed(self._backend.load_linear(tensors, biases), *tensors, *biases)
 
-    def gated(self, gate: str, up: str) -> Weight:
-        """The weight of `Ops.linear_silu_mul`; biases as in `linear`."""
+    def gated(self, gate: str, up: str, activation: Activation = "silu") -> Weight:
+        """The weight of `Ops.gated_linear`; biases as in `linear`."""
         (first, second), biases = self._weights((gate, up)), self._biases((gate, up))
-        return self._packed(self._backend.load_gated(first, second, biases), first, second, *biases)
+        return self._packed(
+            self._backend.load_gated(first, second, biases, activation=activation), first, second, *biases
+        )
 
     def finish(self) -> None:
         """Returns when all is packed."""

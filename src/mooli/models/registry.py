@@ -10,14 +10,16 @@ from typing import Any
 
 from mooli.backends.base import Backend
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from mooli.models import llama
+from mooli.models import gemma, llama
 from mooli.models.checkpoint import Checkpoint
 from mooli.models.config import ModelConfig
 from mooli.models.family import Family, Model
 from mooli.models.fields import GGUF_KEYS, HF_KEYS, GGUFSource, HFSource, short
 from mooli.models.packer import Packer
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3, gemma.GEMMA3)
+}
 """By the name that `ModelConfig.family` has."""
 
 

@@ -14,7 +14,7 @@ from mooli.backends.ascend.paths import RMS_NORM, ROTARY, SWIGLU, Switches
 from mooli.backends.base import AttentionSpec, RopeSpec
 from mooli.backends.torch.ops import TorchOps, rotary_table
 from mooli.backends.torch.step_plan import ForwardBatch
-from mooli.backends.torch.weights import LinearWeight
+from mooli.backends.torch.weights import GatedLinear
 
 WIDEST_ROTARY_HEAD = 896
 MOST_ROTARY_HEADS = 999
@@ -28,17 +28,17 @@ class AscendOps(TorchOps):
         self._is_on = switches.is_on
         self._tables: dict[tuple[bytes, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
         if not self._is_on(RMS_NORM):
-            return super().rms_norm(x, weight, eps)
+            return super().rms_norm(x, weight, eps, residual)
         # Heads between others in a packed row are no tensor of their own.
         normed: Tensor = torch.ops.npu.npu_rms_norm(x.contiguous(), weight, eps)[0]
-        return normed
+        return normed if residual is None else normed + residual
 
-    def linear_silu_mul(self, batch: ForwardBatch, x: Tensor, weight: LinearWeight) -> Tensor:
-        if not self._is_on(SWIGLU):
-            return super().linear_silu_mul(batch, x, weight)
-        gated: Tensor = torch.ops.npu.npu_swiglu(weight.matmul(x).contiguous(), -1)
+    def gated_linear(self, batch: ForwardBatch, x: Tensor, weight: GatedLinear) -> Tensor:
+        if not self._is_on(SWIGLU) or weight.activation != "silu":
+            return super().gated_linear(batch, x, weight)
+        gated: Tensor = torch.ops.npu.npu_swiglu(weight.stacked.matmul(x).contiguous(), -1)
         return gated
 
     def rope(self, batch: ForwardBatch, qkv: Tensor, spec: AttentionSpec, rope: RopeSpec) -> Tensor:

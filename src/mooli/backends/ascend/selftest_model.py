@@ -77,7 +77,7 @@ class SmallModel:
         for index, (norm, qkv, out, after, gated, down) in enumerate(self._layers):
             packed = ops.rope(batch, ops.linear(batch, ops.rms_norm(x, norm, 1e-6), qkv), SPEC, self._rope)
             x = ops.linear(batch, ops.attend(batch, index, packed, SPEC), out, residual=x)
-            x = ops.linear(batch, ops.linear_silu_mul(batch, ops.rms_norm(x, after, 1e-6), gated), down, residual=x)
+            x = ops.linear(batch, ops.gated_linear(batch, ops.rms_norm(x, after, 1e-6), gated), down, residual=x)
         return x
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli import _native
-from mooli.backends.base import Array, CacheSpec, Limits, MemoryInfo, SampleResult, check_attention
+from mooli.backends.base import Activation, Array, CacheSpec, Limits, MemoryInfo, SampleResult, check_attention
 from mooli.backends.claims import Claim, claims_folder
 from mooli.backends.cpu.packing import (
     FLOAT_KINDS,
@@ -184,9 +184,12 @@ class CpuBackend:
             row += bias.num_columns
         return self._count(weight, kind)
 
-    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> PackedLinear:
+    def load_gated(
+        self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = (), *, activation: Activation = "silu"
+    ) -> PackedLinear:
         kind = self._packing.kind([gate, up], head=False)
         weight = self._new_linear(kind, gate.num_rows, gate.num_columns, gated=True)
+        weight.is_gelu = activation == "gelu_tanh"
         for part, tensor in enumerate((gate, up)):
             self._pack(weight, part, 0, tensor)
         for part, bias in enumerate(biases):

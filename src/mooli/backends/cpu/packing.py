@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from mooli import _native
-from mooli.backends.base import CacheSpec
+from mooli.backends.base import Activation, CacheSpec
 from mooli.backends.sizes import Sizes
 from mooli.tensor import RawTensor, TensorType, row_bytes
 
@@ -121,7 +121,9 @@ class CpuSizes(Sizes):
     ) -> None:
         self._add(tensors, biases, head=head)
 
-    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> None:
+    def load_gated(
+        self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = (), *, activation: Activation = "silu"
+    ) -> None:
         kind = self._packing.kind([gate, up], head=False)
         self.num_bytes += _native.linear_bytes(int(kind), gate.num_rows, gate.num_columns, True, bool(biases))
 

@@ -43,7 +43,7 @@ class Gated:
 @dataclass(eq=False, slots=True)
 class Register:
     """An activation of `width` float32 a row. `address` is set when the arena is laid out, `norm` by rms_norm, `gated`
-    by linear_silu_mul."""
+    by gated_linear."""
 
     width: int
     address: int = 0
@@ -142,16 +142,20 @@ class TapeOps:
             raise ConfigError("operations of the cpu backend run inside a captured function: use backend.capture")
         return self._recording
 
-    def embed(self, batch: Any, table: Any) -> Register:
-        return self._now().add((), table.width, lambda t, out: t.embed(table.native, out.address))
+    def embed(self, batch: Any, table: Any, scale: float = 1.0) -> Register:
+        return self._now().add((), table.width, lambda t, out: t.embed(table.native, scale, out.address))
 
-    def rms_norm(self, x: Register, weight: Any, eps: float) -> Register:
-        normed = self._now().add(
-            (x,),
-            x.width,
-            lambda t, out: t.rms_norm(x.address, weight.native, eps, x.width, out.address),
-            droppable=True,
-        )
+    def rms_norm(self, x: Register, weight: Any, eps: float, residual: Register | None = None) -> Register:
+        if residual is not None and residual.width != x.width:
+            raise ConfigError(f"a residual of {residual.width} values on a norm of {x.width}")
+
+        def emit(tape: Any, out: Register) -> None:
+            after = 0 if residual is None else residual.address
+            tape.rms_norm(x.address, weight.native, eps, x.width, after, out.address)
+
+        if residual is not None:
+            return self._now().add((x, residual), x.width, emit, reusable=residual)
+        normed = self._now().add((x,), x.width, emit, droppable=True)
         normed.norm = Norm(x, weight, eps)
         return normed
 
@@ -162,9 +166,9 @@ class TapeOps:
             raise ConfigError(f"a residual of {residual.width} values on a linear weight of {weight.native.n}")
         return self._linear(x, weight, residual)
 
-    def linear_silu_mul(self, batch: Any, x: Register, weight: Any) -> Register:
+    def gated_linear(self, batch: Any, x: Register, weight: Any) -> Register:
         if not weight.native.gated or x.width != weight.native.k:
-            raise ConfigError(f"linear_silu_mul takes rows of {weight.native.k} values and a gated weight")
+            raise ConfigError(f"gated_linear takes rows of {weight.native.k} values and a gated weight")
         return self._linear(x, weight, None)
 
     def _linear(self, x: Register, weight: Any, residual: Register | None) -> Register:

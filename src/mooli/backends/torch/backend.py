@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mooli.backends.base import CacheSpec, Limits, MemoryInfo, SampleResult
+from mooli.backends.base import Activation, CacheSpec, Limits, MemoryInfo, SampleResult
 from mooli.backends.host_memory import host_memory
 from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
 from mooli.backends.parallel import RankGroup
@@ -32,6 +32,7 @@ from mooli.backends.torch.sampling import TorchSampler
 from mooli.backends.torch.step_plan import ForwardBatch, plan_step
 from mooli.backends.torch.weights import (
     FloatLinear,
+    GatedLinear,
     LinearWeight,
     check_type,
     holds_same,
@@ -203,9 +204,10 @@ class TorchBackend:
             return FloatLinear(self._embedding, bias)  # tied: one table for both, counted once
         return self._count_linear(FloatLinear(load_matrix(tensors, self._dtype, self.device), bias))
 
-    def load_gated(self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = ()) -> LinearWeight:
-        """Gate and up projection stacked, so that one product makes both."""
-        return self.load_linear([gate, up], biases)
+    def load_gated(
+        self, gate: RawTensor, up: RawTensor, biases: Sequence[RawTensor] = (), *, activation: Activation = "silu"
+    ) -> GatedLinear:
+        return GatedLinear(self.load_linear([gate, up], biases), activation)
 
     def load_embedding(self, table: RawTensor) -> Tensor | PartTable:
         self._note([table], is_linear=False)

@@ -15,7 +15,7 @@ from mooli.backends.base import AttentionSpec, RopeSpec, check_attention
 from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.parallel import PartTable
 from mooli.backends.torch.step_plan import ForwardBatch
-from mooli.backends.torch.weights import LinearWeight
+from mooli.backends.torch.weights import GatedLinear, LinearWeight
 from mooli.errors import ConfigError
 
 POSITIONS_AT_A_TIME = 1 << 14
@@ -32,22 +32,23 @@ class TorchOps:
         """Positions that rotary tables are made for; a step beyond makes them longer."""
         self._rotary: dict[bytes, tuple[Tensor, Tensor]] = {}
 
-    def embed(self, batch: ForwardBatch, table: Tensor | PartTable) -> Tensor:
-        if isinstance(table, PartTable):
-            return table.look_up(batch.token_ids)
-        return F.embedding(batch.token_ids, table)
+    def embed(self, batch: ForwardBatch, table: Tensor | PartTable, scale: float = 1.0) -> Tensor:
+        ids = batch.token_ids
+        rows = table.look_up(ids) if isinstance(table, PartTable) else F.embedding(ids, table)
+        return rows if scale == 1.0 else rows * scale
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight).to(x.dtype)
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight
+        return (normed if residual is None else normed + residual).to(x.dtype)
 
     def linear(self, batch: ForwardBatch, x: Tensor, weight: LinearWeight, residual: Tensor | None = None) -> Tensor:
         product = weight.matmul(x)
         return product if residual is None else product.add_(residual)
 
-    def linear_silu_mul(self, batch: ForwardBatch, x: Tensor, weight: LinearWeight) -> Tensor:
-        gate, up = weight.matmul(x).chunk(2, dim=-1)
-        return F.silu(gate) * up
+    def gated_linear(self, batch: ForwardBatch, x: Tensor, weight: GatedLinear) -> Tensor:
+        gate, up = weight.stacked.matmul(x).chunk(2, dim=-1)
+        return (F.silu(gate) if weight.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
     def head_norm(self, qkv: Tensor, spec: AttentionSpec, q_weight: Tensor, k_weight: Tensor, eps: float) -> Tensor:
         q, k, v = split_heads(qkv, spec)

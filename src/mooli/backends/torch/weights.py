@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
+from mooli.backends.base import Activation
 from mooli.backends.dequant import dequantize
 from mooli.backends.sizes import INT8_GROUP
 from mooli.errors import OutOfMemoryError, UnsupportedModelError
@@ -77,6 +78,14 @@ class Int8Linear:
 
     def num_bytes(self) -> int:
         return sum(tensor_bytes(x) for x in (self.codes, self.scales, self.bias) if x is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedLinear:
+    """Gate and up projection stacked, so that one product makes both."""
+
+    stacked: LinearWeight
+    activation: Activation
 
 
 def tensor_bytes(values: Tensor) -> int:

@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
 
-QWEN_PATH = Path(__file__).resolve().parents[2] / ".models" / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+_FETCHED = Path(__file__).resolve().parents[1] / ".models"
+"""What `benchmarks/fetch_models.py` has brought, if it ran."""
+
+QWEN_PATH = _FETCHED / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+GEMMA_PATH = _FETCHED / "gemma-3-270m-q4_k_m.gguf"
 
 
 def demo_path() -> Path | None:
