@@ -18,7 +18,7 @@ from mooli.backends.base import Array, AttentionSpec, Ops, PagedLayer, RopeSpec
 from mooli.models.config import COLUMNS, ROWS, ModelConfig, Split, TensorSpec
 from mooli.models.family import Family
 from mooli.models.fields import GGUFSource, HFSource, check_range
-from mooli.models.layers import linear_tensors, norm_tensors, vocabulary_tensors
+from mooli.models.layers import PAIRS_IN_GGUF, linear_tensors, norm_tensors, vocabulary_tensors
 from mooli.models.packer import Packer
 from mooli.models.rope import inv_freq
 
@@ -52,10 +52,10 @@ class ToyConfig(ModelConfig):
             name, gguf = f"h.{layer}", f"blk.{layer}"
             tensors |= norm_tensors(f"{name}.norm", f"{gguf}.norm", hidden)
             tensors |= linear_tensors(
-                f"{name}.wq", f"{gguf}.q", (rows, hidden), queries, gguf_paired_heads=queries.units, bias=self.has_bias
+                f"{name}.wq", f"{gguf}.q", (rows, hidden), queries, pairs=PAIRS_IN_GGUF, bias=self.has_bias
             )
             tensors |= linear_tensors(
-                f"{name}.wk", f"{gguf}.k", (kv_rows, hidden), keys, gguf_paired_heads=keys.units, bias=self.has_bias
+                f"{name}.wk", f"{gguf}.k", (kv_rows, hidden), keys, pairs=PAIRS_IN_GGUF, bias=self.has_bias
             )
             tensors |= linear_tensors(f"{name}.wv", f"{gguf}.v", (kv_rows, hidden), keys, bias=self.has_bias)
             summed = dataclasses.replace(queries, axis=COLUMNS)

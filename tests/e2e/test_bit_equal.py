@@ -53,7 +53,7 @@ class RealModel:
     seed: int
     rules: list[Rule]
     repeats_itself: bool = False
-    """Of prompts drawn at random it makes loops, which are guessed rightly, and ends early where it is held to rules."""
+    """Of prompts drawn at random it makes loops, which are guessed rightly, and is short where it is held to rules."""
 
     def core(
         self,

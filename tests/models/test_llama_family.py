@@ -69,6 +69,22 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
     ),
     "qwen3-qk-norm": transformers.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False),
     "qwen3-tied": transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "smollm3": transformers.SmolLM3Config(**SIZES, no_rope_layer_interval=2, tie_word_embeddings=False),
+    "smollm3-biases": transformers.SmolLM3Config(**SIZES, no_rope_layers=[0, 1, 0], attention_bias=True, mlp_bias=True),
+    "ernie": transformers.Ernie4_5Config(**SIZES, head_dim=32, use_bias=True),
+    "granite": transformers.GraniteConfig(
+        **SIZES,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.3,
+        logits_scaling=3.0,
+        rms_norm_eps=1e-3,
+    ),
+    "hunyuan": transformers.HunYuanDenseV1Config(
+        **SIZES,
+        head_dim=32,
+        rope_parameters={"rope_type": "dynamic", "factor": 1.0, "alpha": 50.0, "rope_theta": 10000.0},
+    ),
     "gemma3-windows": transformers.Gemma3TextConfig(
         **GEMMA_SIZES,
         sliding_window=9,
@@ -281,5 +297,5 @@ def test_a_family_without_a_class_is_refused() -> None:
         num_kv_heads=1,
         head_dim=8,
     )
-    with pytest.raises(UnsupportedModelError, match=r"'gpt9'.*llama, mistral, qwen2, qwen3, gemma3_text"):
+    with pytest.raises(UnsupportedModelError, match=r"'gpt9'.*llama, mistral, qwen2, qwen3, smollm3"):
         create_model(config, DummyCheckpoint(config), create_backend("reference"))

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from model_files import QWEN_PATH, demo_path, interleaved
 
+from model_files import QWEN_PATH, demo_path, interleaved
 from mooli.backends.dequant import dequantize
 from mooli.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
 from mooli.models.checkpoint import DummyCheckpoint, check_tensors, gguf_names
@@ -35,7 +35,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8, "head_dim": 32},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 32},
+    "smollm3": {"num_hidden_layers": 4, "pad_token_id": None},
+    "ernie4_5": {"head_dim": 32, "use_bias": True},
+    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "hunyuan_v1_dense": {"head_dim": 32},
 }
+GGUF_NAMES = {"mistral": "llama", "hunyuan_v1_dense": "hunyuan-dense"}
+"""Where they differ from the family's."""
+
+PAIRED_BY_CONVERTERS = ("llama", "smollm3", "granite")
 
 
 def tiny_model(family: str, **changes: Any) -> Any:
@@ -52,6 +60,18 @@ def weights(model: Any) -> dict[str, np.ndarray]:
     return {name: value.float().numpy() for name, value in model.state_dict().items()}
 
 
+def used(model: Any) -> dict[str, np.ndarray]:
+    """The weights as the model is to take them."""
+    config, found = model.config, weights(model)
+    for name, value in found.items():
+        if config.model_type == "ernie4_5" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            found[name] = value.reshape(heads, -1, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        if config.model_type == "granite" and name == "model.norm.weight":
+            found[name] = value / np.float32(config.logits_scaling)
+    return found
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sharded_folder_of_every_family_gives_the_weights_of_transformers(
@@ -62,7 +82,7 @@ def test_a_sharded_folder_of_every_family_gives_the_weights_of_transformers(
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     config, checkpoint = open_model(tmp_path)
     assert (config.family, config.dtype) == (family, dtype)
-    expected = weights(model)
+    expected = used(model)
     for name, spec in config.tensors().items():
         assert checkpoint.shape(name) == spec.shape
         np.testing.assert_array_equal(dequantize(checkpoint.tensor(name)), expected[name], err_msg=name)
@@ -82,6 +102,8 @@ TO_GGUF = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.query_layernorm": "attn_q_norm",
+    "self_attn.key_layernorm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -107,13 +129,18 @@ def write_gguf(path: Path, model: Any, architecture: str, *, quantize: str = "F3
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     for name, value in weights(model).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        if architecture in PAIRED_BY_CONVERTERS and ("q_proj" in name or "k_proj" in name):
             value = interleaved(value, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
         kind = gguf.GGMLQuantizationType[quantize if value.ndim == 2 else "F32"]
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(value), kind), raw_dtype=kind)
@@ -129,12 +156,13 @@ def write_gguf(path: Path, model: Any, architecture: str, *, quantize: str = "F3
 def test_a_gguf_file_of_every_family_gives_the_weights_before_conversion(tmp_path: Path, family: str) -> None:
     model = tiny_model(family)
     path = tmp_path / "model.gguf"
-    write_gguf(path, model, "llama" if family == "mistral" else family)
+    write_gguf(path, model, GGUF_NAMES.get(family, family))
     config, checkpoint = open_model(path)
     assert config.tie_word_embeddings == model.config.tie_word_embeddings
     assert config.qkv_bias == ("model.layers.0.self_attn.q_proj.bias" in model.state_dict())
-    assert config.qk_norm == (family == "qwen3")
-    expected = weights(model)
+    assert config.qk_norm == (family in ("qwen3", "hunyuan_v1_dense"))
+    assert config.unrotated == ((3,) if family == "smollm3" else ())
+    expected = used(model)
     for name in config.tensors():
         raw = checkpoint.tensor(name)
         assert raw.name == name

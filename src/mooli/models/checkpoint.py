@@ -94,11 +94,28 @@ class SafetensorsCheckpoint:
 
 
 def as_declared(raw: RawTensor, spec: TensorSpec | None) -> RawTensor:
-    """A tensor of a folder, of the values that the model multiplies by."""
-    if spec is None or not spec.hf_offset:
+    """A tensor of a folder, as the model takes it."""
+    if spec is None:
         return raw
-    values = dequantize(raw) + np.float32(spec.hf_offset)
+    return _scaled(_in_halves(raw, spec.hf_paired_heads), spec.hf_offset, spec.factor)
+
+
+def _scaled(raw: RawTensor, offset: float, factor: float) -> RawTensor:
+    if not offset and factor == 1.0:
+        return raw
+    values = (dequantize(raw) + np.float32(offset)) * np.float32(factor)
     return RawTensor(raw.name, TensorType.F32, raw.shape, values.reshape(raw.num_rows, -1).view(np.uint8))
+
+
+def _in_halves(raw: RawTensor, num_heads: int) -> RawTensor:
+    """Of heads whose rows are in pairs. 0 heads: as it is."""
+    if not num_heads:
+        return raw
+    order = _halves_from_pairs(raw.shape[0], num_heads)
+    if len(raw.shape) == 2:
+        return raw.take_rows(order)
+    item_bytes = row_bytes(raw.type, 1)
+    return dataclasses.replace(raw, data=raw.data.reshape(-1, item_bytes)[order].reshape(1, -1))
 
 
 def gguf_names(tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
@@ -131,14 +148,8 @@ class GGUFCheckpoint:
 
     def tensor(self, name: str) -> RawTensor:
         raw = dataclasses.replace(self._file.tensor(self._gguf_name(name)), name=name)
-        num_heads = self._tensors[name].gguf_paired_heads if name in self._tensors else 0
-        if not num_heads:
-            return raw
-        order = _halves_from_pairs(raw.shape[0], num_heads)
-        if len(raw.shape) == 2:
-            return raw.take_rows(order)
-        item_bytes = row_bytes(raw.type, 1)
-        return dataclasses.replace(raw, data=raw.data.reshape(-1, item_bytes)[order].reshape(1, -1))
+        spec = self._tensors.get(name)
+        return raw if spec is None else _scaled(_in_halves(raw, spec.gguf_paired_heads), 0.0, spec.factor)
 
     def release(self, name: str) -> None:
         self._file.release(self._gguf_name(name))

@@ -39,16 +39,19 @@ class TensorSpec:
     """A tensor that a model needs. Its name, in the table of `ModelConfig.tensors`, is that of the safetensors files.
 
     shape: (rows, columns) or (columns,). gguf: its name in a GGUF file. split: None for one that every rank has whole.
-    gguf_paired_heads: a GGUF file has the rows of so many heads in pairs for interleaved rotation (2i, 2i + 1), which
-    are put back, so that all models rotate halves (i, i + head_dim / 2). 0: the rows are as they should be.
-    hf_offset: safetensors files have the values less this.
+    gguf_paired_heads, hf_paired_heads: files of that kind have the rows of so many heads in pairs for interleaved
+    rotation (2i, 2i + 1), which are put back, so that all models rotate halves (i, i + head_dim / 2). 0: the rows are
+    as they should be. hf_offset: safetensors files have the values less this. factor: of a vector, what the model
+    multiplies the values by before all else.
     """
 
     shape: tuple[int, ...]
     gguf: str
     split: Split | None = None
     gguf_paired_heads: int = 0
+    hf_paired_heads: int = 0
     hf_offset: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from mooli.models import rope
 from mooli.models.config import ModelConfig, TensorSpec
 from mooli.models.family import Family
 from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, short
-from mooli.models.layers import Attention, GatedMLP, norm_tensors, vocabulary_tensors
+from mooli.models.layers import NO_PAIRS, Attention, GatedMLP, norm_tensors, vocabulary_tensors
 from mooli.models.packer import Packer
 from mooli.models.rope import RopeScaling
 
@@ -92,7 +92,7 @@ class GemmaConfig(ModelConfig):
                 qkv_bias=False,
                 o_bias=False,
                 qk_norm=True,
-                gguf_pairs=False,
+                pairs=NO_PAIRS,
             )
             tensors |= GatedMLP.tensors(
                 f"{name}.mlp", gguf, hidden_size=hidden, width=self.intermediate_size, bias=False

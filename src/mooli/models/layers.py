@@ -11,7 +11,7 @@ its outputs, what reads them along its inputs, so that a layer needs two sums ov
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from mooli.backends.base import Activation, Array, AttentionSpec, Ops, RopeSpec, Weight
 from mooli.models.config import COLUMNS, ROWS, Split, TensorSpec
@@ -20,18 +20,34 @@ from mooli.models.packer import Packer
 Tensors = dict[str, TensorSpec]
 
 
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Which kinds of files have the rows of queries and keys in pairs, for interleaved rotation."""
+
+    in_gguf: bool = False
+    in_hf: bool = False
+
+
+NO_PAIRS = Pairs()
+PAIRS_IN_GGUF = Pairs(in_gguf=True)
+ALWAYS_PAIRS = Pairs(in_gguf=True, in_hf=True)
+
+AnyAttention = TypeVar("AnyAttention", bound="Attention")
+
+
 def vocabulary_tensors(name: str, gguf: str, vocab_size: int, hidden_size: int) -> Tensors:
     """An embedding or an output head. Each rank has as many ids, the last ones beyond the vocabulary."""
     return linear_tensors(name, gguf, (vocab_size, hidden_size), Split(ROWS, vocab_size, "ids", "padded"))
 
 
 def linear_tensors(
-    name: str, gguf: str, shape: tuple[int, int], split: Split, *, bias: bool = False, gguf_paired_heads: int = 0
+    name: str, gguf: str, shape: tuple[int, int], split: Split, *, bias: bool = False, pairs: Pairs = NO_PAIRS
 ) -> Tensors:
     """A linear layer of shape (outputs, inputs)."""
-    tensors = {f"{name}.weight": TensorSpec(shape, f"{gguf}.weight", split, gguf_paired_heads)}
+    heads = (split.units if pairs.in_gguf else 0, split.units if pairs.in_hf else 0)
+    tensors = {f"{name}.weight": TensorSpec(shape, f"{gguf}.weight", split, *heads)}
     if bias:
-        tensors[f"{name}.bias"] = TensorSpec(shape[:1], f"{gguf}.bias", split, gguf_paired_heads)
+        tensors[f"{name}.bias"] = TensorSpec(shape[:1], f"{gguf}.bias", split, *heads)
     return tensors
 
 
@@ -42,22 +58,27 @@ def norm_tensors(name: str, gguf: str, length: int) -> Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query self-attention of one layer. q_norm and k_norm are None where queries and keys have no norm.
+    """Grouped-query self-attention of one layer. rope is None where nothing is rotated, q_norm and k_norm where queries
+    and keys have no norm.
 
     Sources: GQA, arXiv 2305.13245; RoFormer, arXiv 2104.09864; Qwen3's norms, arXiv 2505.09388.
     """
 
+    norm_names: ClassVar[tuple[str, str]] = ("q_norm", "k_norm")
+    """Of the modules, in folders."""
+
     ops: Ops
     spec: AttentionSpec
-    rope: RopeSpec
+    rope: RopeSpec | None
     eps: float
     qkv: Weight
     q_norm: Weight | None
     k_norm: Weight | None
     o: Weight
 
-    @staticmethod
+    @classmethod
     def tensors(
+        cls,
         name: str,
         gguf: str,
         *,
@@ -68,10 +89,9 @@ class Attention:
         qkv_bias: bool,
         o_bias: bool,
         qk_norm: bool,
-        gguf_pairs: bool,
+        pairs: Pairs,
     ) -> Tensors:
-        """name: of the module, as `model.layers.0.self_attn`; gguf: of the block, as `blk.0`. gguf_pairs: GGUF files
-        have the rows of queries and keys in pairs."""
+        """name: of the module, as `model.layers.0.self_attn`; gguf: of the block, as `blk.0`."""
         queries, keys = num_heads * head_dim, num_kv_heads * head_dim
         heads = Split(ROWS, num_heads, "attention heads")
         kv_heads = Split(ROWS, num_kv_heads, "key and value heads", "shared")
@@ -83,11 +103,11 @@ class Attention:
                 (rows, hidden_size),
                 split,
                 bias=qkv_bias,
-                gguf_paired_heads=split.units if gguf_pairs and part != "v" else 0,
+                pairs=NO_PAIRS if part == "v" else pairs,
             )
         if qk_norm:
-            tensors |= norm_tensors(f"{name}.q_norm", f"{gguf}.attn_q_norm", head_dim)
-            tensors |= norm_tensors(f"{name}.k_norm", f"{gguf}.attn_k_norm", head_dim)
+            tensors |= norm_tensors(f"{name}.{cls.norm_names[0]}", f"{gguf}.attn_q_norm", head_dim)
+            tensors |= norm_tensors(f"{name}.{cls.norm_names[1]}", f"{gguf}.attn_k_norm", head_dim)
         summed = Split(COLUMNS, num_heads, "attention heads")
         return tensors | linear_tensors(
             f"{name}.o_proj", f"{gguf}.attn_output", (hidden_size, queries), summed, bias=o_bias
@@ -95,8 +115,16 @@ class Attention:
 
     @classmethod
     def load(
-        cls, packer: Packer, name: str, ops: Ops, spec: AttentionSpec, rope: RopeSpec, eps: float, *, qk_norm: bool
-    ) -> Attention:
+        cls: type[AnyAttention],
+        packer: Packer,
+        name: str,
+        ops: Ops,
+        spec: AttentionSpec,
+        rope: RopeSpec | None,
+        eps: float,
+        *,
+        qk_norm: bool,
+    ) -> AnyAttention:
         """The module of this name. All layers take the same `spec` and `rope` where theirs are equal."""
         return cls(
             ops,
@@ -104,18 +132,23 @@ class Attention:
             rope,
             eps,
             qkv=packer.linear(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"),
-            q_norm=packer.vector(f"{name}.q_norm.weight") if qk_norm else None,
-            k_norm=packer.vector(f"{name}.k_norm.weight") if qk_norm else None,
+            q_norm=packer.vector(f"{name}.{cls.norm_names[0]}.weight") if qk_norm else None,
+            k_norm=packer.vector(f"{name}.{cls.norm_names[1]}.weight") if qk_norm else None,
             o=packer.linear(f"{name}.o_proj"),
         )
 
     def mix(self, batch: Any, layer: int, x: Array) -> Array:
         """What each token takes from those before it: (T, H) to (T, num_heads * head_dim). Stores keys and values."""
-        qkv = self.ops.linear(batch, x, self.qkv)
-        if self.q_norm is not None:
-            qkv = self.ops.head_norm(qkv, self.spec, self.q_norm, self.k_norm, self.eps)
-        qkv = self.ops.rope(batch, qkv, self.spec, self.rope)
+        qkv = self._rotated(batch, self._normed(self.ops.linear(batch, x, self.qkv)))
         return self.ops.attend(batch, layer, qkv, self.spec)
+
+    def _normed(self, qkv: Array) -> Array:
+        if self.q_norm is None:
+            return qkv
+        return self.ops.head_norm(qkv, self.spec, self.q_norm, self.k_norm, self.eps)
+
+    def _rotated(self, batch: Any, qkv: Array) -> Array:
+        return qkv if self.rope is None else self.ops.rope(batch, qkv, self.spec, self.rope)
 
     def output(self, batch: Any, mixed: Array, residual: Array | None = None) -> Array:
         """What `mix` returned, projected, and added where there is a residual: (T, H)."""

@@ -1,16 +1,19 @@
-"""The Llama family: Llama (SmolLM2 too), Mistral, Qwen2 and Qwen2.5, Qwen3. One decoder; each is a declaration below.
+"""The Llama family: Llama (SmolLM2 too), Mistral, Qwen2 and Qwen2.5, Qwen3, SmolLM3, ERNIE 4.5. One decoder; each is a
+declaration below.
 
 Owns their configuration, the names of their tensors in every kind of file, and the order of operations. What differs
-between them (biases, norms of queries and keys, a window, rope scaling, a tied head) is a field of `LlamaConfig`.
+between them (biases, norms of queries and keys, a window, rope scaling, layers without rotation, a tied head) is a
+field of `LlamaConfig`.
 
-Sources: LLaMA, arXiv 2302.13971; Mistral 7B, arXiv 2310.06825; Qwen2, arXiv 2407.10671; Qwen3, arXiv 2505.09388.
+Sources: LLaMA, arXiv 2302.13971; Mistral 7B, arXiv 2310.06825; Qwen2, arXiv 2407.10671; Qwen3, arXiv 2505.09388; layers
+without rotation: arXiv 2501.18795; ERNIE 4.5 technical report.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mooli.backends.base import Array, AttentionSpec, Ops, PagedLayer, RopeSpec, Weight
 from mooli.errors import CheckpointError, UnsupportedModelError
@@ -18,9 +21,21 @@ from mooli.models import rope
 from mooli.models.config import ModelConfig, TensorSpec
 from mooli.models.family import Family
 from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, equal_heads, short
-from mooli.models.layers import Attention, GatedMLP, norm_tensors, vocabulary_tensors
+from mooli.models.layers import (
+    ALWAYS_PAIRS,
+    NO_PAIRS,
+    PAIRS_IN_GGUF,
+    Attention,
+    GatedMLP,
+    Pairs,
+    norm_tensors,
+    vocabulary_tensors,
+)
 from mooli.models.packer import Packer
 from mooli.models.rope import RopeScaling
+
+_UNROTATED_EVERY = 4
+"""Of so many layers of SmolLM3, the last is not rotated where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +43,10 @@ class LlamaConfig(ModelConfig):
     """Hyper-parameters of a decoder of the family. CheckpointError if any is out of its bounds.
 
     sliding_window: each token attends to this many last positions, itself included, in every layer; None for all.
+    unrotated: layers whose queries and keys are not rotated. pairs: see `Pairs`.
     """
+
+    attention: ClassVar[type[Attention]] = Attention
 
     intermediate_size: int
     num_heads: int
@@ -43,6 +61,8 @@ class LlamaConfig(ModelConfig):
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    unrotated: tuple[int, ...] = ()
+    pairs: Pairs = NO_PAIRS
 
     def __post_init__(self) -> None:
         ModelConfig.__post_init__(self)
@@ -67,7 +87,7 @@ class LlamaConfig(ModelConfig):
         for layer in range(self.num_layers):
             name, gguf = f"model.layers.{layer}", f"blk.{layer}"
             tensors |= norm_tensors(f"{name}.input_layernorm", f"{gguf}.attn_norm", hidden)
-            tensors |= Attention.tensors(
+            tensors |= self.attention.tensors(
                 f"{name}.self_attn",
                 gguf,
                 hidden_size=hidden,
@@ -77,7 +97,7 @@ class LlamaConfig(ModelConfig):
                 qkv_bias=self.qkv_bias,
                 o_bias=self.o_bias,
                 qk_norm=self.qk_norm,
-                gguf_pairs=self.family == LLAMA.name,
+                pairs=self.pairs,
             )
             tensors |= norm_tensors(f"{name}.post_attention_layernorm", f"{gguf}.ffn_norm", hidden)
             tensors |= GatedMLP.tensors(
@@ -114,35 +134,44 @@ class LlamaLayer:
     mlp: GatedMLP
 
 
+def attention_spec(config: LlamaConfig, scale: float) -> AttentionSpec:
+    """Of all layers."""
+    return AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, scale, config.sliding_window or 0)
+
+
+def load_vocabulary(config: LlamaConfig, packer: Packer) -> tuple[Weight, Weight]:
+    """The embedding and the head, which may be one table."""
+    if config.tie_word_embeddings:
+        return packer.tied("model.embed_tokens")
+    return packer.embedding("model.embed_tokens"), packer.head("lm_head")
+
+
+def load_layer(name: str, attention: Attention, ops: Ops, packer: Packer) -> LlamaLayer:
+    """The rest of a layer, after its attention."""
+    return LlamaLayer(
+        input_norm=packer.vector(f"{name}.input_layernorm.weight"),
+        attention=attention,
+        post_attention_norm=packer.vector(f"{name}.post_attention_layernorm.weight"),
+        mlp=GatedMLP.load(packer, f"{name}.mlp", ops),
+    )
+
+
 class LlamaModel:
     """A decoder with norms before attention and before the MLP. T tokens in a step, H hidden size."""
 
     def __init__(self, config: LlamaConfig, ops: Ops, packer: Packer) -> None:
         self.config = config
         self._ops = ops
-        spec = AttentionSpec(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            scale=config.head_dim**-0.5,
-            window=config.sliding_window or 0,
-        )
+        spec = attention_spec(config, scale=config.head_dim**-0.5)
         rotary = RopeSpec(rope.inv_freq(config.head_dim, config.rope_theta, config.rope_scaling))
-        if config.tie_word_embeddings:
-            self._embedding, self._head = packer.tied("model.embed_tokens")
-        else:
-            self._embedding, self._head = packer.embedding("model.embed_tokens"), packer.head("lm_head")
-        self._layers = [
-            LlamaLayer(
-                input_norm=packer.vector(f"{name}.input_layernorm.weight"),
-                attention=Attention.load(
-                    packer, f"{name}.self_attn", ops, spec, rotary, config.rms_norm_eps, qk_norm=config.qk_norm
-                ),
-                post_attention_norm=packer.vector(f"{name}.post_attention_layernorm.weight"),
-                mlp=GatedMLP.load(packer, f"{name}.mlp", ops),
+        self._embedding, self._head = load_vocabulary(config, packer)
+        self._layers = []
+        for index in range(config.num_layers):
+            name, rotation = f"model.layers.{index}", None if index in config.unrotated else rotary
+            attention = config.attention.load(
+                packer, f"{name}.self_attn", ops, spec, rotation, config.rms_norm_eps, qk_norm=config.qk_norm
             )
-            for name in (f"model.layers.{index}" for index in range(config.num_layers))
-        ]
+            self._layers.append(load_layer(name, attention, ops, packer))
         self._norm = packer.vector("model.norm.weight")
 
     def forward(self, batch: Any) -> Array:
@@ -165,7 +194,7 @@ class LlamaModel:
         return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head)
 
 
-def _hf(source: HFSource, common: dict[str, Any], **own: Any) -> LlamaConfig:
+def read_hf(source: HFSource, common: dict[str, Any], **own: Any) -> dict[str, Any]:
     """What all read of a config.json alike. common: what `source.common` read; own: what they read otherwise."""
     fields = source.fields
     activation = source.values.get("hidden_act", "silu")
@@ -186,13 +215,55 @@ def _hf(source: HFSource, common: dict[str, Any], **own: Any) -> LlamaConfig:
     }
     if "head_dim" not in own:
         alike["head_dim"] = fields.optional_integer("head_dim") or equal_heads(common["hidden_size"], num_heads)
-    return LlamaConfig(**{**common, **alike, **own})
+    return {**common, **alike, **own}
 
 
 def _hf_llama(source: HFSource) -> LlamaConfig:
     bias = source.fields.flag("attention_bias")
     common = source.common(max_position_embeddings=2048, bos_id=1, eos_id=2)
-    return _hf(source, common, qkv_bias=bias, o_bias=bias, mlp_bias=source.fields.flag("mlp_bias"))
+    own: dict[str, Any] = {"mlp_bias": source.fields.flag("mlp_bias"), "pairs": PAIRS_IN_GGUF}
+    return LlamaConfig(**read_hf(source, common, qkv_bias=bias, o_bias=bias, **own))
+
+
+def _hf_smollm3(source: HFSource) -> LlamaConfig:
+    fields = source.fields
+    common = source.common(max_position_embeddings=32768, bos_id=128000, eos_id=128001)
+    if fields.flag("use_sliding_window") and fields.optional_integer("sliding_window") is not None:
+        raise UnsupportedModelError("a sliding window in only some of the layers is not implemented")
+    rotated = source.values.get("no_rope_layers")
+    if rotated is None:
+        every = fields.integer("no_rope_layer_interval", _UNROTATED_EVERY)
+        check_range("no_rope_layer_interval", every, 1, 1024)
+        unrotated = tuple(range(every - 1, min(common["num_layers"], 1024), every))
+    elif not isinstance(rotated, list) or len(rotated) != common["num_layers"] or not set(rotated) <= {0, 1}:
+        raise CheckpointError(f"config.json: no_rope_layers must be a list of 0 and 1, got {short(rotated)}")
+    else:
+        unrotated = tuple(index for index, is_rotated in enumerate(rotated) if not is_rotated)
+    bias = fields.flag("attention_bias")
+    own: dict[str, Any] = {
+        "num_kv_heads": fields.optional_integer("num_key_value_heads", 4) or fields.integer("num_attention_heads"),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings", True),
+        "rope_theta": rope.hf_rope({"rope_theta": 2e6, **source.values})[0],
+        "mlp_bias": fields.flag("mlp_bias"),
+        "unrotated": unrotated,
+        "pairs": PAIRS_IN_GGUF,
+    }
+    return LlamaConfig(**read_hf(source, common, qkv_bias=bias, o_bias=bias, **own))
+
+
+def _hf_ernie(source: HFSource) -> LlamaConfig:
+    fields, bias = source.fields, source.fields.flag("use_bias")
+    common = source.common(max_position_embeddings=131072, bos_id=1, eos_id=2)
+    own: dict[str, Any] = {
+        "head_dim": fields.integer("head_dim", 128),
+        "num_kv_heads": fields.optional_integer("num_key_value_heads", 2) or fields.integer("num_attention_heads"),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings", True),
+        "rms_norm_eps": fields.number("rms_norm_eps", 1e-5),
+        "rope_theta": rope.hf_rope({"rope_theta": 5e5, **source.values})[0],
+        "mlp_bias": bias,
+        "pairs": ALWAYS_PAIRS,
+    }
+    return LlamaConfig(**read_hf(source, common, qkv_bias=bias, o_bias=bias, **own))
 
 
 def _hf_mistral(source: HFSource) -> LlamaConfig:
@@ -200,19 +271,19 @@ def _hf_mistral(source: HFSource) -> LlamaConfig:
     kv_heads = fields.optional_integer("num_key_value_heads", 8) or fields.integer("num_attention_heads")
     common = source.common(max_position_embeddings=32768, bos_id=1, eos_id=2)
     window = fields.optional_integer("sliding_window", 4096)
-    return _hf(source, common, num_kv_heads=kv_heads, sliding_window=window)
+    return LlamaConfig(**read_hf(source, common, num_kv_heads=kv_heads, sliding_window=window))
 
 
 def _hf_qwen2(source: HFSource) -> LlamaConfig:
     common = source.common(max_position_embeddings=32768)
-    return _hf(source, common, qkv_bias=True, sliding_window=_hf_qwen_window(source.fields))
+    return LlamaConfig(**read_hf(source, common, qkv_bias=True, sliding_window=_hf_qwen_window(source.fields)))
 
 
 def _hf_qwen3(source: HFSource) -> LlamaConfig:
     fields, bias = source.fields, source.fields.flag("attention_bias")
     common = source.common(max_position_embeddings=32768)
     own: dict[str, Any] = {"head_dim": fields.integer("head_dim", 128), "sliding_window": _hf_qwen_window(fields)}
-    return _hf(source, common, qkv_bias=bias, o_bias=bias, qk_norm=True, **own)
+    return LlamaConfig(**read_hf(source, common, qkv_bias=bias, o_bias=bias, qk_norm=True, **own))
 
 
 def _hf_qwen_window(fields: Fields) -> int | None:
@@ -234,7 +305,20 @@ def _hf_qwen_window(fields: Fields) -> int | None:
 
 
 def _gguf(source: GGUFSource) -> LlamaConfig:
-    """Of a GGUF file: what has a bias or a norm is seen by its tensors."""
+    return LlamaConfig(**read_gguf(source))
+
+
+def _gguf_paired(source: GGUFSource) -> LlamaConfig:
+    return LlamaConfig(**read_gguf(source), pairs=PAIRS_IN_GGUF)
+
+
+def _gguf_smollm3(source: GGUFSource) -> LlamaConfig:
+    unrotated = tuple(range(_UNROTATED_EVERY - 1, source.fields.integer("block_count"), _UNROTATED_EVERY))
+    return LlamaConfig(**read_gguf(source), pairs=PAIRS_IN_GGUF, unrotated=unrotated)
+
+
+def read_gguf(source: GGUFSource) -> dict[str, Any]:
+    """What all read of a GGUF file alike: what has a bias or a norm is seen by its tensors."""
     fields, shapes = source.fields, source.shapes
     if fields.integer("expert_count", 0):
         raise UnsupportedModelError(f"mixture of experts ({source.name}.expert_count) is not implemented")
@@ -258,47 +342,47 @@ def _gguf(source: GGUFSource) -> LlamaConfig:
         }
     )
     scaling = changed.values["rope_scaling"]
-    return LlamaConfig(
+    return {
         **common,
-        intermediate_size=fields.per_layer("feed_forward_length"),
-        num_heads=num_heads,
-        num_kv_heads=fields.per_layer("attention.head_count_kv", num_heads),
-        head_dim=head_dim,
-        rms_norm_eps=changed.number("rms_norm_eps"),
-        rope_theta=changed.number("rope_theta"),
-        rope_scaling=scaling if isinstance(scaling, RopeScaling) else rope.read_scaling(scaling, trained),
-        tie_word_embeddings="output.weight" not in shapes,
-        qkv_bias="blk.0.attn_q.bias" in shapes,
-        o_bias="blk.0.attn_output.bias" in shapes,
-        mlp_bias="blk.0.ffn_gate.bias" in shapes,
-        qk_norm="blk.0.attn_q_norm.weight" in shapes,
-        sliding_window=changed.optional_integer("sliding_window"),
-    )
+        "intermediate_size": fields.per_layer("feed_forward_length"),
+        "num_heads": num_heads,
+        "num_kv_heads": fields.per_layer("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": changed.number("rms_norm_eps"),
+        "rope_theta": changed.number("rope_theta"),
+        "rope_scaling": scaling if isinstance(scaling, RopeScaling) else rope.read_scaling(scaling, trained),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "qkv_bias": "blk.0.attn_q.bias" in shapes,
+        "o_bias": "blk.0.attn_output.bias" in shapes,
+        "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
+        "qk_norm": "blk.0.attn_q_norm.weight" in shapes,
+        "sliding_window": changed.optional_integer("sliding_window"),
+    }
 
 
-_HF_KEYS = rope.HF_KEYS | frozenset(
+HF_KEYS = rope.HF_KEYS | frozenset(
     (
         *("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps"),
         "tie_word_embeddings",
     )
 )
 _QWEN_WINDOW_KEYS = frozenset(("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"))
-_GGUF_KEYS = frozenset(("rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window"))
+GGUF_KEYS = frozenset(("rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window"))
 
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
     gguf=("llama",),
-    hf_keys=_HF_KEYS | {"attention_bias", "mlp_bias"},
-    gguf_keys=_GGUF_KEYS,
+    hf_keys=HF_KEYS | {"attention_bias", "mlp_bias"},
+    gguf_keys=GGUF_KEYS,
     read_hf=_hf_llama,
-    read_gguf=_gguf,
+    read_gguf=_gguf_paired,
     model=LlamaModel,
 )
 MISTRAL = Family(
     name="mistral",  # its GGUF files call themselves llama
     architectures=("MistralForCausalLM",),
-    hf_keys=_HF_KEYS | {"sliding_window"},
+    hf_keys=HF_KEYS | {"sliding_window"},
     read_hf=_hf_mistral,
     model=LlamaModel,
 )
@@ -306,8 +390,8 @@ QWEN2 = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
     gguf=("qwen2",),
-    hf_keys=_HF_KEYS | _QWEN_WINDOW_KEYS,
-    gguf_keys=_GGUF_KEYS,
+    hf_keys=HF_KEYS | _QWEN_WINDOW_KEYS,
+    gguf_keys=GGUF_KEYS,
     read_hf=_hf_qwen2,
     read_gguf=_gguf,
     model=LlamaModel,
@@ -316,9 +400,37 @@ QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
     gguf=("qwen3",),
-    hf_keys=_HF_KEYS | _QWEN_WINDOW_KEYS | {"attention_bias"},
-    gguf_keys=_GGUF_KEYS,
+    hf_keys=HF_KEYS | _QWEN_WINDOW_KEYS | {"attention_bias"},
+    gguf_keys=GGUF_KEYS,
     read_hf=_hf_qwen3,
     read_gguf=_gguf,
+    model=LlamaModel,
+)
+SMOLLM3 = Family(
+    name="smollm3",
+    architectures=("SmolLM3ForCausalLM",),
+    gguf=("smollm3",),
+    hf_keys=HF_KEYS
+    | {
+        "attention_bias",
+        "mlp_bias",
+        "no_rope_layers",
+        "no_rope_layer_interval",
+        "use_sliding_window",
+        "sliding_window",
+    },
+    gguf_keys=GGUF_KEYS,
+    read_hf=_hf_smollm3,
+    read_gguf=_gguf_smollm3,
+    model=LlamaModel,
+)
+ERNIE4_5 = Family(
+    name="ernie4_5",
+    architectures=("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"),
+    gguf=("ernie4_5",),
+    hf_keys=HF_KEYS | {"use_bias"},
+    gguf_keys=GGUF_KEYS,
+    read_hf=_hf_ernie,
+    read_gguf=_gguf_paired,
     model=LlamaModel,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from mooli.backends.base import Backend
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from mooli.models import gemma, llama
+from mooli.models import gemma, granite, hunyuan, llama
 from mooli.models.checkpoint import Checkpoint
 from mooli.models.config import ModelConfig
 from mooli.models.family import Family, Model
@@ -18,7 +18,18 @@ from mooli.models.fields import GGUF_KEYS, HF_KEYS, GGUFSource, HFSource, short
 from mooli.models.packer import Packer
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3, gemma.GEMMA3)
+    family.name: family
+    for family in (
+        llama.LLAMA,
+        llama.MISTRAL,
+        llama.QWEN2,
+        llama.QWEN3,
+        llama.SMOLLM3,
+        llama.ERNIE4_5,
+        gemma.GEMMA3,
+        granite.GRANITE,
+        hunyuan.HUNYUAN,
+    )
 }
 """By the name that `ModelConfig.family` has."""
 

@@ -1,0 +1,112 @@
+"""Granite, its dense models: Llama's layers with four multipliers.
+
+Owns the multipliers and where they go. With m the residual multiplier, what runs through the layers here is h / m:
+branches are then added as they are, the embedding is scaled by (embedding multiplier) / m, and every norm of h is that
+of h / m with eps / m^2. Logits are divided by scaling the gains of the last norm. So no operation is added.
+
+Source: the Granite 3 models' configuration and code in Transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mooli.backends.base import Array, Ops, RopeSpec
+from mooli.models import llama, rope
+from mooli.models.config import TensorSpec
+from mooli.models.family import Family
+from mooli.models.fields import GGUFSource, HFSource, check_range
+from mooli.models.layers import PAIRS_IN_GGUF, Attention
+from mooli.models.packer import Packer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraniteConfig(llama.LlamaConfig):
+    """Of a decoder of the family. attention_multiplier: of scores. CheckpointError for a number out of its bounds."""
+
+    attention_multiplier: float = 1.0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        llama.LlamaConfig.__post_init__(self)
+        for name in ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"):
+            check_range(name, getattr(self, name), 1e-6, 1e6)
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        tensors = llama.LlamaConfig.tensors(self)
+        last = "model.norm.weight"
+        return {**tensors, last: dataclasses.replace(tensors[last], factor=1.0 / self.logits_scaling)}
+
+
+class GraniteModel:
+    """T tokens in a step, H hidden size."""
+
+    def __init__(self, config: GraniteConfig, ops: Ops, packer: Packer) -> None:
+        self.config = config
+        self._ops = ops
+        self._eps = config.rms_norm_eps / config.residual_multiplier**2
+        spec = llama.attention_spec(config, scale=config.attention_multiplier)
+        rotary = RopeSpec(rope.inv_freq(config.head_dim, config.rope_theta, config.rope_scaling))
+        self._embedding, self._head = llama.load_vocabulary(config, packer)
+        self._layers = []
+        for index in range(config.num_layers):
+            name = f"model.layers.{index}"
+            attention = Attention.load(packer, f"{name}.self_attn", ops, spec, rotary, self._eps, qk_norm=False)
+            self._layers.append(llama.load_layer(name, attention, ops, packer))
+        self._norm = packer.vector("model.norm.weight")
+
+    def forward(self, batch: Any) -> Array:
+        """The hidden states (T, H) of a planned step over the residual multiplier, before the final norm, of asked
+        tokens. Stores the KV of all."""
+        ops, config = self._ops, self.config
+        hidden = ops.embed(batch, self._embedding, config.embedding_multiplier / config.residual_multiplier)
+        for index, layer in enumerate(self._layers):
+            mixed = layer.attention.mix(batch, index, ops.rms_norm(hidden, layer.input_norm, self._eps))
+            if index + 1 == len(self._layers):
+                mixed, hidden = ops.asked_rows(batch, mixed), ops.asked_rows(batch, hidden)
+            hidden = layer.attention.output(batch, mixed, residual=hidden)
+            hidden = layer.mlp.output(batch, ops.rms_norm(hidden, layer.post_attention_norm, self._eps), hidden)
+        return hidden
+
+    def logits(self, batch: Any, hidden: Array) -> Array:
+        """The logits (S, vocab_size) of rows of hidden states (S, H), as `forward` returned them, and their batch."""
+        return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, self._eps), self._head)
+
+
+def _hf(source: HFSource) -> GraniteConfig:
+    fields, bias = source.fields, source.fields.flag("attention_bias")
+    common = source.common(max_position_embeddings=2048, bos_id=1, eos_id=2)
+    multipliers: dict[str, Any] = {name: fields.number(name, 1.0) for name in _MULTIPLIERS}
+    alike = llama.read_hf(source, common, qkv_bias=bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"))
+    return GraniteConfig(**alike, **multipliers, pairs=PAIRS_IN_GGUF)
+
+
+def _gguf(source: GGUFSource) -> GraniteConfig:
+    fields = source.fields
+    changed = source.overridden({name: fields.number(key, 1.0) for name, key in _MULTIPLIERS.items()})
+    multipliers: dict[str, Any] = {name: changed.number(name) for name in _MULTIPLIERS}
+    return GraniteConfig(**llama.read_gguf(source), **multipliers, pairs=PAIRS_IN_GGUF)
+
+
+_MULTIPLIERS = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+"""Their names in a config.json and in GGUF files."""
+
+GRANITE = Family(
+    name="granite",
+    architectures=("GraniteForCausalLM",),
+    gguf=("granite",),
+    hf_keys=llama.HF_KEYS | {"attention_bias", "mlp_bias"} | _MULTIPLIERS.keys(),
+    gguf_keys=llama.GGUF_KEYS | _MULTIPLIERS.keys(),
+    read_hf=_hf,
+    read_gguf=_gguf,
+    model=GraniteModel,
+)
