@@ -97,7 +97,7 @@ $(VENV)/.check: tests/requirements-check.txt | $(VENV)/.installed
 	@touch $@
 
 .models/.fetched: benchmarks/fetch_models.py | $(VENV)/.installed
-	$(PY) benchmarks/fetch_models.py .models qwen gemma
+	$(PY) benchmarks/fetch_models.py .models
 	@touch $@
 
 clean:
