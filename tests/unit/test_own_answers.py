@@ -109,7 +109,7 @@ def test_what_is_remembered_is_bounded(tokenizer, monkeypatch):
 
 
 def test_the_log_says_how_much_of_an_answer_a_template_has_changed(tokenizer, caplog):
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="mooli")
     answers = OwnAnswers(tokenizer)
     prompt = read(tokenizer, "<turn>u:q<turn>a:")
     answers.add(request(prompt), [*b"abc|hm|yes", EOS])
