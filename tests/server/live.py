@@ -71,6 +71,8 @@ class LiveServer:
         assert self._started.wait(120), "the server has not started"
         if self._failure is not None:
             raise self._failure
+        # Behind the server's own first question: its answer is a sign of life, which is not to come in a test's middle.
+        asyncio.run_coroutine_threadsafe(self.service.client.ask("stats", 120), self.loop).result(120)
         headers = {"Authorization": f"Bearer {self.config.api_key}"} if self.config.api_key else {}
         self.url = f"http://127.0.0.1:{self.http_server.port}"
         self.http = httpx.Client(base_url=self.url, headers=headers, timeout=120)
