@@ -73,16 +73,16 @@ KERNELS = ("auto", "native", "ascend")
 
 REASONING_PARSERS = (
     "apertus2509", "cohere_command4", "deepseek-r1", "deepseek-v3", "deepseek-v4", "deepseek-v41", "dots", "gemma4",
-    "gigachat35", "glm45", "gpt-oss", "granite_thinking_parser", "hunyuan", "interns1", "kimi", "kimi_k2", "ling3",
-    "mimo", "minimax", "minimax-m3", "mistral", "nanbeige", "nemotron_3", "openpangu", "poolside_v1", "qwen3",
-    "qwen3-thinking", "step3", "step3p5",
+    "gigachat35", "glm45", "gpt-oss", "granite_thinking_parser", "hunyuan", "interns1", "kimi", "kimi_k2",
+    "kimi_k3", "ling3", "mimo", "minimax", "minimax-m3", "mistral", "nanbeige", "nemotron_3", "openpangu",
+    "poolside_v1", "qwen3", "qwen3-thinking", "step3", "step3p5",
 )  # fmt: skip
 """Names of `reasoning_parser`, all but one of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""
 
 TOOL_CALL_PARSERS = (
     "deepseekv3", "deepseekv31", "deepseekv32", "deepseekv4", "deepseekv41", "dots", "functiongemma", "gemma4",
     "gigachat35", "glm", "glm45", "glm47", "gpt-oss", "granite", "hermes", "hunyuan", "hunyuan_a13b", "iquest_q1",
-    "json_list", "kimi_k2", "lfm2", "ling3", "llama3", "mimo", "minimax-m2", "mistral", "openpangu", "pangu",
+    "json_list", "kimi_k2", "kimi_k3", "lfm2", "ling3", "llama3", "mimo", "minimax-m2", "mistral", "openpangu", "pangu",
     "poolside_v1", "pythonic", "qwen", "qwen25", "qwen3_coder", "spark25", "step3", "step3p5",
 )  # fmt: skip
 """Names of `tool_call_parser`, most of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""

@@ -214,6 +214,31 @@ def test_channels_of_harmony(text, prompt, expected):
     assert say(text, REASONING_FORMATS["gpt-oss"], prompt) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "prompt", "expected"),
+    [
+        ("m<|close|>think<|sep|>{r}t<{/r}{/m}", "<|open|>think<|sep|>", [("reasoning", "m"), ("text", "t<")]),
+        ("t{/r}{/m}", "{r}", [("text", "t")]),
+        ("{r}t {/r}{tools}a {/r} b{/tools}{/m}", "!", [("text", "t {tools}a {/r} b{/tools}")]),
+        ("{r}a{/r}{r}b{/r}", "!", [("text", "ab")]),
+        ("{tools}{tools}", "!", [("text", "{tools}{tools}")]),
+    ],
+)
+def test_channels_of_kimi_k3(text, prompt, expected):
+    def written(words: str) -> str:
+        for word, name in (("r", "response"), ("m", "message"), ("tools", "tools")):
+            words = words.replace(f"{{{word}}}", f"<|open|>{name}<|sep|>")
+            words = words.replace(f"{{/{word}}}", f"<|close|>{name}<|sep|>")
+        return words
+
+    wire_format, ids = REASONING_FORMATS["kimi_k3"], [*written(text).encode()]
+    parts, _ = whole(ids, wire_format, prompt=[*written(f"!{prompt}").encode()])
+    assert words(parts) == [(kind, written(said)) for kind, said in expected]
+    growing = sequence(ids, wire_format, prompt=[*written(f"!{prompt}").encode()])
+    reader = reader_of(next(growing), wire_format)
+    assert [run[:2] for run in joined([part for _ in growing for part in reader.take()]) if run[1]] == words(parts)
+
+
 def test_reasoning_can_come_in_one_piece():
     wire_format = REASONING_FORMATS["qwen3"]
     growing = sequence([*b"<think>ab</think>xy"], wire_format)
@@ -270,6 +295,7 @@ def test_markers_that_are_special_tokens_are_seen_by_the_format_and_by_nobody_el
         ("<|start|>assistant<|channel|>analysis", (), "gpt-oss"),
         ("<|channel>thought\n<channel|>", (), "gemma4"),
         ("<mm:think></mm:think>", (), "minimax-m3"),
+        (None, ("<|open|>", "<|close|>", "<|sep|>"), "kimi_k3"),
         ("{{ messages }}", ("◁think▷", "◁/think▷"), "kimi"),
         ("[THINK][/THINK]", ("<think>", "</think>"), "mistral"),
         ("[unused9]系统：", (), "openpangu"),

@@ -339,6 +339,7 @@ GLM_TEMPLATE = "[gMASK]<sop>{{ tools }}<tool_call>name%s<arg_key>k</arg_key>%s<a
         ("deepseekv41", "{{ tools }}<｜DSML｜ calls>", ()),
         ("gigachat35", "{{ tools }}<｜GCML｜tool_calls>", ()),
         ("kimi_k2", "{{ tools }}", ("<|tool_calls_section_begin|>",)),
+        ("kimi_k3", "{{ tools }}", ("<|open|>", "<|close|>", "<|sep|>")),
         ("gemma4", "{{ tools }}<|channel>thought<|tool_call>call:", ()),
         ("functiongemma", "{{ tools }}<start_function_call>call:", ()),
         ("step3", "{{ tools }}<steptml:invoke name=", ()),
@@ -586,7 +587,8 @@ def test_whatever_a_grammar_allows_is_read_back_and_valid(name, seed, vocabulary
 def _ends(name: str) -> Iterator[str]:
     """What stands behind a string in this format."""
     text = WRITTEN[name]([("write_it", {"text": "§"})])
-    yield text.partition("§")[2].partition(">")[0] + ">"
+    stop = {"kimi_k3": "t<|sep|>"}.get(name, ">")
+    yield text.partition("§")[2].partition(stop)[0] + stop
 
 
 @pytest.mark.parametrize(

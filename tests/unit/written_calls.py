@@ -14,18 +14,27 @@ def _raw(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def _type(value: Any) -> str:
+    names = {str: "string", bool: "boolean", list: "array", dict: "object", type(None): "null"}
+    return names.get(type(value), "number")
+
+
 def _pairs(arguments: Mapping[str, Any], pair: str) -> str:
     return "".join(
         pair.replace("{key}", key)
         .replace("{value}", _raw(value))
         .replace("{says}", str(isinstance(value, str)).lower())
+        .replace("{type}", _type(value))
         for key, value in arguments.items()
     )
 
 
 def tagged(head: str, pair: str, tail: str, between: str = "\n", section: tuple[str, str] = ("", "")) -> Callable:
     def write(calls: Calls) -> str:
-        told = [head.replace("{name}", name) + _pairs(arguments, pair) + tail for name, arguments in calls]
+        told = [
+            head.replace("{name}", name).replace("{N}", str(i)) + _pairs(arguments, pair) + tail
+            for i, (name, arguments) in enumerate(calls, 1)
+        ]
         return section[0] + between.join(told) + section[1]
 
     return write
@@ -117,6 +126,13 @@ WRITTEN: Mapping[str, Callable[[Calls], str]] = {
         '<steptml:parameter name="{key}">{value}</steptml:parameter>\n',
         "</steptml:invoke><｜tool_call_end｜>",
         section=("<｜tool_calls_begin｜>\n", "\n<｜tool_calls_end｜>"),
+    ),
+    "kimi_k3": tagged(
+        '<|open|>call tool="{name}" index="{N}"<|sep|>',
+        '<|open|>argument key="{key}" type="{type}"<|sep|>{value}<|close|>argument<|sep|>',
+        "<|close|>call<|sep|>",
+        between="",
+        section=("<|open|>tools<|sep|>", "<|close|>tools<|sep|>"),
     ),
     "deepseekv3": in_json(
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{json}\n```<｜tool▁call▁end｜>",

@@ -6,14 +6,14 @@ parsers: reasoning is read first, and what it calls text is read for calls. Know
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mooli.config import EngineConfig
-from mooli.frontend.parts import PLAIN_TEXT, Parser, Part, WireFormat
+from mooli.frontend.parts import PLAIN_TEXT, Parser, WireFormat
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tools import ToolSet
-from mooli.frontend.wire_formats.calls import CallFormat, pieces_of
+from mooli.frontend.wire_formats.calls import CallFormat
 from mooli.frontend.wire_formats.gemma import GEMMA_FORMATS
 from mooli.frontend.wire_formats.harmony import Harmony, HarmonyCalls
 from mooli.frontend.wire_formats.headed_json import HEADED_FORMATS
@@ -23,7 +23,14 @@ from mooli.frontend.wire_formats.json_list import JsonList
 from mooli.frontend.wire_formats.llama3 import Llama3
 from mooli.frontend.wire_formats.mistral import Mistral
 from mooli.frontend.wire_formats.pythonic import Pythonic
-from mooli.frontend.wire_formats.reasoning import PANGU, REASONING_FORMATS, TOLD_BY_MARKERS, ReasoningPair
+from mooli.frontend.wire_formats.reasoning import (
+    PANGU,
+    REASONING_FORMATS,
+    TOLD_BY_MARKERS,
+    KimiK3,
+    PassedOn,
+    ReasoningPair,
+)
 from mooli.frontend.wire_formats.tagged_calls import TAGGED_FORMATS
 from mooli.types import Reasoning
 
@@ -107,36 +114,7 @@ class MessageFormat:
         elif isinstance(reasoning, Harmony):
             reasoning = replace(reasoning, passes_calls=isinstance(self.calls, HarmonyCalls))
         calls = self.calls.parser(self.tools)
-        return calls if reasoning is PLAIN_TEXT else MessageParser(reasoning.parser(prompt_tail), calls)
-
-
-class MessageParser:
-    """One sequence: what `reasoning` says is text, `calls` reads, token by token."""
-
-    def __init__(self, reasoning: Parser, calls: Parser) -> None:
-        self._reasoning = reasoning
-        self._calls = calls
-
-    def push(self, text: str, lengths: Sequence[int]) -> list[Part]:
-        parts: list[Part] = []
-        for piece, num_tokens in pieces_of(text, lengths):
-            self._pass_on(self._reasoning.push(piece, [len(piece)] * num_tokens), parts)
-        return parts
-
-    def flush(self) -> list[Part]:
-        parts: list[Part] = []
-        self._pass_on(self._reasoning.flush(), parts)
-        return [*parts, *self._calls.flush()]
-
-    def _pass_on(self, found: Sequence[Part], parts: list[Part]) -> None:
-        for part in found:
-            if part.kind != "text":
-                parts.append(part)
-            elif part.num_tokens:
-                # All but the last were held back until the text was certain.
-                parts += self._calls.push(part.text, [0] * (part.num_tokens - 1) + [len(part.text)])
-            else:
-                parts += self._calls.push(part.text, [])
+        return calls if reasoning is PLAIN_TEXT else PassedOn(reasoning.parser(prompt_tail), calls)
 
 
 # -- which one a model has ---------------------------------------------------------------------------------------------
@@ -160,14 +138,22 @@ def _reasoning_of(name: str, tokenizer: Tokenizer) -> WireFormat:
         return PANGU
     for has in (template.__contains__, tokenizer.has_added_token):
         for wire_format in TOLD_BY_MARKERS:
-            if has(wire_format.marker_tokens[-1] if isinstance(wire_format, ReasoningPair) else "<|channel|>"):
+            if all(map(has, _markers_of(wire_format))):
                 return wire_format
     return PLAIN_TEXT
+
+
+def _markers_of(wire_format: Harmony | ReasoningPair) -> tuple[str, ...]:
+    """Those by which it is told from the others."""
+    if isinstance(wire_format, Harmony):
+        return ("<|channel|>",)
+    return wire_format.marker_tokens if isinstance(wire_format, KimiK3) else wire_format.marker_tokens[-1:]
 
 
 _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gemma4", ("<|channel>",)),
     ("gpt-oss", ("<|channel|>",)),
+    ("kimi_k3", ("<|open|>", "<|close|>", "<|sep|>")),
     ("kimi_k2", ("<|tool_calls_section_begin|>",)),
     ("minimax-m3", ("]<]minimax[>[",)),
     ("minimax-m2", ("<minimax:tool_call>",)),

@@ -9,7 +9,7 @@ Source: llguidance's syntax document.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,15 +131,25 @@ class Rules:
         return f"({' | '.join(expressions)})"
 
     def told_value(
-        self, schema: Any, root: Mapping[str, Any], close: str, end: str, where: str, marks: tuple[str, str]
+        self,
+        schema: Any,
+        root: Mapping[str, Any],
+        close: str,
+        end: str,
+        where: str,
+        says: Sequence[tuple[str, frozenset[str]]],
     ) -> str:
-        """As `value`, where a mark before it says whether it is a string (the first of `marks`) or JSON."""
+        """As `value`, where a mark before it says of which types it is: the first of `says` that has it."""
         texts, others = self._told_apart(schema, root, close, where)
+
+        def mark(kind: str) -> str:
+            return quoted(next(text for text, types in says if kind in types))
+
         told = []
         if texts:
             lexeme = _lexeme([*map("({})".format, texts)], end)
-            told.append(f"{quoted(marks[0])} {self.add(lexeme, is_terminal=True)}")
-        told += [f"{quoted(marks[1])} {self.json(branch, root)} {quoted(end)}" for branch in others]
+            told.append(f"{mark('string')} {self.add(lexeme, is_terminal=True)}")
+        told += [f"{mark(branch['type'])} {self.json(branch, root)} {quoted(end)}" for branch in others]
         return f"({' | '.join(told)})"
 
     def _told_apart(

@@ -1,4 +1,4 @@
-"""Formats that tell reasoning from the answer: pairs of markers, and beside them the channels of gpt-oss.
+"""Formats that tell reasoning from the answer: pairs of markers, and beside them channels, of gpt-oss and Kimi K3.
 
 Owns the pairs and SGLang's names for them. Parsers are pure functions of the text, token by token, so that their
 parts never depend on the cut. Knows no calls of tools but the texts that they begin with, which may end reasoning.
@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mooli.frontend.parts import PLAIN_TEXT, Part, PartKind, WireFormat
+from mooli.frontend.parts import PLAIN_TEXT, Parser, Part, PartKind, WireFormat
 from mooli.frontend.tools import ToolSet
-from mooli.frontend.wire_formats.calls import TAIL_TOKENS, length_of_beginning, pieces_of
+from mooli.frontend.wire_formats.calls import TAIL_TOKENS, CallParser, Waiting, length_of_beginning, pieces_of
 from mooli.frontend.wire_formats.harmony import Harmony
 from mooli.types import Reasoning
 
@@ -57,7 +57,7 @@ class ReasoningPair:
     def with_tools(self, tools: ToolSet) -> ReasoningPair:
         return self
 
-    def parser(self, prompt_tail: str) -> PairParser:
+    def parser(self, prompt_tail: str) -> Parser:
         return PairParser(self, is_inside=self._is_inside(prompt_tail.rstrip()))
 
     def reasoning_ahead(self, prompt_tail: str) -> Reasoning | None:
@@ -138,11 +138,83 @@ class PairParser:
         self._held, self._num_held = rest, 0
 
 
+class PassedOn:
+    """One sequence that two parsers read: what `reasoning` says is text, `rest` reads, token by token."""
+
+    def __init__(self, reasoning: Parser, rest: Parser) -> None:
+        self._reasoning = reasoning
+        self._rest = rest
+
+    def push(self, text: str, lengths: Sequence[int]) -> list[Part]:
+        parts: list[Part] = []
+        for piece, num_tokens in pieces_of(text, lengths):
+            self._pass_on(self._reasoning.push(piece, [len(piece)] * num_tokens), parts)
+        return parts
+
+    def flush(self) -> list[Part]:
+        parts: list[Part] = []
+        self._pass_on(self._reasoning.flush(), parts)
+        return [*parts, *self._rest.flush()]
+
+    def _pass_on(self, found: Sequence[Part], parts: list[Part]) -> None:
+        for part in found:
+            if part.kind != "text":
+                parts.append(part)
+            elif part.num_tokens:
+                # All but the last were held back until the text was certain.
+                parts += self._rest.push(part.text, [0] * (part.num_tokens - 1) + [len(part.text)])
+            else:
+                parts += self._rest.push(part.text, [])
+
+
+# -- channels of Kimi K3 -----------------------------------------------------------------------------------------------
+_TOOLS, _TOOLS_END = "<|open|>tools<|sep|>", "<|close|>tools<|sep|>"
+_RESPONSE = "<|open|>response<|sep|>"
+_NO_WORDS = (_RESPONSE, "<|close|>response<|sep|>", "<|close|>message<|sep|>")
+
+
+@dataclass(frozen=True, slots=True)
+class KimiK3(ReasoningPair):
+    """Reasoning, answer and calls stand in channels. The marks around the answer are left out, but not those in calls,
+    which are read on as they are."""
+
+    name: str = "kimi_k3"
+    opening: str = "<|open|>think<|sep|>"
+    closing: str = "<|close|>think<|sep|>"
+
+    @property
+    def marker_tokens(self) -> tuple[str, ...]:
+        return ("<|open|>", "<|close|>", "<|sep|>")
+
+    def parser(self, prompt_tail: str) -> Parser:
+        return PassedOn(super(KimiK3, self).parser(prompt_tail), KimiK3Answer(ToolSet(())))
+
+    def reasoning_ahead(self, prompt_tail: str) -> Reasoning | None:
+        found = super(KimiK3, self).reasoning_ahead(prompt_tail)
+        is_begun = prompt_tail.rstrip().endswith(_RESPONSE)
+        return None if found is None or is_begun else replace(found, words=_RESPONSE)
+
+
+class KimiK3Answer(CallParser):
+    """One sequence behind its reasoning. It finds no calls, and only knows where they are."""
+
+    def _read(self) -> Waiting[None]:
+        while mark := (yield from self._text_until(*_NO_WORDS, _TOOLS)):
+            if mark != _TOOLS:
+                self._tell_text(self._at - len(mark))
+                self._at = len(mark)
+                continue
+            self._tell_text(self._at)
+            if (yield from self._text_until(_TOOLS_END)):
+                self._tell_text(self._at)
+
+
 # -- by name ----------------------------------------------------------------------------------------------------------
 _THINK = ReasoningPair("qwen3", "<think>", "</think>")
 PANGU = ReasoningPair("openpangu", "[unused16]", "[unused17]")
 TOLD_BY_MARKERS: tuple[Harmony | ReasoningPair, ...] = (
     Harmony(),
+    KimiK3(),
     ReasoningPair("gemma4", "<|channel>thought", "<channel|>"),
     ReasoningPair("minimax-m3", "<mm:think>", "</mm:think>"),
     ReasoningPair("kimi", "◁think▷", "◁/think▷"),
@@ -151,7 +223,7 @@ TOLD_BY_MARKERS: tuple[Harmony | ReasoningPair, ...] = (
     ReasoningPair("mistral", "[THINK]", "[/THINK]"),
     _THINK,
 )
-"""Those that a model's template or vocabulary says it has: the first whose last marker is there."""
+"""Those that a model's template or vocabulary says it has: the first whose last marker is there, of Kimi K3 all."""
 
 _HYBRID = (
     "qwen3", "glm45", "kimi_k2", "hunyuan", "deepseek-v3", "deepseek-v4", "deepseek-v41", "dots",

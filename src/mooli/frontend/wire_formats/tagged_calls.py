@@ -1,7 +1,8 @@
-"""Formats whose calls stand between tags, one for each parameter: Qwen3-Coder, MiniMax, GLM, Hunyuan, DSML, Step3.
+"""Formats whose calls stand between tags, one for each parameter: Qwen3-Coder, MiniMax M2, GLM, Hunyuan, DSML, Step3,
+Kimi K3.
 
 Owns a declaration a format, one parser for all and one grammar for all. The values between the tags are raw: what they
-are in JSON says the schema of the function (`raw_values`), or in DSML the tag itself.
+are in JSON says the schema of the function (`raw_values`), or in DSML and Kimi K3 the tag itself.
 
 A call is told when its first parameter or its end is seen: a marker alone is text. White space between tags means
 nothing. Of the tags that end a call the first one that comes is enough, or that another call begins: a text that is cut
@@ -29,6 +30,10 @@ from mooli.lark import quoted
 NAME = re.compile(r"[^\s<>\"'`{}\[\]()=|]*")
 """Of a function: up to white space, a quote or a bracket."""
 
+_DIGITS = re.compile(r"[0-9]*")
+NUMBER = "/[1-9][0-9]{0,3}/"
+"""Of a call, in a grammar."""
+
 
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
@@ -36,10 +41,11 @@ class TaggedCalls:
 
     section: around all calls of a message, with `between` inside of both. opening: what stands before the name of a
     function; with `is_bare` the last of them begins a call without the others too. name_end: behind the name; white
-    space alone where a tag may follow at once. parameter, key_end, value: around the name of a parameter, up to its
-    value. says_string: instead of `value`, two tags that say whether a string or JSON follows. around: what stands
-    on both sides of a value. close: ends it, `{key}` being the name of the parameter. closing: of a call. between:
-    two calls.
+    space alone where a tag may follow at once. number: behind that, around the number of the call. parameter,
+    key_end, value: around the name of a parameter, up to its value. says: instead of `value`, tags that say of which
+    types a value is; one may be without. around: what stands on both sides of a value. close: ends it, `{key}` being
+    the name of the parameter. banned: what of `close` a forced string has not; its first character is in it once.
+    closing: of a call. between: two calls.
     """
 
     name: str
@@ -47,12 +53,14 @@ class TaggedCalls:
     opening: tuple[str, ...] = ("<tool_call>\n", "<function=")
     is_bare: bool = False
     name_end: str = ">\n"
+    number: tuple[str, str] | None = None
     parameter: str = "<parameter="
     key_end: str = ">"
     value: str = ""
-    says_string: tuple[str, str] | None = None
+    says: tuple[tuple[str, frozenset[str]], ...] = ()
     around: str = ""
     close: str = "</parameter>\n"
+    banned: str = ""
     closing: tuple[str, ...] = ("</function>\n", "</tool_call>")
     between: str = "\n"
     tokens: tuple[str, ...] = ()
@@ -90,6 +98,8 @@ class TaggedCalls:
     def _call_rule(self, rules: Rules, tool: Tool, head: str) -> str:
         """One function's call, from behind the trigger or the beginning of the section."""
         words = [quoted(head + tool.name + self.name_end)]
+        if self.number:
+            words = [quoted(head + tool.name + self.name_end + self.number[0]), NUMBER, quoted(self.number[1])]
         root = tool.parameters or {}
         for key, schema, is_required in parameters_of(tool):
             where = f"tool {tool.name}, parameter {key}"
@@ -108,11 +118,11 @@ class TaggedCalls:
 
     def _parameter(self, rules: Rules, head: str, schema: Any, root: Mapping[str, Any], close: str, where: str) -> str:
         """An expression for a parameter from its tag on, of which `head` is the expression."""
-        end = self.around + close
-        if self.says_string:
-            return f"{head} {rules.told_value(schema, root, close.strip(), end, where, self.says_string)}"
+        end, banned = self.around + close, self.banned or close.strip()
+        if self.says:
+            return f"{head} {rules.told_value(schema, root, banned, end, where, self.says)}"
         before = self.value + self.around
-        return f"{head} {quoted(before) + ' ' if before else ''}{rules.value(schema, root, close.strip(), end, where)}"
+        return f"{head} {quoted(before) + ' ' if before else ''}{rules.value(schema, root, banned, end, where)}"
 
     def _close_of(self, key: str) -> str:
         return self.close.replace("{key}", key)
@@ -157,6 +167,14 @@ class TaggedParser(CallParser):
         name, end = (yield from self._run_of(NAME)), self._form.name_end.strip()
         if not name or (end and not (yield from self._skip(end))):
             return None
+        if self._form.number:
+            opening, closing = self._form.number
+            if (yield from self._skip(opening)):
+                yield from self._run_of(_DIGITS)
+            else:
+                closing = _behind_quote(closing)
+            if not (yield from self._skip(closing)):
+                return None
         yield from self._skip_spaces()
         tag = yield from self._skip(*self._tags)
         return (name, tag) if tag else None
@@ -194,13 +212,13 @@ class TaggedParser(CallParser):
     def _value_types(self, key: str, parameters: Mapping[str, object] | None) -> Waiting[frozenset[str] | None]:
         """Of the value of `key`, up to which is read; None if none follows."""
         form = self._form
-        if form.says_string:
+        if form.says:
             yield from self._skip_spaces()
-            kinds = dict(zip((*map(str.strip, form.says_string), ">"), (STRING, ANY_TYPES - STRING, None), strict=True))
-            mark = yield from self._skip(*kinds)
+            kinds = {mark.strip(): types for mark, types in form.says}
+            mark = yield from self._skip(*kinds, _behind_quote(form.says[0][0]))
             if not mark:
                 return None
-            if kinds[mark] is not None:
+            if mark in kinds:
                 return kinds[mark]
         elif form.value:
             yield from self._skip_spaces()
@@ -240,6 +258,11 @@ class TaggedParser(CallParser):
         found = yield from self._skip(*tags)
         rest, self._at = self._text[self._at :], start
         return bool(found) or (self._is_over and any(tag.startswith(rest) for tag in tags))
+
+
+def _behind_quote(text: str) -> str:
+    """Of the end of a tag with an attribute, what it is without."""
+    return text.rpartition('"')[2]
 
 
 # -- the formats -------------------------------------------------------------------------------------------------------
@@ -288,12 +311,23 @@ def _dsml(name: str, block: str, language: str = "DSML", space: str = "") -> Tag
         name_end='">\n',
         parameter=f'<{mark}parameter name="',
         key_end='"',
-        says_string=(' string="true">', ' string="false">'),
+        says=((' string="true">', STRING), (' string="false">', ANY_TYPES - STRING)),
         close=f"</{mark}parameter>\n",
         closing=(f"</{mark}invoke>",),
         tokens=(f"｜{language}｜",),
     )
 
+
+_NAMED_TYPES = (
+    ("string", STRING),
+    ("number", frozenset({"integer", "number"})),
+    ("boolean", frozenset({"boolean"})),
+    ("object", frozenset({"object"})),
+    ("array", frozenset({"array"})),
+    ("null", frozenset({"null"})),
+    ("integer", frozenset({"integer"})),
+)
+"""By their names, the one that is written first."""
 
 TAGGED_FORMATS: Mapping[str, TaggedCalls] = {
     form.name: form
@@ -320,6 +354,20 @@ TAGGED_FORMATS: Mapping[str, TaggedCalls] = {
             key_end='">',
             close="</steptml:parameter>\n",
             closing=("</steptml:invoke>", "<｜tool_call_end｜>"),
+        ),
+        TaggedCalls(
+            "kimi_k3",
+            section=("<|open|>tools<|sep|>", "<|close|>tools<|sep|>"),
+            opening=('<|open|>call tool="',),
+            name_end='"',
+            number=(' index="', '"<|sep|>'),
+            parameter='<|open|>argument key="',
+            key_end='"',
+            says=tuple((f' type="{name}"<|sep|>', types) for name, types in _NAMED_TYPES),
+            close="<|close|>argument<|sep|>",
+            banned="<|close|>argument",
+            closing=("<|close|>call<|sep|>",),
+            between="",
         ),
     )
 }
