@@ -91,7 +91,9 @@ ALIKE = (
     "poolside_v1",
 )
 """Declared as another is, with other words."""
-RAW = tuple(name for name in WRITTEN if WRITTEN[name].__qualname__.startswith("tagged") and name not in ALIKE)
+RAW = tuple(
+    name for name in WRITTEN if WRITTEN[name].__qualname__.startswith(("tagged", "nested")) and name not in ALIKE
+)
 """Formats whose values are raw text."""
 NAMES = pytest.mark.parametrize("name", [name for name in WRITTEN if name not in ALIKE])
 
@@ -192,6 +194,84 @@ def test_a_function_that_is_not_there_is_told(name):
 
 
 # -- raw values --------------------------------------------------------------------------------------------------------
+M3 = "]<]minimax[>["
+
+
+@pytest.mark.parametrize(
+    ("schema", "raw", "value"),
+    [
+        ({"type": "array"}, "", []),
+        ({"type": ["array", "string"]}, "", ""),
+        ({"type": ["object", "null"]}, "", {}),
+        ({"type": "array", "items": {"type": "string"}}, "\n@<item>1@</item>\n@<item>@</item>\n", ["1", ""]),
+        ({"type": "object"}, "@<item>1@</item>", {"item": 1}),
+        ({}, "@<item>@<a>x@</a>@</item>", [{"a": "x"}]),
+        ({"type": "object", "properties": {"a": {"type": "string"}}}, "@<a>1@</b>", {"a": "1"}),
+        (
+            {"anyOf": [{"$ref": "#/$defs/s"}, {"type": "array", "items": {"$ref": "#/$defs/s"}}]},
+            "@<item>1@</item>",
+            ["1"],
+        ),
+        ({"type": "array"}, "[1, 2]", [1, 2]),
+        ({"type": "string"}, "a <b> </x> @<c>", f"a <b> </x> {M3}<c>"),
+    ],
+)
+def test_lists_and_objects_of_minimax_m3_are_tags(schema, raw, value):
+    parameters = {"type": "object", "properties": {"x": schema}, "$defs": {"s": {"type": "string"}}}
+    tools = ToolSet((Tool("f", parameters=parameters),))
+    form, text = CALL_FORMATS["minimax-m3"], WRITTEN["minimax-m3"]([("f", {"x": raw.replace("@", M3)})])
+    assert called(form, text, tools=tools) == called(form, text, range(1, len(text)), tools) == [("f", {"x": value})]
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"type": "array", "items": {"type": "integer"}, "minItems": 1}, [[1], [1, 2]], [[], ["a"], "[1]", 1]),
+        ({"type": ["array", "string"]}, ["", "a", ["a"], [{"a": [1]}]], ["[]"]),
+        ({"type": ["object", "null"]}, [{}, None, {"a": {"b": 1}}, {"item": [1]}], [1]),
+        ({"$ref": "#/$defs/node"}, [{"v": 1}, {"v": 1, "next": {"v": 2}}], [{}, {"v": "a"}, {"next": {"v": 1}}]),
+        ({"anyOf": [{"$ref": "#/$defs/node"}, {"type": "string"}]}, ["", {"v": 1}], ["{}"]),
+        ({}, [1, "a", [], ["a", [1]], {"a": {"b": 2}}], [f"{M3}x"]),
+        (
+            {"anyOf": [{"type": "object", "properties": {"a": {}, "b": {}}}, {"type": "string"}]},
+            ["", {"a": 1}, {"b": 1}, {"a": 1, "b": 2}],
+            [{"c": 1}],
+        ),
+    ],
+)
+def test_lists_and_objects_of_minimax_m3_are_forced_as_tags(schema, right, wrong, vocabulary):
+    node = {"properties": {"v": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}}, "required": ["v"]}
+    definitions = {"node": {"type": "object", "additionalProperties": False, **node}}
+    parameters = {"properties": {"x": schema}, "required": ["x"], "$defs": definitions}
+    tools = ToolSet((Tool("f", parameters=parameters),))
+    made = matcher(vocabulary, CALL_FORMATS["minimax-m3"], tools)
+    for value in right:
+        text = WRITTEN["minimax-m3"]([("f", {"x": value})])
+        assert allows(made, text), value
+        expected = value if value != [] or schema else ""
+        assert called(CALL_FORMATS["minimax-m3"], text, tools=tools) == [("f", {"x": expected})]
+    for value in wrong:
+        assert not allows(made, WRITTEN["minimax-m3"]([("f", {"x": value})])), value
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "array", "uniqueItems": True}, "tool f, parameter x: uniqueItems of an array"),
+        ({"anyOf": [{"type": "object"}, {"type": "object", "properties": {"a": {}}}]}, "more than one object"),
+        ({"type": ["object", "array"]}, "cannot be told from an array"),
+        ({"type": "object", "properties": {"a b": {}}}, "parameter a b: this model cannot write the name"),
+        ({"$ref": "#/$defs/none"}, "names nothing"),
+        ({"minimum": 3}, "needs a type"),
+        (False, "no value is possible"),
+    ],
+)
+def test_what_minimax_m3_cannot_be_held_to_is_an_error_with_its_place(schema, message):
+    parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+    with pytest.raises(GrammarError, match=message):
+        CALL_FORMATS["minimax-m3"].calls_grammar(ToolSet((Tool("f", parameters=parameters),)))
+
+
 def test_strings_come_as_they_are_written():
     for name in RAW:
         form, text = CALL_FORMATS[name], WRITTEN[name]([("write_it", {"text": "a" * 30})])
@@ -327,6 +407,7 @@ GLM_TEMPLATE = "[gMASK]<sop>{{ tools }}<tool_call>name%s<arg_key>k</arg_key>%s<a
     [
         ("qwen3_coder", "{{ tools }}<tool_call>\n<function=f>\n<parameter=p>", ()),
         ("minimax-m2", "{{ tools }}<minimax:tool_call><invoke name=", ()),
+        ("minimax-m3", "{{ tools }}{{ ']<]minimax[>[' }}<tool_call>", ()),
         ("glm45", GLM_TEMPLATE % ("\n", "\n"), ()),
         ("glm47", GLM_TEMPLATE % ("", ""), ()),
         ("glm45", "{{ tools }}", ("<arg_key>", "<arg_value>")),
@@ -587,7 +668,7 @@ def test_whatever_a_grammar_allows_is_read_back_and_valid(name, seed, vocabulary
 def _ends(name: str) -> Iterator[str]:
     """What stands behind a string in this format."""
     text = WRITTEN[name]([("write_it", {"text": "§"})])
-    stop = {"kimi_k3": "t<|sep|>"}.get(name, ">")
+    stop = {"kimi_k3": "t<|sep|>", "minimax-m3": "[>["}.get(name, ">")
     yield text.partition("§")[2].partition(stop)[0] + stop
 
 

@@ -66,6 +66,21 @@ def gemma(opening: str, closing: str, mark: str) -> Callable:
     return lambda calls: "".join(f"{opening}call:{name}{value(arguments)}{closing}" for name, arguments in calls)
 
 
+def nested(calls: Calls) -> str:
+    mark = "]<]minimax[>["
+
+    def value(item: Any) -> str:
+        pairs = [("item", each) for each in item] if isinstance(item, list) else item
+        if isinstance(pairs, dict):
+            pairs = [*item.items()]
+        if not isinstance(pairs, list):
+            return _raw(item)
+        return "".join(f"{mark}<{key}>{value(each)}{mark}</{key}>" for key, each in pairs)
+
+    told = [f'{mark}<invoke name="{name}">{value(arguments)}{mark}</invoke>\n' for name, arguments in calls]
+    return f"{mark}<tool_call>\n{''.join(told)}{mark}</tool_call>"
+
+
 QWEN = tagged(
     "<tool_call>\n<function={name}>\n", "<parameter={key}>\n{value}\n</parameter>\n", "</function>\n</tool_call>"
 )
@@ -100,6 +115,7 @@ WRITTEN: Mapping[str, Callable[[Calls], str]] = {
         "<tool_call>\n<function={name}>\n", "<parameter={key}>{value}</parameter>\n", "</function>\n</tool_call>"
     ),
     "minimax-m2": invoke("minimax:tool_call"),
+    "minimax-m3": nested,
     "dots": invoke("dots_function_call"),
     "glm": GLM45,
     "glm45": GLM45,

@@ -21,6 +21,7 @@ from mooli.frontend.wire_formats.hermes import Hermes
 from mooli.frontend.wire_formats.json_block import JsonBlock
 from mooli.frontend.wire_formats.json_list import JsonList
 from mooli.frontend.wire_formats.llama3 import Llama3
+from mooli.frontend.wire_formats.minimax_m3 import MinimaxM3
 from mooli.frontend.wire_formats.mistral import Mistral
 from mooli.frontend.wire_formats.pythonic import Pythonic
 from mooli.frontend.wire_formats.reasoning import (
@@ -44,6 +45,7 @@ _FORMATS: tuple[CallFormat, ...] = (
     JsonBlock("pangu", ("[unused11]",), "[unused12]"),
     JsonList(),
     Llama3(),
+    MinimaxM3(),
     Mistral(),
     Pythonic("lfm2", "<|tool_call_start|>", "<|tool_call_end|>"),
     Pythonic("pythonic", "<|python_start|>", "<|python_end|>", is_bare=True),

@@ -103,17 +103,26 @@ class Rules:
         """A rule for JSON of `schema`, whose references are in `root`."""
         return self.add(json_of(with_references(schema, root)))
 
-    def value(self, schema: Any, root: Mapping[str, Any], close: str, end: str, where: str) -> str:
-        """An expression for a raw value and the text `end` behind it, in which is the marker `close`: a string has that
-        nowhere in itself. where: names the parameter in an error.
+    def value(
+        self,
+        schema: Any,
+        root: Mapping[str, Any],
+        close: str,
+        end: str,
+        where: str,
+        also: frozenset[str] = frozenset(),
+    ) -> str:
+        """An expression for a raw value and what is behind it, `end` as Lark, in which is the marker `close`: a string
+        has that nowhere in itself. where: names the parameter in an error. also: types that the value may have beside
+        those of `schema`, written elsewhere: no string is read as one.
 
         Raises GrammarError for what cannot be enforced, with its place.
         """
         texts, others = self._told_apart(schema, root, close, where)
-        kinds = types_of(schema, root) - STRING
+        kinds = (types_of(schema, root) | also) - STRING
         if not texts:
-            return f"{self.json(schema, root)} {quoted(end)}"
-        if texts == [free_text(close)] and all(map(_is_any, others)):
+            return f"{self.json(schema, root)} {end}"
+        if texts == [free_text(close)] and all(map(_is_any, others)) and not also:
             return self.add(_lexeme(texts, end), is_terminal=True)
         is_plain = [text == free_text(close) or text.startswith('("') for text in texts]
         texts = [
@@ -127,7 +136,7 @@ class Rules:
             # Which of two lexemes it becomes is known by its first character only.
             texts = [rf"{text} & ~/\s*[-0-9](?s:.*)/" for text in texts]
         expressions = [self.add(_lexeme([*map("({})".format, texts), *told], end), is_terminal=True)]
-        expressions += [f"{self.json(branch, root)} {quoted(end)}" for branch in others]
+        expressions += [f"{self.json(branch, root)} {end}" for branch in others]
         return f"({' | '.join(expressions)})"
 
     def told_value(
@@ -149,7 +158,7 @@ class Rules:
         if texts:
             lexeme = _lexeme([*map("({})".format, texts)], end)
             told.append(f"{mark('string')} {self.add(lexeme, is_terminal=True)}")
-        told += [f"{mark(branch['type'])} {self.json(branch, root)} {quoted(end)}" for branch in others]
+        told += [f"{mark(branch['type'])} {self.json(branch, root)} {end}" for branch in others]
         return f"({' | '.join(told)})"
 
     def _told_apart(
@@ -254,7 +263,7 @@ def _not_begun_as(kinds: frozenset[str]) -> str:
 
 
 def _lexeme(texts: list[str], end: str) -> str:
-    return f"({' | '.join(texts)}) {quoted(end)}"
+    return f"({' | '.join(texts)}) {end}"
 
 
 def _searched(pattern: Any) -> str:

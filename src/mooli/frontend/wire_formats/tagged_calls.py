@@ -118,7 +118,7 @@ class TaggedCalls:
 
     def _parameter(self, rules: Rules, head: str, schema: Any, root: Mapping[str, Any], close: str, where: str) -> str:
         """An expression for a parameter from its tag on, of which `head` is the expression."""
-        end, banned = self.around + close, self.banned or close.strip()
+        end, banned = quoted(self.around + close), self.banned or close.strip()
         if self.says:
             return f"{head} {rules.told_value(schema, root, banned, end, where, self.says)}"
         before = self.value + self.around
