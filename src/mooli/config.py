@@ -87,6 +87,9 @@ TOOL_CALL_PARSERS = (
 )  # fmt: skip
 """Names of `tool_call_parser`, most of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""
 
+RESPONSE_TEMPLATE = "response_template"
+"""`reasoning_parser` and `tool_call_parser`: what the model's own tokenizer_config.json says under this name."""
+
 GRAMMAR_BACKENDS = ("llguidance", "xgrammar", "outlines", "none")
 """`grammar_backend`: SGLang's names. All mean llguidance but the last."""
 
@@ -282,15 +285,16 @@ class EngineConfig(Arguments):
     reasoning_parser: str = argument(
         "auto",
         "str",
-        "How the model marks its reasoning, which is then told apart from the answer; auto: by its chat template and"
-        " vocabulary.",
-        choices=("auto", "none", *REASONING_PARSERS),
+        "How the model marks its reasoning, which is then told apart from the answer; auto: by its response_template,"
+        " chat template and vocabulary.",
+        choices=("auto", "none", *REASONING_PARSERS, RESPONSE_TEMPLATE),
     )
     tool_call_parser: str = argument(
         "auto",
         "str",
-        "How the model writes calls of tools; auto: by its chat template and vocabulary; none: no calls are found.",
-        choices=("auto", "none", *TOOL_CALL_PARSERS),
+        "How the model writes calls of tools; auto: by its response_template, chat template and vocabulary; none: no"
+        " calls are found.",
+        choices=("auto", "none", *TOOL_CALL_PARSERS, RESPONSE_TEMPLATE),
     )
     preferred_sampling_params: str | None = argument(
         None, "json", "JSON object of sampling parameters used where a request names none."

@@ -73,6 +73,7 @@ class Tokenizer:
     special_tokens: texts of the named tokens ("bos_token", …), for a chat template given apart from the model.
     bounds: what the steps of `backend` can make of a text.
     infill_ids: tokens that a file names for filling in a middle: pre, suf, mid, pad, rep and sep, as GGUF has them.
+    response_template: how the model writes its messages, as tokenizer_config.json says it; None where it does not.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Tokenizer:
         chat_template: ChatTemplate | None = None,
         bounds: TextBounds | None = None,
         infill_ids: Mapping[str, int] | None = None,
+        response_template: Any = None,
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
@@ -103,6 +105,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
         self.infill_ids = dict(infill_ids or {})
+        self.response_template = response_template
         self._bounds = bounds or TextBounds()
         self._max_chars = int(_MAX_CHARS / self._bounds.growth)
         ends = set(eos_ids)
@@ -469,6 +472,7 @@ def _load_folder(folder: Path) -> Tokenizer:
         special_tokens=names,
         chat_template=template,
         bounds=bounds,
+        response_template=config.get("response_template"),
     )
 
 

@@ -6,10 +6,12 @@ parsers: reasoning is read first, and what it calls text is read for calls. Know
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from mooli.config import EngineConfig
+from mooli.config import RESPONSE_TEMPLATE, EngineConfig
+from mooli.errors import ConfigError, TokenizerError
 from mooli.frontend.parts import PLAIN_TEXT, Parser, WireFormat
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tools import ToolSet
@@ -32,8 +34,16 @@ from mooli.frontend.wire_formats.reasoning import (
     PassedOn,
     ReasoningPair,
 )
+from mooli.frontend.wire_formats.response_template import (
+    ResponseTemplate,
+    TemplateCalls,
+    TemplateFormat,
+    read_response_template,
+)
 from mooli.frontend.wire_formats.tagged_calls import TAGGED_FORMATS
 from mooli.types import Reasoning
+
+logger = logging.getLogger(__name__)
 
 _FORMATS: tuple[CallFormat, ...] = (
     HarmonyCalls(),
@@ -67,8 +77,8 @@ _ENDED_BY_CALLS = ("qwen3", "glm45", "kimi_k2")
 class MessageFormat:
     """Reasoning, then text with calls.
 
-    calls: how they are written. fallback: how those are that are forced, of a model without a format of its own. tools:
-    of the conversation; without any, no calls are looked for.
+    calls: how they are written. fallback: how those are that are forced, of a model without a format of its own, or
+    whose format can only be read. tools: of the conversation; without any, no calls are looked for.
     """
 
     without_calls: WireFormat
@@ -101,7 +111,8 @@ class MessageFormat:
         if not tools.tools or tools.choice == "none":
             return replace(self, tools=None)
         forced = self.fallback if tools.choice == "required" else None
-        return replace(self, tools=tools, calls=self.calls or forced)
+        own = None if forced is not None and isinstance(self.calls, TemplateCalls) else self.calls
+        return replace(self, tools=tools, calls=own or forced)
 
     def reasoning_ahead(self, prompt_tail: str) -> Reasoning | None:
         return self.without_calls.reasoning_ahead(prompt_tail)
@@ -115,19 +126,64 @@ class MessageFormat:
             reasoning = replace(reasoning, ended_by=markers)
         elif isinstance(reasoning, Harmony):
             reasoning = replace(reasoning, passes_calls=isinstance(self.calls, HarmonyCalls))
+        elif isinstance(reasoning, TemplateFormat):
+            if isinstance(self.calls, TemplateCalls):
+                return reasoning.with_tools(self.tools).parser(prompt_tail)
+            reasoning = replace(reasoning, keeps_rest=True)
         calls = self.calls.parser(self.tools)
         return calls if reasoning is PLAIN_TEXT else PassedOn(reasoning.parser(prompt_tail), calls)
 
 
 # -- which one a model has ---------------------------------------------------------------------------------------------
 def open_wire_format(config: EngineConfig, tokenizer: Tokenizer | None) -> WireFormat:
-    """The one that `config.reasoning_parser` and `config.tool_call_parser` name; for "auto" the one whose markers the
-    model's template has, or else its vocabulary. `PLAIN_TEXT` without a tokenizer."""
+    """The one that `config.reasoning_parser` and `config.tool_call_parser` name; for "auto" the model's own
+    `response_template`, or else the one whose markers its chat template has, or its vocabulary. `PLAIN_TEXT` without a
+    tokenizer.
+
+    Raises ConfigError where `response_template` is named and the model has none, TokenizerError where it cannot be
+    read.
+    """
     if tokenizer is None:
         return PLAIN_TEXT
     fallback = None if config.tool_call_parser == "none" else JsonList()
-    reasoning = _reasoning_of(config.reasoning_parser, tokenizer)
-    return MessageFormat(reasoning, _calls_of(config.tool_call_parser, tokenizer), fallback)
+    template = _response_template(config, tokenizer)
+    reasoning: WireFormat | None = None
+    calls: CallFormat | None = None
+    if template is not None:
+        markers = tuple(sorted(text for text in tokenizer.special_texts if any(text in one for one in template.texts)))
+        if config.reasoning_parser in ("auto", RESPONSE_TEMPLATE):
+            reasoning = TemplateFormat(template, markers)
+        if config.tool_call_parser == RESPONSE_TEMPLATE or (config.tool_call_parser == "auto" and template.has_calls):
+            calls = TemplateCalls(template, markers)
+    return MessageFormat(
+        reasoning or _reasoning_of(config.reasoning_parser, tokenizer),
+        calls or _calls_of(config.tool_call_parser, tokenizer),
+        fallback,
+    )
+
+
+def _response_template(config: EngineConfig, tokenizer: Tokenizer) -> ResponseTemplate | None:
+    """The one that is to be read. One that nobody names and that cannot be read is told of in the log."""
+    names = {"reasoning_parser": config.reasoning_parser, "tool_call_parser": config.tool_call_parser}
+    named = [argument for argument, name in names.items() if name == RESPONSE_TEMPLATE]
+    if tokenizer.response_template is None:
+        if named:
+            raise ConfigError(
+                f"{named[0]}={RESPONSE_TEMPLATE!r} is not possible: the model's tokenizer_config.json has none; leave"
+                " it out, or name a format"
+            )
+        return None
+    if not named and "auto" not in names.values():
+        return None
+    try:
+        return read_response_template(tokenizer.response_template)
+    except TokenizerError as exc:
+        if named:
+            raise TokenizerError(f"{named[0]}={RESPONSE_TEMPLATE!r} is not possible: {exc}") from exc
+        logger.warning(
+            "the model's response_template is left aside, and its chat template says how messages are read: %s", exc
+        )
+        return None
 
 
 def _reasoning_of(name: str, tokenizer: Tokenizer) -> WireFormat:
