@@ -24,6 +24,7 @@ from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.choice import MessageFormat, open_wire_format
 from mooli.frontend.wire_formats.growing_pattern import MAX_REPEAT, GrowingPattern
 from mooli.frontend.wire_formats.json_list import JsonListParser
+from mooli.frontend.wire_formats.region_content import content_of
 from mooli.frontend.wire_formats.response_template import TemplateFormat, read_response_template
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
@@ -465,9 +466,18 @@ def changed(field: str | None = None, **values) -> dict:
         (changed("tool_calls", content_args={"string_delims": "x"}), "string_delims='x' is no list of pairs"),
         (changed("tool_calls", content="xml-inline"), "fields.tool_calls: content_args has no tag_pattern"),
         (
-            changed("tool_calls", content="xml-inline", content_args={"tag_pattern": "(?P<key>(a*)*)"}),
+            changed("tool_calls", content="xml-inline", content_args={"tag_pattern": "(?P<key>(a*)*)(?P<value>.*?)b"}),
             "a repetition stands in a repetition",
         ),
+        (
+            changed("tool_calls", content="xml-inline", content_args={"tag_pattern": "(?P<key>a)(?P<value>.*)"}),
+            "has no (?P<value>.*?) with something behind it",
+        ),
+        (
+            changed("tool_calls", content="xml-inline", content_args={"tag_pattern": "a(?P<value>.*?)b"}),
+            "is not a tag with a group named key",
+        ),
+        (changed("other", open_pattern=r"a\s*\s*\s*\s*b"), "has 4 repetitions without an end"),
         (changed("tool_calls", transform={"function": "f {content}"}), "a placeholder with words beside it"),
         (changed("tool_calls", transform={"function": "{name}"}), "'{name}', which is none of content"),
         (changed("tool_calls", repeats="yes"), "fields.tool_calls.repeats='yes' is neither true nor false"),
@@ -476,6 +486,54 @@ def changed(field: str | None = None, **values) -> dict:
 def test_what_cannot_be_read_is_refused_by_its_name_before_any_answer(template, reason):
     with pytest.raises(TokenizerError, match=re.escape(reason).replace("'\\.a'", "'.a'")):
         read_response_template(template)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "text", "expected"),
+    [
+        ("json", {"unquoted_keys": True}, '{a: "b: {c: 1}, d: ", e :2}', {"a": "b: {c: 1}, d: ", "e": 2}),
+        (
+            "json",
+            {"string_delims": [["<<", ">>"]]},
+            '{"a": <<x "y" {z: 1}>>, "b": "\\"<<"}',
+            {"a": 'x "y" {z: 1}', "b": '"<<'},
+        ),
+        ("json", {"allow_non_json": True}, " [1 ", "[1"),
+        ("kv-lines", {"value_parser": {"name": "int"}}, "a: 1\n\nx\nb:2", {"a": 1, "b": 2}),
+        ("kv-lines", {"line_sep": ";", "kv_sep": "="}, "a=b=c; d = e", {"a": "b=c", "d": "e"}),
+        (
+            "xml-inline",
+            {"tag_pattern": r"<p=(?P<key>\w+)>\s*(?P<value>.*?)\s*</p>"},
+            "<p=a> <p=b>\n</p><p=c></p>x<p=d>",
+            {"a": "<p=b>", "c": ""},
+        ),
+        (
+            "xml-inline",
+            {
+                "tag_pattern": "<(?P<key>[^>]+)>(?P<value>.+?)</>",
+                "merge_duplicates": True,
+                "value_parser": {"name": "bool"},
+            },
+            "<a></></><a>true</><b>1</>",
+            {"a": [False, True], "b": True},
+        ),
+        ("float", {}, " 1.5 ", 1.5),
+        ("text", {"strip": False}, " a ", " a "),
+    ],
+)  # fmt: skip
+def test_contents_are_values(kind, arguments, text, expected):
+    assert content_of(kind, arguments)(text) == expected
+
+
+@pytest.mark.slow
+def test_no_text_makes_a_pattern_take_long():
+    """Each would go on for minutes if a search began again at every place."""
+    tags = content_of("xml-inline", {"tag_pattern": r"<k>(?P<key>.*?)</k>\s*<v>\s*(?P<value>.*?)\s*</v>"})
+    assert tags("<k></k><v>" * 10_000) == {}
+    assert tags("<k>a</k><v>" + " " * 100_000) == {}
+    lax = content_of("json", {"string_delims": [["(", ")"]], "unquoted_keys": True, "allow_non_json": True})
+    for text in ("(" * 100_000, '"' + '\\"' * 50_000, "{" * 100_000, "{" + "a" * 100_000):
+        assert lax(text) == text
 
 
 # -- patterns over text that grows -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 MAX_PATTERN_CHARS = 400
 MAX_REPEAT = 256
-_MAX_OPEN_REPEATS = 4
+_MAX_OPEN_REPEATS = 3
 _MAX_WRITTEN_CHARS = 1 << 16
 
 _REPEAT = re.compile(r"\*|\+|\?|\{(\d*)(?:(,)(\d*))?\}")
@@ -76,17 +76,6 @@ class GrowingPattern:
             return None
         is_certain = begun.lastindex is not None
         return Found(begun.start(), self._whole.match(text, begun.start()) if is_certain else None)
-
-
-def check_bounded(pattern: str) -> None:
-    """Raise ValueError unless `pattern`, for texts that are whole, is one whose matching is bounded: see the module."""
-    if len(pattern) > MAX_PATTERN_CHARS:
-        raise ValueError(f"a pattern has {len(pattern)} characters; at most {MAX_PATTERN_CHARS} are taken")
-    try:
-        re.compile(pattern, re.DOTALL)
-        _Reader(pattern).all()
-    except (re.error, RecursionError, OverflowError, ValueError) as exc:
-        raise ValueError(f"the pattern {pattern!r} is not possible: {exc}") from exc
 
 
 # -- patterns, written a second time -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mooli.frontend.wire_formats.growing_pattern import check_bounded
+from mooli.frontend.wire_formats.growing_pattern import GrowingPattern
 
 MAX_CONTENT_CHARS = 1 << 17
 """Of a region whose content is more than words: what is longer is none."""
@@ -62,24 +62,35 @@ def _json(arguments: Mapping[str, Any], depth: int) -> Content:
     is_list = isinstance(delimiters, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in delimiters)
     if not is_list or not all(isinstance(text, str) and text for pair in delimiters for text in pair):
         raise ValueError(f"string_delims={delimiters!r} is no list of pairs of texts")
-    kinds = [rf"{re.escape(opening)}(.*?){re.escape(closing)}" for opening, closing in delimiters]
-    kinds.append(r'"(?:\\.|[^"\\])*"')
+    closing_of: dict[str, str] = dict(reversed(delimiters))
+    kinds = [*map(re.escape, closing_of), r'"(?:\\.|[^"\\])*"?']
     if arguments.get("unquoted_keys"):
         kinds.append(r"(?<=[{,])(?P<before>\s*)(?P<key>\w+)(?P<after>\s*):")
     pattern = re.compile("|".join(kinds), re.DOTALL) if len(kinds) > 1 else None
 
-    def rewritten(match: re.Match[str]) -> str:
-        said = next((text for text in match.groups()[: len(delimiters)] if text is not None), None)
-        if said is not None:
-            return json.dumps(said)
-        groups = match.groupdict()
-        if groups.get("key") is not None:
-            return f'{groups["before"]}"{groups["key"]}"{groups["after"]}:'
-        return match[0]
+    def rewritten(pattern: re.Pattern[str], text: str) -> str:
+        """As JSON has it. Each character is looked at once: what is not closed is closed nowhere."""
+        found: list[str] = []
+        at = 0
+        while (match := pattern.search(text, at)) is not None:
+            found.append(text[at : match.start()])
+            closing, at = closing_of.get(match[0]), match.end()
+            groups = match.groupdict()
+            if closing is not None:
+                end = text.find(closing, at)
+                if end < 0:
+                    return text
+                found.append(json.dumps(text[at:end]))
+                at = end + len(closing)
+            elif groups.get("key") is not None:
+                found.append(f'{groups["before"]}"{groups["key"]}"{groups["after"]}:')
+            else:
+                found.append(match[0])
+        return "".join([*found, text[at:]])
 
     def read(text: str) -> Any:
         try:
-            return json.loads(text if pattern is None else pattern.sub(rewritten, text), parse_constant=_refuse)
+            return json.loads(text if pattern is None else rewritten(pattern, text), parse_constant=_refuse)
         except (ValueError, RecursionError):
             if arguments.get("allow_non_json"):
                 return text.strip()
@@ -92,24 +103,38 @@ def _refuse(word: str) -> Any:
     raise ValueError(f"{word} is no JSON")
 
 
+_VALUE = re.compile(r"(.*)\(\?P<value>(?:\.|\[\\s\\S\])([*+])\?\)(.+)", re.DOTALL)
+"""Of a pattern of tags: what stands before a value, whether it may be empty, and what stands behind."""
+
+
 def _tags(arguments: Mapping[str, Any], depth: int) -> Content:
-    """`tag_pattern` has groups `key` and `value`. `merge_duplicates`: values of one key are a list."""
+    """`tag_pattern` has groups `key` and then `value`, any characters up to what follows. `merge_duplicates`: values of
+    one key are a list."""
     source = arguments.get("tag_pattern")
     if not isinstance(source, str):
         raise ValueError("content_args has no tag_pattern")
-    check_bounded(source)
-    pattern = re.compile(source, re.DOTALL)
-    if "key" not in pattern.groupindex:
-        raise ValueError(f"tag_pattern={source!r} has no group named key")
+    taken_apart = _VALUE.fullmatch(source)
+    if taken_apart is None:
+        raise ValueError(f"tag_pattern={source!r} has no (?P<value>.*?) with something behind it")
+    # Apart, so that no text takes longer than it has characters.
+    before, behind = GrowingPattern(taken_apart[1]), GrowingPattern(taken_apart[3])
+    if before.names != ("key",) or behind.names or not behind.least_chars or not before.least_chars:
+        raise ValueError(f"tag_pattern={source!r} is not a tag with a group named key, a value and an end")
+    least = taken_apart[2] == "+"
     value_of = _value_parser(arguments, depth)
     merges = bool(arguments.get("merge_duplicates"))
 
     def read(text: str) -> dict[str, Any]:
         found: dict[str, list[Any]] = {}
-        for match in pattern.finditer(text):
-            groups = match.groupdict()
-            if groups["key"] is not None:
-                found.setdefault(groups["key"], []).append(value_of(groups.get("value") or ""))
+        at = 0
+        while (head := before.search(text, at, is_last=True)) is not None and head.match is not None:
+            start = head.match.end()
+            tail = behind.search(text, start + least, is_last=True)
+            if tail is None or tail.match is None:
+                break
+            if head.match["key"] is not None:
+                found.setdefault(head.match["key"], []).append(value_of(text[start : tail.start]))
+            at = tail.match.end()
         return {key: values if merges and len(values) > 1 else values[-1] for key, values in found.items()}
 
     return read
