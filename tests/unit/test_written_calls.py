@@ -433,6 +433,26 @@ def test_the_format_is_found_in_template_or_vocabulary(name, template, markers):
     assert wire_format.calls is not None and wire_format.calls.name == name
 
 
+@pytest.mark.parametrize("name", ["auto", "hunyuan", "hunyuan_a13b"])
+def test_markers_of_hunyuan_have_the_suffix_that_the_vocabulary_has(name, vocabulary):
+    names = ("think", "tool_calls", "tool_call", "tool_sep", "arg_key", "arg_value")
+    markers = [f"<{slash}{word}:opensource>" for word in names for slash in ("", "/")]
+    tokenizer = byte_tokenizer("{{ tools }}{{ '<tool_calls{}>'.format(suffix) }}", markers)
+    config = EngineConfig.from_kwargs(model_path="m", tool_call_parser=name, reasoning_parser=name.partition("_")[0])
+    wire_format = open_wire_format(config, tokenizer)
+    form = wire_format.calls
+    assert form is not None and form.name == name.replace("auto", "hunyuan")
+    text = WRITTEN[form.name](CASES["two"])
+    for word in names:
+        text = text.replace(f"{word}>", f"{word}:opensource>")
+    assert called(form, text) == called(form, text, range(1, len(text))) == CASES["two"]
+    assert allows(matcher(vocabulary, form, TOOLS), text)
+    told = wire_format.with_tools(TOOLS)
+    assert set(told.marker_tokens) <= {*markers, "<tool_sep:opensource>"} and len(told.marker_tokens) > 3
+    parts = told.parser("").push("<think:opensource>m</think:opensource>t", [39])
+    assert [(part.kind, part.text) for part in parts if part.text] == [("reasoning", "m"), ("text", "t")]
+
+
 # -- grammars ----------------------------------------------------------------------------------------------------------
 llguidance = pytest.importorskip("llguidance")
 EOS = 256

@@ -257,6 +257,11 @@ class Tokenizer:
         """Whether `text` always is one token, special or not."""
         return text in self._added
 
+    @property
+    def added_texts(self) -> Iterable[str]:
+        """All texts that always are one token."""
+        return self._added
+
     def added_id(self, text: str) -> int | None:
         """The id of the token that `text` always is; None if it is none."""
         return self._added.get(text)

@@ -7,6 +7,7 @@ parsers: reasoning is read first, and what it calls text is read for calls. Know
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from mooli.frontend.tools import ToolSet
 from mooli.frontend.wire_formats.calls import CallFormat
 from mooli.frontend.wire_formats.gemma import GEMMA_FORMATS
 from mooli.frontend.wire_formats.harmony import Harmony, HarmonyCalls
-from mooli.frontend.wire_formats.headed_json import HEADED_FORMATS
+from mooli.frontend.wire_formats.headed_json import HEADED_FORMATS, Hunyuan
 from mooli.frontend.wire_formats.hermes import Hermes
 from mooli.frontend.wire_formats.json_block import JsonBlock
 from mooli.frontend.wire_formats.json_list import JsonList
@@ -68,6 +69,8 @@ CALL_FORMATS: Mapping[str, CallFormat] = {
     **GEMMA_FORMATS,
 }
 """By the names that `tool_call_parser` takes."""
+
+_SUFFIXED = re.compile(r"<tool_calls(:[^<>\s]+)>")
 
 _ENDED_BY_CALLS = ("qwen3", "glm45", "kimi_k2")
 """Formats whose models begin calls in their reasoning, without closing it. Of SGLang's parsers these three end it."""
@@ -189,6 +192,10 @@ def _response_template(config: EngineConfig, tokenizer: Tokenizer) -> ResponseTe
 def _reasoning_of(name: str, tokenizer: Tokenizer) -> WireFormat:
     if name == "none":
         return PLAIN_TEXT
+    hunyuan, suffix = REASONING_FORMATS["hunyuan"], _suffix_of(tokenizer)
+    if suffix and name in ("auto", "hunyuan") and isinstance(hunyuan, ReasoningPair):
+        opening, closing = (f"{mark.removesuffix('>')}{suffix}>" for mark in (hunyuan.opening, hunyuan.closing))
+        return replace(hunyuan, opening=opening, closing=closing)
     if name != "auto":
         return REASONING_FORMATS[name]
     template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
@@ -199,6 +206,12 @@ def _reasoning_of(name: str, tokenizer: Tokenizer) -> WireFormat:
             if all(map(has, _markers_of(wire_format))):
                 return wire_format
     return PLAIN_TEXT
+
+
+def _suffix_of(tokenizer: Tokenizer) -> str:
+    """What all of Hunyuan's markers end with in this model's vocabulary: ":opensource", say; mostly nothing."""
+    found = (_SUFFIXED.fullmatch(text) for text in tokenizer.added_texts)
+    return next((match[1] for match in found if match), "")
 
 
 def _markers_of(wire_format: Harmony | ReasoningPair) -> tuple[str, ...]:
@@ -245,13 +258,21 @@ _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 first of which all is there is the one."""
 
 
+def _tells_of_tools(tokenizer: Tokenizer) -> bool:
+    return tokenizer.chat_template is None or tokenizer.chat_template.has_tools
+
+
 def _calls_of(name: str, tokenizer: Tokenizer) -> CallFormat | None:
     if name == "none":
         return None
+    suffix = _suffix_of(tokenizer)
+    form = CALL_FORMATS["hunyuan" if name == "auto" else name]
+    if suffix and isinstance(form, Hunyuan) and (name != "auto" or _tells_of_tools(tokenizer)):
+        return form.with_suffix(suffix)
     if name != "auto":
-        return CALL_FORMATS[name]
+        return form
     template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source_with_tools
-    if tokenizer.chat_template is not None and not tokenizer.chat_template.has_tools:
+    if not _tells_of_tools(tokenizer):
         return CALL_FORMATS["hermes"]  # so its conversations are told of tools: `mooli.frontend.tool_prompt`
     in_template = template.__contains__
     for has in (in_template, lambda marker: in_template(marker) or tokenizer.has_added_token(marker)):

@@ -131,21 +131,21 @@ class Hunyuan(TaggedCalls):
     def calls_grammar(self, tools: ToolSet) -> str:
         if not self.writes_objects:
             return super(Hunyuan, self).calls_grammar(tools)
-        return calls_rules(
-            tools, object_call(), trigger="<tool_calls>", opening="[", between=", ", closing="]</tool_calls>"
-        )
+        opening, closing = self.section or ("", "")
+        return calls_rules(tools, object_call(), trigger=opening, opening="[", between=", ", closing="]" + closing)
 
 
 class HunyuanParser(TaggedParser):
     """One sequence."""
 
     def _read(self) -> Waiting[None]:
+        opening, closing = self._form.section or ("", "")
         while entry := (yield from self._text_until(*self._entries)):
             behind = self._at
-            if entry == "<tool_calls>" and (yield from self._skip_spaces()) == "[":
-                if (yield from self._object_calls(ends=("</tool_calls>",))):
+            if entry == opening and (yield from self._skip_spaces()) == "[":
+                if (yield from self._object_calls(ends=(closing,))):
                     yield from self._skip_spaces()
-                    yield from self._skip("</tool_calls>")
+                    yield from self._skip(closing)
                 else:
                     self._tell_text(behind)
                 continue

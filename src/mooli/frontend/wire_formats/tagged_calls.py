@@ -71,6 +71,25 @@ class TaggedCalls:
         marks = [mark for tag in (*tags, self.close, *self.closing) for mark in re.findall(r"<[^<>{}]+>", tag)]
         return tuple(dict.fromkeys((*marks, *self.tokens)))
 
+    def with_suffix(self, suffix: str) -> TaggedCalls:
+        """The same whose tags have `suffix` behind their names."""
+
+        def told(text: str) -> str:
+            return re.sub(r"</?\w+(?=>)", lambda tag: tag[0] + suffix, text)
+
+        section = None if self.section is None else (told(self.section[0]), told(self.section[1]))
+        return replace(
+            self,
+            section=section,
+            opening=tuple(map(told, self.opening)),
+            name_end=told(self.name_end),
+            parameter=told(self.parameter),
+            key_end=told(self.key_end),
+            value=told(self.value),
+            close=told(self.close),
+            closing=tuple(map(told, self.closing)),
+        )
+
     def triggers(self) -> tuple[str, ...]:
         return ((self.section or self.opening)[0].strip(),)
 
