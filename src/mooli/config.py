@@ -84,6 +84,7 @@ TOOL_CALL_PARSERS = (
     "gigachat35", "glm", "glm45", "glm47", "gpt-oss", "granite", "hermes", "hunyuan", "hunyuan_a13b", "iquest_q1",
     "json_list", "kimi_k2", "kimi_k3", "lfm2", "ling3", "llama3", "mimo", "minimax-m2", "minimax-m3", "mistral",
     "openpangu", "pangu", "poolside_v1", "pythonic", "qwen", "qwen25", "qwen3_coder", "spark25", "step3", "step3p5",
+    "trinity",
 )  # fmt: skip
 """Names of `tool_call_parser`, most of them SGLang's. What they mean is in `mooli.frontend.wire_formats`."""
 

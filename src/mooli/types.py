@@ -26,6 +26,7 @@ class Reasoning:
     opening: what begins it. is_open: the prompt has begun it; where it has not, an output may go without reasoning.
     closing: what ends it, its first occurrence. again: with `opening` behind it, what begins more of it behind
     `closing`; "" where there is no more. words: what stands before what the output says then, calls excepted.
+    calls_end_it: a call of a function that begins in it ends it; else what looks like one there are words of it.
     """
 
     opening: str
@@ -33,6 +34,7 @@ class Reasoning:
     is_open: bool
     again: str = ""
     words: str = ""
+    calls_end_it: bool = True
 
 
 @dataclass(frozen=True, slots=True)

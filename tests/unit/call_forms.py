@@ -63,6 +63,7 @@ FORMS: Mapping[str, Form] = {
     "pythonic": Form(_python(), is_marked=False, keeps_text=False),
     "qwen": _HERMES,
     "qwen25": _HERMES,
+    "trinity": _HERMES,
 }
 
 VARIANTS: Mapping[str, tuple[str, str]] = {

@@ -66,7 +66,7 @@ def test_every_name_that_an_engine_takes_has_a_format():
 
 
 # -- every format, all cuts --------------------------------------------------------------------------------------------
-NAMES = sorted(set(FORMS) - {"hermes", "qwen25"})  # what differs of these is their name
+NAMES = sorted(set(FORMS) - {"hermes", "qwen25", "trinity"})  # what differs of these is their name
 
 ARGUMENTS = [
     '{"city": "Oslo", "a": {"b": [1, {"c": "}"}], "d": {}}, "e": []}',
@@ -248,6 +248,21 @@ def test_what_is_no_literal_of_python_ends_no_call(written):
 def test_big_numbers_of_python_stay_as_they_are():
     told = read_whole(CALL_FORMATS["pythonic"], "[get_weather(n=123456789012345678901234567890, x=0.1000)]")
     assert calls_in(told) == [("get_weather", '{"n": 123456789012345678901234567890, "x": 0.1000}')]
+
+
+def test_calls_of_trinity_stand_in_reasoning_whose_markers_are_no_text():
+    form, call_text = (
+        CALL_FORMATS["trinity"],
+        '<tool_call>\n{"name": "now", "arguments": {"a": "<think>"}}\n</tool_call>',
+    )
+    text = f"<think>a <thin</think> b\n{call_text}\n</think>\nc"
+    told = [("text", "a <thin b"), *call("now", '{"a": "<think>"}'), ("text", "c")]
+    assert read_whole(form, text) == told
+    assert read_whole(form, "<think>a<tool_call></think>") == [("text", "a<tool_call>")]
+    for name in ("qwen3", "deepseek-r1"):
+        wire_format = MessageFormat(REASONING_FORMATS[name], form).with_tools(TOOLS)
+        found = joined(read(wire_format.parser("<think>"), text.removeprefix("<think>").replace("</think>", "", 1)))
+        assert found == [("reasoning", "a <thin b"), *told[1:]]
 
 
 # -- by chance ---------------------------------------------------------------------------------------------------------

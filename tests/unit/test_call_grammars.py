@@ -21,7 +21,7 @@ from mooli.grammar.language import compiled
 from mooli.grammar.vocabulary import open_vocabulary
 from mooli.types import Grammar
 
-NAMES = sorted(set(FORMS) - {"hermes", "qwen25"})  # what differs of these is their name
+NAMES = sorted(set(FORMS) - {"hermes", "qwen25", "trinity"})  # what differs of these is their name
 WEATHER = {
     "type": "object",
     "properties": {

@@ -18,7 +18,7 @@ from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.choice import CALL_FORMATS, MessageFormat
 from mooli.frontend.wire_formats.hermes import Hermes
 from mooli.frontend.wire_formats.json_list import JsonList
-from mooli.frontend.wire_formats.reasoning import Harmony, ReasoningPair
+from mooli.frontend.wire_formats.reasoning import REASONING_FORMATS, Harmony, ReasoningPair
 from mooli.grammar import language
 from mooli.grammar.compiler import Compilation
 from mooli.grammar.constraint import GrammarConstraint
@@ -207,6 +207,57 @@ def test_free_calls_are_text_up_to_a_trigger_and_then_calls(vocabulary):
         assert accepts(held_to(vocabulary, grammar), *said), said
     for said in ([b"<tool_call>", "x"], ["<tool_call>x"], [b"<tool_call>"]):
         assert not accepts(held_to(vocabulary, grammar), *said), said
+
+
+def test_what_begins_a_call_in_reasoning_that_no_call_ends_is_a_word_of_it(vocabulary):
+    tokens = [b"<tool_call>", CALL[11:-12], b"</tool_call>"]
+    for is_open in (True, False):
+        begun = [] if is_open else [" \n", b"<think>"]
+        grammar = Grammar("calls", "", calls(forced=False), Reasoning("<think>", "</think>", is_open, "", "", False))
+        for said in (
+            [*begun, "never closed ", b"<tool_call>", "x"],
+            [*begun, b"<tool_call>", "x", b"</think>", "text <tool_cal"],
+            [*begun, b"<tool_call>", "x", b"</think>", "text ", *tokens, "\n", *tokens],
+            [*begun, "<tool_call></thin</think>", *tokens],
+            [""],
+        ):
+            assert accepts(held_to(vocabulary, grammar), *said), said
+        for said in (
+            [*begun, b"<tool_call>", "x", b"</think>", b"<tool_call>", "x"],
+            [*begun, "x", b"</think>", "<tool_call>x"],
+            [*begun, "x", b"</think>", *tokens, "x"],
+        ):
+            assert not accepts(held_to(vocabulary, grammar), *said), said
+        if not is_open:
+            assert accepts(held_to(vocabulary, grammar), "text ", *tokens)
+            assert not accepts(held_to(vocabulary, grammar), "text <think>", b"<tool_call>", "x"), "none is begun later"
+        forced = Grammar("calls", "", calls(forced=True), grammar.reasoning)
+        assert accepts(held_to(vocabulary, forced), *begun[1:], b"<tool_call>", "x", b"</think>", *tokens)
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "form", "expected"),
+    [
+        ("qwen3", "hermes", True),
+        ("deepseek-r1", "hermes", False),
+        ("deepseek-r1", "trinity", True),
+        ("minimax-m3", "minimax-m3", False),
+        ("gpt-oss", "gpt-oss", True),
+    ],
+)
+def test_a_call_ends_reasoning_where_the_parser_ends_it_and_only_there(reasoning, form, expected):
+    wire_format = MessageFormat(REASONING_FORMATS[reasoning], CALL_FORMATS[form]).with_tools(ToolSet(STRICT))
+    opening = getattr(wire_format.without_calls, "opening", "<|channel|>analysis<|message|>")
+    ahead = wire_format.reasoning_ahead(opening)
+    assert ahead is not None and ahead.is_open and ahead.calls_end_it == expected
+    held = tool_grammar(wire_format, ToolSet(STRICT), {})
+    assert parse(**held, reasoning_ahead=ahead).grammar == Grammar(
+        "calls", "", held["calls"], None if expected else ahead
+    )
+    if reasoning != "gpt-oss":
+        trigger = CALL_FORMATS[form].triggers()[0]
+        parts = wire_format.parser(opening).push(f"m{trigger}", [1] * (1 + len(trigger)))
+        assert "".join(part.text for part in parts) == ("m" if expected else f"m{trigger}"[: -len(trigger)] + trigger)
 
 
 @pytest.mark.parametrize(("kind", "text", "right", "wrong"), KINDS[:4])

@@ -254,8 +254,7 @@ def _grammar(given: Mapping[str, Any]) -> Grammar | None:
     calls: Calls | None = given.get(CALLS)
     reasoning: Reasoning | None = given.get(REASONING)
     if not named:
-        # Where a call is free the reasoning before it is, and one begun in reasoning is one all the same.
-        return None if calls is None else Grammar("calls", "", calls, reasoning if calls.is_forced else None)
+        return None if calls is None else Grammar("calls", "", calls, reasoning_before(calls, reasoning))
     kind = named[0]
     if len(named) > 1:
         raise GrammarError(f"{' and '.join(named)} are given: at most one is possible", argument=named[1])
@@ -286,6 +285,13 @@ def _grammar(given: Mapping[str, Any]) -> Grammar | None:
     if is_json:
         _check_json(kind, text)
     return Grammar(kind, text, calls, reasoning)
+
+
+def reasoning_before(calls: Calls, reasoning: Reasoning | None) -> Reasoning | None:
+    """What calls need to know of the reasoning before them, where there is no other grammar."""
+    is_asked = calls.is_forced or (reasoning is not None and not reasoning.calls_end_it)
+    # Where a call is free the reasoning before it is, and one begun in reasoning may be one all the same.
+    return reasoning if is_asked else None
 
 
 def _thinking(given: Mapping[str, Any]) -> ThinkingBudget | None:

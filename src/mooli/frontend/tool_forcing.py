@@ -5,7 +5,8 @@ reasoning is its wire format's (`mooli.frontend.wire_formats`), and what a gramm
 
 - A forced call (choice "required", or a named tool, which is the one tool of its set) is in the model's own format, its
   arguments of the function's schema whatever `strict` says.
-- Calls that are free are text like all other, but where a tool is strict: then whatever begins a call becomes one.
+- Calls that are free are text like all other, but where a tool is strict: then whatever begins a call becomes one. In
+  open reasoning only where the parser ends that with a call; else it is a word of it.
   Arguments are of the schema where the tool is strict, and else any object.
 - A free call where the user has a grammar of his own: the answer is either a call or held to that grammar.
 - No call with the choice "none": the prompt tells of no tools.
@@ -19,7 +20,7 @@ from typing import Any
 
 from mooli.errors import RequestError
 from mooli.frontend.parts import WireFormat, prompt_tail
-from mooli.frontend.sampling import CALLS, GRAMMARS, REASONING
+from mooli.frontend.sampling import CALLS, GRAMMARS, REASONING, reasoning_before
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.calls import CallFormat
@@ -120,10 +121,9 @@ def begin_behind_reasoning(
                 advice="(or start with reasoning_parser)",
             )
         reasoning = found.get(REASONING)
-        # Where a call is free the reasoning before it is, and one begun in reasoning is one all the same.
-        is_free = grammar is not None and grammar.kind == "calls" and not (grammar.calls and grammar.calls.is_forced)
-        if grammar is not None and grammars and not is_free:
-            grammar = replace(grammar, reasoning=reasoning)
+        if grammar is not None and grammars:
+            calls = grammar.calls if grammar.kind == "calls" else None
+            grammar = replace(grammar, reasoning=reasoning_before(calls, reasoning) if calls else reasoning)
         if thinking is not None and is_asked:
             thinking = None if reasoning is None else replace(thinking, reasoning=reasoning)
         request.sampling = replace(request.sampling, grammar=grammar, thinking=thinking)

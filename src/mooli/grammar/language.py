@@ -44,6 +44,8 @@ def compiled(grammar: Grammar, vocabulary: llguidance.LLTokenizer) -> llguidance
     """
     # Alone first: from behind free text nothing of it would be built yet, and places in it would be others.
     matcher, starts = _checked(grammar, _written(grammar), vocabulary, [b""]), [b""]
+    if grammar.kind == "calls" and grammar.calls is not None and not grammar.calls.is_forced:
+        return matcher
     if grammar.reasoning is None and (grammar.calls is None or grammar.kind == "calls"):
         return matcher
     if grammar.calls is not None and grammar.kind != "calls":
@@ -100,14 +102,31 @@ _TEXT = "AHEAD_TEXT: /(.|\\n)*/"
 
 
 def _calls_alone(grammar: Grammar) -> str:
-    """Calls; where they are not forced, any text up to the first text that begins them, and then calls."""
+    """Calls; where they are not forced, any text up to the first text that begins them, and then calls. If reasoning is
+    told, what begins a call there is a word of it."""
     calls = grammar.calls
     if calls is None:
         raise GrammarError("calls: there are none")
     if calls.is_forced:
         return f"start: calls\n{calls.text}"
-    begins = f"ahead_begun[lazy]: AHEAD_TEXT ({_any_of(calls.triggers)})"
-    return "\n".join(["start: ahead_begun calls_after_trigger | AHEAD_TEXT", begins, _TEXT, calls.text])
+    begun = f"AHEAD_TEXT ({_any_of(calls.triggers)})"
+    rules = ["start: ahead_begun calls_after_trigger | AHEAD_TEXT", _TEXT]
+    if grammar.reasoning is not None:
+        # One lexeme up to the call: of text and a marker in it, each its own, the longer would always be read.
+        behind = f"AHEAD_TEXT {quoted(grammar.reasoning.closing)} {begun}"
+        if grammar.reasoning.is_open:
+            begun = behind
+        else:
+            opening = f"/\\s*/ {quoted(grammar.reasoning.opening)}"
+            rules += [
+                f"AHEAD_PLAIN: {begun}",
+                f"AHEAD_OPENED: {opening} AHEAD_TEXT",
+                f"AHEAD_BEHIND: {opening} {behind}",
+            ]
+            begun = "(AHEAD_PLAIN & ~AHEAD_OPENED) | AHEAD_BEHIND"
+        rules.append(f"AHEAD_BEGUN: {begun}")
+        begun = "AHEAD_BEGUN"
+    return "\n".join([*rules, f"ahead_begun[lazy]: {begun}", calls.text])
 
 
 def _with_what_is_beside(grammar: Grammar, alone: str) -> str:
@@ -129,7 +148,7 @@ def _with_what_is_beside(grammar: Grammar, alone: str) -> str:
     if reasoning is None:
         rules.append("start: ahead_body")
     else:
-        banned = () if grammar.calls is None else grammar.calls.triggers
+        banned = () if grammar.calls is None or not reasoning.calls_end_it else grammar.calls.triggers
         rules += _reasoning_rules(reasoning, banned)
     rest = json.loads(alone)["grammars"][0] if alone.startswith("{") else {"lark_grammar": alone}
     return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, {**rest, "name": "ahead_rest"}]})

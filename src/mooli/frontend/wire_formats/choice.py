@@ -51,6 +51,7 @@ _FORMATS: tuple[CallFormat, ...] = (
     Hermes("hermes"),
     Hermes("qwen"),
     Hermes("qwen25"),
+    Hermes("trinity", ignored=("<think>", "</think>")),
     JsonBlock("granite", ("<|tool_call|>", "<tool_call>")),
     JsonBlock("openpangu", ("<|tool_call_start|>",), "<|tool_call_end|>"),
     JsonBlock("pangu", ("[unused11]",), "[unused12]"),
@@ -74,6 +75,9 @@ _SUFFIXED = re.compile(r"<tool_calls(:[^<>\s]+)>")
 
 _ENDED_BY_CALLS = ("qwen3", "glm45", "kimi_k2")
 """Formats whose models begin calls in their reasoning, without closing it. Of SGLang's parsers these three end it."""
+
+_WRITTEN_IN_REASONING = ("trinity",)
+"""Formats of calls that models write there, whatever their reasoning is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +122,21 @@ class MessageFormat:
         return replace(self, tools=tools, calls=own or forced)
 
     def reasoning_ahead(self, prompt_tail: str) -> Reasoning | None:
-        return self.without_calls.reasoning_ahead(prompt_tail)
+        found = self.without_calls.reasoning_ahead(prompt_tail)
+        return None if found is None else replace(found, calls_end_it=self._do_calls_end_reasoning)
+
+    @property
+    def _do_calls_end_reasoning(self) -> bool:
+        reasoning = self.without_calls
+        if self.calls is None or isinstance(reasoning, Harmony):
+            return True
+        return reasoning.name in _ENDED_BY_CALLS or self.calls.name in _WRITTEN_IN_REASONING
 
     def parser(self, prompt_tail: str) -> Parser:
         reasoning = self.without_calls
         if self.calls is None or self.tools is None:
             return reasoning.parser(prompt_tail)
-        if isinstance(reasoning, ReasoningPair) and reasoning.name in _ENDED_BY_CALLS:
+        if isinstance(reasoning, ReasoningPair) and self._do_calls_end_reasoning:
             markers = tuple(text for text in self.calls.triggers() if text in self.calls.marker_tokens)
             reasoning = replace(reasoning, ended_by=markers)
         elif isinstance(reasoning, Harmony):
