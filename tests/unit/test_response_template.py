@@ -23,7 +23,6 @@ from mooli.frontend.tool_forcing import tool_grammar
 from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.choice import MessageFormat, open_wire_format
 from mooli.frontend.wire_formats.growing_pattern import MAX_REPEAT, GrowingPattern
-from mooli.frontend.wire_formats.json_list import JsonListParser
 from mooli.frontend.wire_formats.region_content import content_of
 from mooli.frontend.wire_formats.response_template import TemplateFormat, read_response_template
 
@@ -408,6 +407,14 @@ def test_calls_are_found_by_rules_where_the_template_has_none():
     assert told == [("reasoning", "m"), ("text", "a"), *call("now", "{}")]
 
 
+def test_calls_are_those_that_the_prompt_tells_of_where_the_chat_template_knows_no_tools():
+    tokenizer = byte_tokenizer_with(chat="{{ messages }}", response_template=GLM)
+    wire_format = open_wire_format(config(), tokenizer)
+    assert (wire_format.name, wire_format.calls.name) == ("response_template", "hermes")
+    named = open_wire_format(config(tool_call_parser="response_template"), tokenizer)
+    assert named.calls.name == "response_template"
+
+
 @pytest.mark.parametrize("argument", ["reasoning_parser", "tool_call_parser"])
 def test_a_template_that_is_named_must_be_there_and_be_read(argument):
     options = config(**{argument: "response_template"})
@@ -574,8 +581,3 @@ def test_a_repetition_without_an_end_ends_and_text_is_not_held_for_ever():
     assert joined(parser.push("a", [1])) == [("text", "a")]
     found = GrowingPattern("<.*>").search("<" + "a" * (MAX_REPEAT + 1), 0, is_last=False)
     assert found.match is None and found.start > 0
-
-
-def test_forced_calls_are_read_by_the_parser_of_lists():
-    parser = message_format(HERMES, FORCED).parser("")
-    assert isinstance(parser._calls, JsonListParser)

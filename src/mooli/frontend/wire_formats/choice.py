@@ -168,7 +168,9 @@ def open_wire_format(config: EngineConfig, tokenizer: Tokenizer | None) -> WireF
         markers = tuple(sorted(text for text in tokenizer.special_texts if any(text in one for one in template.texts)))
         if config.reasoning_parser in ("auto", RESPONSE_TEMPLATE):
             reasoning = TemplateFormat(template, markers)
-        if config.tool_call_parser == RESPONSE_TEMPLATE or (config.tool_call_parser == "auto" and template.has_calls):
+        # A chat template that cannot tell of tools has them told of in another format.
+        is_told = template.has_calls and (tokenizer.chat_template is None or tokenizer.chat_template.has_tools)
+        if config.tool_call_parser == RESPONSE_TEMPLATE or (config.tool_call_parser == "auto" and is_told):
             calls = TemplateCalls(template, markers)
     return MessageFormat(
         reasoning or _reasoning_of(config.reasoning_parser, tokenizer),
