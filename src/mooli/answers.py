@@ -26,7 +26,7 @@ from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.engine import Answer, Engine
 from mooli.frontend.parts import PLAIN_TEXT, Parser, Part
 from mooli.frontend.sampling import parse_sampling_params
-from mooli.frontend.wire_formats.reasoning import REASONING_FORMATS
+from mooli.frontend.wire_formats.choice import open_wire_format
 from mooli.logs import report_error
 
 DEMO_PROMPTS = (
@@ -153,11 +153,11 @@ def _chat_turn(engine: Engine, args: argparse.Namespace, messages: Messages, lin
 def _answered(engine: Engine, args: argparse.Namespace, messages: Messages) -> _Shown:
     """The next message, printed as it comes: what the model reasons apart, where it is known how that is marked."""
     ids = _chat_ids(engine, messages)
-    name = engine.get_model_info()["reasoning_parser"]
-    if name is None:
+    tokenizer = engine.tokenizer_manager.tokenizer
+    wire_format = open_wire_format(engine.server_args, tokenizer)
+    if wire_format.name is None:
         return _show(engine, args, input_ids=ids)
-    wire_format = REASONING_FORMATS[name]
-    tail = engine.tokenizer_manager.tokenizer.decode(ids[-wire_format.prompt_tail_tokens :], skip_special_tokens=False)
+    tail = tokenizer.decode(ids[-wire_format.prompt_tail_tokens :], skip_special_tokens=False)
     return _show(engine, args, wire_format.parser(tail), messages=messages)
 
 

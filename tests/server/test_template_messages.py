@@ -75,3 +75,16 @@ def test_a_grammar_beside_the_tools_is_refused_by_name(server):
     reply = server.http.post("/v1/chat/completions", json={**BODY, "response_format": {"type": "json_object"}})
     assert reply.status_code == 400
     assert "response_template says how calls are read, and not how they are written" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "named", [{}, {"reasoning_parser": "response_template", "tool_call_parser": "response_template"}]
+)
+def test_a_text_that_is_there_already_is_read_by_the_models_own_template(server, named):
+    text = "<t>hm</t> a <call look>{at: 1}</call>"
+    body = {"text": text, **{key: name for key, name in named.items() if key == "reasoning_parser"}}
+    told = server.http.post("/separate_reasoning", json=body).json()
+    assert told == {"reasoning_text": "hm", "text": "a <call look>{at: 1}</call>"}
+    body = {"text": told["text"], "tools": TOOLS} | {k: name for k, name in named.items() if k == "tool_call_parser"}
+    told = server.http.post("/parse_function_call", json=body).json()
+    assert told == {"normal_text": "a", "calls": [{"tool_index": 0, "name": "look", "parameters": '{"at": 1}'}]}

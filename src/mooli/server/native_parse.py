@@ -44,7 +44,7 @@ async def separate_reasoning(service: Service, request: Incoming) -> Reply:
     """Raises HttpError for a format that is not known."""
     body: SeparateReasoningBody = request.body
     wire_format = service.wire_format
-    if body.reasoning_parser not in (None, "auto"):
+    if body.reasoning_parser not in (None, "auto", wire_format.name):
         wire_format = _named(REASONING_FORMATS, "reasoning_parser", body.reasoning_parser)
     elif wire_format.name is None:
         raise HttpError(
@@ -64,7 +64,7 @@ async def parse_function_call(service: Service, request: Incoming) -> Reply:
     check_count("tools", len(body.tools), service.config.max_request_items)
     tools = read_tools(body.tools)
     calls = service.wire_format.calls
-    if body.tool_call_parser not in (None, "auto"):
+    if body.tool_call_parser not in (None, "auto", calls and calls.name):
         calls = _named(CALL_FORMATS, "tool_call_parser", body.tool_call_parser)
     if calls is None:
         raise HttpError(
