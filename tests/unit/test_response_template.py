@@ -258,24 +258,34 @@ def test_all_kinds_of_messages_are_read_as_transformers_reads_them(name):
     fields = {key: {"repeats": True, "join": "", **value} for key, value in template["fields"].items()}
     fields["tool_calls"] = template["fields"]["tool_calls"]
     template = {**template, "fields": fields}
+    tools = [tool.for_template() for tool in TOOLS.tools]
     pieces = [piece for piece in re.split(r"(<[^>]*>|\s+)", text) if piece]
-    chance, num_read = random.Random(7), 0
+    chance, num_read, num_calls = random.Random(7), 0, 0
     for _ in range(300):
         start = chance.randrange(len(pieces))
         shuffled = [*pieces[start : start + chance.randrange(30)], *chance.sample(pieces, chance.randrange(4))]
         message = "".join(shuffled)
         try:
-            theirs = parse_response(message, template, prefix=prompt)
+            theirs = parse_response(message, template, prefix=prompt, tools=tools)
         except (ValueError, KeyError):
             continue
         num_read += 1
         told = joined(read(message_format(template).parser(prompt), message, range(1, len(message))))
+        calls = [
+            [one["function"].get("name"), one["function"].get("arguments", {})] for one in theirs.get("tool_calls", ())
+        ]
+        if name == "glm" and message.rfind("<tool_call>") > message.rfind("</tool_call>"):
+            continue  # one that is cut short
+        ours = [
+            [one, json.loads(arguments)]
+            for (kind, one), (_, arguments) in itertools.pairwise(told)
+            if kind == "call_begin"
+        ]
+        assert ours == calls, message
         for kind, key in (("reasoning", "thinking"), ("text", "content")):
-            found = "".join(words for one, words in told if one == kind)
-            if kind == "text" and "call_begin" not in dict(told) and "tool_calls" in theirs:
-                break  # one that is cut short
-            assert found == theirs.get(key, ""), message
-    assert num_read > 50
+            assert "".join(words for one, words in told if one == kind) == theirs.get(key, ""), message
+        num_calls += len(calls)
+    assert num_read > 50 and num_calls > 5
 
 
 def test_words_come_as_soon_as_they_can_be_nothing_else():
