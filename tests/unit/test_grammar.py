@@ -131,6 +131,28 @@ STRUCTURES = {
                 {"type": "grammar", "grammar": 'start: "x" B // }\nB: /[0-9]/'}]}},
             ["a1!x2", "a22?x0"], ["a!x2", "a1!", "a1!x"],
         ),
+        (
+            "structural_tag",
+            {"format": {"type": "tag", "begin": "<function=f>\n", "end": "\n</function>",
+             "content": {"type": "qwen_xml_parameter", "json_schema": {"type": "object", "required": ["s"],
+              "properties": {"s": {"type": "string", "maxLength": 9}, "n": {"$ref": "#/$defs/n"},
+               "e": {"enum": ["a/"]}}, "$defs": {"n": {"type": "integer", "maximum": 9}}}}}},
+            ["<function=f>\n<parameter=s>\nOslo\n</parameter>\n</function>",
+             "<function=f>\n<parameter=s></parameter><parameter=n>5</parameter>\n<parameter=e>\na/\n</parameter>\n</function>"],
+            ["<function=f>\n\n</function>", "<function=f>\n<parameter=s>more than nine</parameter>\n</function>",
+             "<function=f>\n<parameter=s>a</parameter><parameter=n>10</parameter>\n</function>",
+             "<function=f>\n<parameter=s>a</parameter>\n<parameter=e>b</parameter>\n</function>"],
+        ),
+        (
+            "structural_tag",
+            {"format": {"type": "sequence", "elements": [
+                {"type": "qwen_xml_parameter", "json_schema": {"type": "object"}},
+                {"type": "regex", "pattern": "!"},
+                {"type": "qwen_xml_parameter", "json_schema": {"properties": {"a/b": {"type": "boolean"}}}}]}},
+            ["!", "<parameter=x>\n[1] <b></parameter>!", "<parameter=x>1</parameter>\n<parameter=y>2</parameter>!"
+             "<parameter=a/b>true</parameter>"],
+            ["<parameter=x>1!", "!<parameter=a/b>1</parameter>", "<parameter=>1</parameter>!"],
+        ),
     ],
 )  # fmt: skip
 def test_what_each_kind_allows(vocabulary, kind, text, right, wrong):
@@ -162,7 +184,22 @@ def test_what_each_kind_allows(vocabulary, kind, text, right, wrong):
         ("ebnf", "root ::= nothing", "nothing"),
         ("structural_tag", {"a": 1}, "neither format"),
         ("structural_tag", {"format": {"type": "dispatch"}}, "format.type='dispatch' is not supported"),
-        ("structural_tag", {"format": {"type": "qwen_xml_parameter"}}, "format.type='qwen_xml_parameter' is not"),
+        ("structural_tag", {"format": {"type": "token"}}, "format.type='token' is not"),
+        (
+            "structural_tag",
+            {"format": {"type": "qwen_xml_parameter", "json_schema": {"properties": {"x": {"not": {}}}}}},
+            "format.json_schema.properties.x: a schema with not needs a type",
+        ),
+        (
+            "structural_tag",
+            {"format": {"type": "qwen_xml_parameter", "json_schema": {"properties": {"a>": {}}}}},
+            "format.json_schema: 'a>' cannot be the name in a tag",
+        ),
+        (
+            "structural_tag",
+            {"format": {"type": "qwen_xml_parameter", "json_schema": 3}},
+            "a schema is an object, not 3",
+        ),
         ("structural_tag", {"format": {"type": "token", "token": 5}}, "format.type='token' is not supported"),
         ("structural_tag", {"format": {"type": "any_text", "excludes": ["x"]}}, "format.excludes cannot be enforced"),
         ("structural_tag", {"format": {"type": "grammar", "grammar": "start: nothing"}}, "nothing"),

@@ -20,6 +20,7 @@ import numpy as np
 from mooli.errors import GrammarError
 from mooli.grammar.constraint import error_text
 from mooli.lark import JSON_OPTIONS, json_of, quoted, without_options
+from mooli.raw_rules import Rules, escaped, parameters_of, takes_any
 from mooli.types import Grammar, Reasoning
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ MAX_LEXER_STATES = 50_000
 """Of one grammar, built as outputs need them: 1 to 2 KB each."""
 
 PROBED_TOKENS = 4
+
+_XML_END = r"/\n?<\/parameter>/"
+"""Behind a value of `qwen_xml_parameter`."""
 
 _DATA = ("enum", "const", "default", "examples")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -271,6 +275,8 @@ class _TagWriter:
             return _quoted(_field(form, "value", where))
         if kind == "json_schema":
             return self._rule(json_of(_schema(form.get("json_schema", True)), JSON_OPTIONS))
+        if kind == "qwen_xml_parameter":
+            return self._xml_parameters(form, where)
         if kind == "regex":
             return self._rule("/" + _field(form, "pattern", where).replace("/", r"\/") + "/")
         if kind == "grammar":
@@ -316,6 +322,29 @@ class _TagWriter:
         if inside == "TEXT" and end:
             return self._rule(f"TEXT {end}", "[lazy]")
         return f"{inside} {end}"
+
+    def _xml_parameters(self, form: Mapping[str, Any], where: str) -> str:
+        """Raw values between tags, in the order of the schema; a line break may stand on both sides of each tag."""
+        schema, place = _schema(form.get("json_schema", True)), f"structural_tag: {where}.json_schema"
+        rules = Rules(mark=f"{len(self.rules)}_")
+        told = []
+        for key, value, is_required in parameters_of(schema, place):
+            if not key or re.search(r"[<>\n]", key):
+                raise GrammarError(f"{place}: {_short(key)} cannot be the name in a tag")
+            one = self._xml_parameter(rules, escaped(key), value, schema, f"{place}.properties.{key}")
+            told.append(one if is_required else f"({one})?")
+        if takes_any(schema):
+            more = schema.get("additionalProperties")
+            any_one = self._xml_parameter(rules, r"[^<>\n]+", more, schema, f"{place}.additionalProperties")
+            told = [f"({any_one})*"]
+        self.rules += rules.lines
+        return self._rule(" ".join(told) or '""')
+
+    def _xml_parameter(self, rules: Rules, key: str, schema: Any, root: Mapping[str, Any], where: str) -> str:
+        """key: a regular expression for the name."""
+        # White space and the tag beside it are one lexeme: of two that begin alike, the longer would always be read.
+        opening = rules.add(f"/\\n?<parameter={key}>\\n?/", is_terminal=True)
+        return f"{opening} {rules.value(schema, root, '</parameter>', _XML_END, where)}"
 
     def _triggered(self, form: Mapping[str, Any], where: str) -> str:
         """Free text up to a trigger, from where on one of its tags is enforced; and again."""

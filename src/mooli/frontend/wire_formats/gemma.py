@@ -21,10 +21,10 @@ from typing import Any
 from mooli.errors import GrammarError
 from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.calls import CallParser, Waiting, length_of_beginning
-from mooli.frontend.wire_formats.raw_rules import Rules, free_text, says_only, string_text, takes_any, unknown_keys
-from mooli.frontend.wire_formats.raw_values import branches, target_of
 from mooli.frontend.wire_formats.tagged_calls import NAME
 from mooli.lark import quoted
+from mooli.raw_rules import Rules, free_text, says_only, string_text, takes_any, unknown_keys
+from mooli.schemas import branches, target_of
 
 _WORD = re.compile(r"[-+.\w]+")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?")
@@ -66,7 +66,7 @@ class GemmaCalls:
         found = [*branches(root, root)]
         if len(found) != 1 or found[0].get("type", "object") != "object":
             raise GrammarError(f"tool {tool.name}: its parameters are no object, as this model's calls need it")
-        none = {} if takes_any(tool) else {"properties": {}, "additionalProperties": False}
+        none = {} if takes_any(tool.parameters) else {"properties": {}, "additionalProperties": False}
         arguments = writer.object({**found[0], **none} if not found[0].get("properties") else found[0])
         return f"{quoted(f'call:{tool.name}')} {arguments} {quoted(self.closing)}"
 

@@ -24,18 +24,11 @@ from typing import Any
 from mooli.errors import GrammarError
 from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.calls import CallParser, Waiting, length_of_beginning
-from mooli.frontend.wire_formats.raw_rules import Rules, free_text, parameters_of, says_only, takes_any, unknown_keys
-from mooli.frontend.wire_formats.raw_values import (
-    ANY_TYPES,
-    RawValue,
-    branches,
-    schema_of,
-    target_of,
-    type_named,
-    types_of,
-)
+from mooli.frontend.wire_formats.raw_values import RawValue
 from mooli.frontend.wire_formats.tagged_calls import NAME
 from mooli.lark import quoted
+from mooli.raw_rules import Rules, free_text, parameters_of, says_only, takes_any, unknown_keys
+from mooli.schemas import ANY_TYPES, branches, schema_of, target_of, type_named, types_of
 
 _MARK = "]<]minimax[>["
 _SECTION, _SECTION_END = f"{_MARK}<tool_call>", f"{_MARK}</tool_call>"
@@ -77,8 +70,11 @@ class MinimaxM3:
 
     def _call(self, rules: Rules, tool: Tool) -> str:
         writer = _SchemaWriter(rules, tool.parameters or {}, f"tool {tool.name}")
-        told = [writer.pair(key, schema, is_required) for key, schema, is_required in parameters_of(tool)]
-        if takes_any(tool):
+        told = [
+            writer.pair(key, schema, is_required)
+            for key, schema, is_required in parameters_of(tool.parameters, writer.where)
+        ]
+        if takes_any(tool.parameters):
             told = [f"({writer.any_pair((tool.parameters or {}).get('additionalProperties', True))})*"]
         return " ".join([quoted(f'{_INVOKE}{tool.name}">'), *told, quoted(_INVOKE_END + "\n")])
 

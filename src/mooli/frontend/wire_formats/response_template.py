@@ -25,7 +25,7 @@ from mooli.frontend.parts import PLAIN_TEXT, Part, PartKind, WireFormat
 from mooli.frontend.tools import ToolSet
 from mooli.frontend.wire_formats.calls import pieces_of
 from mooli.frontend.wire_formats.growing_pattern import Found, GrowingPattern
-from mooli.frontend.wire_formats.raw_values import STRING, as_json, schema_of, types_of
+from mooli.frontend.wire_formats.raw_values import as_json
 from mooli.frontend.wire_formats.region_content import (
     MAX_CONTENT_CHARS,
     Content,
@@ -34,6 +34,7 @@ from mooli.frontend.wire_formats.region_content import (
     is_stripped,
     transformed,
 )
+from mooli.schemas import STRING, schema_of, types_of
 from mooli.types import Reasoning
 
 Role = Literal["reasoning", "text", "calls", "as written", "left out"]

@@ -23,9 +23,10 @@ from typing import Any
 from mooli.errors import GrammarError
 from mooli.frontend.tools import Tool, ToolSet
 from mooli.frontend.wire_formats.calls import CallParser, Waiting, length_of_beginning
-from mooli.frontend.wire_formats.raw_rules import Rules, escaped, parameters_of, takes_any
-from mooli.frontend.wire_formats.raw_values import ANY_TYPES, STRING, RawValue, schema_of, types_of
+from mooli.frontend.wire_formats.raw_values import RawValue
 from mooli.lark import quoted
+from mooli.raw_rules import Rules, escaped, parameters_of, takes_any
+from mooli.schemas import ANY_TYPES, STRING, schema_of, types_of
 
 NAME = re.compile(r"[^\s<>\"'`{}\[\]()=|]*")
 """Of a function: up to white space, a quote or a bracket."""
@@ -120,7 +121,7 @@ class TaggedCalls:
         if self.number:
             words = [quoted(head + tool.name + self.name_end + self.number[0]), NUMBER, quoted(self.number[1])]
         root = tool.parameters or {}
-        for key, schema, is_required in parameters_of(tool):
+        for key, schema, is_required in parameters_of(tool.parameters, f"tool {tool.name}"):
             where = f"tool {tool.name}, parameter {key}"
             close = self._close_of(key)
             mark = self.key_end.strip()
@@ -128,7 +129,7 @@ class TaggedCalls:
                 raise GrammarError(f"{where}: this model cannot write the name {key!r}")
             told = self._parameter(rules, quoted(self.parameter + key + self.key_end), schema, root, close, where)
             words.append(told if is_required else f"({told})?")
-        if takes_any(tool):
+        if takes_any(tool.parameters):
             schema = root.get("additionalProperties")
             where, close = f"tool {tool.name}, additionalProperties", self._close_of("")
             key = f"{quoted(self.parameter)} /[^{escaped(self.key_end[0])}\\n]+/ {quoted(self.key_end)}"

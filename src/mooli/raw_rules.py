@@ -1,4 +1,4 @@
-"""Grammars of values that a model writes as raw text between markers (`raw_values`): rules of Lark for each.
+"""Grammars of values that a model writes as raw text between markers: rules of Lark for each.
 
 Owns what of a schema can be enforced on raw text, and the words of its refusal. A rule allows only what is read back as
 a value of the schema: where a string could be read as something else, it may not be that.
@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mooli.errors import GrammarError
-from mooli.frontend.tools import Tool
-from mooli.frontend.wire_formats.raw_values import ANY_TYPES, STRING, branches, target_of, type_named, types_of
 from mooli.lark import json_of, quoted
+from mooli.schemas import ANY_TYPES, STRING, branches, target_of, type_named, types_of
 
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
 _DATE = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
@@ -53,14 +52,13 @@ _KNOWN_KEYS = frozenset({
 })  # fmt: skip
 
 
-def parameters_of(tool: Tool) -> list[tuple[str, Any, bool]]:
+def parameters_of(parameters: Mapping[str, Any] | None, where: str) -> list[tuple[str, Any, bool]]:
     """The parameters of a function in the order of its schema: name, schema, and whether it is required. Where the
-    schema says nothing of them (`takes_any`) there are none.
+    schema says nothing of them (`takes_any`) there are none. where: names the function in an error.
 
     Raises GrammarError for a schema that is no plain object's: each parameter stands for itself in raw formats.
     """
-    root = tool.parameters or {}
-    where = f"tool {tool.name}"
+    root = parameters or {}
     found = [*branches(root, root)]
     if len(found) != 1 or type_named(found[0].get("type", "object")) != "object":
         raise GrammarError(f"{where}: its parameters are no object with properties, as this model's calls need it")
@@ -76,10 +74,9 @@ def parameters_of(tool: Tool) -> list[tuple[str, Any, bool]]:
     return told + [(name, more, True) for name in required if name not in properties]
 
 
-def takes_any(tool: Tool) -> bool:
+def takes_any(schema: Mapping[str, Any] | None) -> bool:
     """Whether its schema lets arguments have any names. One with `properties`, even none, does not: models write no
     others."""
-    schema = tool.parameters
     return (
         schema is not None
         and not set(schema) & {"properties", "$ref", "required"}
@@ -89,13 +86,14 @@ def takes_any(tool: Tool) -> bool:
 
 @dataclass
 class Rules:
-    """Rules of Lark, each under a name of its own."""
+    """Rules of Lark, each under a name of its own, which has `mark` in it."""
 
     lines: list[str] = field(default_factory=list)
+    mark: str = ""
 
     def add(self, body: str, *, is_terminal: bool = False) -> str:
         """The name of a new rule."""
-        name = f"{'V' if is_terminal else 'r'}{len(self.lines)}"
+        name = f"{'V' if is_terminal else 'r'}{self.mark}{len(self.lines)}"
         self.lines.append(f"{name}: {body}")
         return name
 
@@ -241,7 +239,7 @@ def free_text(close: str) -> str:
 
 
 def _not_read_as(kinds: frozenset[str]) -> str:
-    """What a string must not be, for `RawValue` not to take it for a value of the other types."""
+    """What a string must not be, for a reader not to take it for a value of the other types."""
     texts = [r"\{(?s:.*)"] if "object" in kinds else []
     texts += [r"\[(?s:.*)"] if "array" in kinds else []
     texts += ["true|false|True|False"] if "boolean" in kinds else []
