@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -74,15 +75,20 @@ def judge_refusals(engine: Engine, words: Sequence[str], schemas: Sequence[Schem
 def judge_tools(
     engine: Engine, formats: Sequence[CallFormat], sets: Sequence[ToolSet], max_new_tokens: int, seed: int = 0
 ) -> Campaign:
-    """Each set of tools is called in one of the formats, in turn."""
+    """Each set of tools is called in one of the formats, in turn. A format whose values stand between tags may refuse a
+    set, if it says which parameter it cannot hold."""
     campaign = Campaign()
-    of_set = [formats[index % len(formats)] for index in range(len(sets))]
-    asked = [
-        {"ebnf": f"start: calls\n{call_format.calls_grammar(tools)}"}
-        for call_format, tools in zip(of_set, sets, strict=True)
-    ]
-    answers = _answers(engine, asked, max_new_tokens, seed)
-    for call_format, tools, answer in zip(of_set, sets, answers, strict=True):
+    asked: list[tuple[CallFormat, ToolSet, dict[str, Any]]] = []
+    for index, tools in enumerate(sets):
+        call_format = formats[index % len(formats)]
+        try:
+            asked.append((call_format, tools, {"ebnf": f"start: calls\n{call_format.calls_grammar(tools)}"}))
+        except GrammarError as exc:
+            campaign.refusals[f"{call_format.name}: {exc}"] += 1
+            if not re.match(r"tool [\w-]+, parameter .+: ", str(exc)):
+                campaign.faults.append(f"{call_format.name}: {tools}\n{exc}")
+    answers = _answers(engine, [grammar for _, _, grammar in asked], max_new_tokens, seed)
+    for (call_format, tools, _), answer in zip(asked, answers, strict=True):
         if not _has_ended(answer, campaign, f"{call_format.name}: {tools}"):
             continue
         try:

@@ -75,8 +75,20 @@ def branches(
         values = [rest["const"]] if "const" in rest else rest["enum"]
         for kind in dict.fromkeys(map(_type_of, values)):
             yield {**rest, "type": kind}
+    elif kinds is None and (left := _types_of_all(rest.get("allOf"), root, depth)) != ANY_TYPES:
+        for kind in sorted(left):
+            yield {**rest, "type": kind}
     else:
         yield rest
+
+
+def _types_of_all(items: Any, root: Mapping[str, Any], depth: int) -> frozenset[str]:
+    """What is left where a value must be of every one of these schemas."""
+    left = ANY_TYPES
+    for item in items if isinstance(items, list) else ():
+        kinds = {branch.get("type") for branch in branches(item, root, depth + 1)}
+        left &= ANY_TYPES if None in kinds else frozenset(map(type_named, kinds))
+    return left
 
 
 def target_of(reference: Any, root: Mapping[str, Any]) -> Any:

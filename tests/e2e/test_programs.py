@@ -86,7 +86,7 @@ def test_a_server_answers_programs_as_the_engine_does(in_process):
         assert chat["one"] == in_process[1]["one"]
         assert chat["two"] == in_process[1]["two"]
         assert chat.text() == in_process[1].text()
-        endless = capitals.run(country="France", backend=sgl.RuntimeEndpoint(server.url), stream=True)
+        endless = capitals.run(country="France", backend=sgl.RuntimeEndpoint(server.url), temperature=0, stream=True)
         assert "".join(endless.text_iter("capital")) == state["capital"]
         with pytest.raises(mooli.ProgramError, match=r"program capitals, gen\('capital'\).*temperature"):
             capitals.run(country="France", backend=sgl.RuntimeEndpoint(server.url), temperature=-1)

@@ -41,7 +41,7 @@ def test_every_finished_answer_is_of_its_schema(engine):
 def test_every_finished_call_is_of_its_function(engine):
     campaign = judge_tools(engine, list(CALL_FORMATS.values()), drawn_tool_sets(16, seed=6), max_new_tokens=60)
     assert not campaign.faults, "\n\n".join(campaign.faults)
-    assert campaign.num_right >= 5 and not campaign.refusals, campaign
+    assert campaign.num_right >= 5 and campaign.refusals.total() <= 1, campaign
 
 
 def test_every_refusal_names_what_cannot_be_kept_to(engine):

@@ -33,12 +33,12 @@ class Layer {
     device_.allocate_kv(kv, {kKvHeads}, {kHeadDim}, 32, 30);
     device_.allocate_scratch(kTokens, 128, kHeads, kHeadDim);
     for (Floats* buffer : {&x_, &normed_, &qkv_, &attended_, &wide_, &hidden_, &logits_}) buffer->assign(size_t(kTokens) * kQkv, 0.f);
-    tape_.embed(&table_, x_.data());
+    tape_.embed(&table_, 1.f, x_.data());
     tape_.linear(x_.data(), qkv_weight_.get(), gain_.data(), 1e-5f, nullptr, qkv_.data());
     tape_.rope(qkv_.data(), &rope_, kHeads, kKvHeads, kHeadDim, qkv_.data());
     tape_.attend(0, qkv_.data(), kHeads, 0.2f, 0, attended_.data());
     tape_.linear(attended_.data(), out_weight_.get(), nullptr, 0.f, x_.data(), x_.data());
-    tape_.rms_norm(x_.data(), gain_.data(), 1e-5f, kHidden, normed_.data());
+    tape_.rms_norm(x_.data(), gain_.data(), 1e-5f, kHidden, nullptr, normed_.data());
     if (kind <= mooli::Q4M) {
       tape_.gated_linear_down(normed_.data(), gated_.get(), nullptr, 0.f, down_.get(), x_.data(), x_.data());
     } else {
