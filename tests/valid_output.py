@@ -76,7 +76,7 @@ def judge_tools(
     engine: Engine, formats: Sequence[CallFormat], sets: Sequence[ToolSet], max_new_tokens: int, seed: int = 0
 ) -> Campaign:
     """Each set of tools is called in one of the formats, in turn. A format whose values stand between tags may refuse a
-    set, if it says which parameter it cannot hold."""
+    set, if it says which tool it cannot hold, and why."""
     campaign = Campaign()
     asked: list[tuple[CallFormat, ToolSet, dict[str, Any]]] = []
     for index, tools in enumerate(sets):
@@ -85,7 +85,7 @@ def judge_tools(
             asked.append((call_format, tools, {"ebnf": f"start: calls\n{call_format.calls_grammar(tools)}"}))
         except GrammarError as exc:
             campaign.refusals[f"{call_format.name}: {exc}"] += 1
-            if not re.match(r"tool [\w-]+, parameter .+: ", str(exc)):
+            if not re.match(r"tool [\w-]+(, parameter .+)?: ", str(exc)):
                 campaign.faults.append(f"{call_format.name}: {tools}\n{exc}")
     answers = _answers(engine, [grammar for _, _, grammar in asked], max_new_tokens, seed)
     for (call_format, tools, _), answer in zip(asked, answers, strict=True):
