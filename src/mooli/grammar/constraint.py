@@ -64,7 +64,7 @@ class GrammarConstraint:
         return run[: self.num_allowed(run)]
 
     def mask(self, draft_ids: Sequence[int], allowed: NDArray[np.uint32]) -> None:
-        address, row_bytes = allowed.ctypes.data, allowed.strides[0]
+        address, row_bytes = allowed.ctypes.data, allowed.shape[1] * allowed.itemsize
         self._fill(self._matcher, address, row_bytes)
         if not draft_ids:
             return
