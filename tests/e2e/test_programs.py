@@ -77,6 +77,20 @@ def test_a_second_turn_and_its_forks_compute_only_what_is_new(in_process):
     assert sorted(cached)[1] >= known + 32, "the second turn's question is computed once for both"
 
 
+@sgl.function
+def held(s):
+    s += "The year in which Columbus sailed: " + sgl.gen_int("year", max_tokens=6) + ". He said: "
+    s += sgl.gen_string("words", max_tokens=60) + " Was it so? " + sgl.gen("so", regex="(yes|no)", max_tokens=4)
+
+
+def test_what_a_program_holds_to_a_form_is_of_it():
+    with mooli.Engine(model_path="demo", backend="cpu", max_total_tokens=POOL) as engine:
+        state = held.run(backend=engine, temperature=0)
+    assert int(state["year"]) == 1492
+    assert isinstance(json.loads(state["words"]), str)
+    assert state["so"] in ("yes", "no")
+
+
 def test_a_server_answers_programs_as_the_engine_does(in_process):
     with ServerProcess() as server:
         state, chat = run_both(sgl.RuntimeEndpoint(server.url))

@@ -108,7 +108,7 @@ def refuse_unsupported(given: Mapping[str, Any]) -> None:
 
     All other names are left aside, as OpenAI's clients expect of newer fields. Some are known to mean nothing here:
     user, metadata, store, service_tier, prompt_cache_key, prompt_cache_retention, safety_identifier,
-    parallel_tool_calls, verbosity.
+    verbosity.
     """
     name = asked(given, Api.OPENAI)
     if name is not None:
