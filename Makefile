@@ -11,6 +11,9 @@
 # make bench-server    what serving costs beside computing, and whether users hold each other up
 # make sanitize    the native tests under the compiler's sanitizers: addresses, undefined behaviour, threads
 # make soak        20 minutes of a server under several times its capacity
+# make wheels      wheels for every Python and processor, compiled here, and each of them run (needs apt and QEMU for Arm)
+# make release     VERSION=0.2.0: cut it, and put its wheels, source and digests into dist/; publishes nothing
+# make first-minute    from a wheel in an empty folder to the first token, in parts
 # make attack      broken requests, broken models, and one client against all others, on an idle machine (15 minutes)
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +21,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test test-quick check accuracy bench-kernels bench-grammar check-grammar bench-server peers compare sanitize soak attack clean
+.PHONY: demo test test-quick check accuracy bench-kernels bench-grammar check-grammar bench-server peers compare sanitize soak attack wheels release first-minute clean
 
 demo: $(VENV)/.installed $(VENV)/.demo
 	$(VENV)/bin/mooli demo
@@ -70,6 +73,24 @@ soak: $(VENV)/.installed $(VENV)/.demo
 
 attack: $(VENV)/.installed $(VENV)/.demo $(VENV)/.test
 	$(PY) benchmarks/attack.py $(ATTACK)
+
+WHEELS := .venv-wheels/bin/python
+
+# What each source needs is made anew by CMake; the wheels themselves are always packed anew.
+wheels: .venv-wheels/.installed
+	$(WHEELS) packaging/wheels.py
+	$(WHEELS) packaging/try_wheels.py
+
+release: .venv-wheels/.installed
+	$(WHEELS) packaging/release.py $(VERSION)
+
+first-minute: .venv-wheels/.installed
+	$(WHEELS) packaging/first_minute.py
+
+.venv-wheels/.installed: packaging/requirements.txt
+	$(PYTHON) -m venv .venv-wheels
+	$(WHEELS) -m pip --disable-pip-version-check install -q -r packaging/requirements.txt
+	@touch $@
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

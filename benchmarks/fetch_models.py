@@ -75,7 +75,9 @@ def fetch(folder: Path, name: str = "qwen") -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fetch models for tests and benchmarks.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("names", nargs="*", choices=[*MODELS, []], default=["qwen"], metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; without: qwen")
     arguments = parser.parse_args()
-    for wanted in arguments.names:
+    if unknown := sorted(set(arguments.names) - set(MODELS)):
+        parser.error(f"no model is called {', '.join(unknown)}: choose from {', '.join(MODELS)}")
+    for wanted in arguments.names or ["qwen"]:
         print(fetch(arguments.folder, wanted))

@@ -26,7 +26,7 @@ from mooli.config import EngineConfig
 from mooli.engine.child import EngineChild
 from mooli.server.config import ServerConfig
 from mooli.server.keys import KeyRing
-from mooli.server.launch import HttpServer, start_service
+from mooli.server.launch import HttpServer, OneEngine, start_service
 
 HERE = Path(__file__).resolve().parent
 ROUTES = {
@@ -43,7 +43,7 @@ async def serve() -> None:
     command = [sys.executable, str(HERE / "instant_core.py")]
     with EngineChild(command) as child:
         service, engine = await start_service(config, engine_config, [], time.perf_counter(), child, KeyRing(config))
-        server = HttpServer(service, engine)
+        server = HttpServer(OneEngine(service, engine))
         await server.run(on_started=lambda: print(server.port, flush=True))
 
 

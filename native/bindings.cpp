@@ -120,6 +120,34 @@ NB_MODULE(_native, m) {
 
   nb::class_<RopeTable>(m, "RopeTable");
 
+  // weight: (channels, columns), as files have it
+  nb::class_<ConvWeight>(m, "ConvWeight")
+      .def("__init__", [](ConvWeight* w, Matrix weight, Floats bias) {
+        const int channels = int(weight.shape(0)), columns = int(weight.shape(1));
+        if (columns < 2 || columns > kMaxConvColumns || int(bias.shape(0)) != channels) throw std::invalid_argument("bad shape of a convolution");
+        new (w) ConvWeight{columns, channels, std::vector<float>(weight.size()), std::vector<float>(bias.data(), bias.data() + channels)};
+        for (int c = 0; c < channels; c++)
+          for (int i = 0; i < columns; i++) w->weight[size_t(i) * channels + c] = weight.data()[size_t(c) * columns + i];
+      })
+      .def_ro("columns", &ConvWeight::columns)
+      .def_ro("channels", &ConvWeight::channels)
+      .def_prop_ro("num_bytes", [](const ConvWeight& w) { return (w.weight.size() + w.bias.size()) * 4; });
+  nb::class_<DeltaWeight>(m, "DeltaWeight")
+      .def("__init__", [](DeltaWeight* w, Floats decay, Floats dt_bias) {
+        if (decay.shape(0) != dt_bias.shape(0)) throw std::invalid_argument("not a decay and a bias for each head");
+        new (w) DeltaWeight{std::vector<float>(decay.data(), decay.data() + decay.shape(0)),
+                            std::vector<float>(dt_bias.data(), dt_bias.data() + dt_bias.shape(0))};
+      })
+      .def_prop_ro("num_bytes", [](const DeltaWeight& w) { return (w.decay.size() + w.dt_bias.size()) * 4; });
+  nb::class_<DeltaShape>(m, "DeltaShape")
+      .def("__init__", [](DeltaShape* s, int num_key_heads, int key_dim, int value_dim, std::vector<int> key_heads) {
+        if (num_key_heads <= 0 || key_dim <= 0 || key_dim % 4 || value_dim <= 0 || value_dim % kDeltaColumns || key_heads.empty())
+          throw std::invalid_argument("bad shape of a delta rule");
+        for (int head : key_heads)
+          if (head < 0 || head >= num_key_heads) throw std::invalid_argument("a head of keys that there is not");
+        new (s) DeltaShape{num_key_heads, key_dim, value_dim, std::move(key_heads)};
+      });
+
   nb::class_<Device>(m, "Device")
       .def(nb::init<int, std::vector<int>, std::string>(), nb::arg("num_threads"), nb::arg("cpus"), nb::arg("isa"))
       .def_prop_ro("isa", [](const Device& d) { return std::string(d.kernels.name); })
@@ -147,6 +175,12 @@ NB_MODULE(_native, m) {
         return d.ropes.back().get();
       }, nb::rv_policy::reference_internal)
       .def("allocate_kv", &Device::allocate_kv, nb::call_guard<nb::gil_scoped_release>())
+      .def("allocate_states", &Device::allocate_states, nb::call_guard<nb::gil_scoped_release>())
+      .def("copy_state", &Device::copy_state, nb::call_guard<nb::gil_scoped_release>())
+      .def("plan_states", [](Device& d, In<int32_t> slots, In<int32_t> saves) {
+        if (saves.shape(0) % 3) throw std::invalid_argument("states to keep are three numbers each");
+        d.plan_states(slots.data(), int(slots.shape(0)), saves.data(), int(saves.shape(0) / 3));
+      })
       .def_prop_ro("kv_bytes", [](const Device& d) { return d.kv.size(); })
       .def("allocate_scratch", &Device::allocate_scratch, nb::call_guard<nb::gil_scoped_release>())
       .def("settle", &Device::settle, nb::call_guard<nb::gil_scoped_release>())
@@ -267,11 +301,25 @@ NB_MODULE(_native, m) {
         t.head_norm((const float*)x, q.buffer.as<float>(), k.buffer.as<float>(), eps, heads, kv_heads, head_dim, (float*)out);
       }, nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
       .def("rope", [](Tape& t, uintptr_t x, RopeTable& r, int heads, int kv_heads, int head_dim, uintptr_t out) {
-        if (r.inv_freq.size() * 2 != size_t(head_dim)) throw std::invalid_argument("rope table of another head size");
+        if (r.inv_freq.size() * 2 > size_t(head_dim)) throw std::invalid_argument("rope table of another head size");
         t.rope((const float*)x, &r, heads, kv_heads, head_dim, (float*)out);
       })
       .def("attend", [](Tape& t, int layer, uintptr_t qkv, int heads, float scale, int window, uintptr_t out) {
         t.attend(layer, (const float*)qkv, heads, scale, window, (float*)out);
+      })
+      .def("conv", [](Tape& t, int layer, uintptr_t x, const ConvWeight& w, bool is_gated, uintptr_t out) {
+        t.conv(layer, (const float*)x, &w, is_gated, (float*)out);
+      }, nb::keep_alive<1, 4>())
+      .def("delta_rule", [](Tape& t, int layer, uintptr_t qkv, uintptr_t gates, const DeltaWeight& w, const DeltaShape& shape, uintptr_t out) {
+        if (w.decay.size() != shape.key_heads.size()) throw std::invalid_argument("decays of another number of heads");
+        t.delta(layer, (const float*)qkv, (const float*)gates, &w, &shape, (float*)out);
+      }, nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
+      .def("gated_norm", [](Tape& t, uintptr_t x, uintptr_t gate, FloatBuffer& w, float eps, int heads, int head_dim, uintptr_t out) {
+        if (w.count != size_t(head_dim)) throw std::invalid_argument("head norm weight of another width");
+        t.gated_norm((const float*)x, (const float*)gate, w.buffer.as<float>(), eps, heads, head_dim, (float*)out);
+      }, nb::keep_alive<1, 4>())
+      .def("sigmoid_mul", [](Tape& t, uintptr_t x, uintptr_t gate, int width, uintptr_t out) {
+        t.sigmoid_mul((const float*)x, (const float*)gate, width, (float*)out);
       })
       .def("asked_rows", [](Tape& t, uintptr_t x, int width, uintptr_t out) { t.asked_rows((const float*)x, width, (float*)out); })
       .def("run", &Tape::run, nb::call_guard<nb::gil_scoped_release>())

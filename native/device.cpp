@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <new>
 #include <stdexcept>
 #if defined(__aarch64__) && defined(__linux__)
@@ -35,29 +36,45 @@ bool has_dot_product() {
 }  // namespace
 #endif
 
-#if defined(MOOLI_AVX2_VNNI)
+#if defined(__x86_64__)
 namespace {
 
-// The dot product for vectors of 256 bits, which processors without AVX-512 have since Alder Lake.
-bool has_avx_vnni() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
-}
+// What the processor has and the system keeps for a process, read from both: `__builtin_cpu_supports` knows nothing in
+// programs that are linked without GCC's own library.
+class Processor {
+ public:
+  Processor() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &one_, &d) || !(one_ & 1u << 27)) return;  // OSXSAVE: the system says what it keeps
+    uint32_t low, high;
+    asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    kept_ = low;
+    if (!__get_cpuid_count(7, 0, &a, &b_, &c_, &d_)) return;
+    if (a >= 1) __get_cpuid_count(7, 1, &a1_, &b, &c, &d);
+  }
 
-}  // namespace
-#endif
-
+  bool has_avx2() const { return keeps(0x6) && all(one_, 12, 29) && all(b_, 5); }  // FMA, F16C; AVX2
+  bool has_avx_vnni() const { return all(a1_, 4); }
+  bool has_avx512() const { return keeps(0xe6) && all(b_, 16, 17, 30, 31) && all(c_, 11); }  // F, DQ, BW, VL; VNNI
+  bool has_avx512_bf16() const { return all(a1_, 5); }
+  // Tiles of bfloat16 beside VBMI. Linux gives them to a process that asks for them, once.
+  bool has_tiles() const {
 #if defined(MOOLI_AMX)
-namespace {
+    constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, which older headers lack
+    return keeps(0x600e6) && all(c_, 1) && all(d_, 22, 24) && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+    return false;
+#endif
+  }
 
-// Tiles of bfloat16, and a system that keeps them. Linux gives them to a process that asks for them, once.
-bool has_tiles() {
-  constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, which older headers lack
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const unsigned needed = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
-  return (d & needed) == needed && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
-}
+ private:
+  bool keeps(uint32_t states) const { return (kept_ & states) == states; }
+  template <class... Bits> static bool all(unsigned word, Bits... bits) { return (... && (word >> bits & 1)); }
+
+  // Leaf 1, ecx; leaf 7, ebx, ecx and edx; leaf 7.1, eax.
+  unsigned one_ = 0, b_ = 0, c_ = 0, d_ = 0, a1_ = 0;
+  uint32_t kept_ = 0;
+};
 
 }  // namespace
 #endif
@@ -65,20 +82,17 @@ bool has_tiles() {
 std::vector<std::string> available_isas() {
   std::vector<std::string> names{"scalar"};
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  const Processor processor;
+  if (processor.has_avx2()) {
     names.push_back("avx2");
 #if defined(MOOLI_AVX2_VNNI)
-    if (has_avx_vnni()) names.push_back("avx2_vnni");
+    if (processor.has_avx_vnni()) names.push_back("avx2_vnni");
 #endif
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+    if (processor.has_avx512()) {
       names.push_back("avx512");
-      if (__builtin_cpu_supports("avx512bf16")) {
+      if (processor.has_avx512_bf16()) {
         names.push_back("avx512_bf16");
-#if defined(MOOLI_AMX)
-        if (__builtin_cpu_supports("avx512vbmi") && has_tiles()) names.push_back("amx");
-#endif
+        if (processor.has_tiles()) names.push_back("amx");
       }
     }
   }
@@ -211,6 +225,60 @@ void Device::allocate_kv(int type, const std::vector<int>& kv_heads, const std::
   num_tiles = pages * tiles;
 }
 
+void Device::allocate_states(const std::vector<std::vector<int>>& conv, const std::vector<std::vector<int>>& delta, int64_t num_slots) {
+  settle();
+  num_states = 0;
+  state_layers.clear();
+  state_floats = 0;
+  if (conv.size() != delta.size() || num_slots < 0 || num_slots > INT32_MAX) throw std::invalid_argument("bad shape of states");
+  size_t widest = 0;
+  for (size_t i = 0; i < conv.size(); i++) {
+    StateLayer layer{conv[i].at(0), conv[i].at(1), delta[i].at(0), delta[i].at(1), delta[i].at(2), state_floats, 0};
+    if (layer.columns < 2 || layer.columns > kMaxConvColumns || layer.channels <= 0 || layer.channels % kConvLanes || layer.heads < 0)
+      throw std::invalid_argument("bad shape of a convolution's state");
+    if (layer.heads && (layer.key_dim <= 0 || layer.key_dim % 4 || layer.value_dim <= 0 || layer.value_dim % kDeltaColumns))
+      throw std::invalid_argument("bad shape of a delta rule's state");
+    layer.delta = layer.conv + (size_t(layer.columns - 1) * size_t(layer.channels) + 15) / 16 * 16;
+    state_floats = layer.delta + size_t(layer.heads) * size_t(layer.key_dim) * size_t(layer.value_dim);
+    state_floats = (state_floats + 15) / 16 * 16;
+    widest = std::max(widest, size_t(layer.channels) + 2 * size_t(layer.heads));
+    state_layers.push_back(layer);
+  }
+  size_t bytes;
+  if (__builtin_mul_overflow(state_floats * 4, size_t(num_slots), &bytes) || bytes > size_t(INT64_MAX)) throw std::bad_alloc();
+  states = Buffer(bytes);
+  units_width = widest;
+  num_states = num_slots;
+}
+
+void Device::copy_state(int source, int target) {
+  if (source < 0 || target < 0 || source >= num_states || target >= num_states) throw std::invalid_argument("a state outside the slots");
+  settle();
+  if (source != target) memcpy(state(target), state(source), state_floats * 4);
+}
+
+void Device::plan_states(const int32_t* slots, int num_slots, const int32_t* saves, int num_saves) {
+  row_state.clear();
+  if (num_slots != num_rows) throw std::invalid_argument("not a state for each row");
+  row_pieces.resize(size_t(num_rows));
+  int next = 0;
+  for (int r = 0; r < num_rows; r++) {
+    auto& pieces = row_pieces[size_t(r)];
+    pieces.clear();
+    if (slots[r] < 0 || slots[r] >= num_states) throw std::invalid_argument("a state outside the slots");
+    for (int before = 0; next < num_saves && saves[3 * next] == r; next++) {
+      const int end = saves[3 * next + 1], slot = saves[3 * next + 2];
+      if (end <= before || end > row_length[size_t(r)]) throw std::invalid_argument("a state is kept where its row computes nothing");
+      if (slot < 0 || slot >= num_states) throw std::invalid_argument("a state outside the slots");
+      pieces.push_back({end, slot});
+      before = end;
+    }
+    pieces.push_back({row_length[size_t(r)], slots[r]});
+  }
+  if (next != num_saves) throw std::invalid_argument("states to keep are not in the order of rows");
+  row_state.assign(slots, slots + num_slots);
+}
+
 void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int head) {
   settle();
   max_tokens = 0;  // no step may run on buffers whose allocation failed
@@ -219,6 +287,7 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
   const int group_bytes = std::max(kernels.few[Q8].group_bytes, kernels.many[Q8].group_bytes);
   gated = Buffer(size_t(max_tokens_) * ((max_k + 31) / 32) * group_bytes + beyond);
   queries = Buffer(size_t(max_tokens_) * num_heads * head * 4 + beyond);
+  units = Buffer(size_t(max_tokens_) * units_width * 4);
   const size_t rows = std::max<size_t>(size_t(kQueryTokens) * num_heads, kJobRows);
   work.resize(pool.size());
   for (auto& w : work) {
@@ -240,6 +309,9 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
 void Device::release() {
   settle();
   kv = Buffer();
+  states = Buffer();
+  units = Buffer();
+  num_states = 0;
   activations = Buffer();
   gated = Buffer();
   queries = Buffer();
@@ -333,6 +405,7 @@ void Device::plan(int tokens, const int32_t* ids, const int32_t* pos, const int3
     return;
   }
   settle();
+  row_state.clear();
   num_tokens = num_rows = 0;  // nothing runs on a step that was refused
   if (tokens <= 0 || rows <= 0) throw std::invalid_argument("a step without tokens");
   if (tokens > max_tokens) throw std::invalid_argument("step of " + std::to_string(tokens) + " tokens, buffers for " + std::to_string(max_tokens));
@@ -410,7 +483,8 @@ bool Device::is_planned_already(int tokens, const int32_t* ids, const int32_t* p
 }
 
 bool Device::advance(int count, const int32_t* ids) {
-  if (ahead != NONE || num_rows == 0 || count != num_rows) return false;
+  // A step that is given up again must not have written to states.
+  if (ahead != NONE || num_rows == 0 || count != num_rows || !row_state.empty()) return false;
   for (int r = 0; r < count; r++)
     if (ids[r] < 0 || next_tile[r] < 0) return false;
   std::vector<int32_t> next(static_cast<size_t>(count)), next_rope(static_cast<size_t>(count));

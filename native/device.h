@@ -65,6 +65,36 @@ struct KvLayer {
   size_t offset, tile_bytes, k_bytes;
 };
 
+// What one layer keeps of a sequence besides pages, in floats from a slot's begin on: the last inputs of a convolution,
+// (columns - 1, channels), then for each head and each kDeltaColumns of its values (key_dim, kDeltaColumns).
+struct StateLayer {
+  int columns, channels, heads, key_dim, value_dim;  // heads 0: a convolution alone
+  size_t conv, delta;
+};
+
+// (columns, channels) and a bias.
+struct ConvWeight {
+  int columns, channels;
+  std::vector<float> weight, bias;
+};
+
+// Of each head: decay, and what is added to a before the softplus.
+struct DeltaWeight {
+  std::vector<float> decay, dt_bias;
+};
+
+struct DeltaShape {
+  int num_key_heads, key_dim, value_dim;
+  std::vector<int> key_heads;  // of each head of values
+  int heads() const { return int(key_heads.size()); }
+  int keys() const { return num_key_heads * key_dim; }
+  int values() const { return heads() * value_dim; }
+  int width() const { return 2 * keys() + values(); }
+};
+
+// Tokens of a row up to which its state goes on in `slot`; the next piece goes on from there in another.
+struct StatePiece { int end, slot; };
+
 // Consecutive tokens of a step that lie in one KV tile.
 struct TileRun { int first_token, tokens; };
 
@@ -99,6 +129,13 @@ class Device {
   void allocate_kv(int kv_type, const std::vector<int>& kv_heads, const std::vector<int>& head_dims, int page_size, int64_t num_pages);
   void allocate_scratch(int max_tokens, int max_k, int num_heads, int head_dim);
   void copy_page(int source, int target, int tokens);
+  // conv: columns and channels of each layer that keeps a state; delta: heads, key_dim and value_dim of each, 0 without.
+  void allocate_states(const std::vector<std::vector<int>>& conv, const std::vector<std::vector<int>>& delta, int64_t num_slots);
+  void copy_state(int source, int target);
+  // Where the states of the planned step's rows are and go: `saves` has (row, tokens of it, slot) of those kept besides, by row
+  // and token. Throws std::invalid_argument on an index out of range. A step without is of a model without.
+  void plan_states(const int32_t* slots, int num_slots, const int32_t* saves, int num_saves);
+  float* state(int slot) { return states.as<float>() + size_t(slot) * state_floats; }
   // Pages as bytes, one behind the other, and pages from such bytes. `tokens`: how many they hold, counted from the first one's
   // first; those behind them are as if zeros had been stored. Throws std::invalid_argument on an index out of range, and if
   // there are not as many bytes as pages have.
@@ -136,7 +173,15 @@ class Device {
   int64_t num_pages = 0, num_tiles = 0;
   Buffer kv;
 
+  std::vector<StateLayer> state_layers;
+  size_t state_floats = 0;  // of a slot
+  size_t units_width = 0;   // floats of a token
+  int64_t num_states = 0;
+  Buffer states;
+
   // the step
+  std::vector<std::vector<StatePiece>> row_pieces;
+  std::vector<int> row_state;  // the slot that a row goes on from; empty where none is planned
   int num_tokens = 0, num_rows = 0, max_token_id = 0;
   // Whether a tape has begun with the step before it was planned, and whether it then was.
   enum { NONE, BEGUN, PLANNED } ahead = NONE;
@@ -151,6 +196,7 @@ class Device {
   int max_tokens = 0;
   Buffer activations;  // prepared rows of the linear being computed
   Buffer gated;        // prepared rows that a gated linear leaves for the one after it
+  Buffer units;        // of the delta rule being computed: queries and keys of length one, and gates, of each token
   Buffer queries;      // (kv_heads, tokens, group, head_dim) of the attention being computed
   struct Work {
     Buffer rows, half, wide, sums, out, lanes, maxima, scores, weights, queries;

@@ -46,29 +46,25 @@ template <class Take> void walk_strings(const Bytes& data, size_t position, size
   }
 }
 
-// Text of codes below U+0800, of which Python keeps as many bits each as `Unit` has.
-template <class Unit> void decode(const uint8_t* text, size_t length, Unit* out) {
-  for (size_t i = 0; i < length; i++) {
-    const unsigned first = text[i];
-    *out++ = Unit(first < 0x80 ? first : (first & 0x1f) << 6 | (text[++i] & 0x3f));
-  }
-}
-
-// Python's own decoder takes twice as long for a few characters, a space of a token (U+0120) among them.
+// Python's own decoder takes twice as long for a few characters, a space of a token (U+0120) among them: it begins in ASCII
+// and moves what it has at the first that is none. Wide characters are looked over first.
 nb::object string_of(const char* text, size_t length) {
   const uint8_t* bytes = (const uint8_t*)text;
-  size_t count = 0;
+  wchar_t wide[128];
   uint8_t largest = 0;
-  for (size_t i = 0; i < length; i++) {
-    count += !is_continuation(bytes[i]);
-    if (bytes[i] > largest) largest = bytes[i];
+  for (size_t i = 0; i < length; i++) if (bytes[i] > largest) largest = bytes[i];
+  PyObject* string;
+  if (largest < 0x80 || largest >= 0xe0 || length > sizeof wide / sizeof *wide) {  // ASCII, three bytes a character, or long
+    string = PyUnicode_DecodeUTF8(text, Py_ssize_t(length), nullptr);
+  } else {
+    Py_ssize_t count = 0;
+    for (size_t i = 0; i < length; i++) {
+      const unsigned first = bytes[i];
+      wide[count++] = wchar_t(first < 0x80 ? first : (first & 0x1f) << 6 | (bytes[++i] & 0x3f));
+    }
+    string = PyUnicode_FromWideChar(wide, count);
   }
-  const bool is_short = largest < 0xe0;  // two bytes a character at most
-  PyObject* string = is_short ? PyUnicode_New(Py_ssize_t(count), largest < 0x80 ? 0x7f : largest < 0xc4 ? 0xff : 0x7ff)
-                              : PyUnicode_DecodeUTF8(text, Py_ssize_t(length), nullptr);
   if (!string) throw nb::python_error();
-  if (is_short && PyUnicode_KIND(string) == PyUnicode_1BYTE_KIND) decode(bytes, length, PyUnicode_1BYTE_DATA(string));
-  else if (is_short) decode(bytes, length, PyUnicode_2BYTE_DATA(string));
   return nb::steal(string);
 }
 

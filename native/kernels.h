@@ -75,6 +75,32 @@ struct AttendBlock {
   void* weights;             // scratch kMaxRows x 128 f32, bf16 or two digits
 };
 
+// Channels [first, end) of consecutive tokens of one sequence through a causal convolution. Each channel is one chain, from the
+// oldest column to the newest, whatever the tokens are cut into.
+constexpr int kMaxConvColumns = 16, kConvLanes = 16;  // channels are a multiple of the second
+struct ConvPart {
+  const float* x;        // the first token's row, `stride` floats apart
+  size_t stride;
+  int tokens, channels, first, end, columns;
+  bool is_gated;         // rows are [b | c | u], b * u goes in, and the result is c times what comes out; else silu of that
+  const float* weight;   // (columns, channels)
+  const float* bias;     // (channels)
+  float* last;           // (columns - 1, channels): the inputs before the first token, then those before the one after the last
+  float* out;            // rows of `channels`
+};
+
+// Columns [0, 16) of the state of one head, (key_dim, 16), through consecutive tokens of one sequence.
+constexpr int kDeltaColumns = 16;
+struct DeltaPart {
+  const float *q, *k;    // the first token's, `unit_stride` floats apart
+  const float* v;        // value_stride apart
+  const float* gates;    // [what is kept of the state, beta], gate_stride apart
+  size_t unit_stride, value_stride, gate_stride, out_stride;
+  int tokens, key_dim;
+  float* state;
+  float* out;
+};
+
 using GemmFn = void (*)(const char* activations, const char* panel, int padded_k, float* tile, const char* prefetch, int lines);
 // `rows` rows of k values, `stride` floats apart, as the activations of one block
 using PrepareFn = void (*)(const float* x, size_t stride, int k, int padded_k, char* block, int rows);
@@ -124,6 +150,13 @@ struct Kernels {
   // the bias of a gated panel has 32 entries, as its columns lie
   void (*store_silu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
   void (*store_gelu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
+  void (*convolve)(const ConvPart&);
+  void (*delta_rule)(const DeltaPart&);
+  // out = x / sqrt(sum of squares + 1e-6) * scale
+  void (*unit)(const float* x, int n, float scale, float* out);
+  // out = x * sigmoid(gate), and x * gate * sigmoid(gate); out may be x
+  void (*sigmoid_mul)(const float* x, const float* gate, int n, float* out);
+  void (*silu_mul)(const float* x, const float* gate, int n, float* out);
   // out = exp((x - max) * inverse_temperature); returns the sum, in a fixed order. out may be null.
   double (*exp_sum)(const float* x, int n, float max, float inverse_temperature, float* out);
   // indices of values from `from` to just below `below` (of all from there on, where that is infinite), ascending; returns

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -15,6 +16,7 @@ constexpr size_t kNextFetchBytes = 16 << 10, kIdleFetchBytes = 32 << 10;
 // How far ahead of what is multiplied with the only block of rows its weights are fetched; measured with Q8, Q4 and Q4M.
 size_t stream_fetch_bytes(Kind kind, int rows) { return (kind == Q4 || kind == Q4M) && rows <= 2 ? 1024 : 8192; }
 constexpr size_t kStreamedBytes = 8 << 20;  // of results, beyond what is found in a cache when it is read
+constexpr int kConvChannels = 64;  // that a thread convolves at a time
 constexpr size_t kLargeBytes = 1 << 20;  // of activations, beyond half a second level cache
 }
 
@@ -42,10 +44,24 @@ void Tape::attend(int layer, const float* qkv, int heads, float scale, int windo
   Op o{ATTEND}; o.x = qkv; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.out = out; add(o);
 }
 
+void Tape::conv(int layer, const float* x, const ConvWeight* weight, bool is_gated, float* out) {
+  Op o{CONV}; o.layer = layer; o.x = x; o.conv = weight; o.is_gated = is_gated; o.out = out; add(o);
+}
+void Tape::delta(int layer, const float* qkv, const float* gates, const DeltaWeight* weight, const DeltaShape* shape, float* out) {
+  Op o{DELTA}; o.layer = layer; o.x = qkv; o.a = gates; o.decay = weight; o.shape = shape; o.out = out; add(o);
+}
+void Tape::gated_norm(const float* x, const float* gate, const float* weight, float eps, int heads, int head_dim, float* out) {
+  Op o{GATED_NORM}; o.x = x; o.a = gate; o.b = weight; o.number = eps; o.heads = heads; o.head_dim = head_dim; o.out = out; add(o);
+}
+void Tape::sigmoid_mul(const float* x, const float* gate, int width, float* out) {
+  Op o{SIGMOID_MUL}; o.x = x; o.a = gate; o.width = width; o.out = out; add(o);
+}
+
 void Tape::asked_rows(const float* x, int width, float* out) { Op o{ASKED_ROWS}; o.x = x; o.width = width; o.out = out; add(o); }
 
 const char* Tape::name(int code) {
-  static const char* names[] = {"embed", "rms_norm", "linear", "head_norm", "rope", "attend", "asked_rows"};
+  static const char* names[] = {"embed", "rms_norm", "linear", "head_norm", "rope", "attend", "asked_rows", "conv", "delta_rule", "gated_norm",
+                                "sigmoid_mul"};
   return names[code];
 }
 
@@ -62,7 +78,7 @@ void Tape::add(const Op& op) {
   const int index = int(ops_.size());
   ops_.push_back(op);
   if (!op.is_prepared) stages_.push_back({index, 0});
-  if (op.code == LINEAR || op.code == ATTEND) stages_.push_back({index, 1});
+  if (op.code == LINEAR || op.code == ATTEND || op.code == DELTA) stages_.push_back({index, 1});
 }
 
 int Tape::phase_items(const Op& op, int rows, int phase) const {
@@ -73,6 +89,8 @@ int Tape::phase_items(const Op& op, int rows, int phase) const {
     const int together = blocks_of(op, rows).panels;
     return (op.weight->panels() + together - 1) / together;
   }
+  if (op.code == CONV) return device_.num_rows * ((op.conv->channels + kConvChannels - 1) / kConvChannels);
+  if (op.code == DELTA && phase == 1) return device_.num_rows * op.shape->heads() * (op.shape->value_dim / kDeltaColumns);
   if (op.code == ATTEND) return int(phase == 0 ? device_.tile_runs.size() : op.plan->jobs.size());
   return rows;
 }
@@ -82,7 +100,7 @@ void Tape::start(int rows) {
   const int given = rows;
   const RopeTable* ready = nullptr;
   for (Op& op : ops_) {
-    const bool is_of_step = op.code == EMBED || op.code == ROPE || op.code == ATTEND;
+    const bool is_of_step = op.code == EMBED || op.code == ROPE || op.code == ATTEND || op.code == CONV || op.code == DELTA;
     if (op.code == ASKED_ROWS) rows = int(device_.asked.size());
     else if (is_of_step && rows != given) throw std::invalid_argument("an operation of all tokens after rows were left out");
     op.rows = rows;
@@ -101,6 +119,7 @@ void Tape::start(int rows) {
         throw std::invalid_argument("query heads that do not fit the KV pool or the buffers");
       op.plan = &device_.plan_attention(op.heads, layer.kv_heads, op.window);
     }
+    if (op.code == CONV || op.code == DELTA) check_states(op);
     if (op.code == ROPE && op.rope != ready) {
       device_.prepare_rope(*op.rope);
       ready = op.rope;
@@ -225,7 +244,7 @@ void Tape::compute(int stage, int thread) {
     case HEAD_NORM:
     case ROPE:
       share(parts, thread, [&](int i) {
-        const int width = (op.heads + 2 * op.kv_heads) * op.head_dim, half = op.head_dim / 2;
+        const int width = (op.heads + 2 * op.kv_heads) * op.head_dim, half = op.rope ? int(op.rope->inv_freq.size()) : 0;
         const size_t angles = size_t(device_.rope_positions[size_t(i)]) * size_t(half);
         const float* x = op.x + size_t(i) * width;
         float* y = op.out + size_t(i) * width;
@@ -242,6 +261,26 @@ void Tape::compute(int stage, int thread) {
       else share(parts, thread, [&](int index) {
         const AttendJob* job = &op.plan->jobs[size_t(index)];
         attend_job(op, *job, size_t(index) + 1 < op.plan->jobs.size() ? job + 1 : nullptr, rows, device_.work[size_t(thread)]);
+      });
+      break;
+    case CONV: share(parts, thread, [&](int i) { convolve(op, i); }); break;
+    case DELTA:
+      if (s.phase == 0) share(parts, thread, [&](int i) { make_units(op, i); });
+      else share(parts, thread, [&](int i) { delta_columns(op, i); });
+      break;
+    case GATED_NORM:
+      share(parts, thread, [&](int i) {
+        for (int h = 0; h < op.heads; h++) {
+          const size_t head = (size_t(i) * op.heads + h) * op.head_dim;
+          k.rms_norm(op.x + head, op.b, op.number, op.head_dim, nullptr, op.out + head);
+          k.silu_mul(op.out + head, op.a + head, op.head_dim, op.out + head);
+        }
+      });
+      break;
+    case SIGMOID_MUL:
+      share(parts, thread, [&](int i) {
+        const size_t row = size_t(i) * op.width;
+        k.sigmoid_mul(op.x + row, op.a + row, op.width, op.out + row);
       });
       break;
     case ASKED_ROWS:
@@ -465,6 +504,101 @@ void Tape::compute_linear(const Op& op, int thread, Part* parts) {
         else k.store(sums, r, columns, bias, op.a ? op.a + r0 * width + column : nullptr, out, width);
       }
     });
+  });
+}
+
+void Tape::check_states(const Op& op) const {
+  const Device& d = device_;
+  if (op.layer < 0 || size_t(op.layer) >= d.state_layers.size()) throw std::invalid_argument("a layer that keeps no state");
+  if (int(d.row_state.size()) != d.num_rows) throw std::invalid_argument("a step without states of a model that has some");
+  const StateLayer& layer = d.state_layers[size_t(op.layer)];
+  if (op.code == CONV && (op.conv->columns != layer.columns || op.conv->channels != layer.channels))
+    throw std::invalid_argument("a convolution of another shape than its layer keeps");
+  if (op.code != DELTA) return;
+  const DeltaShape& shape = *op.shape;
+  if (shape.heads() != layer.heads || shape.key_dim != layer.key_dim || shape.value_dim != layer.value_dim)
+    throw std::invalid_argument("a delta rule of another shape than its layer keeps");
+  if (size_t(op.rows) * size_t(2 * shape.keys() + 2 * shape.heads()) * 4 > d.units.size())
+    throw std::invalid_argument("a delta rule wider than the buffers");
+}
+
+// `count` floats at `offset` of a row's state, from token to token: f(first, tokens, floats) for each piece, in the slot in
+// which they are to be after it.
+template <class F> void Tape::go_on(int row, size_t offset, size_t count, F f) {
+  Device& d = device_;
+  const int first = d.row_first[size_t(row)];
+  const bool begins = d.positions[size_t(first)] == 0;
+  const float* before = begins ? nullptr : d.state(d.row_state[size_t(row)]) + offset;
+  int at = 0;
+  for (const StatePiece& piece : d.row_pieces[size_t(row)]) {
+    float* now = d.state(piece.slot) + offset;
+    if (!before) std::fill(now, now + count, 0.f);
+    else if (before != now) memcpy(now, before, count * 4);
+    f(first + at, piece.end - at, now);
+    before = now;
+    at = piece.end;
+  }
+}
+
+void Tape::convolve(const Op& op, int index) {
+  Device& d = device_;
+  const ConvWeight& w = *op.conv;
+  const int parts = (w.channels + kConvChannels - 1) / kConvChannels, row = index / parts;
+  const int begin = index % parts * kConvChannels, end = std::min(w.channels, begin + kConvChannels);
+  const size_t channels = size_t(w.channels), stride = op.is_gated ? 3 * channels : channels;
+  const size_t offset = d.state_layers[size_t(op.layer)].conv;
+  const int first_row = d.row_first[size_t(row)];
+  const bool begins = d.positions[size_t(first_row)] == 0;
+  const float* before = begins ? nullptr : d.state(d.row_state[size_t(row)]) + offset;
+  int at = 0;
+  for (const StatePiece& piece : d.row_pieces[size_t(row)]) {
+    float* now = d.state(piece.slot) + offset;
+    for (int i = 0; i + 1 < w.columns; i++) {  // its own channels alone: others compute the rest
+      float* to = now + size_t(i) * channels + begin;
+      if (!before) std::fill(to, to + (end - begin), 0.f);
+      else if (before != now) memcpy(to, before + size_t(i) * channels + begin, size_t(end - begin) * 4);
+    }
+    const size_t token = size_t(first_row + at);
+    d.kernels.convolve({op.x + token * stride, stride, piece.end - at, w.channels, begin, end, w.columns, op.is_gated, w.weight.data(),
+                        w.bias.data(), now, op.out + token * channels});
+    before = now;
+    at = piece.end;
+  }
+}
+
+// [queries | keys] of length one of a token, then for each head what is kept of the state, and beta.
+void Tape::make_units(const Op& op, int token) {
+  const Device& d = device_;
+  const DeltaShape& s = *op.shape;
+  const size_t width = size_t(2 * s.keys() + 2 * s.heads());
+  float* out = const_cast<float*>(d.units.as<float>()) + size_t(token) * width;
+  const float* x = op.x + size_t(token) * size_t(s.width());
+  const float scale = 1.f / __builtin_sqrtf(float(s.key_dim));
+  for (int h = 0; h < 2 * s.num_key_heads; h++)
+    d.kernels.unit(x + h * s.key_dim, s.key_dim, h < s.num_key_heads ? scale : 1.f, out + h * s.key_dim);
+  float* gates = out + 2 * s.keys();
+  const float* ba = op.a + size_t(token) * size_t(2 * s.heads());
+  for (int h = 0; h < s.heads(); h++) {
+    const double a = double(ba[s.heads() + h]) + double(op.decay->dt_bias[size_t(h)]);
+    const double softplus = a > 0 ? a + std::log1p(std::exp(-a)) : std::log1p(std::exp(a));
+    gates[2 * h] = float(std::exp(double(op.decay->decay[size_t(h)]) * softplus));
+    gates[2 * h + 1] = float(1.0 / (1.0 + std::exp(-double(ba[h]))));
+  }
+}
+
+void Tape::delta_columns(const Op& op, int index) {
+  Device& d = device_;
+  const DeltaShape& s = *op.shape;
+  const int blocks = s.value_dim / kDeltaColumns, block = index % blocks, head = index / blocks % s.heads(), row = index / blocks / s.heads();
+  const size_t width = size_t(2 * s.keys() + 2 * s.heads()), count = size_t(s.key_dim) * kDeltaColumns;
+  const size_t offset = d.state_layers[size_t(op.layer)].delta + (size_t(head) * blocks + block) * count;
+  const int column = head * s.value_dim + block * kDeltaColumns;
+  go_on(row, offset, count, [&](int first, int tokens, float* state) {
+    const float* units = d.units.as<float>() + size_t(first) * width;
+    const float* q = units + s.key_heads[size_t(head)] * s.key_dim;
+    const float* v = op.x + size_t(first) * size_t(s.width()) + 2 * s.keys() + column;
+    d.kernels.delta_rule({q, q + s.keys(), v, units + 2 * s.keys() + 2 * head, width, size_t(s.width()), width, size_t(s.values()), tokens,
+                          s.key_dim, state, op.out + size_t(first) * size_t(s.values()) + column});
   });
 }
 

@@ -25,6 +25,11 @@ class Tape : private Region {
   void head_norm(const float* x, const float* q_weight, const float* k_weight, float eps, int heads, int kv_heads, int head_dim, float* out);
   void rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out);
   void attend(int layer, const float* qkv, int heads, float scale, int window, float* out);
+  // layer: of those that keep a state.
+  void conv(int layer, const float* x, const ConvWeight* weight, bool is_gated, float* out);
+  void delta(int layer, const float* qkv, const float* gates, const DeltaWeight* weight, const DeltaShape* shape, float* out);
+  void gated_norm(const float* x, const float* gate, const float* weight, float eps, int heads, int head_dim, float* out);
+  void sigmoid_mul(const float* x, const float* gate, int width, float* out);
   // The rows of the planned step's asked tokens, and only those in all operations after it. `out` may be x.
   void asked_rows(const float* x, int width, float* out);
   // Compute all operations on `rows` rows (the planned step's tokens where operations depend on the step), or what is left
@@ -48,7 +53,7 @@ class Tape : private Region {
   size_t size() const { return ops_.size(); }
 
  private:
-  enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND, ASKED_ROWS };
+  enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND, ASKED_ROWS, CONV, DELTA, GATED_NORM, SIGMOID_MUL };
   // How the rows of a linear are cut into blocks, each one call of a kernel.
   struct Blocks {
     const RowKernels& kernels;
@@ -73,6 +78,10 @@ class Tape : private Region {
     bool is_prepared = false;      // of the linear after it
     const Embedding* table = nullptr;
     RopeTable* rope = nullptr;
+    const ConvWeight* conv = nullptr;
+    const DeltaWeight* decay = nullptr;
+    const DeltaShape* shape = nullptr;
+    bool is_gated = false;
     const AttendPlan* plan = nullptr;  // in the run that was started last
     int width = 0, heads = 0, kv_heads = 0, head_dim = 0, layer = 0, window = 0;
     float number = 0;
@@ -106,6 +115,11 @@ class Tape : private Region {
   Tiles tiles_of(const Op& op, const AttendSegment& segment, int block, int kv_head) const;
   Tiles first_tiles(const Op& op, const AttendJob& job) const;
   void attend_job(const Op& op, const AttendJob& job, const AttendJob* following, int rows, Device::Work& work);
+  void check_states(const Op& op) const;
+  void convolve(const Op& op, int index);
+  void make_units(const Op& op, int token);
+  void delta_columns(const Op& op, int index);
+  template <class F> void go_on(int row, size_t offset, size_t count, F f);
   template <class F> void share(Part* parts, int thread, F f);
 
   Device& device_;

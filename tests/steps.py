@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mooli.backends.base import CacheSpec, Limits, PagedLayer
-from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch, TokenMasks
+from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch, StateSave, TokenMasks
 
 LIMITS = Limits(max_tokens=128, max_rows=16, max_pages_per_row=64)
 """Room for every step that these tests make."""
@@ -27,13 +27,16 @@ def uniform_cache(num_layers: int, num_kv_heads: int, head_dim: int, page_size: 
 class Row:
     """Tokens `token_ids` at positions start, start + 1, ... of a sequence that lies in `pages`.
 
-    samples: how many of the last ones sample.
+    samples: how many of the last ones sample. state: the slot of its recurrent state, -1 for models without. saves:
+    after how many of its tokens the state is kept besides, and in which slot.
     """
 
     token_ids: Sequence[int]
     start: int
     pages: Sequence[int]
     samples: int = 1
+    state: int = -1
+    saves: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -131,6 +134,8 @@ def step(
         sampling=sampling_batch(choices),
         copies=list(copies),
         prompt_logprobs=list(prompt_logprobs),
+        state_slots=np.array([row.state for row in rows], np.int32) if rows[0].state >= 0 else None,
+        state_saves=[StateSave(index, *save) for index, row in enumerate(rows) for save in row.saves],
     )
 
 

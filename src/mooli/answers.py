@@ -1,32 +1,30 @@
-"""What `mooli generate`, `mooli chat` and `mooli demo` do: an engine in this process, and its answers as they come.
+"""What `mooli generate` and `mooli demo` do: an engine in this process, and its answers as they come.
 
-Owns what is printed: answers on standard output; progress, statistics, errors of single answers and, in a conversation,
-what the model reasons on standard error.
-Their flags are in `mooli.cli`. Never does what `Engine` cannot do for everybody.
+Owns what is printed: answers on standard output; progress, statistics and errors of single answers on standard error.
+Also what a conversation (`mooli.chat`) needs of the same: the engine of a command line, and the figures of an answer.
+Flags are in `mooli.cli`. Never does what `Engine` cannot do for everybody.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from mooli.config import DEMO, EngineConfig
 from mooli.engine.facts import device_words
 from mooli.entry import INTERRUPTED, Interruptible
-from mooli.errors import ChatTemplateError, ConfigError, PromptError, RequestError, RequestFailedError
+from mooli.errors import ChatTemplateError, ConfigError, PromptError, RequestFailedError
 from mooli.frontend.call import Stream
 from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.engine import Answer, Engine
-from mooli.frontend.parts import PLAIN_TEXT, Parser, Part
 from mooli.frontend.sampling import parse_sampling_params
-from mooli.frontend.wire_formats.choice import open_wire_format
 from mooli.logs import report_error
 
 DEMO_PROMPTS = (
@@ -43,47 +41,82 @@ _WITHOUT_EFFECT = {
 """Engine arguments that would change nothing in these commands, and why."""
 
 _ONE_REQUEST = "one request runs at a time here"
-_WITHOUT_EFFECT_ALONE = _WITHOUT_EFFECT | {"schedule_policy": _ONE_REQUEST, "max_running_requests": _ONE_REQUEST}
-"""The same for `chat` and `demo`."""
-
-Messages = list[dict[str, str]]
+WITHOUT_EFFECT_ALONE = _WITHOUT_EFFECT | {"schedule_policy": _ONE_REQUEST, "max_running_requests": _ONE_REQUEST}
+"""The same for conversations and `demo`."""
 
 _SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 
 
-def _sampling_params(args: argparse.Namespace) -> dict[str, Any]:
+def sampling_params(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None}
 
 
+def model_and_words(args: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """The model that the words of a command line name, and what comes behind it: the first word is the model, unless
+    --model-path gives it."""
+    words: list[str] = list(args.words)
+    if hasattr(args, "model_path") or not words:
+        return None, words
+    return words[0], words[1:]
+
+
 def generate(args: argparse.Namespace) -> int:
-    """Answer the prompts of the command line, or what is on standard input."""
-    config = _config(args, _WITHOUT_EFFECT)
-    prompts = args.prompt or [_prompt_from_stdin()]
+    """Answer the prompts of the command line, or what is in files or on standard input."""
+    model, words = model_and_words(args)
+    config = engine_config(args, _WITHOUT_EFFECT, model)
+    prompts = [*(args.prompt or ()), *([" ".join(words)] if words else [])]
     if "" in prompts:
         raise PromptError("--prompt is empty: give a text, or leave it out for standard input")
+    if args.file:
+        if len(prompts) > 1:
+            raise ConfigError("--file goes with one prompt: give the others in commands of their own")
+        prompts = ["\n\n".join([*prompts, *map(_text_of, args.file)])]
+    prompts = prompts or [_prompt_from_stdin()]
     if len(prompts) > 1 and hasattr(args, "stream_interval"):
         raise ConfigError("--stream-interval: answers to several prompts are printed when all have ended; remove it")
-    with _open_engine(config) as engine, Interruptible():
+    with open_engine(config) as engine, Interruptible():
         inputs: list[Any] = prompts
         if args.chat:
-            inputs = [_chat_ids(engine, [{"role": "user", "content": prompt}]) for prompt in prompts]
+            inputs = [_chat_ids(engine, prompt) for prompt in prompts]
         if len(prompts) == 1:
-            shown = _show(engine, args, **{"input_ids" if args.chat else "prompt": inputs[0]})
-            print(shown.statistics(), file=sys.stderr)
-            return INTERRUPTED if shown.is_interrupted else 0
-        params = _sampling_params(args)
+            figures = _show(engine, args, **{"input_ids" if args.chat else "prompt": inputs[0]})
+            print(figures.words(), file=sys.stderr)
+            return INTERRUPTED if figures.is_interrupted else 0
+        params = sampling_params(args)
         prompt, ids = (None, inputs) if args.chat else (inputs, None)
         answers = cast(list[Answer], engine.generate(prompt, params, ids))
-        totals, failed = _Shown(), 0
+        totals, failed = Figures(), 0
         for text, answer in zip(prompts, answers, strict=True):
             print(f"--- {text}\n{answer['text']}")
             meta = answer["meta_info"]
-            totals.add(_Shown("", meta["prompt_tokens"], meta["cached_tokens"], meta["completion_tokens"]))
+            totals.add(Figures(meta["prompt_tokens"], meta["cached_tokens"], meta["completion_tokens"]))
             if meta["finish_reason"]["type"] == "error":
                 report_error(RequestFailedError(f"{text[:40]!r} failed: {meta['finish_reason']['message']}"))
                 failed = 2
-        print(f"all together: {totals.statistics()}", file=sys.stderr)
+        print(f"all together: {totals.words()}", file=sys.stderr)
     return failed
+
+
+MAX_FILE_BYTES = 8 << 20
+"""Of a text that becomes part of a prompt."""
+
+
+def read_text(path: str) -> str:
+    """A file as part of a prompt. Raises PromptError where it cannot be read, or is no text."""
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise PromptError(f"{path} has more than {MAX_FILE_BYTES} bytes, the most that is read for a prompt")
+        return data.decode("utf-8")
+    except (OSError, RuntimeError) as exc:  # RuntimeError: ~ of an unknown user
+        raise PromptError(f"{path} cannot be read: {exc}") from exc
+    except UnicodeDecodeError as exc:
+        raise PromptError(f"{path} is no text in UTF-8 (byte {exc.start}): convert it first") from exc
+
+
+def _text_of(path: str) -> str:
+    return _prompt_from_stdin() if path == "-" else read_text(path)
 
 
 def _prompt_from_stdin() -> str:
@@ -100,106 +133,56 @@ def _prompt_from_stdin() -> str:
 
 def demo(args: argparse.Namespace) -> int:
     """Three questions to the demo model."""
-    with _open_engine(_config(args, _WITHOUT_EFFECT_ALONE, model_path=DEMO)) as engine, Interruptible():
-        totals = _Shown()
+    with open_engine(engine_config(args, WITHOUT_EFFECT_ALONE, DEMO)) as engine, Interruptible():
+        totals = Figures()
         for prompt in DEMO_PROMPTS:
             print(f"\n>>> {prompt}\n")
-            shown = _show(engine, args, input_ids=_chat_ids(engine, [{"role": "user", "content": prompt}]))
-            print(f"\n{shown.statistics()}")
-            if shown.is_interrupted:
+            figures = _show(engine, args, input_ids=_chat_ids(engine, prompt))
+            print(f"\n{figures.words()}")
+            if figures.is_interrupted:
                 return INTERRUPTED
-            totals.add(shown)
-        print(f"\nall together: {totals.statistics()}")
+            totals.add(figures)
+        print(f"\nall together: {totals.words()}")
     return 0
-
-
-def chat(args: argparse.Namespace) -> int:
-    """A conversation, line by line."""
-    start: Messages = [] if args.system is None else [{"role": "system", "content": args.system}]
-    with _open_engine(_config(args, _WITHOUT_EFFECT_ALONE)) as engine, Interruptible():
-        messages = list(start)
-        if sys.stdin is not None and sys.stdin.isatty():
-            print("/reset forgets the conversation, /exit leaves, Ctrl-C ends an answer.", file=sys.stderr)
-        for line in _lines():
-            if line in ("/exit", "/quit"):
-                break
-            if line == "/reset":
-                messages = list(start)
-                print("The conversation is forgotten.", file=sys.stderr)
-                continue
-            if line.startswith("/"):
-                print("Commands: /reset, /exit", file=sys.stderr)
-                continue
-            if line:
-                _chat_turn(engine, args, messages, line)
-    return 0
-
-
-def _chat_turn(engine: Engine, args: argparse.Namespace, messages: Messages, line: str) -> None:
-    """Answer `line` and append both to `messages`. Ctrl-C ends the answer; what there is of it is kept."""
-    messages.append({"role": "user", "content": line})
-    try:
-        shown = _answered(engine, args, messages)
-    except (RequestError, RequestFailedError, ChatTemplateError) as exc:
-        messages.pop()
-        report_error(exc)
-        print("The last message is forgotten; /reset begins a new conversation.", file=sys.stderr)
-        return
-    told = {"role": "assistant", "content": shown.text}
-    messages.append(told | {"reasoning_content": shown.reasoning} if shown.reasoning else told)
-    print(shown.statistics(), file=sys.stderr)
-
-
-def _answered(engine: Engine, args: argparse.Namespace, messages: Messages) -> _Shown:
-    """The next message, printed as it comes: what the model reasons apart, where it is known how that is marked."""
-    ids = _chat_ids(engine, messages)
-    tokenizer = engine.tokenizer_manager.tokenizer
-    wire_format = open_wire_format(engine.server_args, tokenizer)
-    if wire_format.name is None:
-        return _show(engine, args, input_ids=ids)
-    tail = tokenizer.decode(ids[-wire_format.prompt_tail_tokens :], skip_special_tokens=False)
-    return _show(engine, args, wire_format.parser(tail), messages=messages)
 
 
 # -- parts --
 
 
 @dataclass(slots=True)
-class _Shown:
-    """An answer as it was printed, and its figures. decode_s: from the first token to the last."""
+class Figures:
+    """What an answer took. first_token_s: from the question on. decode_s: from the first token to the last, in which
+    decode_tokens came. finish: the type of its finish reason, "abort" where it was interrupted."""
 
-    text: str = ""
-    reasoning: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     first_token_s: float | None = None
     decode_tokens: int = 0
     decode_s: float = 0.0
-    is_interrupted: bool = False
+    finish: str | None = None
 
-    def add(self, other: _Shown) -> None:
+    @property
+    def is_interrupted(self) -> bool:
+        return self.finish == "abort"
+
+    def add(self, other: Figures) -> None:
         self.prompt_tokens += other.prompt_tokens
         self.cached_tokens += other.cached_tokens
         self.completion_tokens += other.completion_tokens
         self.decode_tokens += other.decode_tokens
         self.decode_s += other.decode_s
 
-    def tell(self, parts: Sequence[Part]) -> None:
-        """Print what is new. Reasoning is dim on a terminal, and ends its line before the answer begins."""
-        for part in (part for part in parts if part.text):
-            if part.kind == "reasoning":
-                dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-                print(f"{dim}{part.text}{plain}", end="", file=sys.stderr, flush=True)
-                self.reasoning += part.text
-                continue
-            if self.reasoning and not self.text:
-                print(file=sys.stderr, flush=True)
-            sys.stdout.write(part.text)
-            sys.stdout.flush()
-            self.text += part.text
+    def saw(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int, elapsed_s: float) -> None:
+        """A chunk has come: so many tokens in all, `elapsed_s` after the question."""
+        self.prompt_tokens, self.cached_tokens = prompt_tokens, cached_tokens
+        if self.first_token_s is None:
+            self.decode_tokens, self.first_token_s = -completion_tokens, elapsed_s
+        self.decode_tokens += completion_tokens - self.completion_tokens
+        self.completion_tokens = completion_tokens
+        self.decode_s = elapsed_s - self.first_token_s
 
-    def statistics(self) -> str:
+    def words(self) -> str:
         speed = f", {self.decode_tokens / self.decode_s:.1f} tok/s" if self.decode_s > 0 else ""
         first = "" if self.first_token_s is None else f", first token after {self.first_token_s * 1000:.0f} ms"
         interrupted = "; interrupted" if self.is_interrupted else ""
@@ -209,79 +192,60 @@ class _Shown:
         )
 
 
-def _show(engine: Engine, args: argparse.Namespace, parser: Parser = PLAIN_TEXT, **inputs: Any) -> _Shown:
-    """Generate, and print the answer as it comes. Ctrl-C ends it. inputs: of `Engine.generate`, or `messages`."""
-    shown = _Shown()
-    answer = engine.chat if "messages" in inputs else engine.generate
-    first_tokens = 0
+def _show(engine: Engine, args: argparse.Namespace, **inputs: Any) -> Figures:
+    """Generate, and print the answer as it comes. Ctrl-C ends it. inputs: of `Engine.generate`."""
+    figures = Figures()
     began = time.perf_counter()
     chunks: Stream | None = None
     try:
-        chunks = cast(Stream, answer(sampling_params=_sampling_params(args), stream=True, **inputs))
+        chunks = cast(Stream, engine.generate(sampling_params=sampling_params(args), stream=True, **inputs))
         for chunk in chunks:
-            elapsed_s = time.perf_counter() - began
             meta = chunk["meta_info"]
-            shown.tell(parser.push(chunk["text"], [len(chunk["text"])]))
-            shown.prompt_tokens, shown.cached_tokens = meta["prompt_tokens"], meta["cached_tokens"]
-            if shown.first_token_s is None:
-                first_tokens, shown.first_token_s = meta["completion_tokens"], elapsed_s
-            shown.completion_tokens = meta["completion_tokens"]
-            shown.decode_tokens = shown.completion_tokens - first_tokens
-            shown.decode_s = elapsed_s - shown.first_token_s
+            sys.stdout.write(chunk["text"])
+            sys.stdout.flush()
+            elapsed_s = time.perf_counter() - began
+            figures.saw(meta["prompt_tokens"], meta["cached_tokens"], meta["completion_tokens"], elapsed_s)
             finish = meta["finish_reason"]
             if finish is not None and finish["type"] == "error":
                 raise RequestFailedError(finish["message"])
     except KeyboardInterrupt:
-        shown.is_interrupted = True
+        figures.finish = "abort"
         if chunks is not None:
             chunks.close()
-    shown.tell(parser.flush())
     print(flush=True)
-    return shown
+    return figures
 
 
-def _chat_ids(engine: Engine, messages: Messages) -> list[int]:
-    """The ids of a conversation, up to where the assistant is to go on. Nothing typed in it can end a turn."""
+def _chat_ids(engine: Engine, text: str) -> list[int]:
+    """The ids of a message, up to where the assistant is to go on. Nothing typed in it can end a turn."""
     tokenizer = engine.tokenizer_manager.tokenizer
     if tokenizer.chat_template is None:
         raise ChatTemplateError("the model has no chat template: give one with --chat-template")
-    return encode_chat(tokenizer, messages)
+    return encode_chat(tokenizer, [{"role": "user", "content": text}])
 
 
-def _lines() -> Iterator[str]:
-    """What the user types, or the lines of a pipe, until the end."""
-    if sys.stdin is None:
-        return
-    if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
-        return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives `input` editing and history, where Python has it
-    while True:
-        try:
-            yield input("> ").strip()
-        except EOFError:
-            return
-
-
-def _config(args: argparse.Namespace, without_effect: Mapping[str, str], **defaults: Any) -> EngineConfig:
-    """The engine arguments of a command. Those for sampling are checked too: before the model is loaded.
+def engine_config(
+    args: argparse.Namespace, without_effect: Mapping[str, str], model: str | None = None
+) -> EngineConfig:
+    """The engine arguments of a command, for `model` where its flags name none. Those for sampling are checked too:
+    before the model is loaded.
 
     Raises ConfigError for those that would change nothing here, with the reason.
     """
     for name in EngineConfig.given_in(args):
         if name in without_effect:
             raise ConfigError(f"--{name.replace('_', '-')}: {without_effect[name]}; remove it")
-    defaults["log_level"] = "warning"
-    defaults["incremental_streaming_output"] = True
+    defaults: dict[str, Any] = {"log_level": "warning", "incremental_streaming_output": True}
+    if model is not None:
+        defaults["model_path"] = model
     config = EngineConfig.from_cli_args(args, **defaults)
     preferred = args.default_sampling | config.preferred_sampling
     config = dataclasses.replace(config, preferred_sampling_params=json.dumps(preferred))
-    parse_sampling_params(_sampling_params(args), vocab_size=2**31, next_seed=lambda: 0)
+    parse_sampling_params(sampling_params(args), vocab_size=2**31, next_seed=lambda: 0)
     return config
 
 
-def _open_engine(config: EngineConfig) -> Engine:
+def open_engine(config: EngineConfig) -> Engine:
     progress = _Progress(config.model_path)
     engine = Engine(server_args=config, progress=progress.update)
     progress.end(engine)

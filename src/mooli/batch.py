@@ -23,6 +23,23 @@ class PageCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class StateCopy:
+    """Copy the state in slot `source` to slot `target`, of all layers, before the step computes."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateSave:
+    """The state after the first `num_tokens` tokens of row `row` of this step is stored in `slot` as well."""
+
+    row: int
+    num_tokens: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class PromptLogprobRows:
     """Prompt log-probabilities wanted from one row of this step.
 
@@ -107,7 +124,11 @@ class ScheduleBatch:
     Per row: `req_indices`, `starts`, `lengths` int32 (R,); `num_samples` int32 (R,): how many of its last tokens
     sample: 0 where a prompt goes on in the next step, 1 as a rule, 1 + n where the last n tokens are drafts to verify;
     `page_table` int32 (R, max_pages), -1 past a row's pages. A row attends to positions 0 .. its own position.
-    `copies` are carried out, in order, before anything is stored.
+    `copies` are carried out, in order, before anything is stored, and so are `state_copies`.
+    `state_slots` int32 (R,), of models with recurrent layers: where the state is that a row goes on from, and where it
+    is afterwards, that of its last token, draft or not. A row that starts at 0 goes on from zeros, whatever the slot
+    holds. None for other models. `state_saves`: states that are kept besides, in slots that nothing else of the step
+    uses.
     `may_begin_next`: every row samples one token, and the next step will most likely be these rows with that token
     each. Their pages reach that far.
     """
@@ -126,6 +147,9 @@ class ScheduleBatch:
     prompt_logprobs: list[PromptLogprobRows] = field(default_factory=list)
     may_begin_next: bool = False
     rope_positions: NDArray[np.int32] | None = None
+    state_slots: NDArray[np.int32] | None = None
+    state_copies: list[StateCopy] = field(default_factory=list)
+    state_saves: list[StateSave] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

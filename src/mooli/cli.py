@@ -1,4 +1,4 @@
-"""The `mooli` command: serve, generate, chat, demo, bench, pull, plan, doctor, selftest, version.
+"""The `mooli` command: serve, run, chat, generate, list, pull, plan, doctor and others.
 
 Owns which commands there are, their exit statuses, and where text goes: answers to standard output; progress,
 statistics and errors to standard error. An error of ours is one line and exit status 2, output that cannot be written
@@ -86,6 +86,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog=f"mooli {name}", description=text)
     command.add_args(parser)
     args, unknown = parser.parse_known_args(rest)
+    if "words" in args and not any(word.startswith("-") for word in unknown):
+        args.words += unknown  # a parser takes words in one place alone, and these come behind a flag
+        unknown = []
     if unknown:
         from mooli.sglang_arguments import unknown_argument
 
@@ -100,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show program's version number and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     for name, command in _COMMANDS.items():
-        commands.add_parser(name, help=command.text, add_help=False)
+        if name not in _UNSEEN:
+            commands.add_parser(name, help=command.text, add_help=False)
     return parser
 
 
@@ -129,6 +133,10 @@ def _function(place: str) -> Callable[..., Any]:
 
 
 def _add_generate_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="MODEL PROMPT", help="The model, and a prompt; or by their flags.")
+    parser.add_argument(
+        "--file", action="append", metavar="FILE", help="Text to put behind the prompt; several may be given; -: stdin."
+    )
     parser.add_argument(
         "--prompt",
         action="append",
@@ -140,7 +148,7 @@ def _add_generate_args(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_chat_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="System message at the head of the conversation.")
+    _function("mooli.chat.flags:add_chat_args")(parser)
     _add_answer_args(parser, 1024, *_OF_SEVERAL_REQUESTS)
 
 
@@ -156,7 +164,8 @@ _OF_SEVERAL_REQUESTS = ("schedule_policy", "max_running_requests")
 def _add_answer_args(parser: argparse.ArgumentParser, max_new_tokens: int, *hidden: str) -> None:
     from mooli.config import EngineConfig
 
-    parser.usage = "%(prog)s [FLAG ...]"
+    takes_words = any(action.dest == "words" for action in parser._actions)
+    parser.usage = f"%(prog)s {'[MODEL] [PROMPT] ' if takes_words else ''}[FLAG ...]"
     group = parser.add_argument_group("sampling")
     # Not argparse defaults: preferred parameters win over them, and what a user asks for must fit the context, where
     # a default takes what is left of it.
@@ -212,6 +221,21 @@ def _bench(args: argparse.Namespace) -> int:
     return status
 
 
+def _candidates(args: argparse.Namespace) -> int:
+    """Print what may stand where the cursor is: the line behind `mooli` is one word of ours."""
+    words = " ".join(args.typed).split(" ")
+    if len(words) == 1:
+        found = sorted(name for name in _COMMANDS if name.startswith(words[0]) and name not in _UNSEEN)
+    elif words[0] in _COMMANDS:
+        parser = CommandParser(prog="mooli", add_help=True)
+        _COMMANDS[words[0]].add_args(parser)
+        found = _function("mooli.shelf.completion:candidates")(parser, words[1:])
+    else:
+        found = []
+    print("\n".join(found))
+    return 0
+
+
 def _print_version(args: argparse.Namespace) -> int:
     print(_version())
     return 0
@@ -232,16 +256,37 @@ def _flags(place: str) -> Callable[[argparse.ArgumentParser], object]:
 
 _COMMANDS = {
     "generate": _Command("answer prompts and exit", _add_generate_args, "mooli.answers:generate"),
-    "chat": _Command("talk with the model; /reset forgets, /exit leaves", _add_chat_args, "mooli.answers:chat"),
+    "run": _Command(
+        "talk with a model, or ask it once; fetches it, and uses a server that has it",
+        _add_chat_args,
+        "mooli.chat.command:run",
+    ),
+    "chat": _Command("talk with the model; /help says how", _add_chat_args, "mooli.chat.command:chat"),
     "demo": _Command("three questions to the demo model", _add_demo_args, "mooli.answers:demo"),
     "serve": _Command(
         "serve a model over HTTP; without one, the demo model", _add_serve_args, "mooli.server.command:serve"
+    ),
+    "batch": _Command(
+        "answer a file of requests in OpenAI's batch format",
+        _flags("mooli.batch_flags:add_batch_args"),
+        "mooli.batch_run:run_batch",
     ),
     "pull": _Command(
         "fetch a model from Hugging Face or ModelScope",
         _flags("mooli.hub.command:add_pull_args"),
         "mooli.hub.command:run_pull",
     ),
+    "list": _Command(
+        "the models on this machine", _flags("mooli.shelf.flags:add_list_args"), "mooli.shelf.command:list_models"
+    ),
+    "show": _Command(
+        "what a model is, can do and takes", _flags("mooli.shelf.flags:add_show_args"), "mooli.shelf.command:show"
+    ),
+    "rm": _Command(
+        "remove a model from this machine", _flags("mooli.shelf.flags:add_rm_args"), "mooli.shelf.command:rm"
+    ),
+    "ps": _Command("the servers that run", _flags("mooli.shelf.flags:add_ps_args"), "mooli.shelf.command:ps"),
+    "stop": _Command("end a server", _flags("mooli.shelf.flags:add_stop_args"), "mooli.shelf.command:stop"),
     "plan": _Command(
         "what a model takes of a memory, and what then fits",
         _flags("mooli.plan_flags:add_plan_args"),
@@ -258,5 +303,16 @@ _COMMANDS = {
         "mooli.backends.ascend.command:run_selftest_command",
     ),
     "bench": _Command("measure a server, or an engine in this process", _add_bench_args, f"{__name__}:_bench"),
+    "completion": _Command(
+        "what a shell must know to complete words",
+        _flags("mooli.shelf.flags:add_completion_args"),
+        "mooli.shelf.completion:print_script",
+    ),
+    "_candidates": _Command(
+        "words for a shell", _flags("mooli.shelf.flags:add_candidates_args"), f"{__name__}:_candidates"
+    ),
     "version": _Command("print the version", lambda parser: None, f"{__name__}:_print_version"),
 }
+
+_UNSEEN = ("_candidates",)
+"""Commands that programs call, and no person."""

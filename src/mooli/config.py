@@ -217,6 +217,13 @@ class EngineConfig(Arguments):
         high=1.0,
         subject="memory and batching",
     )
+    state_cache_fraction: float | None = argument(
+        None,
+        "float",
+        "Share of the KV cache's memory for kept states of models with recurrent layers; default: 0.125.",
+        low=0.0,
+        high=0.9,
+    )
     max_total_tokens: int | None = argument(None, "size", "Tokens the KV cache holds; default: from memory.", low=1)
     max_running_requests: int | None = argument(
         None,

@@ -11,12 +11,16 @@ what to do about it.
     │   │   └── ContextLengthError            longer than the context, alone or with the answer asked for
     │   ├── SamplingParamsError               a sampling value out of its range
     │   │   └── UnknownSamplingParamError (TypeError)
+    │   ├── RowError                          a row of a batch file is wrong; the other rows go on
+    │   ├── StorageError                      a file cannot be kept: too large, too many, or the disk is full
     │   └── GrammarError                      a schema or grammar that is wrong, impossible or cannot be kept to
     │       └── GrammarTooLargeError          one that grew too large while an answer was held to it
     ├── ProgramError (RuntimeError)           a program of the frontend language is wrong, or something in it failed
+    ├── BatchError (RuntimeError)             a batch cannot begin, go on or end; what is done of it is kept
     ├── BusyError (RuntimeError)              no room for one request now; the same may be sent again
     │   ├── QueueFullError                    as many run and wait as may
-    │   └── KeyBusyError                      as many of the same key do
+    │   ├── KeyBusyError                      as many of the same key do
+    │   └── ModelsInUseError                  no memory for one more model beside those in use
     ├── ModelError                            a model cannot be used
     │   ├── ModelNotFoundError (FileNotFoundError)
     │   ├── DownloadError (ConnectionError)   a model cannot be fetched from a hub
@@ -103,8 +107,25 @@ class UnknownSamplingParamError(SamplingParamsError, TypeError):
     """There is no sampling parameter of that name."""
 
 
+class RowError(RequestError):
+    """A row of a batch file is wrong. code: a word for programs. custom_id: of the row, where it has one of its own."""
+
+    def __init__(self, code: str, message: str, *, custom_id: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.custom_id = custom_id
+
+
 class ProgramError(MooliError, RuntimeError):
     """A program of the frontend language is wrong, or something in it failed: `__cause__` says what, if not this."""
+
+
+class StorageError(RequestError):
+    """A file of a client cannot be kept. status_code: 413 for one that is too large, 507 where there is no room."""
+
+    def __init__(self, message: str, *, status_code: int) -> None:
+        super().__init__(message)
+        self.status_code = status_code
 
 
 class GrammarError(RequestError):
@@ -113,6 +134,10 @@ class GrammarError(RequestError):
 
 class GrammarTooLargeError(GrammarError):
     """What an output is held to grew beyond its limits while it was written: it is the grammar's fault."""
+
+
+class BatchError(MooliError, RuntimeError):
+    """A batch cannot begin, go on or end. What is done of it is kept: the same batch goes on from there."""
 
 
 class BusyError(MooliError, RuntimeError):
@@ -129,6 +154,10 @@ class QueueFullError(BusyError):
 
 class KeyBusyError(BusyError):
     """As many requests of the same key run and wait as may."""
+
+
+class ModelsInUseError(BusyError):
+    """There is no memory for one more model, and all that are loaded are in use."""
 
 
 class ModelError(MooliError):

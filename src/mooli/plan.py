@@ -20,7 +20,7 @@ from mooli.arguments import parse_size
 from mooli.backends.base import Backend
 from mooli.backends.sizes import AscendSizes, CudaSizes, Sizes, TorchSizes
 from mooli.config import DTYPES
-from mooli.engine.pool_size import GIB, PoolNeeds, context_for, kv_type, num_pool_pages
+from mooli.engine.pool_size import DRAFT_STEP_TOKENS, GIB, PoolNeeds, context_for, kv_type, num_pool_pages, state_room
 from mooli.errors import ConfigError, OutOfMemoryError
 from mooli.hub import resolve
 from mooli.models.checkpoint import ShapesCheckpoint
@@ -43,7 +43,8 @@ class MemoryPlan:
     device: the backend that is counted for: cpu, torch, cuda or ascend.
     weights: where dtype is "file" the tensors keep the types of a GGUF file. quantization: int8 also where the
     checkpoint has it. num_tokens: what the KV cache holds, in
-    whole pages; 0 where the model does not fit, and `problem` says what is lacking.
+    whole pages; 0 where the model does not fit, and `problem` says what is lacking. state_bytes: of one recurrent
+    state, of which there is room for num_states, running requests' and kept ones; 0 for most models.
     requests: context length to the number of requests of that length that fit at the same time, shared prefixes not
     counted: they make it more.
     """
@@ -66,6 +67,8 @@ class MemoryPlan:
     model_context: int
     context_length: int
     requests: Mapping[int, int]
+    state_bytes: int = 0
+    num_states: int = 0
     problem: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +116,8 @@ def plan_memory(
     weights = _loaded_bytes(config, sizes, tp, stored_types)
     kv_dtype = kv_type(kv_cache_dtype, dtype, sizes.auto_dtype)
     page_size = sizes.default_page_size
-    page_bytes = sizes.kv_bytes_per_page(config.part(tp).cache_spec(page_size, kv_dtype))
+    spec = config.part(tp).cache_spec(page_size, kv_dtype)
+    page_bytes = sizes.kv_bytes_per_page(spec)
     needs = PoolNeeds(
         available_bytes=memory_bytes,
         weight_bytes=weights,
@@ -123,7 +127,11 @@ def plan_memory(
         max_running_requests=sizes.default_max_running_requests,
         context_length=context_length,
         mem_fraction_static=mem_fraction_static,
+        state_bytes=spec.state_bytes,
+        num_tried=DRAFT_STEP_TOKENS if device == "cpu" else 0,  # where tokens are guessed if nothing is said
     )
+    states = state_room(needs)
+    num_states = 0 if states is None else states.num_slots
     problem, num_pages = None, 0
     try:
         num_pages = num_pool_pages(needs)
@@ -149,10 +157,15 @@ def plan_memory(
         page_size=page_size,
         num_tokens=num_pages * page_size,
         kv_cache_bytes=num_pages * page_bytes,
-        left_bytes=memory_bytes - weights - num_pages * page_bytes,
+        left_bytes=memory_bytes - weights - num_pages * page_bytes - num_states * spec.state_bytes,
         model_context=config.max_position_embeddings,
         context_length=context,
-        requests={length: num_pages // -(-length // page_size) for length in lengths},
+        requests={
+            length: min(num_pages // -(-length // page_size), states.num_running if states else num_pages)
+            for length in lengths
+        },
+        state_bytes=spec.state_bytes,
+        num_states=num_states,
         problem=problem,
     )
 
@@ -224,6 +237,16 @@ def plan_table(plan: MemoryPlan) -> str:
         ("weights", f"{_gib(plan.weight_bytes)} ({kinds})"),
         ("KV cache", f"{_gib(plan.kv_cache_bytes)} ({plan.kv_cache_dtype}, {plan.kv_bytes_per_token:,} bytes a token)"),
         ("tokens", f"{plan.num_tokens:,} in pages of {plan.page_size}"),
+        *(
+            [
+                (
+                    "states",
+                    f"{_gib(plan.num_states * plan.state_bytes)} ({plan.num_states:,} of {plan.state_bytes:,} bytes)",
+                )
+            ]
+            if plan.num_states
+            else []
+        ),
         ("left", f"{_gib(plan.left_bytes)} for activations, graphs and everything else"),
     ]
     lines = [f"{name:<10}{text}" for name, text in rows]

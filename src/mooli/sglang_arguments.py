@@ -113,12 +113,14 @@ REASONS: dict[str, str] = {
 """What is to be said of some of them."""
 
 SERVER_ARGUMENTS = _words("""
-admin_api_key allowed_hosts api_key api_keys_file
+admin_api_key allowed_hosts api_key api_keys_file batch_dir max_batch_rows
 bucket_e2e_request_latency bucket_inter_token_latency bucket_time_to_first_token
 cors_allow_origins decode_log_interval default_chat_template_kwargs enable_cache_report enable_metrics
 enable_response_store fastapi_root_path host keep_alive_timeout log_level_http log_requests log_requests_format
-log_requests_level max_body_bytes max_body_values max_concurrent_requests max_header_bytes max_queued_requests
-max_request_items max_stop_chars port read_timeout request_timeout response_store_bytes sampling_defaults
+log_requests_level max_body_bytes max_body_values max_concurrent_requests max_file_bytes max_files
+max_files_bytes max_header_bytes max_loaded_models max_queued_requests max_request_items
+max_stop_chars model_idle_timeout models no_page port read_timeout request_timeout response_store_bytes
+sampling_defaults
 shutdown_timeout skip_server_warmup ssl_ca_certs ssl_certfile ssl_keyfile ssl_keyfile_password
 stream_response_default_include_usage watchdog_timeout write_timeout
 """)

@@ -186,6 +186,7 @@ class Request:
     namespace: requests of different namespaces never share cache pages (salt, adapter).
     priority: larger goes first, where priorities count (`enable_priority_scheduling`).
     client: whose it is, in the words of whoever took it in; the queue is shared fairly among clients. "" for nobody's.
+    is_background: it has time, and others never wait for it longer than a step.
     """
 
     rid: str
@@ -200,6 +201,7 @@ class Request:
     namespace: str = ""
     priority: int = 0
     client: str = ""
+    is_background: bool = False
 
 
 @dataclass(slots=True)

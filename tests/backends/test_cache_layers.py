@@ -160,19 +160,15 @@ def test_pages_of_layers_that_differ_go_out_as_bytes_and_come_back(variant: Vari
         np.testing.assert_array_equal(model.last(Row(ids[140:], 140, others)), expected)
 
 
-KINDS = {"a latent": LatentLayer(576), "a recurrent state": StateLayer(((32, 128, 128), (3, 8192)))}
-
-
-@pytest.mark.parametrize("words", KINDS)
-def test_a_layer_that_no_operation_computes_is_refused_by_its_kind(float32_backend: Backend, words: str) -> None:
-    spec = CacheSpec((PagedLayer(2, 32), KINDS[words]), float32_backend.default_page_size, "float32")
-    message = rf"layer 1 of this model keeps {words}.*{float32_backend.name}"
+def test_a_layer_that_no_operation_computes_is_refused_by_its_kind(float32_backend: Backend) -> None:
+    spec = CacheSpec((PagedLayer(2, 32), LatentLayer(576)), float32_backend.default_page_size, "float32")
+    message = rf"layer 1 of this model keeps a latent.*{float32_backend.name}"
     with pytest.raises(UnsupportedModelError, match=message):
         float32_backend.allocate(spec, 4, LIMITS)
     with pytest.raises(UnsupportedModelError, match=message):
         float32_backend.kv_bytes_per_page(spec)
     for sizes in (TorchSizes, CudaSizes, AscendSizes):
-        with pytest.raises(UnsupportedModelError, match=words):
+        with pytest.raises(UnsupportedModelError, match="a latent"):
             sizes("auto", None).kv_bytes_per_page(spec)
     with pytest.raises(ConfigError, match="without layers"):
         float32_backend.allocate(CacheSpec((), float32_backend.default_page_size, "float32"), 4, LIMITS)
@@ -201,7 +197,11 @@ def test_attention_to_what_a_layer_does_not_keep_is_refused(float32_backend: Bac
         captured(backend.plan(step([Row([1], 0, [0])], page_size)))
 
 
-def test_layers_that_keep_the_same_tokens_are_a_group() -> None:
-    full, near, latent = PagedLayer(2, 32), PagedLayer(4, 64, window=8), LatentLayer(576)
-    spec = CacheSpec((near, full, StateLayer(((2, 2),)), near, latent, PagedLayer(4, 64, window=16)), 32, "float32")
-    assert spec.page_groups == {8: (0, 3), 0: (1, 4), 16: (5,)}
+def test_layers_are_numbered_among_those_of_their_kind_and_states_are_no_part_of_pages() -> None:
+    paged, conv, delta = PagedLayer(2, 32), StateLayer((2, 64)), StateLayer((3, 96), (2, 16, 32))
+    spec = CacheSpec((conv, paged, delta, conv, paged), 32, "float32")
+    assert spec.numbers == (0, 0, 1, 2, 1)
+    assert spec.state_layers == (conv, delta, conv)
+    assert spec.state_bytes == 4 * (2 * 64 + (3 * 96 + 2 * 16 * 32) + 2 * 64)
+    assert CacheSpec((paged, paged), 32, "float32").state_bytes == 0
+    assert spec.paged_layers("cpu") == (paged, paged)

@@ -220,7 +220,7 @@ def test_pages_of_a_pool_that_nobody_has_touched_are_not_free_for_other_engines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("cpu.backend", "host_memory"):
-        monkeypatch.setattr(f"mooli.backends.{module}.claims_folder", lambda: tmp_path / "claims")
+        monkeypatch.setattr(f"mooli.backends.{module}.shared_folder", lambda: tmp_path / "claims")
     kv = uniform_cache(1, SPEC.num_kv_heads, SPEC.head_dim, 32, "float32")
     with cpu_backend() as other, cpu_backend() as backend:
         assert other.memory().claimed_bytes == 0

@@ -199,7 +199,7 @@ def test_the_best_instruction_set_is_fine_forced_or_not():
 
 def test_the_limits_of_a_container_are_shown(machine, monkeypatch, tmp_path):
     # What other tests' engines have claimed of this machine is not available either.
-    monkeypatch.setattr("mooli.backends.host_memory.claims_folder", lambda: tmp_path / "claims")
+    monkeypatch.setattr("mooli.backends.host_memory.shared_folder", lambda: tmp_path / "claims")
     machine.write("proc/self/cgroup", "0::/\n")
     machine.write("sys/fs/cgroup/memory.max", str(2**29))
     machine.write("sys/fs/cgroup/memory.current", "0")

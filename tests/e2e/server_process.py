@@ -41,19 +41,21 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
 class ServerProcess:
     """Use as a context manager: leaving it ends the server, whatever state it is in.
 
-    port: 0 for a free one; afterwards the real one. lines: what was written to standard error so far. num_files: the
-    most it may have open.
+    model: None where flags say which. port: 0 for a free one; afterwards the real one. lines: what was written to
+    standard error so far. num_files: the most it may have open.
     """
 
     def __init__(
         self,
         *flags: str,
-        model: str = "demo",
+        model: str | None = "demo",
         port: int = 0,
         env: dict[str, str] | None = None,
         num_files: int | None = None,
     ) -> None:
-        command = [sys.executable, "-m", "mooli.launch_server", "--model-path", model, "--port", str(port)]
+        command = [sys.executable, "-m", "mooli.launch_server", "--port", str(port)]
+        if model is not None:
+            command += ["--model-path", model]
         if num_files is not None:
             command = ["sh", "-c", f'ulimit -n {num_files}; exec "$@"', "sh", *command]
         self.process = subprocess.Popen(
@@ -63,6 +65,7 @@ class ServerProcess:
             start_new_session=True,  # signals for the whole group must not reach the tests
         )  # fmt: skip
         self.lines: list[str] = []
+        self._has_ended = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.port = port
@@ -78,7 +81,7 @@ class ServerProcess:
             wait_until(lambda: self._has(READY_LINE) or self.process.poll() is not None, "the server is ready")
             assert self.process.poll() is None, self.log
         except BaseException:
-            self._end()
+            self.end()
             raise
         self.url = next(line for line in self.lines if "listening on" in line).rpartition(" ")[2]
         self.port = int(self.url.rpartition(":")[2])
@@ -87,9 +90,13 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.http.close()
-        self._end()
+        self.end()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Whatever state it is in. May be called again."""
+        if self._has_ended:
+            return  # its number may be another process' by now
+        self._has_ended = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -138,17 +145,17 @@ class ServerProcess:
 class Stream:
     """A stream that is being read by a thread. It has begun when this has been made."""
 
-    def __init__(self, url: str, body: dict[str, Any]) -> None:
+    def __init__(self, url: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         self.text = ""
         self._failure: Exception | None = None
         self._begun, self._leave = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(url, body), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(url, body, headers or {}), daemon=True)
         self._thread.start()
         assert self._begun.wait(PATIENCE_S), "the stream has not begun"
 
-    def _run(self, url: str, body: dict[str, Any]) -> None:
+    def _run(self, url: str, body: dict[str, Any], headers: dict[str, str]) -> None:
         try:
-            with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as answer:
+            with httpx.stream("POST", url, json=body, headers=headers, timeout=PATIENCE_S) as answer:
                 for piece in answer.iter_text():
                     self.text += piece
                     self._begun.set()

@@ -16,12 +16,13 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import byte_tokenizer, fake_build
+from openapi_check import check_answer
 
 from mooli.config import EngineConfig
 from mooli.engine import messages, process
 from mooli.link.client import EngineClient
 from mooli.server.config import ServerConfig
-from mooli.server.launch import HttpServer, make_service
+from mooli.server.launch import HttpServer, OneEngine, make_service
 from mooli.server.listener import tls_context
 
 
@@ -50,6 +51,13 @@ class EngineThread:
             self._connection.shutdown(socket.SHUT_RDWR)
 
 
+def fits_its_document(reply: httpx.Response) -> None:
+    """Whatever a test asks for, the answer is one that the OpenAPI document tells of."""
+    if reply.status_code == 200 and reply.headers.get("content-type") == "application/json":
+        reply.read()
+        check_answer(reply.request.method, reply.request.url.path, "application/json", reply.json())
+
+
 class LiveServer:
     """url: of the running server. `http`: an httpx client for it, with the API key if there is one."""
 
@@ -75,7 +83,8 @@ class LiveServer:
         asyncio.run_coroutine_threadsafe(self.service.client.ask("stats", 120), self.loop).result(120)
         headers = {"Authorization": f"Bearer {self.config.api_key}"} if self.config.api_key else {}
         self.url = f"http://127.0.0.1:{self.http_server.port}"
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=120)
+        hooks = {"response": [fits_its_document]}
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=120, event_hooks=hooks)
 
     def _run(self) -> None:
         try:
@@ -97,7 +106,7 @@ class LiveServer:
         start = messages.Start({}, "fake", "warning")
         client = await EngineClient.connect(start, self.engine_process, ours)
         self.service = make_service(self.config, self.engine_config, client, tokenizer, started_s=0.0)
-        self.http_server = HttpServer(self.service, client, tls=tls_context(self.config))
+        self.http_server = HttpServer(OneEngine(self.service, client), tls=tls_context(self.config))
         self.loop = asyncio.get_running_loop()
         self.status = await self.http_server.run(on_started=self._started.set)
 

@@ -20,6 +20,7 @@ from mooli.server.config import ServerConfig
 from mooli.server.keys import KeyRing
 from mooli.server.protocol import make_protocol
 from mooli.server.routing import Access, Dialect, Route
+from mooli.server.traffic import TrafficLog
 
 
 class Counts:
@@ -79,7 +80,7 @@ class RouteServer:
 
     async def _serve(self) -> None:
         self._uvicorn.load()
-        protocol = make_protocol(self.service)
+        protocol = make_protocol(self.config, TrafficLog(self.service.metrics, self.config))
         listening = await self._loop.create_server(
             lambda: protocol(config=self._uvicorn, server_state=self._state, app_state={}), sock=self._listener
         )

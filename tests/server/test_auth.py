@@ -16,7 +16,10 @@ from mooli.server.http import RouteTable
 from mooli.server.keys import KeyRing
 from mooli.server.routing import Access, Dialect, Reply
 
-OPEN_PATHS = {"/health", "/health_generate", "/health/live", "/health/ready", "/ready", "/metrics"}
+OPEN_PATHS = {
+    "/health", "/health_generate", "/health/live", "/health/ready", "/ready", "/metrics",
+    "/", "/docs", "/page/{version}/{name}",
+}  # fmt: skip
 
 
 async def answer(service=None, request=None) -> Reply:
@@ -37,7 +40,7 @@ def calls():
             yield method, path, route.access
 
 
-def test_only_probes_and_metrics_are_open():
+def test_only_probes_metrics_and_the_page_are_open():
     assert {route.path for route in ROUTES if route.access is Access.OPEN} == OPEN_PATHS
 
 

@@ -7,6 +7,8 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,15 +65,33 @@ def unit() -> configparser.ConfigParser:
     return parser
 
 
-@pytest.fixture(scope="module")
-def manifests() -> dict[str, Any]:
-    loaded = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8"))
-    return {item["kind"]: item for item in loaded}
+KUBERNETES = DEPLOY / "kubernetes"
+CRDS = ("InferencePool", "HTTPRoute")
+"""Kinds that a cluster knows only when their definitions are installed, of which no package ships a schema."""
+
+
+def objects(name: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """What a file of manifests declares, by kind and name."""
+    loaded = [item for item in yaml.safe_load_all((KUBERNETES / name).read_text(encoding="utf-8")) if item]
+    found = {(item["kind"], item["metadata"]["name"]): item for item in loaded}
+    assert len(found) == len(loaded), "two objects have one name"
+    return found
 
 
 @pytest.fixture(scope="module")
-def pod(manifests) -> dict[str, Any]:
-    return manifests["Deployment"]["spec"]["template"]["spec"]
+def manifests() -> dict[tuple[str, str], dict[str, Any]]:
+    resources = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text(encoding="utf-8"))["resources"]
+    return {key: item for name in resources for key, item in objects(name).items()}
+
+
+@pytest.fixture(scope="module")
+def replicas(manifests) -> dict[str, Any]:
+    return manifests["StatefulSet", "mooli"]["spec"]
+
+
+@pytest.fixture(scope="module")
+def pod(replicas) -> dict[str, Any]:
+    return replicas["template"]["spec"]
 
 
 def seconds(text: str) -> float:
@@ -161,6 +181,57 @@ def test_the_unit_gives_the_service_few_rights(unit):
 
 
 # -- Kubernetes ------------------------------------------------------------------------------------------------------
+def test_objects_are_of_the_schemas_of_their_kinds(manifests):
+    validate = pytest.importorskip("kubernetes_validate")
+    for (kind, _), item in manifests.items():
+        if kind not in CRDS:
+            validate.validate(item, validate.latest_version(), strict=True)
+
+
+def test_kustomize_finds_every_file_and_every_object_it_changes(manifests):
+    kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text(encoding="utf-8"))
+    assert (kustomization["apiVersion"], kustomization["kind"]) == ("kustomize.config.k8s.io/v1beta1", "Kustomization")
+    (generated,) = kustomization["configMapGenerator"]
+    named = {*kustomization["resources"], *generated["files"]}
+    assert {path.name for path in KUBERNETES.iterdir()} == {*named, "kustomization.yaml"}
+    images = {container["image"].partition(":")[0] for _, _, container in _containers(manifests)}
+    assert {item["name"] for item in kustomization["images"]} <= images
+    scaled = {name for kind, name in manifests if kind in ("Deployment", "StatefulSet")}
+    assert {item["name"] for item in kustomization["replicas"]} <= scaled
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which has kustomize in it, is not installed")
+def test_kustomize_builds_the_folder(manifests):
+    command = ["kubectl", "kustomize", str(KUBERNETES)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    built = {(item["kind"], item["metadata"]["name"]): item for item in yaml.safe_load_all(done.stdout)}
+    (config,) = built.keys() - manifests.keys()
+    assert config[0] == "ConfigMap" and set(built[config]["data"]) == {"picker.yaml"}
+    picker = built["Deployment", "mooli-picker"]["spec"]["template"]["spec"]
+    assert picker["volumes"][0]["configMap"]["name"] == config[1]
+    assert built.keys() - {config} == manifests.keys()
+    assert built["StatefulSet", "mooli"] == manifests["StatefulSet", "mooli"]
+
+
+def _containers(manifests) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    for (kind, name), item in manifests.items():
+        if kind in ("Deployment", "StatefulSet"):
+            pod = item["spec"]["template"]["spec"]
+            yield from ((name, pod, container) for container in pod["containers"])
+
+
+def test_what_is_mounted_is_there(manifests):
+    generated = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text(encoding="utf-8"))["configMapGenerator"]
+    for name, pod, container in _containers(manifests):
+        claims = manifests.get(("StatefulSet", name), {"spec": {}})["spec"].get("volumeClaimTemplates", [])
+        there = {item["name"] for item in pod["volumes"]} | {item["metadata"]["name"] for item in claims}
+        assert {item["name"] for item in container["volumeMounts"]} == there
+        for volume in pod["volumes"]:
+            if "configMap" in volume:
+                assert volume["configMap"]["name"] in {item["name"] for item in generated}
+
+
 def test_the_pod_starts_a_server_with_flags_there_are(pod):
     (container,) = pod["containers"]
     assert flags_in(" ".join(container["args"])) <= flags()
@@ -192,23 +263,92 @@ def test_the_pod_has_few_rights_and_its_keys_from_a_secret(pod):
         "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
     }  # fmt: skip
     assert set(container["resources"]) == {"requests", "limits"}
-    keys = {item["name"]: item["valueFrom"]["secretKeyRef"]["key"] for item in container["env"]}
+    keys = {item["name"]: item["valueFrom"]["secretKeyRef"]["key"] for item in container["env"] if "valueFrom" in item}
     assert keys == {"MOOLI_API_KEY": "api-key", "MOOLI_ADMIN_API_KEY": "admin-api-key"}
 
 
-def test_service_deployment_and_annotations_mean_the_same_pods(manifests):
-    deployment, service = manifests["Deployment"]["spec"], manifests["Service"]["spec"]
-    template = deployment["template"]
+def test_service_pool_replicas_and_annotations_mean_the_same_pods(manifests, replicas):
+    service, pool = manifests["Service", "mooli"]["spec"], manifests["InferencePool", "mooli"]["spec"]
+    template = replicas["template"]
     labels = template["metadata"]["labels"]
-    assert service["selector"] == labels == deployment["selector"]["matchLabels"]
+    assert service["selector"] == replicas["selector"]["matchLabels"] == pool["selector"]["matchLabels"]
+    assert service["selector"].items() <= labels.items() and replicas["serviceName"] == "mooli"
     (container,) = template["spec"]["containers"]
     (port,) = container["ports"]
     assert service["ports"][0]["targetPort"] == port["name"]
+    assert pool["targetPorts"] == [{"number": port["containerPort"]}]
     annotations = template["metadata"]["annotations"]
     assert annotations["prometheus.io/path"] in OPEN_GETS
     assert annotations["prometheus.io/port"] == str(port["containerPort"]) == str(ServerConfig().port)
-    mounted = {item["name"] for item in container["volumeMounts"]}
-    assert mounted == {item["name"] for item in template["spec"]["volumes"]}
+
+
+def test_no_answer_is_longer_than_a_draining_pod_or_the_route_waits(manifests, pod):
+    (container,) = pod["containers"]
+    longest_s = value_of("--request-timeout", container["args"])
+    assert value_of("--shutdown-timeout", container["args"]) >= longest_s
+    (rule,) = manifests["HTTPRoute", "mooli"]["spec"]["rules"]
+    assert seconds(rule["timeouts"]["request"]) > longest_s
+
+
+def test_what_a_replica_keeps_is_on_a_volume_of_its_own(replicas, pod):
+    (container,) = pod["containers"]
+    (claim,) = replicas["volumeClaimTemplates"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    mounts = {item["name"]: item["mountPath"] for item in container["volumeMounts"]}
+    (kept,) = [item["value"] for item in container["env"] if item["name"] == "XDG_CACHE_HOME"]
+    assert mounts[claim["metadata"]["name"]] == kept
+
+
+def test_the_route_leads_to_the_pool_and_the_pool_to_the_picker(manifests):
+    pool = manifests["InferencePool", "mooli"]
+    (rule,) = manifests["HTTPRoute", "mooli"]["spec"]["rules"]
+    (backend,) = rule["backendRefs"]
+    group, _, version = pool["apiVersion"].partition("/")
+    assert (backend["group"], backend["kind"], backend["name"]) == (group, "InferencePool", pool["metadata"]["name"])
+    assert version == "v1" and manifests["HTTPRoute", "mooli"]["apiVersion"] == "gateway.networking.k8s.io/v1"
+    picker = pool["spec"]["endpointPickerRef"]
+    service = manifests["Service", picker["name"]]["spec"]
+    deployment = manifests["Deployment", picker["name"]]["spec"]
+    assert service["selector"] == deployment["template"]["metadata"]["labels"]
+    (container,) = deployment["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    (grpc,) = [port for port in service["ports"] if port["port"] == picker["port"]["number"]]
+    assert ports[grpc["targetPort"]] == grpc["port"]
+    for probe in ("livenessProbe", "readinessProbe"):
+        assert (
+            container[probe]["grpc"]["port"]
+            == ports["grpc-health"]
+            == value_of("--grpc-health-port", container["args"])
+        )
+    assert (
+        f"--pool-name={pool['metadata']['name']}" in container["args"] and f"--pool-group={group}" in container["args"]
+    )
+    (account,) = manifests["RoleBinding", "mooli-picker"]["subjects"]
+    assert ("ServiceAccount", account["name"]) in manifests
+    assert deployment["template"]["spec"]["serviceAccountName"] == account["name"]
+
+
+def picker_plugins() -> dict[str, dict[str, Any]]:
+    config = yaml.safe_load((KUBERNETES / "picker.yaml").read_text(encoding="utf-8"))
+    plugins = {plugin["type"]: plugin.get("parameters", {}) for plugin in config["plugins"]}
+    (profile,) = config["schedulingProfiles"]
+    assert {item["pluginRef"] for item in profile["plugins"]} <= set(plugins)
+    return plugins
+
+
+def test_the_picker_asks_for_gauges_that_every_scrape_has(replicas):
+    """As its index is sized by them: a family without a sample would be an error of each scrape."""
+    plugins = picker_plugins()
+    extractor = plugins["core-metrics-extractor"]
+    (engine,) = extractor["engineConfigs"]
+    label = replicas["template"]["metadata"]["labels"]["llm-d.ai/engine-type"]
+    assert engine["name"] == extractor["defaultEngine"] == label
+    assert plugins["metrics-data-source"]["path"] in OPEN_GETS
+    asked = {value for name, value in engine.items() if name.endswith("Spec")}
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\w+)$", RENDERED, re.MULTILINE))
+    samples = {line.partition("{")[0] for line in RENDERED.splitlines() if not line.startswith("#")}
+    assert len(asked) == 5 and asked <= samples
+    assert {kinds[name] for name in asked} == {"gauge"}
 
 
 # -- Docker ----------------------------------------------------------------------------------------------------------
@@ -241,19 +381,19 @@ def test_the_image_runs_without_root_and_asks_for_its_own_health():
 # -- the words about them --------------------------------------------------------------------------------------------
 def test_the_page_names_files_flags_routes_and_metrics_there_are():
     for name in re.findall(r"^\| `([\w.-]+)` \|", README, re.MULTILINE):
-        assert (DEPLOY / name).is_file()
+        assert (DEPLOY / name).exists()
     assert {path.name for path in DEPLOY.iterdir()} - {"README.md"} <= set(re.findall(r"`([\w.-]+)`", README))
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     assert flags_in(prose.replace("docker stop --time", "")) <= flags()
     families = {line.split()[2] for line in RENDERED.splitlines() if line.startswith("# TYPE ")}
     assert set(METRIC.findall(README)) <= families
-    assert set(re.findall(r"`(/[a-z_/]+)`", README)) == OPEN_GETS
+    assert set(re.findall(r"`(/[a-z_/{}]*)`", README)) == OPEN_GETS
 
 
 def test_keys_come_from_the_variables_that_are_named_everywhere(monkeypatch):
     monkeypatch.setenv("MOOLI_API_KEY", "one")
     monkeypatch.setenv("MOOLI_ADMIN_API_KEY", "two")
-    config = launch._with_environment(ServerConfig())
+    config = launch.with_environment(ServerConfig())
     assert (config.api_key, config.admin_api_key) == ("one", "two")
-    for text in (README, (DEPLOY / "mooli.service").read_text(), (DEPLOY / "kubernetes.yaml").read_text()):
+    for text in (README, (DEPLOY / "mooli.service").read_text(), (KUBERNETES / "mooli.yaml").read_text()):
         assert {"MOOLI_API_KEY", "MOOLI_ADMIN_API_KEY"} <= set(re.findall(r"MOOLI_[A-Z_]*KEY", text))

@@ -1,4 +1,4 @@
-"""What the routes say, word for word: requests and replies as recorded in tests/golden/http.
+"""What the routes say, word for word: requests and replies as recorded in tests/golden/http. Each fits its schema.
 
 Each file is a server and exchanges with it, in order. After an intended change, record the replies anew and read the
 difference:
@@ -10,15 +10,18 @@ A new exchange is written as a request without a reply. Values that differ each 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_engine import says
 from gate import Gate
+from openapi_check import check_answer
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden" / "http"
 
@@ -63,21 +66,32 @@ def exchange(server: Any, gate: Gate, request: dict[str, Any]) -> dict[str, Any]
         gate.open()
     with server.http.stream(request["method"], request["path"], **sent) as reply:
         kept = {name: reply.headers[name] for name in HEADERS if name in reply.headers}
+        fits = functools.partial(check, request, reply)
         record: dict[str, Any] = {"status": reply.status_code, "headers": kept}
         if kept.get("content-type", "").startswith("text/event-stream"):
-            record["events"] = list(events(reply, gate))
+            record["events"] = list(events(reply, gate, fits))
         elif kept.get("content-type") == "application/x-ndjson":
-            record["events"] = list(lines(reply, gate))
+            record["events"] = list(lines(reply, gate, fits))
         else:
             text = reply.read().decode()
             if kept.get("content-type") == "application/json":
-                record["json"] = masked(json.loads(text))
+                value = json.loads(text)
+                fits(value)
+                record["json"] = masked(value)
             else:
+                fits(text)
                 record["text"] = text
     return record
 
 
-def events(reply: Any, gate: Gate) -> Any:
+def check(request: dict[str, Any], reply: Any, value: Any) -> None:
+    """A 200 is as the OpenAPI document says."""
+    if reply.status_code == 200 and request["method"] != "HEAD":
+        path = request["path"].partition("?")[0]
+        check_answer(request["method"], path, reply.headers["content-type"], value)
+
+
+def events(reply: Any, gate: Gate, fits: Callable[[Any], None]) -> Any:
     """The events of a stream, each read before the engine may take the next step: so each shows one token."""
     lines: list[str] = []
     for line in reply.iter_lines():
@@ -89,16 +103,18 @@ def events(reply: Any, gate: Gate) -> Any:
         assert len(names) + 1 == len(lines)
         lines = []
         value = data if data == "[DONE]" else json.loads(data)
+        fits(value)
         yield {"event": names[0], "data": masked(value)} if names else masked(value)
         if shows_token(value):
             gate.let()
     assert not lines
 
 
-def lines(reply: Any, gate: Gate) -> Any:
+def lines(reply: Any, gate: Gate, fits: Callable[[Any], None]) -> Any:
     """The same of a stream whose every line is an object."""
     for line in reply.iter_lines():
         value = json.loads(line)
+        fits(value)
         yield masked(value)
         if not value["done"]:
             gate.let()
@@ -135,4 +151,6 @@ def test_there_is_a_transcript_of_every_route():
         for item in json.loads(file.read_text())["exchanges"]
     }
     paths = {route.path for route in ROUTES if "{" not in route.path}
-    assert paths - recorded == {"/metrics", "/openapi.json"}
+    seen = {"/v1/status", "/v1/logs", "/v1/cache/tree", "/v1/cache/find", "/v1/cache/events"}
+    files = {"/v1/files", "/v1/batches"}
+    assert paths - recorded == {"/docs", "/metrics", "/openapi.json", *seen, *files}

@@ -133,7 +133,7 @@ def test_keys_are_given_in_one_way(keys_file, given, monkeypatch):
         ServerConfig(api_keys_file=keys_file(), **{given: "s3cret"})
     monkeypatch.setenv(f"MOOLI_{given.upper()}", "s3cret")
     with pytest.raises(ConfigError, match=f"MOOLI_{given.upper()}"):
-        launch._with_environment(ServerConfig(api_keys_file=keys_file()))
+        launch.with_environment(ServerConfig(api_keys_file=keys_file()))
 
 
 @pytest.mark.parametrize(("mode", "is_warned"), [(0o600, False), (0o640, False), (0o644, True), (0o602, True)])

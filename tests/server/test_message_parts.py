@@ -53,6 +53,9 @@ class ScriptedLink:
             given = prompt if request.logprob_start == 0 else None
             sink(RequestOutput(request.rid, ids, finish, 9, 9, 3, logprobs=logprobs, prompt_logprobs=given))
 
+    def name_of(self, rid: str) -> str:
+        return rid
+
     def finish(self, request: Any, matched: str) -> None: ...
 
     def drop(self, requests: Any, reason: str) -> None: ...

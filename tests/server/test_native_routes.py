@@ -116,6 +116,7 @@ def test_loads_show_what_runs_and_what_waits(live):
             while next(events)["meta_info"]["completion_tokens"] < 2:
                 pass
             loads = server.http.get("/v1/loads").json()  # the engine hangs in a step: the numbers are the last ones
+            by_rank = server.http.get("/get_load").json()
         gate.open()
     (load,) = loads["loads"]
     assert (load["dp_rank"], load["num_running_reqs"], load["num_waiting_reqs"]) == (0, 1, 1)
@@ -124,6 +125,7 @@ def test_loads_show_what_runs_and_what_waits(live):
     assert load["num_total_tokens"] == load["num_used_tokens"] + len("b>")
     assert load["token_usage"] == load["num_used_tokens"] / load["max_total_num_tokens"]
     assert load["utilization"] == 1.0
+    assert by_rank == [{"dp_rank": 0, "num_reqs": 2, "num_waiting_reqs": 1, "num_tokens": load["num_total_tokens"]}]
     assert load["queues"]["waiting"] == 1
     assert load["memory"]["token_capacity"] == NUM_PAGES * PAGE_SIZE
     assert (load["spec"], load["lora"], load["disagg"]) == (None, None, None)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
+from openapi_check import check_answer
 
+from mooli.server.answer_shapes import ANSWERS
 from mooli.server.app import API_ROUTES, document
 from mooli.server.routing import Access
 
@@ -43,7 +45,9 @@ def test_bodies_name_a_schema_that_is_there():
     schemas = shown["components"]["schemas"]
     for route in API_ROUTES:
         operation = shown["paths"][re.sub(r":\w+\}", "}", route.path)][route.methods[0].lower()]
-        if route.body is None:
+        if route.reads_stream is not None:
+            assert list(operation["requestBody"]["content"]) == [route.reads_stream]
+        elif route.body is None:
             assert "requestBody" not in operation
         else:
             reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
@@ -52,3 +56,31 @@ def test_bodies_name_a_schema_that_is_there():
 
 def test_values_in_paths_are_parameters(paths):
     assert paths["/v1/models/{model_id}"]["get"]["parameters"][0]["name"] == "model_id"
+
+
+def test_every_route_says_what_it_answers_with(paths):
+    refused = {"/api/embed", "/api/embeddings", "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete"}
+    for path, operations in paths.items():
+        for method, operation in operations.items():
+            assert ("content" in operation["responses"]["200"]) == (path not in refused), f"{method} {path}"
+
+
+def test_nothing_is_said_of_routes_that_are_not_there():
+    assert {name.rpartition(" ")[2] for name in ANSWERS} == {route.path for route in API_ROUTES}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "media_type", "value"),
+    [
+        ("POST", "/tokenize", "application/json", {"tokens": [1], "count": "one", "max_model_len": 3}),
+        ("POST", "/v1/chat/completions", "text/event-stream", {"object": "chat.completion.chunk"}),
+        ("POST", "/v1/chat/completions", "text/event-stream", "[NEARLY DONE]"),
+        ("GET", "/v1/cache/events", "text/event-stream", {"type": "missed", "seq": 1}),
+        ("GET", "/v1/models/some/model", "application/json", {}),
+        ("GET", "/v1/status", "text/html", ""),
+    ],
+)
+def test_an_answer_of_another_shape_does_not_fit(method, path, media_type, value):
+    with pytest.raises(AssertionError):
+        check_answer(method, path, media_type, value)
+    check_answer("POST", "/v1/chat/completions", "text/event-stream", "[DONE]")

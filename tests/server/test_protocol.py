@@ -23,6 +23,7 @@ from mooli.server import protocol
 from mooli.server.config import ServerConfig
 from mooli.server.protocol import make_protocol
 from mooli.server.routing import EventStream, Reply
+from mooli.server.traffic import TrafficLog
 
 
 class Body(msgspec.Struct, omit_defaults=True):
@@ -560,10 +561,10 @@ async def no_app(scope, receive, send) -> None:
 @pytest.mark.parametrize(("bytes_per_s", "is_cut"), [(0, True), (1, True), (8 * 1024, True), (64 * 1024, False)])
 def test_what_waits_for_a_client_has_a_least_speed(bytes_per_s, is_cut):
     config = ServerConfig.from_kwargs(write_timeout=5, read_timeout=1e6)
-    service = SimpleNamespace(config=config, metrics=Counts(), is_draining=False)
     clock, buffer = Clock(), Buffer(2 * 2**20)
     application = uvicorn.Config(no_app, interface="asgi3", ws="none", lifespan="off", log_config=None)
-    connection = make_protocol(service)(config=application, server_state=ServerState(), app_state={}, _loop=clock)
+    made = make_protocol(config, TrafficLog(Counts(), config))
+    connection = made(config=application, server_state=ServerState(), app_state={}, _loop=clock)
     connection.connection_made(buffer)
     connection.pause_writing()
     while not buffer.is_cut and buffer.size and clock.now_s < 10_000:

@@ -109,7 +109,8 @@ def test_what_does_not_fit_is_told_before_the_engine_hears_of_a_model(files, key
 
     given = config(files, key, certificate, **arguments)
     with pytest.raises(ConfigError, match=says):
-        asyncio.run(launch._run(given, EngineConfig(model_path="none"), [], Child(), KeyRing(given)))
+        tail = launch.make_log_tail(given)
+        asyncio.run(launch._run(given, EngineConfig(model_path="none"), [], Child(), KeyRing(given), tail))
 
 
 def test_authorities_that_are_none_are_told(files):

@@ -25,6 +25,9 @@ EVERY_ROUTE = [
 ]
 """The real table, with handlers that only say that they were reached."""
 
+POSTS_WITH_AN_ID = {"/v1/batches/{batch_id}/cancel"}
+"""Without a JSON body; nobody guesses such an id."""
+
 SAFE = {"allowed_hosts": None}
 """What a server is without being told anything."""
 
@@ -233,11 +236,14 @@ def test_our_own_benchmark_flushes(live):
 
 def test_every_route_that_changes_something_wants_json_or_the_header():
     """All others are read with a JSON body, whose content type no page sends unasked, have a method that no page sends
-    unasked, or answer questions."""
+    unasked, name what they change by an id that no page knows, or answer questions. Uploads are in test_files."""
     without_json = {route.path for route in ROUTES if route.body is None or not route.needs_body}
     changes = {route.path for route in ROUTES if route.access is Access.ADMIN}
-    assert changes & without_json == {"/flush_cache"}
-    assert {route.methods for route in ROUTES if route.path in without_json - changes} == {("GET",), ("DELETE",)}
+    assert changes & without_json == {"/flush_cache", "/v1/logs"}
+    others = [route for route in ROUTES if route.path in without_json - changes and route.methods == ("POST",)]
+    assert {route.path for route in others if not route.reads_stream and route.body is None} == POSTS_WITH_AN_ID
+    methods = {route.methods for route in ROUTES if route.path in without_json - changes and route.body is None}
+    assert methods == {("GET",), ("DELETE",), ("POST",)}
 
 
 def test_a_page_behind_a_name_of_its_own_cannot_use_a_server_with_chats(live):

@@ -14,12 +14,13 @@ import numpy as np
 
 from constraints import Automaton, Bold, Even, NotTwice, Rule, RuleConstraint, Spelled
 from mooli.batch import SamplingBatch, ScheduleBatch
-from mooli.cache.kv_cache import KVCache
+from mooli.cache.kv_cache import KVCache, StateRoom
 from mooli.engine.core import EngineCore
 from mooli.errors import PromptError
-from mooli.runner.fake import FakeRunner, fake_logits, logprob_row, sample, stored_values
+from mooli.runner.fake import FakeRunner, fake_logits, logprob_row, recurrent_states, sample, stored_values
 from mooli.scheduler.constraint import ConstraintMaker
 from mooli.scheduler.drafts import DraftSettings, ForcedSettings
+from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import FIRST_CONTENT_ID, FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 
@@ -36,7 +37,9 @@ class Setting:
     is_crowded: all requests come at once and want long outputs, so that pages run out while they run. whole_pages:
     cached prefixes are used by the page. drafts: tokens are guessed, and the model has habits that can be guessed.
     num_clients: whose the requests are, in turn. constrained: most requests have a constraint. forced: and what it
-    forces is computed at once.
+    forces is computed at once. background: two of three requests are in the background. num_snapshots: the model has
+    recurrent states, so many of which are kept for others, at least after every `snapshot_pages` pages; None: it has
+    none.
     """
 
     page_size: int
@@ -57,12 +60,25 @@ class Setting:
     num_clients: int = 1
     constrained: bool = False
     forced: ForcedSettings | None = None
+    background: bool = False
+    num_snapshots: int | None = None
+    snapshot_pages: int = 2
+
+    @property
+    def states(self) -> StateRoom | None:
+        if self.num_snapshots is None:
+            return None
+        num_tried = self.drafts.tokens_per_step if self.drafts else 0
+        num_running = min(self.max_running_requests, self.max_batch_tokens % 100000)
+        return StateRoom(num_running, num_tried, self.num_snapshots, self.snapshot_pages * self.page_size)
 
     def engine(
         self, runner: FakeRunner, constraints: ConstraintMaker | None = None
     ) -> tuple[EngineCore, Scheduler, KVCache]:
         granularity = self.page_size if self.whole_pages else 1
-        cache = KVCache(self.num_pages, self.page_size, self.enabled, match_granularity_tokens=granularity)
+        cache = KVCache(
+            self.num_pages, self.page_size, self.enabled, match_granularity_tokens=granularity, states=self.states
+        )
         scheduler = Scheduler(
             cache,
             max_batch_tokens=self.max_batch_tokens,
@@ -181,9 +197,11 @@ def reference(request: Request, setting: Setting, rule: Rule | None = None) -> E
     """The request computed alone, by the meaning of its fields."""
     expected, params = Expected(), request.sampling
     prompt = request.prompt_ids.tolist()
-    has_habits = setting.drafts is not None
+    has_habits, has_states = setting.drafts is not None, setting.num_snapshots is not None
     logits_after = (
-        [_logits(prompt[: i + 1], has_habits) for i in range(len(prompt))] if request.logprob_start is not None else []
+        [_logits(prompt[: i + 1], has_habits, has_states) for i in range(len(prompt))]
+        if request.logprob_start is not None
+        else []
     )
     if request.logprob_start is not None:
         expected.prompt_logprobs = [TokenLogprobs(prompt[request.logprob_start], None)] + [
@@ -199,7 +217,7 @@ def reference(request: Request, setting: Setting, rule: Rule | None = None) -> E
         if len(expected.tokens) == longest:
             expected.finish = FinishReason("length", length=longest)
             break
-        logits = _logits(prompt + expected.tokens, has_habits)
+        logits = _logits(prompt + expected.tokens, has_habits, has_states)
         early = stops if len(expected.tokens) < params.min_new_tokens else frozenset()
         if rule is not None:
             allowed = rule.allowed(expected.tokens)
@@ -216,8 +234,9 @@ def reference(request: Request, setting: Setting, rule: Rule | None = None) -> E
     return expected
 
 
-def _logits(context: list[int], has_habits: bool) -> np.ndarray:
-    logits = fake_logits(stored_values(np.array(context, np.int32), np.arange(len(context), dtype=np.int32)), VOCAB)
+def _logits(context: list[int], has_habits: bool, has_states: bool) -> np.ndarray:
+    values = stored_values(np.array(context, np.int32), np.arange(len(context), dtype=np.int32))
+    logits = fake_logits(np.append(values, recurrent_states(values)[-1]) if has_states else values, VOCAB)
     favoured = habit(context) if has_habits else None
     if favoured is not None:
         logits[favoured] = HABIT_LOGIT
@@ -266,6 +285,9 @@ class Trial:
             num_clients=1 + seed % 3,
             constrained=seed % 5 < 2,
             forced=ForcedSettings(1 + seed % 7, 1 + seed % 11) if seed % 4 else None,
+            background=seed % 7 > 3,
+            num_snapshots=(0, 1, 3, 9, 30)[seed % 5] if seed // 25 % 2 else None,
+            snapshot_pages=1 + seed % 3,
         )
         stem_tokens = 2 * self.setting.page_size + 6
         self.stems = [[self.rng.randrange(VOCAB) for _ in range(self.rng.randint(0, stem_tokens))] for _ in range(3)]
@@ -277,6 +299,7 @@ class Trial:
             next_token=habit if self.setting.drafts is not None else None,
             favoured_logit=HABIT_LOGIT,
             gives_nan=self._gives_nan if self.setting.nan_rate else None,
+            num_states=self.setting.states.num_slots if self.setting.states else 0,
         )
         self.rules: dict[str, Rule | None] = {}
         self.seed = seed
@@ -310,10 +333,13 @@ class Trial:
             self._compare(rid, request)
         assert self.core.flush_cache()
         assert self.cache.num_free == self.cache.num_pages, "pages are missing after everything has ended"
+        num_slots = 0 if self.setting.states is None else self.setting.states.num_slots
+        assert self.cache.num_free_slots == num_slots, "states are missing after everything has ended"
 
     def _add(self, rid: str) -> None:
         request = random_request(self.rng, rid, self.stems, self.setting.is_crowded)
         request.client = f"client {int(rid[1:]) % self.setting.num_clients}"
+        request.is_background = self.setting.background and int(rid[1:]) % 3 > 0
         try:
             self.core.add(request)
         except PromptError:
@@ -336,17 +362,35 @@ class Trial:
         if self.core.abort(rid) if self.rng.random() < 0.5 else self.core.finish(rid, "\n"):
             self.ended_early.add(rid)
 
+    def _waits(self, rid: str) -> bool:
+        state = self.scheduler._states.get(rid)
+        return state is not None and state.pages is None
+
+    def _waiting_states(self) -> list[RequestState]:
+        """Of requests that are not in the background."""
+        return [s for s in self.scheduler._states.values() if s.pages is None and not s.is_background]
+
+    def _is_held(self, state: RequestState) -> bool:
+        return any(hold.holds(state) for hold in self.scheduler._admission.holds)
+
     def _now_running(self) -> set[tuple[str, int]]:
         return {(state.rid, state.num_preemptions) for state in self.scheduler._running.states}
 
     def _before_execute(self, batch: ScheduleBatch) -> Exception | None:
         """While a step is in flight the books must balance, and requests may be ended."""
-        if self.scheduler.last_step.preempted:
-            begun = {rid for rid, _ in self._now_running() - self.running}
-            num_running = Counter(state.request.client for state in self.scheduler._running.states)
-            assert all(num_running[self.requests[rid].client] == 1 for rid in begun), (
+        states = self.scheduler._running.states
+        now = self._now_running()
+        begun = [state for state in states if (state.rid, state.num_preemptions) not in self.running]
+        gave_way = [self.requests[rid] for rid, _ in self.running - now if self._waits(rid)]
+        if any(not request.is_background for request in gave_way):
+            num_running = Counter(state.request.client for state in states if not state.is_background)
+            assert all(state.is_background or num_running[state.request.client] == 1 for state in begun), (
                 "a request of a client that has others running begins in the step in which one gave way"
             )
+            assert not any(state.is_background for state in states), "a request gave way to one in the background"
+        if any(state.is_background for state in begun):
+            assert not gave_way, "a request begins in the background in a step in which one gave way"
+            assert all(self._is_held(state) for state in self._waiting_states()), "it passes one that could begin"
         if batch.copies or self.rng.random() < 0.2:
             self.core.check()
         assert batch.num_tokens <= self.scheduler.max_batch_tokens

@@ -32,7 +32,7 @@ def published_pre_tokenizer(name):
 def trained_byte_level(name, control_first=False):
     """A small byte-level BPE as a model of that family publishes it, trained on the test texts."""
     backend = Backend(models.BPE())
-    if name == "qwen2":
+    if name in ("qwen2", "qwen35"):
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = published_pre_tokenizer(name)
     backend.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def trained_byte_level(name, control_first=False):
         special_tokens=CONTROL if control_first else [],
     )
     backend.train_from_iterator([*TEXTS.values(), "hello world the answer is 42 and 1234"] * 3, trainer)
-    if name in ("llama-bpe", "tekken"):
+    if name in ("llama-bpe", "lfm2", "tekken"):
         # Some words are in the vocabulary but cannot be merged, as in the published files.
         model = json.loads(backend.to_str())["model"]
         merges = [tuple(merge) for merge in model["merges"]][:-100]

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from model_files import demo_path
+from mooli import Engine
 from mooli.backends import create_backend
-from mooli.backends.base import CacheSpec, MemoryInfo, StateLayer
+from mooli.backends.base import CacheSpec, LatentLayer, MemoryInfo
 from mooli.backends.cpu import CpuBackend
 from mooli.backends.reference import ReferenceBackend
 from mooli.config import EngineConfig
 from mooli.engine.build import build_engine
 from mooli.engine.facts import EngineFacts
-from mooli.errors import OutOfMemoryError, UnsupportedModelError
-from mooli.plan import plan_memory, read_model
+from mooli.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
+from mooli.plan import plan_memory, plan_table, read_model
 from variants import require
 
 GIB = 2**30
@@ -64,14 +65,12 @@ def test_a_layer_that_the_backend_cannot_compute_is_refused_before_a_weight_is_r
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(backend: CpuBackend, spec: CacheSpec) -> int:
-        return len(
-            CacheSpec((*spec.layers, StateLayer(((4, 16, 16),))), spec.page_size, spec.dtype).paged_layers("cpu")
-        )
+        return len(CacheSpec((*spec.layers, LatentLayer(576)), spec.page_size, spec.dtype).paged_layers("cpu"))
 
     monkeypatch.setattr(CpuBackend, "kv_bytes_per_page", refuse)
     monkeypatch.setattr(CpuBackend, "load_linear", lambda *arguments, **options: pytest.fail("a weight was read"))
     config = EngineConfig.from_kwargs(model_path=str(folder), load_format="dummy", device="cpu", num_threads=1)
-    with pytest.raises(UnsupportedModelError, match=r"layer 2 of this model keeps a recurrent state.*cpu"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 2 of this model keeps a latent.*cpu"):
         build_engine(config, folder)
 
 
@@ -175,3 +174,53 @@ def test_a_plan_says_what_an_engine_has(
     config = SMALL | {"torch_dtype": stored, "tie_word_embeddings": is_tied, "attention_bias": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     planned_and_built(tmp_path, monkeypatch, **settings)
+
+
+RECURRENT = {
+    "architectures": ["Lfm2ForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "layer_types": ["conv", "full_attention", "conv"],
+    "eos_token_id": 127,
+}
+
+
+def test_an_engine_of_recurrent_layers_goes_on_from_its_own_answers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(RECURRENT))
+    settings: dict[str, Any] = {"load_format": "dummy", "skip_tokenizer_init": True, "num_threads": 1}
+    settings |= {"max_total_tokens": 1024, "random_seed": 3}
+    prompt = [(7 * i + 3) % 120 for i in range(70)]
+    sampling = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    with Engine(model_path=str(tmp_path), **settings) as engine:
+        facts = engine.get_server_info()
+        assert facts["state_bytes"] == 2 * 4 * 2 * 64 and facts["num_state_slots"] > facts["max_running_requests"]
+        first = engine.generate(input_ids=prompt, sampling_params=sampling)
+        again = engine.generate(input_ids=prompt, sampling_params=sampling)
+        longer = [*prompt, *first["output_ids"], 5, 6]
+        second = engine.generate(input_ids=longer, sampling_params=sampling)
+        assert engine.flush_cache()
+        cold = engine.generate(input_ids=longer, sampling_params=sampling)
+    assert again["output_ids"] == first["output_ids"]
+    assert again["meta_info"]["cached_tokens"] == 64, "as far as its last whole page"
+    assert second["meta_info"]["cached_tokens"] == 81, "all that was computed"
+    assert (cold["meta_info"]["cached_tokens"], cold["output_ids"]) == (0, second["output_ids"])
+
+
+def test_what_recurrent_layers_cannot_do_is_refused_by_name(tmp_path: Path, folder: Path) -> None:
+    recurrent = tmp_path / "recurrent"
+    recurrent.mkdir()
+    (recurrent / "config.json").write_text(json.dumps(RECURRENT))
+    config, _ = read_model(str(recurrent))
+    with pytest.raises(ConfigError, match="layers of lfm2 keep a recurrent state"):
+        plan_memory(config, 4 * GIB, tp=2)
+    plan = plan_memory(config, 4 * GIB)
+    assert plan.state_bytes == 1024 and plan.num_states > 48
+    assert "states" in plan_table(plan) and "states" not in plan_table(plan_memory(read_model(str(folder))[0], 4 * GIB))
+    settings = {"load_format": "dummy", "device": "cpu", "num_threads": 1, "state_cache_fraction": 0.3}
+    with pytest.raises(ConfigError, match=r"state_cache_fraction=0.3 is of no use"):
+        build_engine(EngineConfig.from_kwargs(model_path=str(folder), **settings), folder)

@@ -76,7 +76,10 @@ SHORT_SENTENCES = (
     *(f"docs/{name}.md" for name in ("architecture", "cpu_backend", "extending", "add_a_model", "add_a_backend")),
     *(
         f"docs/{name}.md"
-        for name in ("benchmarking", "ascend", "figures", "serving", "compatibility", "lang", "agents")
+        for name in (
+            *("benchmarking", "ascend", "figures", "serving", "compatibility", "lang", "agents", "batch", "page"),
+            *("install", "commands", "scale"),
+        )
     ),
 )
 

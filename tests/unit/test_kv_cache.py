@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mooli.batch import PageCopy
-from mooli.cache.kv_cache import Admission, KVCache, MatchEnd, MissReason, RequestPages
+from mooli.cache.kv_cache import Admission, KVCache, MatchEnd, MissReason, RequestPages, StateRoom
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import token_key
 from mooli.errors import ConfigError, EngineError
@@ -316,3 +316,120 @@ def _end_of(cache: KVCache, *token_ids: int, max_matched: int | None = None) -> 
     cache.check([admission.held])
     cache.discard(admission.held)
     return admission.end
+
+
+# -- recurrent states --------------------------------------------------------------------------------------------------
+def with_states(num_pages: int = 16, *, snapshots: int = 4, every: int = 64) -> KVCache:
+    return KVCache(
+        num_pages, 4, states=StateRoom(num_running=3, num_tried=2, num_snapshots=snapshots, every_tokens=every)
+    )
+
+
+def begun(cache: KVCache, *token_ids: int) -> Admission:
+    admission = cache.admit("", key(*token_ids), max_matched=len(token_ids) - 1, most_tokens=len(token_ids))
+    assert admission is not None
+    return admission
+
+
+def computed(cache: KVCache, admission: Admission, *token_ids: int) -> list[int]:
+    """The request computes all its tokens in a step, and ends. After how many of them states were kept."""
+    held = admission.held
+    kept = cache.begin_step(held, admission.num_matched, len(token_ids) - admission.num_matched, 0)
+    assert cache.end_step(held, len(token_ids))
+    first = held.num_shared * cache.page_size
+    cache.release(held, key(*token_ids[first:]))
+    cache.check([])
+    return [admission.num_matched + count for count, _ in kept]
+
+
+def test_a_match_ends_at_the_deepest_snapshot_whose_state_is_copied() -> None:
+    cache = with_states()
+    assert computed(cache, begun(cache, *range(10)), *range(10)) == [8], "a page less than all that could be asked"
+    assert cache.num_snapshots == 2, "and that of the end"
+    longer = begun(cache, *range(10), 50)
+    assert (longer.num_matched, longer.end.reason) == (10, None)
+    assert [copy.target for copy in longer.state_copies] == [longer.held.state]
+    assert longer.state_copies[0].source != longer.held.state, "copied, never shared"
+    cache.discard(longer.held)
+    again = begun(cache, *range(10))
+    assert (again.num_matched, again.end) == (8, MatchEnd(8, MissReason.NO_STATE))
+    cache.discard(again.held)
+    other = begun(cache, *range(7), 60, 61)
+    assert (other.num_matched, other.end) == (0, MatchEnd(0, MissReason.NO_STATE)), "pages alone are of no use"
+    assert computed(cache, other, *range(7), 60, 61) == [4, 8], "it keeps what it has in common with others"
+    third = begun(cache, *range(5), 70)
+    assert third.num_matched == 4
+    cache.discard(third.held)
+    cache.flush()
+    assert (cache.num_snapshots, cache.num_free_slots, cache.num_free) == (0, 9, 16)
+    cache.check([])
+
+
+def test_the_snapshot_used_least_recently_makes_room_and_its_pages_stay() -> None:
+    cache = with_states(snapshots=2)
+    computed(cache, begun(cache, *range(6)), *range(6))  # at 4 and 6
+    cache.discard(begun(cache, *range(4), 80).held)  # that of 4 is used
+    computed(cache, begun(cache, 90, 91), 90, 91)
+    assert (cache.num_snapshots, cache.num_dropped_snapshots, cache.num_tree_pages) == (2, 1, 3)
+    assert begun(cache, *range(6), 80).num_matched == 4
+    none = with_states(snapshots=0)
+    assert computed(none, begun(none, *range(9)), *range(9)) == []
+    assert begun(none, *range(9)).num_matched == 0
+
+
+def test_snapshots_go_with_their_pages() -> None:
+    cache = with_states()
+    computed(cache, begun(cache, *range(14)), *range(14))
+    assert cache.num_snapshots == 2
+    cache.evict(1)
+    cache.check([])
+    assert cache.num_snapshots == 1, "the last page had the state of the end"
+    assert begun(cache, *range(14)).num_matched == 12
+
+
+def test_a_state_after_right_guesses_is_kept_and_those_after_wrong_ones_are_not() -> None:
+    cache = with_states()
+    admission = begun(cache, 1, 2, 3)
+    held, first = admission.held, admission.held.state
+    cache.begin_step(held, 0, 3, 0)
+    assert cache.end_step(held, 3) and held.state == first
+    tried = dict(cache.begin_step(held, 3, 3, 2))
+    assert sorted(tried) == [1, 2], "after the known token, and after the first guess"
+    assert cache.end_step(held, 5)
+    assert held.state == tried[2] and first not in held.slots
+    cache.check([held])
+    cache.begin_step(held, 5, 3, 0)
+    assert not cache.end_step(held, 6), "nothing was kept there: the request must begin again"
+    cache.discard(held)
+    cache.check([])
+
+
+def test_snapshots_of_a_request_with_nan_are_forgotten_where_others_have_computed_the_pages() -> None:
+    cache = with_states()
+    computed(cache, begun(cache, *range(8), 9), *range(8), 9)
+    bad = begun(cache, *range(4), 7, 7)
+    assert bad.num_matched == 0
+    cache.begin_step(bad.held, 0, 6, 0)
+    cache.end_step(bad.held, 6)
+    cache.insert(bad.held, key(*range(4)))
+    assert begun(cache, *range(4), 30).num_matched == 4
+    cache.forget(bad.held)
+    assert begun(cache, *range(4), 31).num_matched == 0
+    assert begun(cache, *range(8), 30).num_matched == 8, "what others gave stays"
+
+
+def test_what_a_page_is_continued_with_keeps_the_snapshot_inside_it() -> None:
+    cache = with_states(snapshots=8)
+    computed(cache, begun(cache, *range(6)), *range(6))
+    computed(cache, begun(cache, *range(6), 50, 51, 52), *range(6), 50, 51, 52)
+    assert begun(cache, *range(6), 60).num_matched == 6
+
+
+def test_whole_pages_need_states_at_their_ends() -> None:
+    cache = KVCache(8, 4, match_granularity_tokens=4, states=StateRoom(3, 0, 8, 4))
+    computed(cache, begun(cache, *range(10)), *range(10))
+    assert begun(cache, *range(10), 50).num_matched == 8
+    with pytest.raises(ConfigError, match="inside pages of 4"):
+        KVCache(8, 4, states=StateRoom(3, 0, 8, 6))
+    with pytest.raises(ConfigError, match="no slot"):
+        KVCache(8, 4, states=StateRoom(0, 0, 8, 4))

@@ -84,8 +84,11 @@ class Pair:
         for link in self._links:
             link.finish(request, matched)
 
-    async def ask(self, question: str, timeout_s: float) -> Any:
-        answers = [await link.ask(question, timeout_s) for link in self._links]
+    def name_of(self, rid: str) -> str | None:
+        return next(filter(None, (link.name_of(rid) for link in self._links)), None)
+
+    async def ask(self, question: str, timeout_s: float, **details: Any) -> Any:
+        answers = [await link.ask(question, timeout_s, **details) for link in self._links]
         return {name: sum(answer[name] for answer in answers) for name in answers[0]}
 
 
@@ -234,7 +237,25 @@ def test_questions_are_answered_between_steps(on_link):
         assert (await link.ask("stats", 30))["free_pages"] == NUM_PAGES * num_engines
         with pytest.raises(EngineError, match="'weather'"):
             await link.ask("weather", 30)
+        with pytest.raises(EngineError, match="'requests'"):
+            await link.ask("requests", 30, least=3)
         assert link.facts.num_pages == NUM_PAGES
+
+    on_link(test)
+
+
+def test_answers_call_open_requests_by_their_names(on_link):
+    async def test(link: Link) -> None:
+        if isinstance(link, Pair):
+            return
+        heard = Heard()
+        link.submit([request("mine", max_new_tokens=50)], [heard])
+        name = link.name_of("mine")
+        assert name is not None
+        told = await link.ask("requests", 30, most=10)
+        assert [row[0] for row in told] in ([name], [])  # it may have ended
+        assert link.name_of("another") is None
+        link.abort(["mine"], "enough")
 
     on_link(test)
 

@@ -39,6 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": 32, "use_bias": True},
     "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
     "hunyuan_v1_dense": {"head_dim": 32},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
 }
 GGUF_NAMES = {"mistral": "llama", "hunyuan_v1_dense": "hunyuan-dense"}
 """Where they differ from the family's."""
@@ -57,7 +58,8 @@ def tiny_model(family: str, **changes: Any) -> Any:
 
 
 def weights(model: Any) -> dict[str, np.ndarray]:
-    return {name: value.float().numpy() for name, value in model.state_dict().items()}
+    found = {name: value.float().numpy() for name, value in model.state_dict().items()}
+    return {name: value.squeeze(1) if value.ndim == 3 else value for name, value in found.items()}
 
 
 def used(model: Any) -> dict[str, np.ndarray]:
@@ -104,6 +106,18 @@ TO_GGUF = {
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.query_layernorm": "attn_q_norm",
     "self_attn.key_layernorm": "attn_k_norm",
+    "model.embedding_norm": "token_embd_norm",
+    "operator_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "self_attn.out_proj": "attn_output",
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
+    "conv.conv": "shortconv.conv",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.out_proj": "shortconv.out_proj",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -127,8 +141,13 @@ def write_gguf(path: Path, model: Any, architecture: str, *, quantize: str = "F3
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "lfm2":
+        writer.add_head_count_kv([config.num_key_value_heads * (kind != "conv") for kind in config.layer_types])
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if config.model_type == "granite":
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
@@ -142,7 +161,8 @@ def write_gguf(path: Path, model: Any, architecture: str, *, quantize: str = "F3
             continue
         if architecture in PAIRED_BY_CONVERTERS and ("q_proj" in name or "k_proj" in name):
             value = interleaved(value, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
-        kind = gguf.GGMLQuantizationType[quantize if value.ndim == 2 else "F32"]
+        is_linear = value.ndim == 2 and "conv.conv" not in name
+        kind = gguf.GGMLQuantizationType[quantize if is_linear else "F32"]
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(value), kind), raw_dtype=kind)
     for name, value in extra.items():
         writer.add_tensor(name, value)
@@ -160,7 +180,7 @@ def test_a_gguf_file_of_every_family_gives_the_weights_before_conversion(tmp_pat
     config, checkpoint = open_model(path)
     assert config.tie_word_embeddings == model.config.tie_word_embeddings
     assert config.qkv_bias == ("model.layers.0.self_attn.q_proj.bias" in model.state_dict())
-    assert config.qk_norm == (family in ("qwen3", "hunyuan_v1_dense"))
+    assert config.qk_norm == (family in ("qwen3", "hunyuan_v1_dense", "lfm2"))
     assert config.unrotated == ((3,) if family == "smollm3" else ())
     expected = used(model)
     for name in config.tensors():

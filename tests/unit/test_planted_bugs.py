@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from core_trials import Trial, run_trial
 
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, TokenMasks
-from mooli.cache.kv_cache import KVCache, RequestPages
+from mooli.cache.kv_cache import Admission, Given, KVCache, RequestPages
 from mooli.cache.radix_tree import TOKEN_BYTES, Insertion, Match, Node, RadixTree, token_key
 from mooli.scheduler import batch_builder
+from mooli.scheduler import running as running_room
 from mooli.scheduler.admission import AdmissionControl, PrefixWaits
 from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
 from mooli.scheduler.constraint import Constrained
@@ -148,7 +151,7 @@ def cow_copies_too_little(patch: pytest.MonkeyPatch) -> None:
 
 def cow_copies_too_much(patch: pytest.MonkeyPatch) -> None:
     """One token more than matched is taken from the source and counted as computed."""
-    original = KVCache.match
+    original = KVCache.agreeing
 
     def match(cache: KVCache, namespace: str, key: bytes, max_tokens: int) -> Match:
         found = original(cache, namespace, key, max_tokens)
@@ -157,14 +160,14 @@ def cow_copies_too_much(patch: pytest.MonkeyPatch) -> None:
             found.head_tokens += 1
         return found
 
-    patch.setattr(KVCache, "match", match)
+    patch.setattr(KVCache, "agreeing", match)
 
 
 def cow_source_unlocked(patch: pytest.MonkeyPatch) -> None:
     """The page to copy from may be evicted, and written, in the step that copies it."""
     original = KVCache.open
 
-    def open_unlocked(cache: KVCache, match: Match, given: set[int] | None = None) -> RequestPages:
+    def open_unlocked(cache: KVCache, match: Match, given: Given | None = None) -> RequestPages:
         held = original(cache, match, given)
         cache.drop_copy_source(held)
         return held
@@ -203,8 +206,8 @@ def insert_last_sampled_token(patch: pytest.MonkeyPatch) -> None:
 
 def namespace_ignored(patch: pytest.MonkeyPatch) -> None:
     """Tenants share pages. Outputs stay the same, as the fake model has one KV for all."""
-    original = KVCache.match
-    patch.setattr(KVCache, "match", lambda cache, _, key, max_tokens: original(cache, "", key, max_tokens))
+    original = KVCache.agreeing
+    patch.setattr(KVCache, "agreeing", lambda cache, _, key, max_tokens: original(cache, "", key, max_tokens))
 
 
 def failed_step_kept(patch: pytest.MonkeyPatch) -> None:
@@ -489,7 +492,20 @@ def constraint_told_of_wrong_drafts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Acceptance, "take", take)
 
 
+def background_passes_others(patch: pytest.MonkeyPatch) -> None:
+    """What waits in the background begins though another request waits that could."""
+    original = AdmissionControl.admit_waiting
+    patch.setattr(AdmissionControl, "admit_waiting", lambda admission, plan: [original(admission, plan)] != [])
+
+
+def background_keeps_its_rank(patch: pytest.MonkeyPatch) -> None:
+    """The oldest goes first under lack of pages, in the background or not."""
+    patch.setattr(running_room, "_rank", lambda state: state.rank[1:])
+
+
 BUGS: list[Plant] = [
+    background_passes_others,
+    background_keeps_its_rank,
     masks_of_the_last_step,
     masks_one_row_off,
     constraint_lost_by_preemption,
@@ -538,6 +554,85 @@ DRAFT_BUGS: list[Plant] = [
 ]
 
 
+def state_not_copied(patch: pytest.MonkeyPatch) -> None:
+    """A request that begins on a snapshot goes on from what its slot held before."""
+    original = KVCache.admit
+
+    def admit(cache: KVCache, *args: Any, **kwargs: Any) -> Admission | None:
+        admission = original(cache, *args, **kwargs)
+        return admission and replace(admission, state_copies=[])
+
+    patch.setattr(KVCache, "admit", admit)
+
+
+def pages_used_without_a_state(patch: pytest.MonkeyPatch) -> None:
+    original = KVCache._usable
+
+    def usable(cache: KVCache, match: Match) -> tuple[Match, int]:
+        return match, original(cache, match)[1]
+
+    patch.setattr(KVCache, "_usable", usable)
+
+
+def state_of_wrong_drafts_kept(patch: pytest.MonkeyPatch) -> None:
+    original = KVCache.end_step
+
+    def end_step(cache: KVCache, held: RequestPages, num_computed: int) -> bool:
+        return original(cache, held, held.state_tokens)
+
+    patch.setattr(KVCache, "end_step", end_step)
+
+
+def snapshot_a_token_late(patch: pytest.MonkeyPatch) -> None:
+    original = RadixTree.keep_state
+
+    def keep_state(tree: RadixTree, node: Node, num_back: int, slot: int) -> bool:
+        return original(tree, node, max(0, num_back - 1), slot)
+
+    patch.setattr(RadixTree, "keep_state", keep_state)
+
+
+def states_not_moved_by_a_split(patch: pytest.MonkeyPatch) -> None:
+    original = RadixTree._move_states
+
+    def move(tree: RadixTree, node: Node, states: dict[int, int], by: int) -> None:
+        original(tree, node, states, max(0, by))
+
+    patch.setattr(RadixTree, "_move_states", move)
+
+
+def states_of_evicted_pages_leak(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RadixTree, "take_lost_states", lambda tree: [])
+
+
+def snapshots_beyond_their_room(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCache, "_make_room_for_snapshot", lambda cache: cache.num_free_slots > 1)
+
+
+def state_freed_and_kept(patch: pytest.MonkeyPatch) -> None:
+    original = KVCache.release
+
+    def release(cache: KVCache, held: RequestPages, key: bytes) -> None:
+        slot = held.state
+        original(cache, held, key)
+        if slot in cache._tree.snapshots:
+            cache._slots.free([slot])
+
+    patch.setattr(KVCache, "release", release)
+
+
+STATE_BUGS: list[Plant] = [
+    state_not_copied,
+    pages_used_without_a_state,
+    state_of_wrong_drafts_kept,
+    snapshot_a_token_late,
+    states_not_moved_by_a_split,
+    states_of_evicted_pages_leak,
+    snapshots_beyond_their_room,
+    state_freed_and_kept,
+]
+
+
 def first_failing_trial(seeds: Iterable[int]) -> int | None:
     """The first seed whose trial fails, by whatever rule."""
     for seed in seeds:
@@ -557,5 +652,12 @@ def test_random_trials_catch(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("plant", DRAFT_BUGS, ids=lambda plant: plant.__name__)
 def test_random_trials_with_drafts_catch(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = [seed for seed in range(4 * MAX_TRIALS) if Trial(seed).setting.drafts is not None]
+    plant(monkeypatch)
+    assert first_failing_trial(seeds) is not None, f"{plant.__name__} was not caught in {len(seeds)} trials"
+
+
+@pytest.mark.parametrize("plant", STATE_BUGS, ids=lambda plant: plant.__name__)
+def test_random_trials_with_recurrent_states_catch(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = [seed for seed in range(2 * MAX_TRIALS) if Trial(seed).setting.num_snapshots is not None]
     plant(monkeypatch)
     assert first_failing_trial(seeds) is not None, f"{plant.__name__} was not caught in {len(seeds)} trials"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mooli import ConfigError, OutOfMemoryError
-from mooli.engine.pool_size import GIB, PoolNeeds, context_for, num_pool_pages
+from mooli.engine.pool_size import GIB, PoolNeeds, context_for, num_pool_pages, state_room
 
 PAGE = {"bytes_per_page": 2**20, "page_size": 16}
 
@@ -113,3 +115,41 @@ def test_weights_and_pool_never_exceed_their_share(available, weights, fraction,
     assert pages * 16 >= min(context, 256)
     limit = fraction * available if fraction is not None else available - max(GIB, available // 10)
     assert weights + pages * page_bytes <= limit
+
+
+def test_states_take_their_share_before_pages() -> None:
+    plain = needs(available_bytes=16 * GIB, weight_bytes=4 * GIB, max_running_requests=8)
+    assert state_room(plain) is None
+    hybrid = replace(plain, state_bytes=16 * 2**20, num_tried=8)
+    room = state_room(hybrid)
+    assert room is not None
+    assert (room.num_running, room.num_tried) == (8, 8)
+    assert room.num_snapshots * hybrid.state_bytes == GIB * 6 // 8, "an eighth of what pool and states take"
+    pages = num_pool_pages(replace(hybrid, mem_fraction_static=0.625))
+    assert (pages + 16 * (len_of(replace(hybrid, mem_fraction_static=0.625)))) == 6 * 1024, "together all of it"
+    assert room.every_tokens == 4 * 16 * 16, "a state every four times as many bytes of pages"
+    small = state_room(replace(hybrid, state_bytes=2**10))
+    assert small is not None and small.every_tokens == 256
+    none = state_room(replace(hybrid, snapshot_share=0.0))
+    assert none is not None and none.num_snapshots == 0
+
+
+def len_of(given: PoolNeeds) -> int:
+    room = state_room(given)
+    assert room is not None
+    return room.num_slots
+
+
+def test_fewer_requests_run_where_their_states_would_take_most_of_the_memory() -> None:
+    given = needs(available_bytes=8 * GIB, weight_bytes=2 * GIB, max_running_requests=48, state_bytes=128 * 2**20)
+    room = state_room(given)
+    assert room is not None and 1 < room.num_running < 48
+    assert num_pool_pages(given) > 0
+    huge = replace(given, state_bytes=4 * GIB)
+    with pytest.raises(OutOfMemoryError, match="recurrent states 4"):
+        num_pool_pages(huge)
+
+
+def test_a_pool_in_tokens_has_some_snapshots_however_small() -> None:
+    room = state_room(needs(max_total_tokens=64, state_bytes=2**22))
+    assert room is not None and room.num_snapshots == 8

@@ -68,6 +68,7 @@ SETTINGS = st.builds(
     priorities=st.booleans(),
     num_clients=st.integers(1, 3),
     constrained=st.booleans(),
+    background=st.booleans(),
     forced=st.none() | st.builds(ForcedSettings, st.integers(1, 9), st.integers(1, 12)),
 )
 

@@ -316,14 +316,14 @@ def test_a_follower_is_not_looked_up_again_before_its_whole_prefix_is_there(monk
     bench.step()
     bench.step()
     looked_up = 0
-    match = bench.cache.match
+    match = bench.cache.agreeing
 
     def counted(namespace: str, key: bytes, max_tokens: int) -> Any:
         nonlocal looked_up
         looked_up += 1
         return match(namespace, key, max_tokens)
 
-    monkeypatch.setattr(bench.cache, "match", counted)
+    monkeypatch.setattr(bench.cache, "agreeing", counted)
     for _ in range(6):
         bench.step()
     assert (bench.scheduler.num_running, bench.scheduler.num_waiting) == (1, 1)

@@ -257,7 +257,7 @@ LONG = ["e\u0301" * 3000, "가" * 3000, " " * 5000, "\n" * 999, "a" * 5000, "<|i
 LONG += [jamo * 1000 for jamo in ("\u1112\u1161\u11ab", "\u1fb3\u0342", "u\u031b\u0323")]
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "smollm", "tekken"])
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "qwen35", "smollm", "tekken"])
 def test_no_text_has_fewer_tokens_than_is_said(tmp_path, name):
     for tokenizer in (
         load_tokenizer(write_folder(tmp_path, trained_byte_level(name))),

@@ -7,6 +7,7 @@ the meaning of every operation; the others are tested against it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
+from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
 from mooli.errors import ConfigError, UnsupportedModelError
 from mooli.tensor import RawTensor
 
@@ -36,7 +37,8 @@ Weight = Any
 class RopeSpec:
     """Rotary position embedding, rotate-half convention: pairs (i, i + head_dim / 2).
 
-    inv_freq: float64 (head_dim / 2,), radians per position, scaling (Llama 3, linear) already applied.
+    inv_freq: float64, radians per position, scaling (Llama 3, linear) already applied. There are head_dim / 2, or n
+    fewer: then only the first 2 n values of a head are rotated, as a head of that length.
     Source: Su et al., RoFormer, arXiv 2104.09864.
     """
 
@@ -59,6 +61,29 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaSpec:
+    """A recurrence that forgets and corrects, with a matrix (key_dim, value_dim) of state for each head of values.
+
+    A packed row is [queries | keys | values] of num_key_heads * key_dim twice, and of values. key_heads: for each head
+    of values, which head of queries and keys it goes with. Source: Gated DeltaNet, arXiv 2412.06464.
+    """
+
+    num_key_heads: int
+    key_dim: int
+    value_dim: int
+    key_heads: tuple[int, ...]
+
+    @property
+    def num_heads(self) -> int:
+        """Of values."""
+        return len(self.key_heads)
+
+    @property
+    def row_width(self) -> int:
+        return 2 * self.num_key_heads * self.key_dim + self.num_heads * self.value_dim
+
+
+@dataclass(frozen=True, slots=True)
 class PagedLayer:
     """Keeps keys and values of every token, in pages. `window` > 0: nothing that is attended there looks back on more
     than the last `window` positions, so that pages further back are read by nobody; 0: on all."""
@@ -78,10 +103,22 @@ class LatentLayer:
 
 @dataclass(frozen=True, slots=True)
 class StateLayer:
-    """Keeps float32 arrays of these shapes for each sequence, and nothing of its tokens: a recurrence. No backend
-    computes it yet. Source: Gated DeltaNet, arXiv 2412.06464; Mamba 2, arXiv 2405.21060."""
+    """Keeps float32 arrays for each sequence, and nothing of its tokens: a recurrence, computed token by token.
 
-    shapes: tuple[tuple[int, ...], ...]
+    conv: (columns, channels), the last inputs of a causal convolution of one column more. delta: (heads, key_dim,
+    value_dim) of `DeltaSpec`; None where there is only a convolution.
+    """
+
+    conv: tuple[int, int]
+    delta: tuple[int, int, int] | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return (self.conv,) if self.delta is None else (self.conv, self.delta)
+
+    @property
+    def num_values(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
 
 
 CacheLayer = PagedLayer | LatentLayer | StateLayer
@@ -101,41 +138,49 @@ class CacheSpec:
     dtype: str
 
     @property
-    def page_groups(self) -> dict[int, tuple[int, ...]]:
-        """Window to indices of its layers (0: they need all): pages of one group's layers can be given up together.
+    def numbers(self) -> tuple[int, ...]:
+        """Of each layer its number among those of its kind, from 0: pages and states have memories of their own."""
+        counts: dict[type[CacheLayer], int] = {}
+        numbers = []
+        for layer in self.layers:
+            counts[type(layer)] = counts.get(type(layer), 0) + 1
+            numbers.append(counts[type(layer)] - 1)
+        return tuple(numbers)
 
-        A page of any group holds `page_size` tokens. `KVCache` gives one number to the same tokens in all groups.
-        """
-        groups: dict[int, tuple[int, ...]] = {}
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, StateLayer):
-                window = layer.window if isinstance(layer, PagedLayer) else 0
-                groups[window] = (*groups.get(window, ()), index)
-        return groups
+    @property
+    def state_layers(self) -> tuple[StateLayer, ...]:
+        return tuple(layer for layer in self.layers if isinstance(layer, StateLayer))
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one slot, on every backend: what all layers keep of one sequence besides pages. 0 for most models."""
+        return 4 * sum(layer.num_values for layer in self.state_layers)
 
     def paged_layers(self, backend_name: str) -> tuple[PagedLayer, ...]:
-        """The layers, for a backend that keeps keys and values and nothing else.
+        """The layers of which pages are made.
 
-        Raises UnsupportedModelError, naming the kind, if there are others; ConfigError if there are none.
+        Raises UnsupportedModelError, naming the kind, if there are some that no backend keeps; ConfigError if there are
+        none.
         """
         paged = tuple(layer for layer in self.layers if isinstance(layer, PagedLayer))
         if not paged:
             raise ConfigError("a cache without layers: declare one for each attention of the model")
-        if len(paged) < len(self.layers):
-            index = next(index for index, layer in enumerate(self.layers) if not isinstance(layer, PagedLayer))
-            kind = "a latent" if isinstance(self.layers[index], LatentLayer) else "a recurrent state"
-            raise UnsupportedModelError(
-                f"layer {index} of this model keeps {kind} ({self.layers[index]}), which the {backend_name} backend"
-                " cannot compute: use a model whose layers all keep keys and values"
-            )
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, LatentLayer):
+                raise UnsupportedModelError(
+                    f"layer {index} of this model keeps a latent ({layer}), which the {backend_name} backend cannot"
+                    " compute: use a model whose layers all keep keys and values"
+                )
         return paged
 
 
-def check_attention(layers: Sequence[PagedLayer], layer: int, spec: AttentionSpec) -> None:
+def check_attention(layers: Sequence[CacheLayer], layer: int, spec: AttentionSpec) -> None:
     """Raise ConfigError if layer `layer` does not keep what `spec` attends to."""
     if not 0 <= layer < len(layers):
         raise ConfigError(f"attention in layer {layer} of a KV pool of {len(layers)} layers: declare it")
     kept = layers[layer]
+    if not isinstance(kept, PagedLayer):
+        raise ConfigError(f"attention in layer {layer}, which keeps {kept}: declare it to keep keys and values")
     if (spec.num_kv_heads, spec.head_dim) != (kept.num_kv_heads, kept.head_dim):
         raise ConfigError(
             f"attention with {spec.num_kv_heads} kv heads of {spec.head_dim} in layer {layer}, which keeps "
@@ -146,6 +191,22 @@ def check_attention(layers: Sequence[PagedLayer], layer: int, spec: AttentionSpe
         raise ConfigError(
             f"attention to {looks} positions in layer {layer}, which keeps the last {kept.window}: declare no window"
         )
+
+
+def check_conv(layers: Sequence[CacheLayer], layer: int, num_columns: int, num_channels: int) -> None:
+    """Raise ConfigError if layer `layer` does not keep what a convolution of so many columns needs."""
+    kept = layers[layer] if 0 <= layer < len(layers) else None
+    if not isinstance(kept, StateLayer) or kept.conv != (num_columns - 1, num_channels):
+        raise ConfigError(
+            f"a convolution of {num_columns} columns and {num_channels} channels in layer {layer}, which keeps {kept}"
+        )
+
+
+def check_delta(layers: Sequence[CacheLayer], layer: int, spec: DeltaSpec) -> None:
+    """Raise ConfigError if layer `layer` does not keep the state of `spec`."""
+    kept = layers[layer] if 0 <= layer < len(layers) else None
+    if not isinstance(kept, StateLayer) or kept.delta != (spec.num_heads, spec.key_dim, spec.value_dim):
+        raise ConfigError(f"{spec} in layer {layer}, which keeps {kept}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +223,13 @@ class MemoryInfo:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The largest step a runner will ever be given; backends size their buffers by it."""
+    """The largest step a runner will ever be given; backends size their buffers by it. num_states: slots of recurrent
+    states, in all."""
 
     max_tokens: int
     max_rows: int
     max_pages_per_row: int
+    num_states: int = 0
 
 
 class Ops(Protocol):
@@ -205,6 +268,37 @@ class Ops(Protocol):
 
         layer: index into `CacheSpec.layers`. See `check_attention`.
         """
+        ...
+
+    def short_conv(self, batch: Any, layer: int, x: Array, weight: Weight) -> Array:
+        """c * conv(b * u) of rows [b | c | u]: (T, 3 C) to (T, C), with a weight of `load_conv`.
+
+        A causal convolution of each channel over the tokens of its row, those before the step included: of them the
+        layer's state has the last inputs, which it goes on from and leaves as `ScheduleBatch.state_slots` says. Token
+        by token, so that no bit depends on how a prompt is cut. Source: LFM2 technical report, arXiv 2511.23404.
+        """
+        ...
+
+    def causal_conv(self, batch: Any, layer: int, x: Array, weight: Weight) -> Array:
+        """silu(conv(x)): (T, C) to (T, C), otherwise like `short_conv`."""
+        ...
+
+    def delta_rule(self, batch: Any, layer: int, qkv: Array, gates: Array, weight: Weight, spec: DeltaSpec) -> Array:
+        """The gated delta rule: packed rows (T, spec.row_width) to (T, num_heads * value_dim).
+
+        gates: (T, 2 * num_heads), b and a. weight: of `load_delta`. Queries and keys are divided by their lengths,
+        sqrt(sum of squares + 1e-6), and queries by sqrt(key_dim). With beta = sigmoid(b) and g = decay * softplus(a +
+        dt_bias): S <- e^g S; S <- S + k (beta (v - S^T k))^T; the output is S^T q. S is the layer's state, as in
+        `short_conv`.
+        """
+        ...
+
+    def gated_norm(self, x: Array, gate: Array, weight: Weight, eps: float) -> Array:
+        """RMS norm of every head of x (T, heads * width) on its own, times `weight` (width,), times silu(gate)."""
+        ...
+
+    def sigmoid_mul(self, x: Array, gate: Array) -> Array:
+        """x * sigmoid(gate), both (T, F)."""
         ...
 
     def asked_rows(self, batch: Any, x: Array) -> Array:
@@ -284,6 +378,15 @@ class Backend(Protocol):
 
     def load_vector(self, vector: RawTensor) -> Weight: ...
 
+    def load_conv(self, weight: RawTensor, bias: RawTensor | None = None) -> Weight:
+        """The weight of `short_conv` and `causal_conv`, in float32: (channels, columns), the newest token's last; bias
+        (channels,)."""
+        ...
+
+    def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> Weight:
+        """The weight of `delta_rule`, in float32: two numbers for each head."""
+        ...
+
     def unread_loads(self, at_most: int) -> int:
         """Wait until the tensors of at most `at_most` of the `load_*` calls so far are still to be read; of how many
         they are. They are read in the order of the calls, and their bytes must stay until then. Operations wait too."""
@@ -306,6 +409,10 @@ class Backend(Protocol):
         """Copy-on-write: the first `num_tokens` tokens of each source page, in order."""
         ...
 
+    def copy_states(self, copies: Sequence[StateCopy]) -> None:
+        """Of all layers with a recurrence, in order."""
+        ...
+
     def read_pages(
         self, pages: Sequence[int] | NDArray[np.int32], num_tokens: int | None = None, out: Any = None
     ) -> NDArray[np.uint8]:
@@ -314,7 +421,8 @@ class Backend(Protocol):
         num_tokens: how many the pages hold, counted from the first one's first; those behind them come as if their keys
         and values were zeros, so that equal tokens are equal bytes. None: every page is full. out: a contiguous buffer
         of that size to read into, and then nothing is allocated. Called between steps, on their thread; the interpreter
-        is not held while bytes are copied.
+        is not held while bytes are copied. Recurrent states are in no page: of a model with such layers, pages alone
+        are of no use to a request, which needs the state after them.
 
         Raises EngineError for pages outside the pool or given twice, and for a buffer that does not fit.
         """

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
 import tempfile
 from pathlib import Path
 
+from mooli.shared_folder import is_ours
+
 UNFINISHED = "new-"
 """How a file begins that is not a claim yet. A claim's begins with the number of its process."""
-
-
-def claims_folder() -> Path:
-    """The same for all processes of this user, whatever their environment."""
-    shared = Path("/dev/shm")
-    return (shared if shared.is_dir() else Path("/tmp")) / f"mooli-{os.getuid()}"
 
 
 class Claim:
@@ -32,7 +27,7 @@ class Claim:
         self._path = ""
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            if not _is_ours(folder):
+            if not is_ours(folder):
                 return
             self._file, self._path = tempfile.mkstemp(prefix=UNFINISHED, dir=folder)
             # Held as long as this process lives: a claim that nobody holds is void.
@@ -57,7 +52,7 @@ def untouched_bytes(folder: Path, processes: Path = Path("/proc")) -> int:
     """Of all claims, what their processes do not hold yet. Removes claims whose process has ended."""
     claimed: dict[str, int] = {}
     try:
-        paths = [path for path in folder.iterdir() if path.name[0].isdigit()] if _is_ours(folder) else []
+        paths = [path for path in folder.iterdir() if path.name[0].isdigit()] if is_ours(folder) else []
     except OSError:
         return 0
     for path in paths:
@@ -91,8 +86,3 @@ def _held(status: Path) -> int:
         return 0
     kib = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
     return int(kib[0]) * 1024 if kib else 0
-
-
-def _is_ours(folder: Path) -> bool:
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022

@@ -10,8 +10,9 @@ import os
 from pathlib import Path, PurePosixPath
 
 from mooli.backends.base import MemoryInfo
-from mooli.backends.claims import claims_folder, untouched_bytes
+from mooli.backends.claims import untouched_bytes
 from mooli.errors import BackendUnavailableError
+from mooli.shared_folder import shared_folder
 
 
 def host_memory(
@@ -33,7 +34,7 @@ def host_memory(
     for limit, used in (*_group_limits(process_cgroup, cgroup_root), *_address_space(process)):
         total = min(total, limit)
         available = min(available, max(0, limit - used))
-    claimed = untouched_bytes(claims_folder() if claims is None else claims)
+    claimed = untouched_bytes(shared_folder() if claims is None else claims)
     return MemoryInfo(total, max(0, min(available, total) - claimed), claimed)
 
 

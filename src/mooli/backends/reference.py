@@ -17,18 +17,21 @@ from mooli.backends import reference_sampling
 from mooli.backends.base import (
     Activation,
     AttentionSpec,
+    CacheLayer,
     CacheSpec,
+    DeltaSpec,
     Limits,
     MemoryInfo,
-    PagedLayer,
     RopeSpec,
     SampleResult,
     check_attention,
+    check_conv,
+    check_delta,
 )
 from mooli.backends.dequant import dequantize
 from mooli.backends.host_memory import host_memory
 from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
-from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
+from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
 from mooli.errors import ConfigError, OutOfMemoryError
 from mooli.tensor import RawTensor
 
@@ -56,16 +59,36 @@ class GatedWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class ConvWeight:
+    """values (channels, columns); bias (channels,), zeros where there is none."""
+
+    values: Floats
+    bias: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaWeight:
+    """decay, dt_bias: (heads,)."""
+
+    decay: Floats
+    dt_bias: Floats
+
+
+@dataclass(frozen=True, slots=True)
 class RowPlan:
     """One row of a step: its tokens are `first_token` .. `first_token + length` of the step.
 
-    slots: int64 (start + length,), where the KV of each position of the sequence lies.
+    slots: int64 (start + length,), where the KV of each position of the sequence lies. state: the slot of its recurrent
+    state, -1 without one. kept: after how many tokens of the row the state is to be in which slot, ascending; the last
+    one after all.
     """
 
     first_token: int
     start: int
     length: int
     slots: NDArray[np.int64]
+    state: int = -1
+    kept: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +151,12 @@ class ReferenceOps:
     """`Ops` in NumPy. Arrays are float32 (T, features)."""
 
     def __init__(self) -> None:
-        self.layers: tuple[PagedLayer, ...] = ()
+        self.layers: tuple[CacheLayer, ...] = ()
+        self.numbers: tuple[int, ...] = ()
         self.kv: list[Floats] = []
-        """Of each layer: keys and values (2, slots, kv heads, head_dim)."""
+        """Of each layer with pages: keys and values (2, slots, kv heads, head_dim)."""
+        self.states: list[list[Floats]] = []
+        """Of each layer with a recurrence, and of each of its shapes: (slots, *shape)."""
         self.kv_dtype = "float32"
 
     def embed(self, batch: ForwardBatch, table: Floats, scale: float = 1.0) -> Floats:
@@ -156,8 +182,7 @@ class ReferenceOps:
             bend = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
             active: Floats = np.float32(0.5) * gate * (1 + np.tanh(bend))
         else:
-            with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
-                active = gate / (1 + np.exp(-gate))
+            active = silu(gate)
         gated: Floats = active * self.linear(batch, x, weight.up)
         return gated
 
@@ -170,12 +195,14 @@ class ReferenceOps:
         angles = batch.rope_positions[:, None, None] * rope.inv_freq
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         q, k, v = split_heads(qkv, spec)
-        return merge_heads(rotate_half(q, cos, sin), rotate_half(k, cos, sin), v)
+        count = 2 * len(rope.inv_freq)
+        q, k = (np.concatenate([rotate_half(x[..., :count], cos, sin), x[..., count:]], axis=-1) for x in (q, k))
+        return merge_heads(q, k, v)
 
     def attend(self, batch: ForwardBatch, layer: int, qkv: Floats, spec: AttentionSpec) -> Floats:
         check_attention(self.layers, layer, spec)
         q, k, v = split_heads(qkv, spec)
-        keys, values = self.kv[layer]
+        keys, values = self.kv[self.numbers[layer]]
         # Everything is stored first, so a row may read what another row of this step computes.
         keys[batch.slots] = kept_keys(self.kv_dtype, k)
         values[batch.slots] = kept_values(self.kv_dtype, v)
@@ -190,8 +217,91 @@ class ReferenceOps:
                 out[tokens] = attention(q[tokens], keys[slots], values[slots], first_query - first_key, spec)
         return out.reshape(len(qkv), -1)
 
+    def short_conv(self, batch: ForwardBatch, layer: int, x: Floats, weight: ConvWeight) -> Floats:
+        before, after, u = np.split(x, 3, axis=1)
+        return after * self._conv(batch, layer, before * u, weight)
+
+    def causal_conv(self, batch: ForwardBatch, layer: int, x: Floats, weight: ConvWeight) -> Floats:
+        return silu(self._conv(batch, layer, x, weight))
+
+    def _conv(self, batch: ForwardBatch, layer: int, x: Floats, weight: ConvWeight) -> Floats:
+        num_columns = weight.values.shape[1]
+        check_conv(self.layers, layer, num_columns, x.shape[1])
+        out = np.empty_like(x)
+
+        def go_on(tokens: slice, last: Floats) -> Floats:
+            inputs = np.concatenate([last, x[tokens]])
+            num_tokens = len(inputs) - len(last)
+            out[tokens] = weight.bias
+            for column in range(num_columns):
+                out[tokens] += weight.values[:, column] * inputs[column : column + num_tokens]
+            return inputs[num_tokens:]
+
+        self._carry(batch, self.states[self.numbers[layer]][0], go_on)
+        return out
+
+    def delta_rule(
+        self, batch: ForwardBatch, layer: int, qkv: Floats, gates: Floats, weight: DeltaWeight, spec: DeltaSpec
+    ) -> Floats:
+        check_delta(self.layers, layer, spec)
+        keys_end = spec.num_key_heads * spec.key_dim
+        q, k, v = np.split(qkv, [keys_end, 2 * keys_end], axis=1)
+        q, k = (unit(part.reshape(len(qkv), -1, spec.key_dim))[:, list(spec.key_heads)] for part in (q, k))
+        q = q * np.float32(spec.key_dim**-0.5)
+        v = v.reshape(len(qkv), -1, spec.value_dim)
+        b, a = np.split(gates, 2, axis=1)
+        beta = sigmoid(b)
+        kept: Floats = np.exp(weight.decay * np.logaddexp(np.float32(0), a + weight.dt_bias))
+        out = np.empty_like(v)
+
+        def go_on(tokens: slice, state: Floats) -> Floats:
+            for t in range(tokens.start, tokens.stop):
+                state = state * kept[t, :, None, None]
+                error = v[t] - np.einsum("hkv,hk->hv", state, k[t])
+                state = state + k[t, :, :, None] * (beta[t, :, None] * error)[:, None]
+                out[t] = np.einsum("hkv,hk->hv", state, q[t])
+            return state
+
+        self._carry(batch, self.states[self.numbers[layer]][1], go_on)
+        return out.reshape(len(qkv), -1)
+
+    def _carry(self, batch: ForwardBatch, states: Floats, go_on: Callable[[slice, Floats], Floats]) -> None:
+        """`go_on(tokens, state)` gives the state after some tokens: for every row, from each kept state to the next."""
+        for row in batch.rows:
+            state = states[row.state].copy() if row.start else np.zeros_like(states[0])
+            at = 0
+            for num_tokens, slot in row.kept:
+                state = go_on(slice(row.first_token + at, row.first_token + num_tokens), state)
+                states[slot] = state
+                at = num_tokens
+
+    def gated_norm(self, x: Floats, gate: Floats, weight: Floats, eps: float) -> Floats:
+        heads = x.reshape(len(x), -1, len(weight))
+        return self.rms_norm(heads, weight, eps).reshape(x.shape) * silu(gate)
+
+    def sigmoid_mul(self, x: Floats, gate: Floats) -> Floats:
+        return x * sigmoid(gate)
+
     def asked_rows(self, batch: ForwardBatch, x: Floats) -> Floats:
         return x
+
+
+def sigmoid(x: Floats) -> Floats:
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
+        result: Floats = np.float32(1) / (1 + np.exp(-x))
+    return result
+
+
+def silu(x: Floats) -> Floats:
+    with np.errstate(over="ignore"):
+        result: Floats = x / (1 + np.exp(-x))
+    return result
+
+
+def unit(x: Floats) -> Floats:
+    """x over its length, along the last axis."""
+    scaled: Floats = x / np.sqrt((x * x).sum(axis=-1, keepdims=True) + np.float32(1e-6))
+    return scaled
 
 
 def split_heads(qkv: Floats, spec: AttentionSpec) -> tuple[Floats, Floats, Floats]:
@@ -306,6 +416,13 @@ class ReferenceBackend:
     def load_vector(self, vector: RawTensor) -> Floats:
         return self._count(_vector(vector))
 
+    def load_conv(self, weight: RawTensor, bias: RawTensor | None = None) -> ConvWeight:
+        values = self._count(_matrix(weight))
+        return ConvWeight(values, np.zeros(len(values), np.float32) if bias is None else self._count(_vector(bias)))
+
+    def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> DeltaWeight:
+        return DeltaWeight(self._count(_vector(decay)), self._count(_vector(dt_bias)))
+
     def unread_loads(self, at_most: int) -> int:
         return 0
 
@@ -317,8 +434,8 @@ class ReferenceBackend:
         return 2 * spec.page_size * values * 4
 
     def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits) -> None:
-        """Raises OutOfMemoryError if the pool does not fit. `limits` bound nothing here: arrays are made as needed."""
-        del limits
+        """Raises OutOfMemoryError if the pool does not fit. Of `limits` only the number of states bounds anything here:
+        arrays are made as needed."""
         self.check_page_size(spec.page_size)
         if spec.dtype not in ("float32", "float16", "bfloat16", "int8"):
             raise ConfigError(f"unknown KV type {spec.dtype!r}; choose float32, float16, bfloat16 or int8")
@@ -326,12 +443,16 @@ class ReferenceBackend:
         shapes = [(2, num_slots, layer.num_kv_heads, layer.head_dim) for layer in layers]
         try:
             self.ops.kv = [np.full(shape, np.nan, dtype=np.float32) for shape in shapes]
+            self.ops.states = [
+                [np.full((limits.num_states, *shape), np.nan, dtype=np.float32) for shape in layer.shapes]
+                for layer in spec.state_layers
+            ]
         except MemoryError as exc:
-            needed = num_pages * self.kv_bytes_per_page(spec)
+            needed = num_pages * self.kv_bytes_per_page(spec) + limits.num_states * spec.state_bytes
             raise OutOfMemoryError(
                 f"a KV pool of {num_pages} pages needs {needed} bytes; lower max_total_tokens or mem_fraction_static"
             ) from exc
-        self.ops.layers, self.ops.kv_dtype = layers, spec.dtype
+        self.ops.layers, self.ops.numbers, self.ops.kv_dtype = spec.layers, spec.numbers, spec.dtype
         self._page_size, self._num_pages = spec.page_size, num_pages
         self._page_bytes = self.kv_bytes_per_page(spec)
 
@@ -341,6 +462,12 @@ class ReferenceBackend:
             for kv in self.ops.kv:
                 kv[:, target : target + copy.num_tokens] = kv[:, source : source + copy.num_tokens].copy()
                 kv[:, target + copy.num_tokens : target + self._page_size] = 0
+
+    def copy_states(self, copies: Sequence[StateCopy]) -> None:
+        for copy in copies:
+            for arrays in self.ops.states:
+                for array in arrays:
+                    array[copy.target] = array[copy.source]
 
     def read_pages(
         self, pages: Sequence[int] | NDArray[np.int32], num_tokens: int | None = None, out: Any = None
@@ -379,7 +506,11 @@ class ReferenceBackend:
             positions = np.arange(start + length)
             pages = batch.page_table[index, positions // self._page_size].astype(np.int64)
             slots = pages * self._page_size + positions % self._page_size
-            rows.append(RowPlan(first_token, start, length, slots))
+            state, kept = -1, []
+            if batch.state_slots is not None:
+                state = int(batch.state_slots[index])
+                kept = [(save.num_tokens, save.slot) for save in batch.state_saves if save.row == index]
+            rows.append(RowPlan(first_token, start, length, slots, state, (*sorted(kept), (length, state))))
             first_token += length
         rope_positions = batch.positions if batch.rope_positions is None else batch.rope_positions
         return ForwardBatch(
@@ -415,7 +546,7 @@ class ReferenceBackend:
 
     def close(self) -> None:
         """Give the KV pool back. Weights go with the model that holds them."""
-        self.ops.kv = []
+        self.ops.kv, self.ops.states = [], []
         self._num_pages = 0
 
     def _count(self, array: Floats) -> Floats:

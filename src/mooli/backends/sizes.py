@@ -47,6 +47,13 @@ class Sizes:
         """Gains of norms come in float32, everywhere."""
         self.num_bytes += 4 * vector.num_columns
 
+    def load_conv(self, weight: RawTensor, bias: RawTensor | None = None) -> None:
+        """In float32, everywhere; with zeros where there is no bias."""
+        self.num_bytes += 4 * weight.num_rows * (weight.num_columns + 1)
+
+    def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> None:
+        self.num_bytes += 4 * (decay.num_columns + dt_bias.num_columns)
+
     def load_linear(
         self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
     ) -> None:

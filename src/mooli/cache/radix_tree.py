@@ -9,6 +9,9 @@ A node holds a span of tokens and the pages under it. Spans begin at page bounda
     root ─ [t0 .. t31 | pages 7 3] ─┬─ [t32 .. t47 | page 9]
                                     └─ [t32' .. t41' | page 4]          page 4 holds 10 tokens of 16
 
+Of models with recurrent layers a node also says in which slots states are, by how many of its tokens they come after:
+pages alone are of no use there. Such snapshots are nobody's but the tree's, and go with their tokens or before them.
+
 Tokens are kept as big-endian int32 bytes: comparing bytes is comparing tokens, at memcmp speed, so that among sorted
 children the one with the longest common prefix is a neighbour of where the wanted span would stand.
 """
@@ -16,10 +19,12 @@ children the one with the longest common prefix is a neighbour of where the want
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,9 +62,11 @@ class Node:
 
     num_locks counts the requests that use this node or one below it; 0 means evictable.
     order: the keys of `children` (first page of each child's span) in sorted order.
+    last_used: nanoseconds of the monotonic clock, later for each use. number: by which observers know it, 0 before.
+    states: the slots of states, by how many tokens of this span they come after; None where there is none.
     """
 
-    __slots__ = ("children", "key", "last_used", "num_locks", "order", "pages", "parent")
+    __slots__ = ("children", "key", "last_used", "num_locks", "number", "order", "pages", "parent", "states")
 
     def __init__(self, key: bytes, pages: list[int], parent: Node | None) -> None:
         self.key = key
@@ -69,6 +76,12 @@ class Node:
         self.order: list[bytes] = []
         self.num_locks = 0
         self.last_used = 0
+        self.number = 0
+        self.states: dict[int, int] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.key) // TOKEN_BYTES
 
 
 class Root(Node):
@@ -104,19 +117,44 @@ class Insertion:
     """node: where the inserted span ends, now holding the caller's lock. pages: what backs the span from now on.
 
     surplus: pages that nobody needs any more, for the caller to free: its own duplicates and replaced partial pages.
+    tail: the node that had the span's last tokens, which do not fill a page, already; None where they are in `node`.
     """
 
     node: Node
     pages: list[int]
     surplus: list[int]
+    tail: Node | None = None
+
+
+class TreeObserver(Protocol):
+    """Is told of what changes, before it does unless it says otherwise. It changes nothing itself."""
+
+    def used(self, node: Node, below: Node | None) -> None:
+        """The locks of `node` and of all above it, up to `below` (not included)."""
+
+    def changed(self, node: Node) -> None:
+        """The span or the place of `node`: it has changed."""
+
+    def dropping(self, node: Node, num_pages: int) -> None:
+        """The last pages of a leaf, all of them perhaps: nobody is to find them any more."""
+
+    def removing(self, node: Node) -> None:
+        """The node itself, a root too."""
 
 
 class RadixTree:
-    """Namespaces are separate trees with one common order of eviction (least recently used first)."""
+    """Namespaces are separate trees with one common order of eviction (least recently used first).
+
+    observer: hears of every change while there is one.
+    """
 
     def __init__(self, page_size: int) -> None:
+        self.observer: TreeObserver | None = None
         self.num_pages = 0
         self.num_evictable = 0
+        self.snapshots: dict[int, Node] = {}
+        """Slots of all states in the tree, least recently used first."""
+        self._lost_states: list[int] = []
         self._page_bytes = page_size * TOKEN_BYTES
         self._roots: dict[str, Root] = {}
         self._num_nodes = 0
@@ -126,6 +164,10 @@ class RadixTree:
         self._num_pushed = 0
 
     # -- finding ------------------------------------------------------------------------------------------------------
+    def root(self, namespace: str) -> Root | None:
+        """Where everything of `namespace` begins; None where there is nothing of it."""
+        return self._roots.get(namespace)
+
     def match(self, namespace: str, key: bytes, max_tokens: int) -> Match:
         """The longest prefix of `key` in the tree, at most `max_tokens` long. Does not change the tree."""
         root = self._roots.get(namespace)
@@ -212,7 +254,9 @@ class RadixTree:
 
     def lock(self, node: Node, below: Node | None = None) -> None:
         """Count one user on `node` and all above it, up to `below` (not included) or the root. Counts as use."""
-        self._clock += 1
+        self._clock = max(self._clock + 1, time.monotonic_ns())
+        if self.observer is not None:
+            self.observer.used(node, below)
         step: Node | None = node
         while step is not below and step is not None:
             if step.num_locks == 0:
@@ -223,7 +267,9 @@ class RadixTree:
 
     def unlock(self, node: Node) -> None:
         """Take one user off `node` and all above it. Counts as use."""
-        self._clock += 1
+        self._clock = max(self._clock + 1, time.monotonic_ns())
+        if self.observer is not None:
+            self.observer.used(node, None)
         step: Node | None = node
         while step is not None:
             step.num_locks -= 1
@@ -243,6 +289,7 @@ class RadixTree:
         kept and the caller's is surplus. A partly filled page that the new tokens continue is replaced if unlocked.
         """
         start, at, backing, surplus = node, 0, list(pages), []
+        tail: Node | None = None
         page_bytes = self._page_bytes
         while at < len(key):
             first = at // page_bytes
@@ -253,11 +300,16 @@ class RadixTree:
                 if nearest is not None and common == len(edge):
                     surplus.append(backing[first])  # a partial tail that the start of a page in the tree holds already
                     backing[first] = nearest.pages[0]
+                    tail = nearest
                     break
+                states = None
                 if nearest is not None and common == len(nearest.key) and nearest.num_locks == 0:
                     surplus += nearest.pages
+                    states, nearest.states = nearest.states, None
                     self._remove(nearest)
                 node = self._append(node, start, key[at:], backing[first:])
+                if states:
+                    self._move_states(node, states, node.num_tokens - (len(key) - at) // TOKEN_BYTES)
                 break
             full = common_bytes(child.key, key[at : at + len(child.key)]) // page_bytes
             surplus += backing[first : first + full]
@@ -267,7 +319,7 @@ class RadixTree:
             node = child
             at += full * page_bytes
         self.lock(node, below=start)
-        return Insertion(node, backing, surplus)
+        return Insertion(node, backing, surplus, tail)
 
     def _append(self, node: Node, start: Node, key: bytes, pages: list[int]) -> Node:
         """Add a span below `node`: longer node where nobody else can notice, a new leaf otherwise."""
@@ -278,6 +330,8 @@ class RadixTree:
             node.pages += pages
             if node.num_locks == 0:
                 self.num_evictable += len(pages)
+            if self.observer is not None:
+                self.observer.changed(node)
             return node
         leaf = Node(key, pages, node)
         self._attach(leaf, node)
@@ -298,8 +352,17 @@ class RadixTree:
         upper.num_locks, upper.last_used = node.num_locks, node.last_used
         parent.children[upper.key[: self._page_bytes]] = upper
         node.key, node.pages = node.key[cut:], node.pages[num_pages:]
+        if node.states:
+            states, node.states = node.states, None
+            self._move_states(upper, {at: slot for at, slot in states.items() if at <= upper.num_tokens}, 0)
+            self._move_states(
+                node, {at: slot for at, slot in states.items() if at > upper.num_tokens}, -upper.num_tokens
+            )
         self._attach(node, upper)
         self._num_nodes += 1
+        if self.observer is not None:
+            self.observer.changed(upper)
+            self.observer.changed(node)
         return upper
 
     def _attach(self, child: Node, parent: Node) -> None:
@@ -307,6 +370,70 @@ class RadixTree:
         child.parent = parent
         parent.children[edge] = child
         parent.order.insert(bisect_left(parent.order, edge), edge)
+
+    # -- states -------------------------------------------------------------------------------------------------------
+    def with_state(self, match: Match, granularity: int) -> tuple[Match, int]:
+        """As much of `match` as ends where a state is, a multiple of `granularity` tokens from a page's first, and the
+        slot of that state; an empty match and -1 where there is none. Does not change the tree."""
+        node, most = match.child, match.child_tokens
+        num_above = len(match.pages) - match.child_pages
+        if node is None and match.node is not None:
+            node, most = match.node, match.node.num_tokens
+            num_above -= len(node.pages)
+        node = node if node is not None else match.node
+        while node is not None and node.parent is not None:
+            ends = [at for at in node.states or () if at <= most and at % granularity == 0]
+            if ends and node.states:
+                at = max(ends)
+                full, head_tokens = divmod(at, self._page_bytes // TOKEN_BYTES)
+                pages = match.pages[:num_above] + node.pages[:full]
+                found = Match(match.namespace, node.parent, node, full, at, pages, head_tokens)
+                if head_tokens:
+                    found.source_page = node.pages[full]
+                return found, node.states[at]
+            node = node.parent
+            most = node.num_tokens
+            num_above -= len(node.pages)
+        return Match(match.namespace, node), -1
+
+    def keep_state(self, node: Node, num_back: int, slot: int) -> bool:
+        """Keep a state that comes `num_back` tokens before the end of `node`, or as many before it on the way from the
+        root. False if there is one already."""
+        while num_back >= node.num_tokens and node.parent is not None:
+            num_back -= node.num_tokens
+            node = node.parent
+        at = node.num_tokens - num_back
+        if node.parent is None or (node.states and at in node.states):
+            return False
+        self._move_states(node, {at: slot}, 0)
+        return True
+
+    def use_state(self, slot: int) -> None:
+        """It is the last to be given up now."""
+        self.snapshots[slot] = self.snapshots.pop(slot)
+
+    def drop_state(self, slot: int) -> None:
+        """Give up a snapshot; its tokens stay."""
+        node = self.snapshots.pop(slot)
+        node.states = {at: other for at, other in (node.states or {}).items() if other != slot} or None
+
+    def take_lost_states(self) -> list[int]:
+        """Slots of states whose tokens have left the tree since this was last asked: nobody's any more."""
+        lost, self._lost_states = self._lost_states, []
+        return lost
+
+    def _move_states(self, node: Node, states: dict[int, int], by: int) -> None:
+        """States of these tokens, moved on by `by`, are those of `node`, which may have others."""
+        if states:
+            node.states = {**(node.states or {}), **{at + by: slot for at, slot in states.items()}}
+            self.snapshots.update(dict.fromkeys(states.values(), node))
+
+    def _lose_states(self, node: Node, num_kept: int) -> None:
+        """Only the first `num_kept` tokens of `node` stay."""
+        for at, slot in list((node.states or {}).items()):
+            if at > num_kept:
+                self.drop_state(slot)
+                self._lost_states.append(slot)
 
     # -- shrinking ----------------------------------------------------------------------------------------------------
     def evict(self, num_pages: int) -> list[int]:
@@ -338,12 +465,16 @@ class RadixTree:
 
     def _drop_end(self, node: Node, count: int) -> list[int]:
         """Take the last `count` pages off an unlocked leaf, the leaf itself with its first; return them, last first."""
+        if self.observer is not None:
+            self.observer.dropping(node, count)
         dropped = node.pages[: -count - 1 : -1]
         if count == len(node.pages):
             self._remove(node)
             return dropped
         del node.pages[-count:]
         node.key = node.key[: len(node.pages) * self._page_bytes]
+        if node.states:
+            self._lose_states(node, node.num_tokens)
         self.num_pages -= count
         self.num_evictable -= count
         self._offer(node)
@@ -354,6 +485,10 @@ class RadixTree:
         parent, edge = node.parent, node.key[: self._page_bytes]
         if parent is None:
             raise EngineError("a root cannot be removed as a leaf")
+        if self.observer is not None:
+            self.observer.removing(node)
+        if node.states:
+            self._lose_states(node, 0)
         del parent.children[edge]
         del parent.order[bisect_left(parent.order, edge)]
         node.parent = None
@@ -370,6 +505,8 @@ class RadixTree:
         if not self._is_evictable_leaf(node):
             if isinstance(node, Root) and not node.children and node.num_locks == 0:
                 self._roots.pop(node.namespace, None)
+                if self.observer is not None:
+                    self.observer.removing(node)
             return
         if len(self._leaves) > 64 + 4 * self._num_nodes:  # mostly stale entries: keep one for each leaf that is due
             due = {id(n): (t, i, n) for t, i, n in self._leaves if t == n.last_used and self._is_evictable_leaf(n)}
@@ -393,7 +530,8 @@ class RadixTree:
         Raises EngineError at the first rule that does not hold. Linear in the size of the tree: for tests.
         """
         pages: list[int] = []
-        evictable = num_nodes = 0
+        states: dict[int, Node] = {}
+        evictable = num_nodes = num_states = 0
         offered = {(id(node), last_used) for last_used, _, node in self._leaves}
         users = dict(users)
         for node in self.nodes():
@@ -408,6 +546,7 @@ class RadixTree:
                     for edge, child in node.children.items()
                 ),
                 "locks are those of the users": own_locks == users.pop(id(node), 0),
+                "states come after tokens of their node": all(0 < at <= node.num_tokens for at in node.states or ()),
                 "unlocked leaves can be evicted": not self._is_evictable_leaf(node)
                 or (id(node), node.last_used) in offered,
             }
@@ -415,10 +554,14 @@ class RadixTree:
                 if not holds:
                     raise EngineError(f"radix tree: rule broken: {rule}")
             pages += node.pages
+            states |= dict.fromkeys((node.states or {}).values(), node)
+            num_states += len(node.states or ())
             num_nodes += node.parent is not None
             evictable += len(node.pages) if node.num_locks == 0 else 0
         if users:
             raise EngineError("radix tree: a request uses a node that is not in the tree")
         if (len(pages), evictable, num_nodes) != (self.num_pages, self.num_evictable, self._num_nodes):
             raise EngineError("radix tree: counts of pages or nodes are wrong")
+        if states != self.snapshots or num_states != len(states) or self._lost_states:
+            raise EngineError("radix tree: snapshots are lost or twice in the tree")
         return pages

@@ -272,8 +272,9 @@ OWN_FAILURES: tuple[Failure, ...] = (
     ),
     _own(
         "model-not-found",
-        r"is not on this machine|there is no folder or file \S+, and it is not a name|it is not a model folder"
-        r"|the demo model is not installed|there is no model at|(?:there is|but) no \.safetensors file",
+        r"is not on this machine|there is no folder or file \S+, and it is (?:not|neither) a name"
+        r"|it is not a model folder|the demo model is not installed|there is no model at"
+        r"|(?:there is|but) no \.safetensors file",
         "no model at that path or of that name, or only a part of one",
         "mooli pull <name>   # fetches a name such as Qwen/Qwen2.5-0.5B-Instruct",
         "mooli doctor --model-path <path>   # what a folder lacks",

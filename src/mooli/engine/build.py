@@ -21,7 +21,15 @@ from mooli.cache.kv_cache import KVCache
 from mooli.config import NGRAM_DRAFT_TOKENS, EngineConfig
 from mooli.engine.core import EngineCore
 from mooli.engine.facts import CacheNamespace, EngineFacts, device_words
-from mooli.engine.pool_size import GIB, PoolNeeds, context_for, kv_type, num_pool_pages
+from mooli.engine.pool_size import (
+    DRAFT_STEP_TOKENS,
+    GIB,
+    PoolNeeds,
+    context_for,
+    kv_type,
+    num_pool_pages,
+    state_room,
+)
 from mooli.errors import ConfigError, EngineDeadError
 from mooli.grammar.compiler import Grammars
 from mooli.hub import model_digest
@@ -39,10 +47,6 @@ if TYPE_CHECKING:
     from mooli.engine.ranks import RankTeam
 
 logger = logging.getLogger(__name__)
-
-DRAFT_STEP_TOKENS = 8
-"""A step takes draft tokens up to this many tokens: int8 kernels wait for memory up to about eight rows, int4 up to
-four, and so verify drafts in the time of one token."""
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): called as building goes on."""
@@ -158,6 +162,7 @@ def _build(
         own_config = model_config.part(config.tp_size)
         kv_dtype = kv_type(config.kv_cache_dtype, config.dtype, backend.describe().get("dtype"))
         kv_spec = own_config.cache_spec(page_size, kv_dtype)
+        _check_states(config, kv_spec)
         # A layer that the backend cannot compute is found before a weight is read.
         bytes_per_page = backend.kv_bytes_per_page(kv_spec)
         model = create_model(
@@ -170,6 +175,8 @@ def _build(
         checkpoint.close()
     # While weights were loaded, others may have taken or claimed some.
     memory = backend.memory()
+    # No answer changes where a backend is exact, and what repeats nothing costs next to nothing (docs/log/serving.md).
+    drafts = draft_settings(config, "NGRAM" if backend.is_exact else "none")
     needs = PoolNeeds(
         available_bytes=min(available_bytes, memory.available_bytes + backend.weight_bytes()),
         claimed_bytes=memory.claimed_bytes,
@@ -181,9 +188,13 @@ def _build(
         context_length=config.context_length,
         mem_fraction_static=config.mem_fraction_static,
         max_total_tokens=config.max_total_tokens,
+        state_bytes=kv_spec.state_bytes,
+        num_tried=0 if drafts is None else drafts.tokens_per_step,
+        snapshot_share=config.state_cache_fraction,
     )
     each = team.needs(needs)
     num_pages = min(map(num_pool_pages, each))
+    states = state_room(needs)
     context_length = context_for(needs, num_pages)
     if context_length < needs.model_context and config.context_length is None:
         logger.info(
@@ -194,8 +205,6 @@ def _build(
     described = backend.describe()
     step_tokens = config.chunked_prefill_size or backend.default_chunked_prefill_size
     vocab_size = min(model_config.vocab_size, tokenizer_vocab_size() or model_config.vocab_size)
-    # No answer changes where a backend is exact, and what repeats nothing costs next to nothing (docs/log/serving.md).
-    drafts = draft_settings(config, "NGRAM" if backend.is_exact else "none")
     mixed_tokens = None if step_tokens == -1 else -(-step_tokens // backend.mixed_step_parts)
     grammars = Grammars(vocab_size)
     scheduler = Scheduler(
@@ -204,10 +213,14 @@ def _build(
             page_size,
             enabled=not config.disable_radix_cache,
             match_granularity_tokens=backend.match_granularity_tokens,
+            states=states,
         ),
         max_batch_tokens=step_tokens,
-        # A request holds at least one page.
-        max_running_requests=min(needs.max_running_requests, num_pages),
+        # A request holds at least one page, and one state where there are some.
+        max_running_requests=min(
+            needs.max_running_requests if states is None else states.num_running,
+            num_pages,
+        ),
         context_length=context_length,
         vocab_size=vocab_size,
         policy=config.schedule_policy,
@@ -224,6 +237,7 @@ def _build(
         max_tokens=scheduler.max_batch_tokens,
         max_rows=scheduler.max_running_requests,
         max_pages_per_row=-(-context_length // page_size),
+        num_states=0 if states is None else states.num_slots,
     )
     team.allocate(kv_spec, num_pages, limits, vocab_size)
     backend.allocate(kv_spec, num_pages, limits)
@@ -249,6 +263,8 @@ def _build(
         num_parameters=sum(math.prod(spec.shape) for spec in model_config.tensors().values()),
         weight_bytes=sum(need.weight_bytes for need in each),
         kv_cache_bytes=num_pages * bytes_per_page * config.tp_size,
+        num_state_slots=limits.num_states,
+        state_bytes=kv_spec.state_bytes,
         load_time_s=time.perf_counter() - started,
         cache_namespace=namespace.digest,
         speculative_algorithm=None if drafts is None else "NGRAM",
@@ -286,6 +302,15 @@ def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:
             f"context_length={config.context_length} is more than the {longest} positions of the model: lower it, or"
             f" state a longer context with json_model_override_args='{{\"max_position_embeddings\": …}}' if the model"
             " can do that"
+        )
+
+
+def _check_states(config: EngineConfig, kv_spec: CacheSpec) -> None:
+    """Refuse an argument about recurrent states for a model that has none."""
+    if config.state_cache_fraction is not None and not kv_spec.state_layers:
+        raise ConfigError(
+            f"state_cache_fraction={config.state_cache_fraction} is of no use: no layer of this model keeps a recurrent"
+            " state; leave it out"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from mooli.batch import ScheduleBatch, StepOutput
 from mooli.errors import EngineDeadError, EngineError
@@ -120,18 +121,32 @@ class EngineCore:
         """Requests and pages at this moment, and counters since the start (see `Counters`)."""
         return self._scheduler.stats()
 
-    def answer(self, question: str) -> object:
-        """ping: nothing, as a sign of life. stats, flush_cache, check: of the method of that name. Raises what it
-        raises, and EngineError for any other question."""
-        questions: dict[str, Callable[[], object]] = {
+    def answer(self, question: str, **details: Any) -> object:
+        """ping: nothing, as a sign of life. stats, flush_cache, check: of the method of that name. watch, unwatch,
+        changes, nodes, node, find, requests: of `Watching`, whose arguments are the details.
+
+        Raises what it raises, and EngineError for any other question, or details that it does not take.
+        """
+        watching = self._scheduler.watching
+        questions: dict[str, Callable[..., object]] = {
             "ping": lambda: None,
             "stats": self.stats,
             "flush_cache": self.flush_cache,
             "check": self.check,
+            "watch": watching.begin,
+            "unwatch": watching.end,
+            "changes": lambda most_requests: {**watching.changes(most_requests), "stats": self.stats()},
+            "nodes": watching.nodes,
+            "node": watching.node,
+            "find": watching.find,
+            "requests": watching.requests,
         }
         if question not in questions:
             raise EngineError(f"the engine knows no question {question!r}")
-        return questions[question]()
+        try:
+            return questions[question](**details)
+        except TypeError as exc:
+            raise EngineError(f"the engine cannot answer {question!r} with {sorted(details)}: {exc}") from exc
 
     def check(self) -> None:
         """Prove that every page has one owner and every request one place; raises EngineError otherwise. For tests."""

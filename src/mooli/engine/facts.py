@@ -52,7 +52,8 @@ class EngineFacts:
 
     vocab_size: ids that can be prompted and sampled. cache_namespace: the digest of what makes KV of two engines
     differ, which `cache_ingredients` has by name (`CacheNamespace`).
-    speculative_algorithm: how tokens are guessed; None where they are not.
+    speculative_algorithm: how tokens are guessed; None where they are not. num_state_slots: recurrent states that there
+    is room for, running requests' and snapshots, each of state_bytes; 0 for most models.
     """
 
     resolved_model_path: str
@@ -72,6 +73,8 @@ class EngineFacts:
     num_parameters: int = 0
     weight_bytes: int
     kv_cache_bytes: int
+    num_state_slots: int = 0
+    state_bytes: int = 0
     load_time_s: float
     cache_namespace: str
     speculative_algorithm: str | None

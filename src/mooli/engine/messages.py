@@ -67,6 +67,7 @@ class WireShared(msgspec.Struct, array_like=True, frozen=True):
     namespace: str
     priority: int
     client: str
+    is_background: bool
 
 
 class WireRequest(msgspec.Struct, array_like=True, frozen=True):
@@ -147,6 +148,7 @@ class Submit(Message, frozen=True):
             namespace=shared.namespace,
             priority=shared.priority,
             client=shared.client,
+            is_background=shared.is_background,
         )
 
 
@@ -168,6 +170,7 @@ def _shared(request: Request) -> WireShared:
         namespace=request.namespace,
         priority=request.priority,
         client=request.client,
+        is_background=request.is_background,
     )
 
 
@@ -185,10 +188,12 @@ class Finish(Message, frozen=True):
 
 
 class Ask(Message, frozen=True):
-    """One of the questions of `EngineCore.answer`, answered by a `Reply` of the same number between two steps."""
+    """One of the questions of `EngineCore.answer`, answered by a `Reply` of the same number between two steps. details:
+    what else it says."""
 
     number: int
     question: str
+    details: dict[str, Any] = {}
 
 
 class Stop(Message, frozen=True):

@@ -1,12 +1,13 @@
-"""How many pages the KV pool gets, from numbers alone.
+"""How many pages the KV pool gets, and how many recurrent states there is room for, from numbers alone.
 
-Owns the rule that the pool fits the memory and leaves the machine usable. Never measures memory and never allocates.
+Owns the rule that both fit the memory and leave the machine usable. Never measures memory and never allocates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mooli.cache.kv_cache import StateRoom
 from mooli.errors import ConfigError, OutOfMemoryError
 
 GIB = 2**30
@@ -15,6 +16,23 @@ FREE_SHARE = 0.1
 
 POOL_SHARE = 0.5
 """With no `mem_fraction_static`, the pool takes at most this share of what the weights leave."""
+
+SNAPSHOT_SHARE = 0.125
+"""Of what pool and states take together, what snapshots of states get where nothing else is said."""
+
+RUNNING_SHARE = 0.5
+"""Of the same, what the states of running requests may take; where that is too little for all, fewer run."""
+
+LEAST_SNAPSHOTS = 8
+"""However small a pool is that was asked for in tokens."""
+
+LEAST_SNAPSHOT_TOKENS, PAGES_OVER_STATES = 256, 4
+"""The state of a long prompt is kept every so many tokens; or, if that is more, whenever their pages have taken four
+times as much memory as a state."""
+
+DRAFT_STEP_TOKENS = 8
+"""A step takes draft tokens up to this many tokens: int8 kernels wait for memory up to about eight rows, int4 up to
+four, and so verify drafts in the time of one token."""
 
 LEAST_TOKENS = 256
 """A pool that holds fewer tokens than this (or than the context, if that is shorter) serves nobody."""
@@ -28,6 +46,8 @@ class PoolNeeds:
     model_context: the longest sequence of the model; `context_length`: what the user asked for, or None.
     max_total_tokens: the user's own size of the pool; memory then has no say but that it must fit.
     claimed_bytes: what other engines will still take, and so was not available.
+    state_bytes: of one recurrent state, 0 for models without. num_tried: states that a step keeps after guesses.
+    snapshot_share: see SNAPSHOT_SHARE.
     """
 
     available_bytes: int
@@ -40,6 +60,35 @@ class PoolNeeds:
     mem_fraction_static: float | None = None
     max_total_tokens: int | None = None
     claimed_bytes: int = 0
+    state_bytes: int = 0
+    num_tried: int = 0
+    snapshot_share: float | None = None
+
+
+def state_room(needs: PoolNeeds) -> StateRoom | None:
+    """How many recurrent states there is room for beside the pool; None for models without."""
+    if not needs.state_bytes:
+        return None
+    budget = max(0, _budget_bytes(needs))
+    affordable = int(RUNNING_SHARE * budget) // needs.state_bytes - needs.num_tried
+    snapshot_bytes = (SNAPSHOT_SHARE if needs.snapshot_share is None else needs.snapshot_share) * budget
+    if needs.max_total_tokens is not None:
+        share = snapshot_bytes / max(1, budget)
+        wanted = share * (needs.max_total_tokens // needs.page_size) * needs.bytes_per_page
+        snapshot_bytes = min(snapshot_bytes, max(wanted, LEAST_SNAPSHOTS * needs.state_bytes if share else 0))
+    every = PAGES_OVER_STATES * needs.state_bytes * needs.page_size // needs.bytes_per_page
+    return StateRoom(
+        num_running=max(1, min(needs.max_running_requests, affordable)),
+        num_tried=needs.num_tried,
+        # More than pages would be of no use.
+        num_snapshots=min(int(snapshot_bytes) // needs.state_bytes, budget // needs.bytes_per_page),
+        every_tokens=_pages(max(LEAST_SNAPSHOT_TOKENS, every), needs.page_size) * needs.page_size,
+    )
+
+
+def _states_bytes(needs: PoolNeeds) -> int:
+    room = state_room(needs)
+    return 0 if room is None else room.num_slots * needs.state_bytes
 
 
 def num_pool_pages(needs: PoolNeeds) -> int:
@@ -49,7 +98,7 @@ def num_pool_pages(needs: PoolNeeds) -> int:
     `context_length` and `max_total_tokens` contradict each other.
     """
     context = needs.context_length or needs.model_context
-    budget = _budget_bytes(needs)
+    budget = _budget_bytes(needs) - _states_bytes(needs)
     affordable = max(0, budget) // needs.bytes_per_page
     if needs.max_total_tokens is not None:
         wanted = needs.max_total_tokens // needs.page_size
@@ -63,7 +112,8 @@ def num_pool_pages(needs: PoolNeeds) -> int:
                 " raise the one or lower the other"
             )
         if needs.mem_fraction_static is None:
-            affordable = max(0, needs.available_bytes - needs.weight_bytes) // needs.bytes_per_page
+            left = needs.available_bytes - needs.weight_bytes - _states_bytes(needs)
+            affordable = max(0, left) // needs.bytes_per_page
         if wanted > affordable:
             raise _too_little(needs, wanted, affordable, "max_total_tokens")
         return wanted
@@ -92,7 +142,7 @@ def context_for(needs: PoolNeeds, num_pages: int) -> int:
 
 
 def _budget_bytes(needs: PoolNeeds) -> int:
-    """Bytes the pool may take. May be negative."""
+    """Bytes that pool and states may take. May be negative."""
     left = needs.available_bytes - needs.weight_bytes
     if needs.mem_fraction_static is not None:
         return int(needs.mem_fraction_static * needs.available_bytes) - needs.weight_bytes
@@ -115,10 +165,12 @@ def _too_little(needs: PoolNeeds, wanted: int, affordable: int, cause: str | Non
     elif needs.mem_fraction_static is None and cause != "max_total_tokens":
         advice.append("set mem_fraction_static to let the engine take more of the memory")
     advice.append("use quantization='int8' or 'int4', a smaller model, or free some memory")
+    states = f" and recurrent states {_gib(_states_bytes(needs))}" if needs.state_bytes else ""
     claimed = f" ({_gib(needs.claimed_bytes)} more are other engines')" if needs.claimed_bytes else ""
     return OutOfMemoryError(
         f"a KV cache of {tokens} tokens needs {_gib(wanted * needs.bytes_per_page)}, but {holds}:"
-        f" {_gib(needs.available_bytes)} were available{claimed} and the weights take {_gib(needs.weight_bytes)}."
+        f" {_gib(needs.available_bytes)} were available{claimed} and the weights take {_gib(needs.weight_bytes)}"
+        f"{states}."
         f" What to do: {'; '.join(advice)}."
     )
 

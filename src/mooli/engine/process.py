@@ -277,7 +277,7 @@ def _carry_out(message: messages.ToEngine, core: EngineCore, wire: Wire) -> None
 
 def _answer(message: messages.Ask, core: EngineCore) -> messages.Reply:
     try:
-        return messages.Reply(message.number, core.answer(message.question))
+        return messages.Reply(message.number, core.answer(message.question, **message.details))
     except MooliError as exc:
         return messages.Reply(message.number, None, str(exc))
 

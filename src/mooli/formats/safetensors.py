@@ -46,6 +46,11 @@ class SafetensorInfo:
     offset: int
     num_bytes: int
 
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Without the one in the middle that the weight of a convolution of each channel on its own has."""
+        return (self.shape[0], self.shape[2]) if len(self.shape) == 3 and self.shape[1] == 1 else self.shape
+
     def readable_type(self) -> TensorType:
         """UnsupportedModelError for a dtype or a number of dimensions that is not read."""
         kind = _READABLE.get(self.dtype)
@@ -53,7 +58,7 @@ class SafetensorInfo:
             raise UnsupportedModelError(
                 f"tensor {self.name} has dtype {self.dtype[:40]}, which is not read; read are {', '.join(_READABLE)}"
             )
-        if len(self.shape) not in (1, 2) or 0 in self.shape:
+        if len(self.matrix_shape) not in (1, 2) or 0 in self.shape:
             raise UnsupportedModelError(f"tensor {self.name} has shape {list(self.shape)}; 1 or 2 dimensions are read")
         return kind
 
@@ -68,9 +73,10 @@ class SafetensorsFile(TensorFile[SafetensorInfo]):
         """A view of the mapped bytes. UnsupportedModelError for a dtype other than F32, F16 and BF16."""
         info = self._place(name)
         kind = info.readable_type()
-        rows = 1 if len(info.shape) == 1 else info.shape[0]
-        data = self._view(info).reshape(rows, row_bytes(kind, info.shape[-1]))
-        return RawTensor(name, kind, info.shape, data)
+        shape = info.matrix_shape
+        rows = 1 if len(shape) == 1 else shape[0]
+        data = self._view(info).reshape(rows, row_bytes(kind, shape[-1]))
+        return RawTensor(name, kind, shape, data)
 
     def array(self, name: str) -> NDArray[Any]:
         """The numbers of a tensor as NumPy has them, bfloat16 as float32. UnsupportedModelError for other dtypes."""

@@ -97,10 +97,11 @@ class GenerateCall:
 @dataclass(frozen=True, slots=True)
 class Caller:
     """client: whose call it is, for its fair share of the queue. tenant: calls of different tenants share no cached
-    prefix, whatever their salts."""
+    prefix, whatever their salts. is_background: nobody waits for its answer, and nobody is to wait for it."""
 
     client: str = ""
     tenant: str = ""
+    is_background: bool = False
 
 
 NOBODY = Caller()
@@ -187,6 +188,7 @@ class InputRules:
                     namespace=namespace,
                     priority=rank,
                     client=caller.client,
+                    is_background=caller.is_background,
                     **options,
                 )
                 requests.append(request)

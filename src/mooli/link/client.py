@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from mooli.engine import messages
 from mooli.engine.child import EXIT_WAIT_S, error_named, exit_words
@@ -155,10 +155,13 @@ class EngineClient(asyncio.Protocol):
     def finish(self, request: Request, matched: str) -> None:
         self._sinks.forget(request, lambda name: self._send(messages.Finish({name: matched})))
 
-    async def ask(self, question: str, timeout_s: float) -> Any:
+    def name_of(self, rid: str) -> str | None:
+        return self._sinks.name_of(rid)
+
+    async def ask(self, question: str, timeout_s: float, **details: Any) -> Any:
         self._check_alive()
         return await self._sinks.answered(
-            lambda number: self._send(messages.Ask(number, question)), question, timeout_s
+            lambda number: self._send(messages.Ask(number, question, details)), question, timeout_s
         )
 
     async def close(self) -> None:
@@ -179,9 +182,10 @@ class EngineClient(asyncio.Protocol):
 
     # -- the link, called by asyncio --
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.WriteTransport):
+        # By what it can do: uvloop's transports are no subclasses of asyncio's.
+        if not hasattr(transport, "write"):
             raise EngineError("the link to the engine process is not a stream")
-        self._transport = transport
+        self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
         self.last_sign_s = time.monotonic()

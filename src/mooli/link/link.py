@@ -94,8 +94,12 @@ class Link(Protocol):
         """The text side has ended this request, at a stop string. Otherwise like `drop`."""
         ...
 
-    async def ask(self, question: str, timeout_s: float) -> Any:
-        """One of `EngineCore.answer`'s questions, answered between two steps.
+    def name_of(self, rid: str) -> str | None:
+        """How answers to questions call an open request; None for one that is not open."""
+        ...
+
+    async def ask(self, question: str, timeout_s: float, **details: Any) -> Any:
+        """One of `EngineCore.answer`'s questions with its details, answered between two steps.
 
         Raises EngineError if it cannot be answered, EngineClosedError, EngineDeadError, or TimeoutError.
         """
@@ -164,6 +168,11 @@ class Sinks:
         """Of those that are open."""
         with self.lock:
             return [self._by_rid[rid].name for rid in rids if rid in self._by_rid]
+
+    def name_of(self, rid: str) -> str | None:
+        """Of one that is open."""
+        entry = self._by_rid.get(rid)
+        return None if entry is None else entry.name
 
     def forget(self, request: Request, tell: Callable[[str], None]) -> None:
         """`tell` the engine of the end of this very request, not of another with its id, and take its sink away; what

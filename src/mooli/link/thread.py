@@ -43,7 +43,7 @@ class Core(Protocol):
         """End with finish reason `stop`; otherwise like `abort`."""
         ...
 
-    def answer(self, question: str) -> object:
+    def answer(self, question: str, **details: Any) -> object:
         """What is asked by `Link.ask`; raises EngineError if it cannot be answered."""
         ...
 
@@ -113,11 +113,14 @@ class EngineLoop:
         if self._is_here:
             self._sinks.forget(request, lambda name: self._commands.put(lambda: self._core.finish(name, matched)))
 
-    async def ask(self, question: str, timeout_s: float) -> Any:
+    def name_of(self, rid: str) -> str | None:
+        return self._sinks.name_of(rid)
+
+    async def ask(self, question: str, timeout_s: float, **details: Any) -> Any:
         self.check_process()
 
         def send(number: int) -> None:
-            self._commands.put(lambda: self._answer(number, lambda: self._core.answer(question)))
+            self._commands.put(lambda: self._answer(number, lambda: self._core.answer(question, **details)))
 
         return await self._sinks.answered(send, question, timeout_s)
 

@@ -81,7 +81,7 @@ class SafetensorsCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         info = self._folder.info(name)
         info.readable_type()
-        return info.shape
+        return info.matrix_shape
 
     def tensor(self, name: str) -> RawTensor:
         return as_declared(self._folder.tensor(name), self._tensors.get(name))
@@ -97,13 +97,19 @@ def as_declared(raw: RawTensor, spec: TensorSpec | None) -> RawTensor:
     """A tensor of a folder, as the model takes it."""
     if spec is None:
         return raw
+    if spec.hf_is_log:
+        return _floats(raw, -np.exp(dequantize(raw)))
     return _scaled(_in_halves(raw, spec.hf_paired_heads), spec.hf_offset, spec.factor)
 
 
 def _scaled(raw: RawTensor, offset: float, factor: float) -> RawTensor:
     if not offset and factor == 1.0:
         return raw
-    values = (dequantize(raw) + np.float32(offset)) * np.float32(factor)
+    return _floats(raw, (dequantize(raw) + np.float32(offset)) * np.float32(factor))
+
+
+def _floats(raw: RawTensor, values: NDArray[np.float32]) -> RawTensor:
+    """The same tensor with other values."""
     return RawTensor(raw.name, TensorType.F32, raw.shape, values.reshape(raw.num_rows, -1).view(np.uint8))
 
 
@@ -181,10 +187,12 @@ class DummyCheckpoint:
 
     A tensor is a function of its name and the seed. Linear weights and the embedding are uniform with standard
     deviation 1 / sqrt(columns), biases 0.02 wide, norms within 0.1 of one: activations stay near one in every layer.
+    What files have the logarithm of is within 0.1 of minus one: a decay, without which a recurrence would grow.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         self._shapes = {name: spec.shape for name, spec in config.tensors().items()}
+        self._decays = {name for name, spec in config.tensors().items() if spec.hf_is_log}
         self._type = _STORED_AS[config.dtype]
         self._seed = seed
 
@@ -205,6 +213,7 @@ class DummyCheckpoint:
         centre, half_width = 0.0, (3.0 / columns) ** 0.5
         if len(shape) == 1:
             centre, half_width = (0.0, 0.02) if name.endswith(".bias") else (1.0, 0.1)
+            centre = -centre if name in self._decays else centre
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         random = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
         data = np.empty((rows, row_bytes(self._type, columns)), np.uint8)

@@ -67,6 +67,8 @@ class Attention:
     norm_names: ClassVar[tuple[str, str]] = ("q_norm", "k_norm")
     """Of the modules, in folders."""
 
+    output_name: ClassVar[str] = "o_proj"
+
     ops: Ops
     spec: AttentionSpec
     rope: RopeSpec | None
@@ -110,7 +112,7 @@ class Attention:
             tensors |= norm_tensors(f"{name}.{cls.norm_names[1]}", f"{gguf}.attn_k_norm", head_dim)
         summed = Split(COLUMNS, num_heads, "attention heads")
         return tensors | linear_tensors(
-            f"{name}.o_proj", f"{gguf}.attn_output", (hidden_size, queries), summed, bias=o_bias
+            f"{name}.{cls.output_name}", f"{gguf}.attn_output", (hidden_size, queries), summed, bias=o_bias
         )
 
     @classmethod
@@ -134,7 +136,7 @@ class Attention:
             qkv=packer.linear(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"),
             q_norm=packer.vector(f"{name}.{cls.norm_names[0]}.weight") if qk_norm else None,
             k_norm=packer.vector(f"{name}.{cls.norm_names[1]}.weight") if qk_norm else None,
-            o=packer.linear(f"{name}.o_proj"),
+            o=packer.linear(f"{name}.{cls.output_name}"),
         )
 
     def mix(self, batch: Any, layer: int, x: Array) -> Array:
@@ -162,25 +164,29 @@ class GatedMLP:
     Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
     """
 
+    names: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    """Of the modules, in folders."""
+
     ops: Ops
     gate_up: Weight
     down: Weight
 
-    @staticmethod
-    def tensors(name: str, gguf: str, *, hidden_size: int, width: int, bias: bool) -> Tensors:
+    @classmethod
+    def tensors(cls, name: str, gguf: str, *, hidden_size: int, width: int, bias: bool) -> Tensors:
         """name: of the module, as `model.layers.0.mlp`; gguf: of the block, as `blk.0`."""
+        gate, up, down = cls.names
         what = "columns of wide layers"
         made, summed = Split(ROWS, width, what), Split(COLUMNS, width, what)
         return {
-            **linear_tensors(f"{name}.gate_proj", f"{gguf}.ffn_gate", (width, hidden_size), made, bias=bias),
-            **linear_tensors(f"{name}.up_proj", f"{gguf}.ffn_up", (width, hidden_size), made, bias=bias),
-            **linear_tensors(f"{name}.down_proj", f"{gguf}.ffn_down", (hidden_size, width), summed, bias=bias),
+            **linear_tensors(f"{name}.{gate}", f"{gguf}.ffn_gate", (width, hidden_size), made, bias=bias),
+            **linear_tensors(f"{name}.{up}", f"{gguf}.ffn_up", (width, hidden_size), made, bias=bias),
+            **linear_tensors(f"{name}.{down}", f"{gguf}.ffn_down", (hidden_size, width), summed, bias=bias),
         }
 
     @classmethod
     def load(cls, packer: Packer, name: str, ops: Ops, activation: Activation = "silu") -> GatedMLP:
-        gate_up = packer.gated(f"{name}.gate_proj", f"{name}.up_proj", activation)
-        return cls(ops, gate_up, packer.linear(f"{name}.down_proj"))
+        gate, up, down = cls.names
+        return cls(ops, packer.gated(f"{name}.{gate}", f"{name}.{up}", activation), packer.linear(f"{name}.{down}"))
 
     def output(self, batch: Any, x: Array, residual: Array | None = None) -> Array:
         """(T, H), the residual added where there is one."""

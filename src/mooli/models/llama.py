@@ -15,7 +15,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mooli.backends.base import Array, AttentionSpec, Ops, PagedLayer, RopeSpec, Weight
+from mooli.backends.base import Array, AttentionSpec, CacheLayer, Ops, PagedLayer, RopeSpec, Weight
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import rope
 from mooli.models.config import ModelConfig, TensorSpec
@@ -112,7 +112,7 @@ class LlamaConfig(ModelConfig):
         # The head is stored next to a tied embedding by some tools; the others are frequencies, which the config gives.
         return name in ("lm_head.weight", "rope_freqs.weight") or name.endswith("rotary_emb.inv_freq")
 
-    def cache_layers(self) -> tuple[PagedLayer, ...]:
+    def cache_layers(self) -> tuple[CacheLayer, ...]:
         return (PagedLayer(self.num_kv_heads, self.head_dim, self.sliding_window or 0),) * self.num_layers
 
     def part(self, size: int) -> LlamaConfig:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
+
 from mooli.backends.base import Activation, Backend, Weight
 from mooli.models.checkpoint import Checkpoint
 from mooli.models.config import ModelConfig
@@ -68,6 +70,25 @@ class Packer:
         return self._packed(
             self._backend.load_gated(first, second, biases, activation=activation), first, second, *biases
         )
+
+    def queries_and_gates(self, q: str, k: str, v: str, *, num_heads: int) -> tuple[Weight, Weight]:
+        """Of a layer whose heads of queries have the rows of a gate behind their own: the weight of queries, keys and
+        values, and that of all gates."""
+        both, *others = self._weights((q, k, v))
+        rows = np.arange(both.num_rows, dtype=np.int64).reshape(num_heads, 2, -1)
+        queries, gates = (both.take_rows(rows[:, part].reshape(-1)) for part in (0, 1))
+        qkv = self._packed(self._backend.load_linear([queries, *others]), *others)
+        return qkv, self._packed(self._backend.load_linear([gates]), both)
+
+    def conv(self, module: str) -> Weight:
+        """The weight of `Ops.short_conv` and `Ops.causal_conv`."""
+        (weight,), biases = self._weights((module,)), self._biases((module,))
+        return self._packed(self._backend.load_conv(weight, *biases), weight, *biases)
+
+    def delta(self, decay: str, dt_bias: str) -> Weight:
+        """The weight of `Ops.delta_rule`, of two vectors."""
+        vectors = self._checkpoint.tensor(decay), self._checkpoint.tensor(dt_bias)
+        return self._packed(self._backend.load_delta(*vectors), *vectors)
 
     def finish(self) -> None:
         """Returns when all is packed."""

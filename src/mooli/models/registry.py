@@ -10,7 +10,7 @@ from typing import Any
 
 from mooli.backends.base import Backend
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from mooli.models import gemma, granite, hunyuan, llama
+from mooli.models import gemma, granite, hunyuan, lfm2, llama, qwen3_5
 from mooli.models.checkpoint import Checkpoint
 from mooli.models.config import ModelConfig
 from mooli.models.family import Family, Model
@@ -29,6 +29,8 @@ FAMILIES: dict[str, Family] = {
         gemma.GEMMA3,
         granite.GRANITE,
         hunyuan.HUNYUAN,
+        lfm2.LFM2,
+        qwen3_5.QWEN3_5,
     )
 }
 """By the name that `ModelConfig.family` has."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from mooli.backends.base import StateLayer
 from mooli.backends.dequant import dequantize
 from mooli.errors import ConfigError
 from mooli.models.checkpoint import Checkpoint
@@ -33,6 +34,11 @@ def check_size(config: ModelConfig, size: int) -> None:
     of everything, and whole ones."""
     if size == 1:
         return
+    if any(isinstance(layer, StateLayer) for layer in config.cache_layers()):
+        raise ConfigError(
+            f"tp_size={size} does not fit this model: layers of {config.family} keep a recurrent state, which no rank"
+            " has a part of yet; use tp_size=1"
+        )
     splits = list(dict.fromkeys(spec.split for spec in config.tensors().values() if spec.split is not None))
     if all(_fits(split, size) for split in splits):
         return

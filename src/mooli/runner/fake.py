@@ -1,9 +1,9 @@
 """A runner without a model, for tests of everything above it.
 
-Owns a KV pool that stores, per slot, which token was put there and for which position. The next token is a function of
-what is read back through the page table, and of nothing else: a wrong page, slot, position, copy or order changes the
-output. Where a step may begin the next one, it leaves in the slots of that what a later step must write over. Never
-looks at anything a real runner would not look at.
+Owns a KV pool that stores, per slot, which token was put there and for which position, and slots of recurrent states
+where it is asked to. The next token is a function of what is read back through the page table, and of the state, and of
+nothing else: a wrong page, slot, position, copy or order changes the output. Where a step may begin the next one, it
+leaves in the slots of that what a later step must write over. Never looks at anything a real runner would not look at.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class FakeRunner:
     favoured_logit: its logit; those of others are in [0, 8).
     gives_nan: given the context's ids, True where the logits are to hold NaN.
     raises: given the batch, an exception to raise before anything is computed, or None.
+    num_states: slots of recurrent states; 0 for a model that has none.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class FakeRunner:
         favoured_logit: float = 100.0,
         gives_nan: Callable[[list[int]], bool] | None = None,
         raises: Callable[[ScheduleBatch], BaseException | None] | None = None,
+        num_states: int = 0,
     ) -> None:
         self.page_size = page_size
         self.vocab_size = vocab_size
@@ -51,6 +53,9 @@ class FakeRunner:
         self.gives_nan = gives_nan
         self.raises = raises
         self._kv: NDArray[np.uint64] = np.full(num_pages * page_size, UNSET, np.uint64)
+        self._states: NDArray[np.uint64] = np.full(num_states, UNSET, np.uint64)
+        self._state_after: list[np.uint64] = []
+        """Of each token of the step."""
 
     def execute(self, batch: ScheduleBatch) -> StepOutput:
         """See `Runner.execute`. Raises ValueError for a batch that no backend could carry out."""
@@ -62,6 +67,7 @@ class FakeRunner:
             pages[copy.target, : copy.num_tokens] = pages[copy.source, : copy.num_tokens]
             pages[copy.target, copy.num_tokens :] = UNSET
         self._kv[batch.slots] = stored_values(batch.token_ids, batch.positions)
+        self._state_after = self._recur(batch) if batch.state_slots is not None else []
         token_ids: list[int] = []
         logprobs: list[LogprobRow | None] = []
         row_of_token = np.repeat(np.arange(batch.num_rows), batch.lengths)
@@ -92,6 +98,24 @@ class FakeRunner:
             self._begin_next(batch)
         return StepOutput(np.array(token_ids, np.int32), logprobs, prompt_logprobs)
 
+    def _recur(self, batch: ScheduleBatch) -> list[np.uint64]:
+        for copy in batch.state_copies:
+            self._states[copy.target] = self._states[copy.source]
+        after: list[np.uint64] = []
+        values = stored_values(batch.token_ids, batch.positions)
+        first = 0
+        assert batch.state_slots is not None
+        for row, (start, length) in enumerate(zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)):
+            slot = int(batch.state_slots[row])
+            chain = recurrent_states(values[first : first + length], self._states[slot] if start else UNSET)
+            self._states[slot] = chain[-1]
+            for save in batch.state_saves:
+                if save.row == row:
+                    self._states[save.slot] = chain[save.num_tokens - 1]
+            after += chain
+            first += length
+        return after
+
     def _begin_next(self, batch: ScheduleBatch) -> None:
         positions = batch.starts + batch.lengths
         pages = batch.page_table[np.arange(batch.num_rows), positions // self.page_size]
@@ -109,11 +133,26 @@ class FakeRunner:
         written = set((batch.slots // self.page_size).tolist()) | {copy.target for copy in batch.copies}
         if any(copy.source in written for copy in batch.copies):
             raise ValueError("a page is copied from and written in the same step")
+        self._check_states(batch)
         ends = np.cumsum(batch.lengths)
         for wanted in batch.prompt_logprobs:
             first, last = wanted.first_token, wanted.first_token + len(wanted.target_ids)
             if not ends[wanted.row] - batch.lengths[wanted.row] <= first < last <= ends[wanted.row]:
                 raise ValueError("a log-probability is asked for where the step computes nothing of that row")
+
+    def _check_states(self, batch: ScheduleBatch) -> None:
+        if (batch.state_slots is not None) != bool(len(self._states)):
+            raise ValueError("a model with states has them in every step, and one without never")
+        if batch.state_slots is None:
+            return
+        written = [*batch.state_slots.tolist(), *(save.slot for save in batch.state_saves)]
+        if len(batch.state_slots) != batch.num_rows or len(set(written)) != len(written):
+            raise ValueError("two states of a step are written to one slot")
+        copied = [slot for copy in batch.state_copies for slot in (copy.source, copy.target)]
+        if not all(0 <= slot < len(self._states) for slot in [*written, *copied]):
+            raise ValueError("a state is outside the slots")
+        if any(not 0 < save.num_tokens <= batch.lengths[save.row] for save in batch.state_saves):
+            raise ValueError("a state is kept where its row computes nothing")
 
     def _logits(self, batch: ScheduleBatch, row: int, num_tokens: int) -> NDArray[np.float64]:
         """The model's logits (vocab,) after the first `num_tokens` tokens of a row, as its pages hold them."""
@@ -122,9 +161,12 @@ class FakeRunner:
         if pages.min() < 0:
             raise ValueError("a row has too few pages for its tokens")
         values: NDArray[np.uint64] = self._kv[pages * self.page_size + positions % self.page_size]
+        if self._state_after:
+            first = int(batch.lengths[:row].sum()) - int(batch.starts[row])
+            values = np.append(values, self._state_after[first + num_tokens - 1])
         logits: NDArray[np.float64] = fake_logits(values, self.vocab_size)
         if self.next_token is not None or self.gives_nan is not None:
-            context = [int(value) % _TOKEN_STRIDE - 1 for value in values]
+            context = [int(value) % _TOKEN_STRIDE - 1 for value in values[:num_tokens]]
             favoured = self.next_token(context) if self.next_token is not None else None
             if favoured is not None:
                 logits[favoured] = self.favoured_logit
@@ -138,6 +180,15 @@ def stored_values(token_ids: NDArray[np.int32], positions: NDArray[np.int32]) ->
     values: NDArray[np.uint64] = positions.astype(np.uint64) * np.uint64(_TOKEN_STRIDE)
     values += token_ids.astype(np.uint64) + np.uint64(1)
     return values
+
+
+def recurrent_states(values: NDArray[np.uint64], before: np.uint64 = UNSET) -> list[np.uint64]:
+    """The state after each of these stored values, of a sequence that had the state `before`."""
+    states: list[np.uint64] = []
+    for value in values:
+        before = _mixed(np.array([before ^ value], np.uint64))[0]
+        states.append(before)
+    return states
 
 
 def fake_logits(values: NDArray[np.uint64], vocab_size: int) -> NDArray[np.float64]:

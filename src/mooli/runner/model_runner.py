@@ -44,6 +44,8 @@ class ModelRunner:
         """Compute the step. Its KV is stored when this returns."""
         if batch.copies:
             self._backend.copy_pages(batch.copies)
+        if batch.state_copies:
+            self._backend.copy_states(batch.state_copies)
         if batch.num_tokens == 0:
             return StepOutput(token_ids=np.empty(0, dtype=np.int32), logprobs=[])
         if not batch.prompt_logprobs and 0 < len(batch.sampling) <= self._max_logit_rows:

@@ -19,6 +19,9 @@ requests before those that never ran and have the same place otherwise.
 
 The rule: whose turn it is begins if nothing holds it (see `Hold`) and the cache has pages for it. What is held lets
 others pass; the first that has too few pages ends the round, so that large requests are not overtaken for ever.
+
+Requests in the background have a queue of their own, of the same kind. One begins only where no other request waits
+that could begin, and gives its place and its pages to any other, the latest first.
 """
 
 from __future__ import annotations
@@ -343,17 +346,22 @@ class PrefixWaits:
         if not self._leaders:
             return False
         page_size = self._cache.page_size
-        match = self._cache.match(state.request.namespace, state.key, state.match_limit)
+        # What is being computed counts, also where it has no state yet to go on from.
+        match = self._cache.agreeing(state.request.namespace, state.key, state.match_limit)
         num_pages = len(match.pages)
         first, last = num_pages * page_size, (num_pages + 1) * page_size
         if last > state.match_limit:  # would have to compute that page in any case
             return False
         page = token_key(state.key_ids[first:last])
         for leader in self._leaders.get((state.request.namespace, num_pages, page), ()):
+            if leader.is_background and not state.is_background:
+                continue  # it may take its time
             common = _common_tokens(leader, state) // page_size
             if common > num_pages:
                 state.leader = leader
                 state.leader_pages = min(common, state.match_limit // page_size)
+                if leader.pages is not None:
+                    leader.pages.wanted.add(state.leader_pages * page_size)
                 return True
         return False
 
@@ -384,36 +392,64 @@ def _common_tokens(a: RequestState, b: RequestState) -> int:
 class AdmissionControl:
     """The rule in the module docstring, and who gives way where it would leave a client with nothing.
 
-    holds: the reasons why a request waits though it could begin.
+    background: who waits in the background; in `waiting` are all others. holds: the reasons why a request waits though
+    it could begin.
     """
 
     cache: KVCache
     waiting: Waiting
+    background: Waiting
     running: Running
     counters: Counters
     holds: Sequence[Hold]
 
-    def admit_waiting(self, plan: Plan) -> None:
-        """Begin those whose turn it is, as far as tokens, places and pages are left."""
-        running = self.running
-        if not plan.tokens_left or not running.free_indices:
-            return
+    def add(self, state: RequestState) -> None:
+        """It waits from now on."""
+        self._queue_of(state).add(state)
+
+    def _queue_of(self, state: RequestState) -> Waiting:
+        return self.background if state.is_background else self.waiting
+
+    def admit_waiting(self, plan: Plan) -> bool:
+        """Begin those whose turn it is, as far as tokens, places and pages are left or others in the background have
+        them. Whether none is left that could begin."""
+        return self._admit_from(self.waiting, plan)
+
+    def admit_background(self, plan: Plan) -> None:
+        """Begin those in the background whose turn it is, as far as tokens, places and pages are left."""
+        self._admit_from(self.background, plan)
+
+    def _admit_from(self, queue: Waiting, plan: Plan) -> bool:
+        is_background = queue is self.background
+        if not queue:
+            return True
+        if not plan.tokens_left or not self._has_place(is_background):
+            return False
         self._begin_step()
-        promised_pages = self._promised_pages()
-        for state in self.waiting.in_turn(running.states, self.counters.computed_tokens):
-            if not plan.tokens_left or not running.free_indices:
-                return
+        running, promised_pages = self.running.of_class(is_background), self._promised_pages()
+        for state in queue.in_turn(running, self.counters.computed_tokens):
+            if not plan.tokens_left or not self._has_place(is_background):
+                return False
             if self._is_held(state):
                 plan.is_held_up = True
                 continue
-            if not self._admit(state, plan, promised_pages):
-                return
+            while not (self.running.free_indices and self._admit(state, plan, promised_pages)):
+                last = self.running.last_in_background
+                if is_background or last is None:
+                    return False
+                self.give_way(last, plan)
+                promised_pages = self._promised_pages()
             promised_pages += self._pages_wanted(state)
+        return True
+
+    def _has_place(self, is_background: bool) -> bool:
+        """For one more to run, if need be in the place of one in the background."""
+        return bool(self.running.free_indices) or not (is_background or self.running.last_in_background is None)
 
     def admit_newcomers(self, plan: Plan, num_kept: int) -> None:
         """Begin a request of each client that has none running, with all tokens of the step but `num_kept`. The client
         that has most running leaves them a place and pages."""
-        newcomers = self.waiting.newcomers(self.running.states, self.counters.computed_tokens)
+        newcomers = self.waiting.newcomers(self.running.of_class(False), self.counters.computed_tokens)
         if not newcomers:
             return
         self._begin_step()
@@ -442,8 +478,11 @@ class AdmissionControl:
             self.give_way(victim, plan)
 
     def _gives_way_to(self, newcomer: RequestState) -> RequestState | None:
-        """The latest request of the client that has most running: of several, and of more pages than are wanted."""
+        """The latest request in the background; or else of the client that has most running: of several, and of more
+        pages than are wanted."""
         running = self.running.states
+        if self.running.last_in_background is not None:
+            return self.running.last_in_background
         client, count = Counter(state.request.client for state in running).most_common(1)[0]
         if count < 2:
             return None
@@ -477,9 +516,10 @@ class AdmissionControl:
         )
         if admission is None:
             return False
-        self.waiting.remove(state)
+        self._queue_of(state).remove(state)
         self.running.begin(state, admission)
         plan.copies += admission.copies
+        plan.state_copies += admission.state_copies
         plan.add(state, admission.num_tokens)
         plan.num_cached_tokens += admission.num_matched
         if state.cached_tokens < 0:
@@ -495,6 +535,7 @@ class AdmissionControl:
         """Take a running request out of the step that is planned, and put it back among the waiting."""
         plan.drop(state)
         plan.num_preempted += 1
+        plan.num_background_preempted += state.is_background
         self.preempt(state)
 
     def preempt(self, state: RequestState) -> None:
@@ -504,17 +545,18 @@ class AdmissionControl:
         state.num_preemptions += 1
         state.enqueued_at = self.counters.computed_tokens
         self.counters.preemptions += 1
-        self.waiting.add(state)
+        self.add(state)
 
     def remove(self, state: RequestState, *, keep: bool) -> None:
         """A request ends, waiting or running: its place and pages go. `keep` what it computed, in the tree."""
+        queue = self._queue_of(state)
         if state.pages is None:
-            self.waiting.remove(state)
+            queue.remove(state)
         else:
             self._leave(state, keep=keep)
-        if not self.waiting and not self.running.states:
-            self.waiting.forget_clients()
+        if not queue and not self.running.of_class(state.is_background):
+            queue.forget_clients()
 
     def _leave(self, state: RequestState, *, keep: bool) -> None:
         self.running.leave(state, keep=keep)
-        self.waiting.charge(state.request.client, state.num_computed - state.num_found)
+        self._queue_of(state).charge(state.request.client, state.num_computed - state.num_found)

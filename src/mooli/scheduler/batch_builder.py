@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch, TokenMasks
+from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch, StateCopy, StateSave, TokenMasks
 from mooli.scheduler.constraint import holds_no_other
 from mooli.scheduler.request_state import RequestState
 
@@ -25,7 +25,8 @@ class Row:
     """Compute tokens [start, start + length) of one request, and sample the next if `samples`.
 
     drafts: a guess at the tokens that will be sampled next. They are the last of the row, and after each of them a
-    token is sampled too. num_forced: how many of them, from the first on, a constraint forces.
+    token is sampled too. num_forced: how many of them, from the first on, a constraint forces. states: after how many
+    tokens of the row its recurrent state is kept besides, and the slot.
     """
 
     state: RequestState
@@ -34,6 +35,7 @@ class Row:
     samples: bool
     drafts: Sequence[int] = ()
     num_forced: int = 0
+    states: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_samples(self) -> int:
@@ -41,8 +43,8 @@ class Row:
 
     @property
     def continues_output(self) -> bool:
-        """Computes one sampled token and what is guessed to follow it."""
-        return self.length - len(self.drafts) == 1 and self.start >= self.state.num_prompt_tokens
+        """Computes the token sampled last and what is guessed to follow it."""
+        return self.samples and self.length - len(self.drafts) == 1 and self.start >= self.state.num_prompt_tokens
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
@@ -53,7 +55,8 @@ class Row:
 
 @dataclass(slots=True)
 class Plan:
-    """The step being put together. `num_preempted` counts running requests that had to give way.
+    """The step being put together. `num_preempted` counts running requests that had to give way, and
+    `num_background_preempted` those of them in the background.
 
     max_tokens: of any step. tokens_left: of this one. beside_answers: of them, what the prompt of one client gets where
     another's ends. may_begin_next: see `ScheduleBatch`. is_held_up: a request waits that could begin otherwise (see
@@ -65,7 +68,9 @@ class Plan:
     beside_answers: int
     rows: list[Row] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
+    state_copies: list[StateCopy] = field(default_factory=list)
     num_preempted: int = 0
+    num_background_preempted: int = 0
     num_cached_tokens: int = 0
     may_begin_next: bool = False
     is_held_up: bool = False
@@ -203,7 +208,12 @@ class BatchBuilder:
     def _to_follow(self, plan: Plan, batch: ScheduleBatch) -> _Last | None:
         if self._biases or len(batch.sampling) != len(plan.rows):
             return None
-        if plan.copies or batch.prompt_logprobs or not all(row.continues_output and row.samples for row in plan.rows):
+        if (
+            plan.copies
+            or plan.state_copies
+            or batch.prompt_logprobs
+            or not all(row.continues_output and row.samples for row in plan.rows)
+        ):
             return None
         return _Last([row.state for row in plan.rows], batch)
 
@@ -242,6 +252,8 @@ class BatchBuilder:
             page_table=page_table,
             sampling=sampling,
             may_begin_next=plan.may_begin_next,
+            state_slots=_state_slots(rows),
+            state_saves=_state_saves(rows),
         )
 
     def _build(self, step: int, plan: Plan) -> ScheduleBatch:
@@ -277,6 +289,9 @@ class BatchBuilder:
             copies=plan.copies,
             prompt_logprobs=_prompt_logprob_rows(rows),
             may_begin_next=plan.may_begin_next,
+            state_slots=_state_slots(rows),
+            state_copies=plan.state_copies,
+            state_saves=_state_saves(rows),
         )
 
     def _masks(self, rows: list[Row]) -> TokenMasks | None:
@@ -364,11 +379,22 @@ def _follows(plan: Plan, last: _Last) -> bool:
     return (
         len(rows) == len(last.states)
         and not plan.copies
+        and not plan.state_copies
         and all(
             row.state is state and row.samples and row.length == 1 and row.start == start + 1
             for row, state, start in zip(rows, last.states, starts.tolist(), strict=True)
         )
     )
+
+
+def _state_slots(rows: list[Row]) -> NDArray[np.int32] | None:
+    """Where the state of each row is; None where the model has none."""
+    slots = [row.state.pages.state for row in rows if row.state.pages is not None and row.state.pages.state >= 0]
+    return np.array(slots, np.int32) if slots else None
+
+
+def _state_saves(rows: list[Row]) -> list[StateSave]:
+    return [StateSave(index, count, slot) for index, row in enumerate(rows) for count, slot in row.states]
 
 
 def _bias_arrays(bias: dict[int, float]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

@@ -141,6 +141,7 @@ class Landing:
             if index in nan_rows:
                 self._end_untrusted(state, self.acceptance.nan_error())
             elif state.pending_finish is not None:
+                self._end_step(state)
                 end = self._end_untrusted if self.acceptance.has_error(samples) else self.end
                 end(state, state.pending_finish)
             elif samples:
@@ -162,6 +163,7 @@ class Landing:
         """The row has sampled: its request has more tokens now, and may end."""
         state = row.state
         accepted = self.acceptance.take(row, samples)
+        goes_on = self._end_step(state)
         self.counters.generated_tokens += len(accepted.token_ids)
         num_forced = min(row.num_forced, accepted.num_right_drafts)
         self.counters.forced_tokens += num_forced
@@ -176,8 +178,12 @@ class Landing:
         else:
             self.running.share_computed(state)
             self.outputs.append(out)
-            if accepted.leaves_nan:
-                self.admission.preempt(state)  # it would spread: even what has no weight is multiplied
+            if accepted.leaves_nan or not goes_on:
+                self.admission.preempt(state)  # NaN would spread: even what has no weight is multiplied
+
+    def _end_step(self, state: RequestState) -> bool:
+        """How many of its tokens are computed is known. False if no recurrent state of so many was kept."""
+        return state.pages is None or self.cache.end_step(state.pages, state.num_computed)
 
     def _count_drafts(self, row: Row, num_right: int) -> None:
         num_guessed = len(row.drafts) - row.num_forced

@@ -28,6 +28,7 @@ class Planner:
 
     cache: KVCache
     waiting: Waiting
+    background: Waiting
     running: Running
     admission: AdmissionControl
     max_batch_tokens: int
@@ -40,19 +41,60 @@ class Planner:
         """The next step; without rows if nothing can run. mixed_prefill_tokens: what prompts get beside streams."""
         plan = Plan(self.max_batch_tokens, self.max_batch_tokens, max(1, mixed_prefill_tokens // 4))
         self._continue_running(plan, mixed_prefill_tokens)
-        if self.waiting and not plan.num_preempted:  # who just gave way would take the pages back
-            self.admission.admit_waiting(plan)
+        have_begun = not self.waiting
+        # Who just gave way would take the pages back.
+        if self.waiting and plan.num_preempted == plan.num_background_preempted:
+            have_begun = self.admission.admit_waiting(plan)
+        if plan.rows:
+            self._compute_ahead(plan)
+        self._add_background(plan, mixed_prefill_tokens, may_begin=have_begun)
+        if self.cache.states is None:
+            plan.may_begin_next = self._may_begin_next(plan)
+        else:  # a step that has begun and is not the next one would have overwritten states
+            self._place_states(plan)
+        return plan
+
+    def _add_background(self, plan: Plan, mixed_prefill_tokens: int, *, may_begin: bool) -> None:
+        """Requests in the background, behind all others. Beside others they have a small part of a step, for which
+        those wait; and steps of their own are no longer than another may have to wait when it comes."""
+        running = self.running.of_class(True)
+        if not running and not self.background:
+            return
+        is_alone = not plan.rows and not self.waiting
+        ones = [state for state in running if state.num_missing == 1]
+        most = mixed_prefill_tokens if is_alone else max(1, mixed_prefill_tokens // BACKGROUND_PART)
+        if is_alone:  # one token each is what makes a step worth while
+            self._continue(ones, plan)
+        kept = max(0, plan.tokens_left - most)
+        plan.tokens_left -= kept
+        if not is_alone:
+            self._continue(ones, plan)
+        more = [state for state in running if state.num_missing > 1]
+        self._continue(self.background.by_turn(more, running), plan)
+        if may_begin and not plan.num_preempted:
+            self.admission.admit_background(plan)
+        plan.tokens_left += kept
+        if is_alone and plan.rows:
+            self._compute_ahead(plan)
+
+    def _compute_ahead(self, plan: Plan) -> None:
         if self.forced is not None:
             self._add_forced(self.forced, plan)
         if self.drafts is not None:
             self._add_drafts(self.drafts, plan)
-        plan.may_begin_next = self._may_begin_next(plan)
-        return plan
+
+    def _place_states(self, plan: Plan) -> None:
+        for row in plan.rows:
+            held = row.state.pages
+            if held is not None:
+                num_tried = len(row.drafts) - row.num_forced
+                row.states = self.cache.begin_step(held, row.start, row.length, num_tried)
 
     def _continue_running(self, plan: Plan, mixed_prefill_tokens: int) -> None:
         one_missing: list[RequestState] = []
         more_missing: list[RequestState] = []
-        for state in self.running.states:
+        running = self.running.of_class(False)
+        for state in running:
             (one_missing if state.num_tokens - state.num_computed == 1 else more_missing).append(state)
         self._continue(one_missing, plan)
         # Streams wait for this step, and what else it computes is their gap; or another client may come while it runs.
@@ -64,7 +106,7 @@ class Planner:
             self.admission.admit_newcomers(plan, kept)
         before = plan.tokens_left
         if more_missing:
-            self._continue(self.waiting.by_turn(more_missing, self.running.states), plan)
+            self._continue(self.waiting.by_turn(more_missing, running), plan)
         self.prompts_waited = bool(more_missing) and plan.tokens_left >= before
 
     def _continue(self, states: list[RequestState], plan: Plan) -> None:
@@ -126,6 +168,8 @@ class Planner:
         """Have the rows verify guesses, behind what is forced, where all continue outputs and together are few."""
         rows = plan.rows
         tokens_left = min(plan.tokens_left, drafts.settings.tokens_per_step - sum(row.length for row in rows))
+        if self.cache.most_tried is not None:
+            tokens_left = min(tokens_left, self.cache.most_tried)
         if tokens_left < 1 or not all(row.continues_output for row in rows):
             return
         for index, row in enumerate(rows):
@@ -150,7 +194,8 @@ class Planner:
         """Whether the next step is most likely this one's rows with one token more each: no request begins, waits for a
         prompt or ends by its length. Gets them the page for that token a step early, if nobody else could need it."""
         running = self.running
-        if len(plan.rows) < len(running.states) or (self.waiting and running.free_indices):
+        waits = bool(self.waiting or self.background)
+        if len(plan.rows) < len(running.states) or (waits and running.free_indices):
             return False
         cache = self.cache
         spare_pages = cache.num_available - len(running.states)
@@ -166,6 +211,9 @@ class Planner:
                 running.grow(state, held, num_tokens)
         return True
 
+
+BACKGROUND_PART = 8
+"""Of the tokens that prompts get beside streams, requests in the background get one in so many beside any others."""
 
 STEP_S = 0.15
 """How long a step may be that streams wait for: a slow reader's pace of seven tokens a second."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli.batch import LogprobRow
-from mooli.cache.kv_cache import MatchEnd, RequestPages
+from mooli.cache.kv_cache import Given, MatchEnd, RequestPages
 from mooli.cache.radix_tree import token_key
 from mooli.scheduler.constraint import Constrained
 from mooli.scheduler.drafts import DraftRecord
@@ -21,12 +21,13 @@ class RequestState:
 
     num_tokens: prompt and what was sampled. num_computed: how many of them have their KV stored; it chases num_tokens.
     max_tokens: num_tokens at which the request ends with `length`.
-    arrival: position in the order of arrival. rank: smaller goes first, and is preempted last.
+    arrival: position in the order of arrival. rank: smaller goes first, and is preempted last; all in the background
+    come after all others.
     due: where it came, in tokens computed by anybody, less the head start of its priority; 0, and head_start None,
     where priorities do not count.
     num_found: tokens that were in the cache when it began to run, this time.
     drafts: how the guesses at its next tokens have fared.
-    given: the tree's pages that it computed, preempted or not.
+    given: what it gave to the tree, preempted or not.
     match_end: where it ended in the cache when it began to run, and why. waited_for: what held it last (see `Hold`).
     constrained: what its output must keep to; None for a request that is free. It stands after the last token.
     leader: the running request that now computes a prefix this one waits for, until it has `leader_pages` in the tree.
@@ -44,6 +45,7 @@ class RequestState:
         "enqueued_at",
         "given",
         "head_start",
+        "is_background",
         "leader",
         "leader_pages",
         "match_end",
@@ -73,7 +75,8 @@ class RequestState:
         self.arrival = arrival
         self.head_start = head_start
         self.due = 0 if head_start is None else enqueued_at - head_start
-        self.rank = (self.due, arrival)
+        self.is_background = request.is_background
+        self.rank = (self.is_background, self.due, arrival)
         self.max_tokens = max_tokens
         self.enqueued_at = enqueued_at
         self.stop_ids = frozenset() if params.ignore_eos else request.eos_ids | params.stop_token_ids
@@ -84,7 +87,7 @@ class RequestState:
         self.drafts = DraftRecord()
         self.num_preemptions = 0
         self.pages: RequestPages | None = None
-        self.given: set[int] = set()
+        self.given = Given()
         self.req_index = -1
         self.match_end: MatchEnd | None = None
         self.waited_for: str | None = None

@@ -25,6 +25,18 @@ class Running:
         self._cache = cache
         self._tables = tables
 
+    def of_class(self, is_background: bool) -> list[RequestState]:
+        """Those that run in the background, or all others, in the order of rank."""
+        states = self.states
+        if not states or not states[-1].is_background:
+            return [] if is_background else states
+        return [state for state in states if state.is_background == is_background]
+
+    @property
+    def last_in_background(self) -> RequestState | None:
+        """The first to give way to whoever is not in the background."""
+        return self.states[-1] if self.states and self.states[-1].is_background else None
+
     def begin(self, state: RequestState, admission: Admission) -> None:
         """A waiting request runs from now on; there must be a free req_index."""
         insort(self.states, state, key=_rank)
@@ -73,5 +85,5 @@ class Running:
             raise EngineError("a req_index is lost or used twice")
 
 
-def _rank(state: RequestState) -> tuple[int, int]:
+def _rank(state: RequestState) -> tuple[bool, int, int]:
     return state.rank

@@ -13,11 +13,13 @@ A step is filled in this order:
 4. waiting requests, clients in turn and each in the order of the policy, as long as tokens, places and pages are left.
    The first that does not fit ends the round, so that large requests are not overtaken for ever;
 5. what constraints force their outputs to go on with;
-6. where that left only a few tokens, drafts: guesses at what the rows will sample, verified in the same step.
+6. where that left only a few tokens, drafts: guesses at what the rows will sample, verified in the same step;
+7. requests in the background, running and waiting ones, in the same order: all there is of the step where they are
+   alone, and a small part of it beside others, who never wait for them longer than a step.
 
 Why nothing hangs: a request that could not run alone is refused by `add`. Under lack of pages a running request takes
 those of requests of lower rank (preemption), never of higher; and for another client that has nothing, the last of
-several gives way. So the first in rank always moves on.
+several gives way. Those in the background are last in rank. So the first in rank always moves on.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from mooli.scheduler.planning import Planner
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.running import Running
 from mooli.scheduler.stats import Counters, StepStats
+from mooli.scheduler.watching import Watching
 from mooli.types import FinishReason, Request, RequestOutput
 
 ABORTED = "The request was aborted."
@@ -109,12 +112,14 @@ class Scheduler:
         self._in_flight: tuple[int, list[Row]] | None = None
         max_pages = min(cache.pages_for(context_length), cache.num_pages)
         self._builder = BatchBuilder(cache.page_size, self.max_running_requests, max_pages)
-        self._waiting = Waiting(cache, policy)
+        self._waiting, self._background = Waiting(cache, policy), Waiting(cache, policy)
         self._running = Running(cache, self._builder, self.max_running_requests)
-        waiting, running, counters = self._waiting, self._running, self.counters
-        admission = AdmissionControl(cache, waiting, running, counters, [ConstraintWaits(), PrefixWaits(cache), *holds])
+        waiting, background, running, counters = self._waiting, self._background, self._running, self.counters
+        all_holds: list[Hold] = [ConstraintWaits(), PrefixWaits(cache), *holds]
+        admission = self._admission = AdmissionControl(cache, waiting, background, running, counters, all_holds)
+        self.watching = Watching(cache, self._states, all_holds)
         guesses = None if drafts is None else Drafts(drafts, cache)
-        self._planner = Planner(cache, waiting, running, admission, max_batch_tokens, guesses, forced)
+        self._planner = Planner(cache, waiting, background, running, admission, max_batch_tokens, guesses, forced)
         acceptance = Acceptance(vocab_size, computed_in)
         self._landing = Landing(
             cache, running, admission, self._states, counters, acceptance, verifies_drafts=drafts is not None
@@ -123,7 +128,7 @@ class Scheduler:
     # -- requests come and go -----------------------------------------------------------------------------------------
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._background)
 
     @property
     def num_running(self) -> int:
@@ -152,7 +157,7 @@ class Scheduler:
         self._num_added += 1
         self.counters.requests += 1
         self._states[request.rid] = state
-        self._waiting.add(state)
+        self._admission.add(state)
 
     def abort(self, rid: str, message: str = ABORTED) -> bool:
         """End a request with `abort`, at any time; what it computed stays cached. False if there is no such request."""
@@ -219,7 +224,7 @@ class Scheduler:
             cached_tokens=plan.num_cached_tokens,
             preempted=plan.num_preempted,
             running=len(self._running.states),
-            waiting=len(self._waiting),
+            waiting=self.num_waiting,
             used_pages=self._cache.num_pages - self._cache.num_available,
         )
 
@@ -249,8 +254,8 @@ class Scheduler:
         cache = self._cache
         gauges = {
             "running": len(self._running.states),
-            "waiting": len(self._waiting),
-            "waiting_tokens": self._waiting.num_tokens,
+            "waiting": self.num_waiting,
+            "waiting_tokens": self._waiting.num_tokens + self._background.num_tokens,
             "total_pages": cache.num_pages,
             "free_pages": cache.num_free,
             "tree_pages": cache.num_tree_pages,
@@ -262,7 +267,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Prove that pages, places and requests balance; raises EngineError otherwise. For tests."""
-        if len(self._states) != len(self._waiting) + len(self._running.states):
+        if len(self._states) != self.num_waiting + len(self._running.states):
             raise EngineError("a request is neither waiting nor running, or both")
         self._waiting.check()
+        self._background.check()
         self._running.check()

@@ -1,8 +1,8 @@
 """The whole ASGI application: every route, behind what protects it, and the document that shows them all.
 
 Owns which modules bring routes, the order of the layers (what is kept of each request, cross-origin rules, keys, web
-pages, limits, routes), and GET /openapi.json, made from the routes and the types of their bodies. Never answers
-anything else itself.
+pages, limits, routes), and GET /openapi.json, made from the routes and the types of what comes in and goes out. Never
+answers anything else itself.
 
 Source: OpenAPI 3.1.0.
 """
@@ -10,7 +10,7 @@ Source: OpenAPI 3.1.0.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from mooli.server import (
     anthropic,
+    cache_routes,
     infill,
     metrics,
     native_control,
@@ -26,11 +27,15 @@ from mooli.server import (
     native_parse,
     ollama,
     ollama_models,
+    openai_batches,
     openai_chat,
     openai_completions,
+    openai_files,
     openai_models,
     openai_responses,
+    page_files,
 )
+from mooli.server.answer_shapes import Answer, answer_of
 from mooli.server.http import Endpoint, RouteTable
 from mooli.server.json_body import BodyRoom
 from mooli.server.protection import Admission, KeyCheck, PageCheck
@@ -85,17 +90,22 @@ def make_route(routes: Sequence[Route]) -> Route:
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
     """An OpenAPI document of `routes`."""
-    types = list({route.body: None for route in routes if route.body is not None})
+    answers = {(method, route.path): answer_of(method, route.path) for route in routes for method in route.methods}
+    types: dict[Any, None] = {route.body: None for route in routes if route.body is not None}
+    for answer in answers.values():
+        types |= {} if answer is None else {kind: None for kind in (answer.json, answer.stream) if kind is not None}
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     schema_of = dict(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         path = re.sub(r"\{(\w+):\w+\}", r"{\1}", route.path)
         for method in route.methods:
-            operation = _operation(route, method)
+            operation = _operation(route, method, _content(answers[method, route.path], schema_of))
             if route.body is not None:
                 content = {"application/json": {"schema": schema_of[route.body]}}
                 operation["requestBody"] = {"required": route.needs_body, "content": content}
+            elif route.reads_stream is not None:
+                operation["requestBody"] = {"required": True, "content": {route.reads_stream: {}}}
             paths.setdefault(path, {})[method.lower()] = operation
     schemes = {
         "bearer": {"type": "http", "scheme": "bearer"},
@@ -109,14 +119,35 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route, method: str) -> dict[str, Any]:
+def _content(answer: Answer | None, schema_of: Mapping[Any, Any]) -> dict[str, Any]:
+    """Of a 200, by media type. OpenAPI 3.1 has no word for the events of a stream: the schema is that of one, with its
+    JSON as OpenAPI 3.2 shows it."""
+    if answer is None:
+        return {}
+    content: dict[str, Any] = {kind: {"schema": {"type": "string"}} for kind in answer.others}
+    if answer.json is not None:
+        content["application/json"] = {"schema": schema_of[answer.json]}
+    if answer.stream is not None:
+        schema = schema_of[answer.stream]
+        one = {"anyOf": [schema, {"const": "[DONE]"}]} if answer.is_done else schema
+        content[answer.framing] = {"schema": _event(one) if answer.framing.startswith("text/event-stream") else one}
+    return {"content": content} if content else {}
+
+
+def _event(data: Mapping[str, Any]) -> dict[str, Any]:
+    """One server-sent event, whose text is JSON."""
+    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": text}}
+
+
+def _operation(route: Route, method: str, content: Mapping[str, Any]) -> dict[str, Any]:
     name = "_".join(re.findall(r"\w+", route.path)) or "root"
     operation: dict[str, Any] = {
         "operationId": f"{method.lower()}_{name}",
         "summary": route.summary,
         "security": [] if route.access is Access.OPEN else [{"bearer": []}, {"header": []}],
         "responses": {
-            "200": {"description": "Done"},
+            "200": {"description": "Done", **content},
             "default": {
                 "description": "An error; the body says which, to probes in plain text",
                 "content": {
@@ -141,10 +172,13 @@ API_ROUTES: tuple[Route, ...] = (
     *native_info.ROUTES,
     *native_parse.ROUTES,
     *native_control.ROUTES,
+    *cache_routes.ROUTES,
     *openai_models.ROUTES,
     *openai_completions.ROUTES,
     *openai_chat.ROUTES,
     *openai_responses.ROUTES,
+    *openai_files.ROUTES,
+    *openai_batches.ROUTES,
     *anthropic.ROUTES,
     *infill.ROUTES,
     *ollama.ROUTES,
@@ -152,7 +186,7 @@ API_ROUTES: tuple[Route, ...] = (
     *metrics.ROUTES,
 )
 
-ROUTES = (*API_ROUTES, make_route(API_ROUTES))
+ROUTES = (*API_ROUTES, *page_files.ROUTES, make_route(API_ROUTES))
 
 LONG_BODIES = 16
 """So many of the longest bodies may be read at a time."""
@@ -160,9 +194,13 @@ LONG_BODIES = 16
 
 def build_app(service: Service, routes: Sequence[Route] = ROUTES) -> App:
     """The ASGI application that serves `service`."""
+    room = BodyRoom(LONG_BODIES * service.config.max_body_bytes)
+    return protected(RouteTable((route, Endpoint(service, route, room)) for route in routes), service)
+
+
+def protected(table: RouteTable, service: Service) -> App:
+    """All layers around the applications of routes."""
     config = service.config
-    room = BodyRoom(LONG_BODIES * config.max_body_bytes)
-    table = RouteTable((route, Endpoint(service, route, room)) for route in routes)
     app: App = Admission(table, service)
     app = PageCheck(app, table, config, service.keys)
     app = KeyCheck(app, table, service.keys)

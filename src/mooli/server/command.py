@@ -37,8 +37,8 @@ DEFAULTS: dict[str, Any] = {"model_path": DEMO, "log_level": "info"}
 """Defaults of engine arguments that a server has other than `Engine`."""
 
 _SUBJECTS = (
-    "model", "address", "access", "TLS", "device", "weights and numbers", "memory and batching", "limits", "answers",
-    "logs", "metrics",
+    "model", "several models", "address", "access", "TLS", "device", "weights and numbers", "memory and batching",
+    "limits", "answers", "batches", "logs", "metrics",
 )  # fmt: skip
 """Order of the help."""
 
@@ -187,6 +187,8 @@ def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
         arguments = read_server_args(args)
         for warning in arguments.warnings:
             print(f"mooli: warning: {warning}", file=sys.stderr)
+        if arguments.server.models is not None:
+            return _serve_several(arguments, arguments.server.models, command)
         from mooli.engine.child import EngineChild  # not for --help
 
         with EngineChild() as child:  # it comes up while the next line does its work
@@ -200,3 +202,14 @@ def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 2
+
+
+def _serve_several(arguments: ServerArguments, models: str, command: Sequence[str]) -> int:
+    if arguments.engine.model_path != DEMO or arguments.engine.served_model_name is not None:
+        raise ConfigError("--models names all models of the server: leave out --model-path and --served-model-name")
+    from mooli.server import launch
+    from mooli.server.several_models import named_models
+
+    return launch.run_several(
+        arguments.server, named_models(models, arguments.engine), arguments.engine, redacted(command)
+    )

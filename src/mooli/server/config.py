@@ -121,6 +121,7 @@ class ServerConfig(Arguments):
     watchdog_timeout: float = argument(
         300.0, "float", "Seconds one step of the engine may take before the server gives it up.", low=_LEAST_S
     )
+    no_page: bool = argument(False, "bool", "Serve no page for browsers at / and /docs, the API alone.")
     skip_server_warmup: bool = argument(False, "bool", "Be ready without having answered a first request.")
     sampling_defaults: str = argument(
         "model",
@@ -140,6 +141,37 @@ class ServerConfig(Arguments):
     )
     response_store_bytes: int = argument(
         64 * 2**20, "size", "Most bytes of kept responses; those used least recently are let go.", low=2**16
+    )
+    models: str | None = argument(
+        None,
+        "str",
+        "Several models instead of one: MODEL or NAME=MODEL with commas between, or a folder of models. Each is loaded"
+        " when a request names it first, in an engine process of its own.",
+        subject="several models",
+    )
+    model_idle_timeout: float = argument(
+        300.0, "float", "Seconds without a request after which a model of --models is ended; 0: never.", low=0
+    )
+    max_loaded_models: int | None = argument(
+        None, "int", "Models of --models that are loaded at a time; default: as many as there is memory for.", low=1
+    )
+    batch_dir: str | None = argument(
+        None,
+        "str",
+        "Folder for the files and batches of clients (/v1/files, /v1/batches), which outlive the server; default:"
+        " neither is taken.",
+        subject="batches",
+    )
+    max_file_bytes: int = argument(200 * 2**20, "size", "Longest file that a client may send, in bytes.", low=1024)
+    max_files: int = argument(1000, "int", "Most files of one tenant, results of batches counted.", low=1)
+    max_files_bytes: int = argument(
+        8 * 2**30, "size", "Most bytes of all files of one tenant, results of batches counted.", low=1024
+    )
+    max_batch_rows: int | None = argument(
+        None,
+        "int",
+        "Rows of batches that the engine has at a time; default: half as many as requests may run.",
+        low=1,
     )
     log_level_http: str | None = argument(
         None,
@@ -177,6 +209,7 @@ class ServerConfig(Arguments):
             )
         self._check_keys()
         self._check_tls()
+        self._check_models()
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ConfigError(
@@ -223,6 +256,19 @@ class ServerConfig(Arguments):
             if path is not None and not os.path.isfile(path):
                 raise ConfigError(f"{name}={path!r} is no file")
 
+    def _check_models(self) -> None:
+        if self.models is None:
+            for name in ("model_idle_timeout", "max_loaded_models"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ConfigError(f"{name} is for several models: give them with models, or leave it out")
+            return
+        for name, what in (("batch_dir", "batches"), ("enable_response_store", "kept responses")):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"models and {name} are given: {what} are kept for one model; serve it alone, or leave one of the"
+                    " two out"
+                )
+
     @property
     def cors_origins(self) -> tuple[str, ...]:
         """`cors_allow_origins` as a list; empty if there are none."""
@@ -260,6 +306,9 @@ class ServerConfig(Arguments):
             found.append("admin_api_key is the same as api_key: every client may call the administrative routes")
         if self.response_store_bytes != type(self).response_store_bytes and not self.enable_response_store:
             found.append("response_store_bytes has no effect without enable_response_store")
+        for name in ("max_file_bytes", "max_files", "max_files_bytes", "max_batch_rows"):
+            if getattr(self, name) != getattr(type(self), name) and self.batch_dir is None:
+                found.append(f"{name} has no effect without batch_dir")
         for name in ("enable_metrics", "enable_cache_report"):
             if not getattr(self, name):
                 found.append(f"{name}=False has no effect: it is always on")

@@ -25,6 +25,7 @@ from mooli.errors import (
     EngineDeadError,
     EngineError,
     KeyBusyError,
+    ModelsInUseError,
     MooliError,
     PromptError,
     QueueFullError,
@@ -46,6 +47,7 @@ MAX_MESSAGE_CHARS = 2000
 _BUSY: Mapping[type[MooliError], tuple[int, str]] = {
     QueueFullError: (HTTPStatus.SERVICE_UNAVAILABLE, "queue_full"),
     KeyBusyError: (HTTPStatus.TOO_MANY_REQUESTS, "key_busy"),
+    ModelsInUseError: (HTTPStatus.SERVICE_UNAVAILABLE, "models_in_use"),
 }
 """Status and code."""
 

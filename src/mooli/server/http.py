@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
@@ -30,6 +30,7 @@ from mooli.server.routing import (
     CLIENT,
     App,
     Dialect,
+    Download,
     EventStream,
     HttpError,
     Incoming,
@@ -159,10 +160,14 @@ class _Exchange:
         self._send = send
         self._has_begun = False
         self._is_complete = False
+        self._is_file = False
+        self._has_come = asyncio.Event()
+        """All of the body is there."""
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
-        timeout_s = self._service.config.request_timeout
+        # Who is in the background has to wait for others.
+        timeout_s = None if self._scope[CLIENT].is_background else self._service.config.request_timeout
         deadline = None if timeout_s is None else loop.time() + timeout_s
         try:
             incoming = await self._incoming()
@@ -203,6 +208,9 @@ class _Exchange:
                     body, unsupported = await read_body(raw, self._route.body, self._route.unsupported, most)
                 else:
                     body = self._route.body()
+        stream = self._pieces() if self._route.reads_stream is not None else None
+        if stream is None:
+            self._has_come.set()
         query = parse_qsl(self._scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
         return Incoming(
             body=body,
@@ -211,6 +219,7 @@ class _Exchange:
             path_params=self._scope.get("path_params", {}),
             headers=headers,
             client=self._scope[CLIENT],
+            stream=stream,
         )
 
     async def _read_body(self, headers: Mapping[str, str], share: BodyShare) -> bytes:
@@ -218,30 +227,41 @@ class _Exchange:
         declared = headers.get("content-length", "")
         if declared.isascii() and declared.isdigit() and int(declared) > config.max_body_bytes:
             raise self._too_large()
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
         received = bytearray()
+        async for piece in self._pieces():
+            share.take(len(piece))
+            received += piece
+            if len(received) > config.max_body_bytes:
+                raise self._too_large()
+        return bytes(received)
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes, as long as it comes quickly enough. Raises HttpError (408), or _ClientLeft."""
+        loop = asyncio.get_running_loop()
+        started_s, num_bytes = loop.time(), 0
         while True:
-            limit_s = config.read_timeout + len(received) / MIN_BODY_BYTES_PER_S
+            limit_s = self._service.config.read_timeout + num_bytes / MIN_BODY_BYTES_PER_S
             try:
                 message = await asyncio.wait_for(self._receive(), max(0.0, started_s + limit_s - loop.time()))
             except asyncio.TimeoutError:
                 raise HttpError(408, f"The body did not arrive within {limit_s:.0f} s.") from None
             if message["type"] != "http.request":
                 raise _ClientLeft
+            is_last = not message.get("more_body", False)
+            if is_last:
+                self._has_come.set()
             piece = message.get("body", b"")
-            share.take(len(piece))
-            received += piece
-            if len(received) > config.max_body_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                return bytes(received)
+            num_bytes += len(piece)
+            yield piece
+            if is_last:
+                return
 
     def _too_large(self) -> HttpError:
         return HttpError(413, f"The body is larger than the {self._service.config.max_body_bytes} bytes allowed here.")
 
     async def _left(self) -> None:
-        """Returns when the client has left."""
+        """Returns when the client has left; who reads its body hears of that first."""
+        await self._has_come.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
@@ -253,14 +273,32 @@ class _Exchange:
             reply = await handling
             if isinstance(reply, Reply):
                 await self._send_reply(reply)
+            elif isinstance(reply, Download):
+                await self._send_download(reply)
             else:
                 await self._send_events(reply)
+        except _ClientLeft:
+            pass
         except Exception as exc:
             await self._send_error(exc)
 
     async def _send_reply(self, reply: Reply) -> None:
         body = reply.content if isinstance(reply.content, bytes) else msgspec.json.encode(reply.content)
         await self._send_messages(reply_messages(reply.status, body, reply.media_type, reply.headers))
+
+    async def _send_download(self, download: Download) -> None:
+        headers = {
+            "Content-Type": download.media_type, "Content-Length": str(download.num_bytes), **download.headers
+        }  # fmt: skip
+        pairs = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        try:
+            self._is_file = True
+            await self._start({"type": "http.response.start", "status": int(HTTPStatus.OK), "headers": pairs})
+            async for piece in download.pieces:
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        finally:
+            await _close(download.pieces)
+        await self._finish(b"")
 
     async def _send_events(self, stream: EventStream) -> None:
         pieces = stream.pieces
@@ -272,17 +310,15 @@ class _Exchange:
             async for piece in pieces:
                 await self._send({"type": "http.response.body", "body": piece, "more_body": True})
         finally:
-            close = getattr(pieces, "aclose", None)
-            if close is not None:
-                await close()
+            await _close(pieces)
         await self._finish(b"")
 
     async def _send_error(self, error: Exception) -> None:
         """As an answer, or where one has begun as a stream's last event."""
         if self._is_complete or not is_for_client(error):
             logger.error("%s %s failed", self._scope["method"], self._route.path, exc_info=error)
-        if self._is_complete:
-            return
+        if self._is_complete or (self._is_file and self._has_begun):
+            return  # who does not complete an answer has its connection cut
         problem = problem_of(error, self._route.dialect, self._route.names)
         if self._has_begun:
             await self._finish(error_event(self._route.dialect, problem))
@@ -302,6 +338,12 @@ class _Exchange:
     async def _finish(self, last: bytes) -> None:
         self._is_complete = True
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _close(pieces: AsyncIterator[bytes]) -> None:
+    close = getattr(pieces, "aclose", None)
+    if close is not None:
+        await close()
 
 
 async def _end(task: asyncio.Future[None]) -> None:

@@ -74,6 +74,8 @@ class KeyRing:
         self.path = config.api_keys_file
         self._by_digest: dict[bytes, Key] = {}
         self._by_name: dict[str, Key] = {}
+        self.tenants: frozenset[str] = frozenset()
+        """Of the keys in the file."""
         user, admin = config.api_key, config.admin_api_key
         self.asks_users = (self.path or user) is not None
         self.asks_admins = self.asks_users or admin is not None
@@ -87,7 +89,7 @@ class KeyRing:
     def find(self, headers: Iterable[tuple[bytes, bytes]]) -> Key | None:
         """The key that a request brings; of several the one that may most."""
         found: Key | None = None
-        for given in _given(headers):
+        for given in given_keys(headers):
             key = self._by_digest.get(self._digest(given))
             if key is not None and (found is None or key.is_admin):
                 found = key
@@ -110,13 +112,14 @@ class KeyRing:
 
     def _take(self, entries: Mapping[str, _Entry]) -> None:
         self._by_name = {name: _key(name, entry) for name, entry in entries.items()}
+        self.tenants = frozenset(key.tenant for key in self._by_name.values())
         self._by_digest = {self._digest(entry.key.encode()): self._by_name[name] for name, entry in entries.items()}
 
     def _digest(self, given: bytes) -> bytes:
         return hmac.digest(self._secret, given, "sha256")
 
 
-def _given(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
+def given_keys(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
     """What a request offers as its key. Source: RFC 6750 (bearer tokens)."""
     for name, value in headers:
         if name == b"authorization":

@@ -20,10 +20,10 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from uvicorn.server import ServerState
@@ -40,16 +40,22 @@ from mooli.frontend.wire_formats.choice import open_wire_format
 from mooli.hub.locate import locate_async
 from mooli.link.client import EngineClient
 from mooli.logs import set_up_logging
-from mooli.server import traffic
+from mooli.server import openai_batches, traffic
 from mooli.server.app import build_app
+from mooli.server.batch_desk import BatchDesk
 from mooli.server.config import ServerConfig
+from mooli.server.file_store import FileLimits, FileStore, Folder
 from mooli.server.keys import KeyRing
 from mooli.server.listener import Acceptor, allow_many_connections, bound_socket, tls_context
-from mooli.server.logs import RequestLog, StepLog
+from mooli.server.logs import LogTail, RequestLog, StepLog
 from mooli.server.metrics import Metrics
 from mooli.server.protection import SHUTTING_DOWN
 from mooli.server.protocol import LimitedProtocol, make_protocol
+from mooli.server.routing import App
+from mooli.server.running_servers import RunningServer, announced, servers_folder
 from mooli.server.service import Service
+from mooli.server.several_models import SeveralModels
+from mooli.server.traffic import TrafficLog
 
 logger = logging.getLogger(__name__)
 
@@ -71,23 +77,30 @@ def run(config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str], 
 
     Raises a MooliError if the server cannot start.
     """
-    config = _with_environment(config)
+    config = with_environment(config)
     _set_up_logging(config, engine_config)
     for warning in config.warnings():
         logger.warning("%s", warning)
     keys = KeyRing(config)
     allow_many_connections()
-    return asyncio.run(_run(config, engine_config, argv, child, keys))
+    log_tail = make_log_tail(config)
+    with log_tail.attached():
+        return asyncio.run(_run(config, engine_config, argv, child, keys, log_tail))
 
 
 async def _run(
-    config: ServerConfig, engine_config: EngineConfig, argv: Sequence[str], child: EngineChild, keys: KeyRing
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    argv: Sequence[str],
+    child: EngineChild,
+    keys: KeyRing,
+    log_tail: LogTail,
 ) -> int:
     started_s = time.perf_counter()
     tls = tls_context(config)
     stop = asyncio.Event()
     with _signals(stop), reloading(keys), bound_socket(config) as listener:
-        starting = asyncio.ensure_future(start_service(config, engine_config, argv, started_s, child, keys))
+        starting = asyncio.ensure_future(start_service(config, engine_config, argv, started_s, child, keys, log_tail))
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -97,13 +110,55 @@ async def _run(
                 await starting
             return 0
         service, engine = await starting
-        server = HttpServer(service, engine, listener, tls)
-        draining = asyncio.ensure_future(_drain_on(stop, server))
-        try:
-            return await server.run(on_started=lambda: _announce(service, server))
-        finally:
-            draining.cancel()
-            stopping.cancel()
+        stopping.cancel()
+        return await _listen(OneEngine(service, engine), service.model_name, listener, tls, stop, _ready_words(service))
+
+
+def run_several(
+    config: ServerConfig, models: Mapping[str, EngineConfig], engine_config: EngineConfig, argv: Sequence[str]
+) -> int:
+    """`run` for several models by their names, of which each is loaded when it is first asked for. engine_config: what
+    they have in common. Raises a MooliError if the server cannot start."""
+    config = with_environment(config)
+    _set_up_logging(config, engine_config)
+    for warning in config.warnings():
+        logger.warning("%s", warning)
+    check_preferred(engine_config)
+    keys = KeyRing(config)
+    allow_many_connections()
+    log_tail = make_log_tail(config)
+    with log_tail.attached():
+        return asyncio.run(_run_several(config, models, argv, keys, log_tail))
+
+
+async def _run_several(
+    config: ServerConfig, models: Mapping[str, EngineConfig], argv: Sequence[str], keys: KeyRing, log_tail: LogTail
+) -> int:
+    tls = tls_context(config)
+    stop = asyncio.Event()
+
+    async def start(name: str) -> tuple[Service, EngineClient]:
+        with EngineChild() as child:
+            return await start_service(config, models[name], argv, time.perf_counter(), child, keys, log_tail)
+
+    with _signals(stop), reloading(keys), bound_socket(config) as listener:
+        served = SeveralModels(config, keys, tuple(models), start, watch)
+        names = ", ".join(models)
+        return await _listen(served, names, listener, tls, stop, f"models, loaded when they are asked for: {names}")
+
+
+async def _listen(
+    served: Served, name: str, listener: socket.socket, tls: ssl.SSLContext | None, stop: asyncio.Event, words: str
+) -> int:
+    """Answer until `stop` is set, or the engine dies; the exit status. words: of the log, about what is served."""
+    server = HttpServer(served, listener, tls)
+    draining = asyncio.ensure_future(_drain_on(stop, server))
+    known = RunningServer(os.getpid(), _url(served.config, server), name, time.time())
+    try:
+        with announced(known, servers_folder()):
+            return await server.run(on_started=lambda: _announce(words, known.url))
+    finally:
+        draining.cancel()
 
 
 async def start_service(
@@ -113,13 +168,33 @@ async def start_service(
     started_s: float,
     child: EngineChild,
     keys: KeyRing,
+    log_tail: LogTail | None = None,
 ) -> tuple[Service, EngineClient]:
     """Have `child` build the engine, load the text side meanwhile, and warm both up: what routes work with, and its
-    engine process, which whoever calls this closes.
+    engine process, which whoever calls this closes. log_tail: which is attached; without it nothing is kept.
 
     Raises ConfigError, a ModelError, OutOfMemoryError, BackendUnavailableError or EngineDeadError.
     """
     check_preferred(engine_config)
+    batches = open_batches(config)
+    try:
+        return await _start(config, engine_config, argv, started_s, child, keys, batches, log_tail)
+    except BaseException:
+        if batches is not None:
+            await batches.close()
+        raise
+
+
+async def _start(
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    argv: Sequence[str],
+    started_s: float,
+    child: EngineChild,
+    keys: KeyRing,
+    batches: BatchDesk | None,
+    log_tail: LogTail | None,
+) -> tuple[Service, EngineClient]:
     model_path = await locate_async(engine_config.model_path, needs_weights=engine_config.load_format != "dummy")
     defaults = sampling_defaults(model_path) if config.sampling_defaults == "model" else {}
     start = messages.Start(
@@ -139,7 +214,7 @@ async def start_service(
         tokenizer = await opening
         service = make_service(
             config, with_seed(engine_config), client, tokenizer, started_s=started_s, defaults=defaults, argv=argv,
-            keys=keys,
+            keys=keys, batches=batches, log_tail=log_tail,
         )  # fmt: skip
         if not config.skip_server_warmup:
             await _warm_up(service)
@@ -172,10 +247,12 @@ def make_service(
     defaults: dict[str, object] | None = None,
     argv: Sequence[str] = (),
     keys: KeyRing | None = None,
+    batches: BatchDesk | None = None,
+    log_tail: LogTail | None = None,
 ) -> Service:
-    """What routes work with, its metrics and logs connected to `client`. keys: those that `config` names, if they are
-    read already."""
-    keys = keys or KeyRing(config)
+    """What routes work with, its metrics and logs connected to `client`. keys, batches: those that `config` names, if
+    they are read already."""
+    keys, batches = keys or KeyRing(config), batches or open_batches(config)
     metrics = Metrics(engine_config.served_model_name or engine_config.model_path, client.facts, config, keys)
     step_log = StepLog(client.facts, config.decode_log_interval)
     if tokenizer is not None and engine_config.grammar_backend != "none":
@@ -193,6 +270,8 @@ def make_service(
         startup_time_s=time.perf_counter() - started_s,
         launch_command=shlex.join(argv),
         keys=keys,
+        batches=batches,
+        log_tail=log_tail or make_log_tail(config),
         token_bytes=client.token_bytes,
     )
 
@@ -205,21 +284,109 @@ def make_service(
     return service
 
 
+def open_batches(config: ServerConfig) -> BatchDesk | None:
+    """What `batch_dir` names, which no other server has from now on. Raises ConfigError."""
+    if config.batch_dir is None:
+        return None
+    limits = FileLimits(config.max_file_bytes, config.max_files, config.max_files_bytes)
+    return BatchDesk(FileStore(Folder(Path(config.batch_dir)), limits))
+
+
+def make_log_tail(config: ServerConfig) -> LogTail:
+    """What keeps the last lines of the log, without the keys that the arguments have."""
+    return LogTail(key for key in (config.api_key, config.admin_api_key) if key)
+
+
+class Served(Protocol):
+    """What a server listens for: one engine with all routes, or several that come and go.
+
+    traffic: hears of what never becomes a request. died: done, with the cause, when nothing can be served any more.
+    """
+
+    config: ServerConfig
+    app: App
+    traffic: TrafficLog
+    died: asyncio.Future[Any]
+
+    @property
+    def num_active(self) -> int:
+        """Calls that are not closed yet."""
+        ...
+
+    def begin(self) -> None:
+        """Requests are taken from now on: so is work that needs none."""
+        ...
+
+    def drain(self) -> None:
+        """No new generation begins from now on."""
+        ...
+
+    async def stop(self) -> None:
+        """Leave off what needs no request."""
+        ...
+
+    def abort_all(self, message: str) -> None: ...
+
+    async def watch(self) -> None:
+        """Until it is cancelled: see that engines live."""
+        ...
+
+    async def close(self) -> None:
+        """End the engines' processes, and give back all else."""
+        ...
+
+
+class OneEngine:
+    """A service and its engine's process, which is this object's from now on."""
+
+    def __init__(self, service: Service, engine: EngineClient) -> None:
+        self.config = service.config
+        self.app = build_app(service)
+        self.traffic = TrafficLog(service.metrics, service.config)
+        self.died: asyncio.Future[Any] = engine.died
+        self._service = service
+        self._engine = engine
+
+    @property
+    def num_active(self) -> int:
+        return self._service.num_active
+
+    def begin(self) -> None:
+        service = self._service
+        if service.batches is None:
+            return
+        most = service.config.max_batch_rows or max(1, service.facts.max_running_requests // 2)
+        service.batches.start(openai_batches.rows_of(service), openai_batches.settings_of(service), at_a_time=most)
+
+    def drain(self) -> None:
+        self._service.is_draining = True
+
+    async def stop(self) -> None:
+        if self._service.batches is not None:
+            await self._service.batches.stop()
+
+    def abort_all(self, message: str) -> None:
+        self._service.client.abort(self._service.client.open_rids, message)
+
+    async def watch(self) -> None:
+        await watch(self._service, self._engine)
+
+    async def close(self) -> None:
+        if self._service.batches is not None:
+            await self._service.batches.close()
+        await self._engine.close()
+
+
 class HttpServer:
     """Listens, and answers until `drain` is called or the engine dies. `port` is the real one."""
 
     def __init__(
-        self,
-        service: Service,
-        engine: EngineClient,
-        listener: socket.socket | None = None,
-        tls: ssl.SSLContext | None = None,
+        self, served: Served, listener: socket.socket | None = None, tls: ssl.SSLContext | None = None
     ) -> None:
-        self._service = service
-        self._engine = engine
-        self._listener = listener or bound_socket(service.config)
+        self._served = served
+        self._listener = listener or bound_socket(served.config)
         self.port: int = self._listener.getsockname()[1]
-        self._uvicorn = _Uvicorn(_uvicorn_config(service), tls)
+        self._uvicorn = _Uvicorn(_uvicorn_config(served), tls)
         self._drain_asked = asyncio.Event()
         self._hurry = asyncio.Event()
 
@@ -227,7 +394,7 @@ class HttpServer:
         """Take no new work, finish what is running for `shutdown_timeout`, then end. The second time: end at once."""
         if self._drain_asked.is_set():
             self._hurry.set()
-        self._service.is_draining = True
+        self._served.drain()
         self._drain_asked.set()
 
     async def run(self, *, on_started: Callable[[], object] = lambda: None) -> int:
@@ -240,17 +407,18 @@ class HttpServer:
                 if serving.done():
                     await serving
                     raise EngineError("the HTTP server has ended before it was ready")
+                self._served.begin()
                 on_started()
                 return await self._serve(serving)
             finally:
                 self._uvicorn.should_exit = True
                 await asyncio.wait([serving])
-                await self._engine.close()
+                await self._served.close()
 
     async def _serve(self, serving: asyncio.Future[None]) -> int:
-        died = self._engine.died
+        died = self._served.died
         draining = asyncio.ensure_future(self._drained())
-        watching = asyncio.ensure_future(self._watch())
+        watching = asyncio.ensure_future(self._served.watch())
         try:
             ends: list[asyncio.Future[Any]] = [serving, draining, died]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -269,8 +437,9 @@ class HttpServer:
         """Once asked to: wait until every request that was there is answered to its last byte, then end the others."""
         await self._drain_asked.wait()
         sd_notify("STOPPING=1")
-        service, state = self._service, self._uvicorn.server_state
-        timeout_s = service.config.shutdown_timeout
+        served, state = self._served, self._uvicorn.server_state
+        await served.stop()
+        timeout_s = served.config.shutdown_timeout
         admitted = set(state.tasks)
         if admitted:
             logger.info("shutting down: requests that have %g s to finish: %d", timeout_s, len(admitted))
@@ -284,30 +453,31 @@ class HttpServer:
         if is_finished():
             return
         logger.warning("requests that are not finished and end here: %d", len(admitted & state.tasks))
-        service.client.abort(service.client.open_rids, SHUTTING_DOWN)
-        await _wait_for(lambda: not service.num_active, CLOSE_WAIT_S)
+        served.abort_all(SHUTTING_DOWN)
+        await _wait_for(lambda: not served.num_active, CLOSE_WAIT_S)
         for connection in _connections(state):
             connection.refuse_unanswered()
         await _wait_for(is_finished, CLOSE_WAIT_S)
         for connection in _connections(state):
             connection.transport.abort()
 
-    async def _watch(self) -> None:
-        """Ask the engine for a sign of life again and again. It answers between two steps; one that says nothing at all
-        for `watchdog_timeout` is hung, and is killed."""
-        engine, timeout_s = self._engine, self._service.config.watchdog_timeout
-        while engine.is_alive:
-            try:
-                await engine.ask("ping", timeout_s)
-            except TimeoutError:
-                if time.monotonic() - engine.last_sign_s >= timeout_s:
-                    logger.critical("the engine has given no sign for %g s: it is killed", timeout_s)
-                    engine.kill(f"gave no sign for {timeout_s:g} s (watchdog_timeout) and was killed by the server")
-                    return
-            except EngineError:
+
+async def watch(service: Service, engine: EngineClient) -> None:
+    """Ask the engine for a sign of life again and again. It answers between two steps; one that says nothing at all
+    for `watchdog_timeout` is hung, and is killed."""
+    timeout_s = service.config.watchdog_timeout
+    while engine.is_alive:
+        try:
+            await engine.ask("ping", timeout_s)
+        except TimeoutError:
+            if time.monotonic() - engine.last_sign_s >= timeout_s:
+                logger.critical("the engine has given no sign for %g s: it is killed", timeout_s)
+                engine.kill(f"gave no sign for {timeout_s:g} s (watchdog_timeout) and was killed by the server")
                 return
-            sd_notify("WATCHDOG=1")
-            await asyncio.sleep(PING_INTERVAL_S)
+        except EngineError:
+            return
+        sd_notify("WATCHDOG=1")
+        await asyncio.sleep(PING_INTERVAL_S)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -338,11 +508,11 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def _uvicorn_config(service: Service) -> uvicorn.Config:
-    config = service.config
+def _uvicorn_config(served: Served) -> uvicorn.Config:
+    config = served.config
     return uvicorn.Config(
-        build_app(service),
-        http=make_protocol(service),
+        served.app,
+        http=make_protocol(config, served.traffic),
         loop="asyncio",
         ws="none",
         lifespan="off",
@@ -414,21 +584,25 @@ def reloading(keys: KeyRing) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-def _announce(service: Service, server: HttpServer) -> None:
-    gc.freeze()  # what is there now stays: nobody waits while it is looked through for garbage
-    config, facts = service.config, service.facts
+def _url(config: ServerConfig, server: HttpServer) -> str:
     scheme = "https" if config.ssl_certfile else "http"
     host = f"[{config.host}]" if ":" in config.host else config.host
-    logger.info(
-        "%s on backend %s (%s): context %d tokens, KV cache %d tokens, ready in %.1f s",
-        service.model_name,
-        service.engine_config.backend_name,
-        device_words(facts.backend),
-        facts.context_length,
-        facts.max_total_num_tokens,
-        service.startup_time_s,
+    return f"{scheme}://{host}:{server.port}"
+
+
+def _ready_words(service: Service) -> str:
+    facts = service.facts
+    return (
+        f"{service.model_name} on backend {service.engine_config.backend_name} ({device_words(facts.backend)}): context"
+        f" {facts.context_length} tokens, KV cache {facts.max_total_num_tokens} tokens, ready in"
+        f" {service.startup_time_s:.1f} s"
     )
-    logger.info("listening on %s://%s:%d", scheme, host, server.port)
+
+
+def _announce(words: str, url: str) -> None:
+    gc.freeze()  # what is there now stays: nobody waits while it is looked through for garbage
+    logger.info("%s", words)
+    logger.info("listening on %s", url)
     logger.info(READY_LINE)
     sd_notify("READY=1")
 
@@ -445,7 +619,7 @@ class _Progress:
             logger.info("%s", stage)
 
 
-def _with_environment(config: ServerConfig) -> ServerConfig:
+def with_environment(config: ServerConfig) -> ServerConfig:
     """Keys that are not given as flags, where every user of the machine could read them, come from the environment."""
     return replace(
         config,

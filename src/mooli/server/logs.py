@@ -1,22 +1,27 @@
 """The log lines of requests and steps, and the word by which a client, a proxy and the log mean the same request.
 
 Owns what `--log-requests-level` shows of a request and how `--log-requests-format` writes it, which of a client's
-`X-Request-Id` are taken, and the lines of steps in SGLang's words: scripts read speed and load from them. The line of
-an HTTP exchange is `mooli.server.traffic`'s. Never sees keys or headers beside that one, and never writes a text other
-than quoted: nobody can forge a log line with a prompt. Never decides anything.
+`X-Request-Id` are taken, the lines of steps in SGLang's words: scripts read speed and load from them, and the last
+lines of all, which administrators may read. The line of an HTTP exchange is `mooli.server.traffic`'s. Never sees keys
+or headers beside that one, and never writes a text other than quoted: nobody can forge a log line with a prompt. Never
+decides anything.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import fields
 from typing import Any, TypeVar
+
+import msgspec
 
 from mooli.engine.facts import EngineFacts
 from mooli.engine.messages import Outputs
@@ -62,6 +67,11 @@ def draw() -> str:
 
 request_logger = logging.getLogger("mooli.server.requests")
 step_logger = logging.getLogger("mooli.server.steps")
+
+TAIL_LINES = 1000
+
+TAIL_CHARS = 4000
+"""Of a line that is kept."""
 
 SHOWN_CHARS = 2048
 """Of a prompt and of an answer at level 2."""
@@ -142,6 +152,65 @@ def _not_default(sampling: SamplingParams) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, frozenset) else value
+
+
+# -- the last lines ----------------------------------------------------------------------------------------------------
+class LogLine(msgspec.Struct, kw_only=True):
+    """seq: its number, from 1 on. at: Unix seconds."""
+
+    seq: int
+    at: float
+    level: str
+    logger: str
+    text: str
+
+
+class LogTail(logging.Handler):
+    """Keeps the last lines of this process's log, and none of the secrets it is given.
+
+    Lines come from any thread. The engine's process writes its own lines to standard error, and none here.
+    """
+
+    def __init__(self, secrets: Iterable[str] = (), most: int = TAIL_LINES) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(message)s"))
+        self._secrets = sorted(filter(None, secrets), key=len, reverse=True)
+        self._lines: collections.deque[LogLine] = collections.deque(maxlen=most)
+        self.num_lines = 0
+        """That there were."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        self.num_lines += 1
+        if len(text) > TAIL_CHARS:
+            text = text[:TAIL_CHARS] + "…"
+        line = LogLine(seq=self.num_lines, at=record.created, level=record.levelname, logger=record.name, text=text)
+        self._lines.append(line)
+
+    def lines(self, after: int, limit: int) -> list[LogLine]:
+        """The last `limit` of those behind the line `after`, oldest first."""
+        self.acquire()
+        try:
+            found = [line for line in self._lines if line.seq > after]
+        finally:
+            self.release()
+        return found[-limit:]
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Lines of the package are kept meanwhile."""
+        package = logging.getLogger("mooli")
+        package.addHandler(self)
+        try:
+            yield
+        finally:
+            package.removeHandler(self)
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from mooli.frontend.native_answer import model_info
+from mooli.server.page_files import show_front
 from mooli.server.routing import Access, Dialect, Handler, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
 from mooli.version import __version__
@@ -37,10 +38,6 @@ _GAUGES = {
     "cache_hit_rate": "Share of all prompt tokens that came from the cache.",
     "utilization": "The larger of token usage and running to possible requests.",
 }
-
-
-async def root(service: Service, request: Incoming) -> Reply:
-    return Reply(b"Mooli is running", media_type="text/plain; charset=utf-8")
 
 
 async def show_model(service: Service, request: Incoming) -> Reply:
@@ -97,6 +94,19 @@ async def show_loads(service: Service, request: Incoming) -> Reply:
     )
 
 
+async def show_rank_loads(service: Service, request: Incoming) -> Reply:
+    """The older form of /v1/loads, an entry a rank: what gateways of SGLang's 0.3 compare workers by."""
+    load = _load(service, await engine_stats(service))
+    running, waiting = load["num_running_reqs"], load["num_waiting_reqs"]
+    entry = {
+        "dp_rank": load["dp_rank"],
+        "num_reqs": running + waiting,
+        "num_waiting_reqs": waiting,
+        "num_tokens": load["num_total_tokens"],
+    }
+    return Reply([entry])
+
+
 async def engine_stats(service: Service) -> Mapping[str, int]:
     """`Scheduler.stats` of now, or of the last step if the engine is in the middle of one that takes long. However many
     ask, the engine has one such question at a time.
@@ -111,6 +121,11 @@ async def engine_stats(service: Service) -> Mapping[str, int]:
             raise HttpError(503, str(exc)) from exc
         return service.last_stats
     return stats
+
+
+async def current_load(service: Service) -> dict[str, Any]:
+    """What /v1/loads says of now, without its sections. Raises like `engine_stats`."""
+    return _load(service, await engine_stats(service))
 
 
 def _load(service: Service, stats: Mapping[str, int]) -> dict[str, Any]:
@@ -184,10 +199,19 @@ def _get(path: str, handler: Handler, summary: str) -> Route:
 
 
 ROUTES = (
-    _get("/", root, "A word that the server runs"),
+    Route(
+        path="/",
+        methods=("GET",),
+        handler=show_front,
+        access=Access.OPEN,
+        dialect=Dialect.NATIVE,
+        summary="The page, for a browser; for others a word that the server runs",
+        is_page=True,
+    ),
     _get("/model_info", show_model, "Which model is served"),
     _get("/get_model_info", show_model, "The older name of /model_info"),
     _get("/server_info", show_server, "All arguments and the engine's numbers"),
     _get("/get_server_info", show_server, "The older name of /server_info"),
     _get("/v1/loads", show_loads, "How busy the engine is"),
+    _get("/get_load", show_rank_loads, "The older form of /v1/loads"),
 )

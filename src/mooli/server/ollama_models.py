@@ -58,21 +58,29 @@ async def show_version(service: Service, request: Incoming) -> Reply:
 
 
 async def list_models(service: Service, request: Incoming) -> Reply:
-    entry = {
+    return Reply({"models": [await tags_entry(service)]})
+
+
+async def tags_entry(service: Service) -> dict[str, Any]:
+    """What a list of models says of one."""
+    return {
         **_name(service),
         "modified_at": await _modified_at(service),
         "size": service.facts.weight_bytes,
         "details": _details(service),
         "capabilities": capabilities(service),
     }
-    return Reply({"models": [entry]})
 
 
 async def list_running(service: Service, request: Incoming) -> Reply:
-    """The model never expires: the time is one that no client waits for."""
+    return Reply({"models": [running_entry(service)]})
+
+
+def running_entry(service: Service) -> dict[str, Any]:
+    """What a list of loaded models says of one. It never expires: the time is one that no client waits for."""
     facts = service.facts
     size = facts.weight_bytes + facts.kv_cache_bytes
-    entry = {
+    return {
         **_name(service),
         "size": size,
         "details": _details(service),
@@ -80,7 +88,6 @@ async def list_running(service: Service, request: Incoming) -> Reply:
         "size_vram": 0 if service.engine_config.backend_name in ("cpu", "reference", "torch") else size,
         "context_length": facts.context_length,
     }
-    return Reply({"models": [entry]})
 
 
 async def show_model(service: Service, request: Incoming) -> Reply:

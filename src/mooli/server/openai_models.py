@@ -17,13 +17,18 @@ ANTHROPIC_HEADER = "anthropic-version"
 
 
 async def list_models(service: Service, request: Incoming) -> Reply:
-    if ANTHROPIC_HEADER in request.headers:
+    if wants_anthropic(request):
         return Reply(_anthropic_page(service, request))
     return Reply({"object": "list", "data": [_card(service)]})
 
 
+def wants_anthropic(request: Incoming) -> bool:
+    """Whether the client is one of Anthropic's."""
+    return ANTHROPIC_HEADER in request.headers
+
+
 async def retrieve_model(service: Service, request: Incoming) -> Reply:
-    is_anthropic = ANTHROPIC_HEADER in request.headers
+    is_anthropic = wants_anthropic(request)
     name = request.path_params["model_id"]
     if name == service.model_name:
         return Reply(_anthropic_card(service) if is_anthropic else _card(service))
@@ -41,15 +46,15 @@ async def retrieve_model(service: Service, request: Incoming) -> Reply:
 
 
 def _card(service: Service) -> dict[str, Any]:
-    return {
-        "id": service.model_name,
-        "object": "model",
-        "created": int(service.started_at),
-        "owned_by": "mooli",
-        "root": service.engine_config.model_path,
-        "parent": None,
-        "max_model_len": service.facts.context_length,
-    }
+    return card(service.model_name, int(service.started_at), service)
+
+
+def card(name: str, created: int, service: Service | None) -> dict[str, Any]:
+    """Of a model, by OpenAI's names; of one that is not loaded (None), what is known."""
+    known = {"id": name, "object": "model", "created": created, "owned_by": "mooli", "root": name, "parent": None}
+    if service is None:
+        return known
+    return known | {"root": service.engine_config.model_path, "max_model_len": service.facts.context_length}
 
 
 def _anthropic_page(service: Service, request: Incoming) -> dict[str, Any]:
@@ -61,15 +66,22 @@ def _anthropic_page(service: Service, request: Incoming) -> dict[str, Any]:
 
 
 def _anthropic_card(service: Service) -> dict[str, Any]:
-    return {
+    return anthropic_card(service.model_name, int(service.started_at), service)
+
+
+def anthropic_card(name: str, created: int, service: Service | None) -> dict[str, Any]:
+    """The same by Anthropic's names."""
+    known = {
         "type": "model",
-        "id": service.model_name,
-        "display_name": service.model_name,
-        "created_at": datetime.fromtimestamp(int(service.started_at), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "id": name,
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "lifecycle": "active",
-        "max_input_tokens": service.facts.context_length - 1,
-        "max_tokens": service.facts.context_length - 1,
     }
+    if service is None:
+        return known
+    most = service.facts.context_length - 1
+    return known | {"max_input_tokens": most, "max_tokens": most}
 
 
 ROUTES = (

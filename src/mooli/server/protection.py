@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from mooli.server.config import ServerConfig
 from mooli.server.errors import RETRY_AFTER_S, Problem, error_reply
 from mooli.server.http import RouteTable
-from mooli.server.keys import Key, KeyRing
+from mooli.server.keys import Key, KeyRing, given_keys
 from mooli.server.routing import CLIENT, Access, App, Client, Dialect, Receive, Route, Scope, Send
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class KeyCheck:
 OWN_HEADER = "X-Mooli"
 """Any value of it shows that no page has sent the request unasked."""
 
+QUOTED_JSON = "'Content-Type: application/json'"
+
 _PRIVATE = (".internal", ".local", ".localhost", ".home.arpa")
 
 _NUMBER = re.compile(r"\d+|0x[0-9a-f]*")
@@ -84,9 +86,11 @@ class PageCheck:
       listens beyond the loopback interface takes names of private networks too, single words among them (mooli,
       gpu.local): who can give such a name is in that network, and needs no browser to call the server.
     - **A page of another origin** may send requests, though it may not read the answers. Refused is an Origin that is
-      neither the server's own nor one of `--cors-allow-origins`, and what the browser calls cross-site.
+      neither the server's own nor one of `--cors-allow-origins`, and what the browser calls cross-site. A link may
+      lead to the page that this server itself shows: it is the same for everybody, and no other page can frame it.
     - Not every browser sends those headers with a GET or a form. So what changes the server, and needs no JSON body, is
-      a POST with a header that browsers do not send to another origin without asking it first.
+      a POST with a header that browsers do not send to another origin without asking it first. For an upload that is
+      also the key that OpenAI's clients always send, whatever it is.
 
     With an API key the name is not asked for, so that users behind proxies need no second setting: a page does not know
     the key, and what is open without one is open to everybody. For the same reason a request that brings a key may come
@@ -108,7 +112,7 @@ class PageCheck:
             return
         route = self._table.route_of(scope)
         hosts = _values(scope, b"host")
-        problem = self._host_problem(hosts) or self._origin_problem(scope, hosts) or _form_problem(scope, route)
+        problem = self._host_problem(hosts) or self._origin_problem(scope, route, hosts) or _form_problem(scope, route)
         if problem is None:
             await self._app(scope, receive, send)
         else:
@@ -135,7 +139,7 @@ class PageCheck:
             return True
         return self._takes_private_names and ("." not in name or name.endswith(_PRIVATE))
 
-    def _origin_problem(self, scope: Scope, hosts: Sequence[str]) -> Problem | None:
+    def _origin_problem(self, scope: Scope, route: Route | None, hosts: Sequence[str]) -> Problem | None:
         if "*" in self._origins:
             return None
         origins = _values(scope, b"origin")
@@ -143,6 +147,13 @@ class PageCheck:
             return None
         foreign = next((origin for origin in origins if not _is_own(origin, hosts)), None)
         if foreign is None and "cross-site" not in _values(scope, b"sec-fetch-site"):
+            return None
+        if (
+            foreign is None
+            and route is not None
+            and route.is_page
+            and _values(scope, b"sec-fetch-dest") == ["document"]
+        ):
             return None
         whose = "of another site" if foreign is None else f"of {foreign[:_SHOWN_CHARS]!r}"
         return Problem(
@@ -154,7 +165,12 @@ class PageCheck:
 
 def _form_problem(scope: Scope, route: Route | None) -> Problem | None:
     """With a JSON body no more need be asked: its content type is such a header."""
-    if route is None or route.access is not Access.ADMIN or (route.body is not None and route.needs_body):
+    if route is None or (route.body is not None and route.needs_body):
+        return None
+    is_upload = route.reads_stream is not None
+    if route.access is not Access.ADMIN and not is_upload:
+        return None
+    if is_upload and any(given_keys(scope["headers"])):
         return None
     if scope["method"] == "POST":
         media_types = {value.partition(";")[0].strip() for value in _values(scope, b"content-type")}
@@ -162,8 +178,8 @@ def _form_problem(scope: Scope, route: Route | None) -> Problem | None:
             return None
     return Problem(
         403,
-        f"Without a key {route.path} takes only a POST with the header '{OWN_HEADER}: 1' or with 'Content-Type:"
-        " application/json', as no web page sends it unasked.",
+        f"Without a key {route.path} takes only a POST with the header '{OWN_HEADER}: 1' or with"
+        f" {'any key' if is_upload else QUOTED_JSON}, as no web page sends it unasked.",
         code="own_header_needed",
     )
 

@@ -34,7 +34,7 @@ from mooli.server.routing import Scope
 from mooli.server.traffic import REFUSAL_KEY, TrafficLog, address
 
 if TYPE_CHECKING:
-    from mooli.server.service import Service
+    from mooli.server.config import ServerConfig
 
 LINGER_S = 1.0
 """For which what a client still sends is read and dropped. Less than the server waits for connections at its end."""
@@ -179,14 +179,13 @@ _NO_HOST = "A request needs exactly one Host header (in HTTP 1.0 at most one), o
 _TARGET = "The target of a request is a path, or an http or https URL, without a fragment."
 
 
-def make_protocol(service: Service) -> type[asyncio.Protocol]:
-    """The class of connections with the limits of `service`."""
-    config = service.config
+def make_protocol(config: ServerConfig, traffic: TrafficLog) -> type[asyncio.Protocol]:
+    """The class of connections with the limits of `config`. traffic: hears of what never becomes a request."""
     attributes = {
         "max_header_bytes": config.max_header_bytes,
         "read_timeout_s": config.read_timeout,
         "write_timeout_s": config.write_timeout,
-        "traffic": TrafficLog(service),
+        "traffic": traffic,
     }
     return type("Connection", (LimitedProtocol,), attributes)
 

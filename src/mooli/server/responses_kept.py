@@ -35,9 +35,10 @@ def _owner(client: Client) -> str:
 def keeper(
     service: Service, client: Client, response_id: str, items: str | list[Item], previous: str | None
 ) -> Keep | None:
-    """What keeps a response, with its own input and what it goes on from. None where nothing is kept."""
+    """What keeps a response, with its own input and what it goes on from. None where nothing is kept: of rows of a
+    batch too, whose answers are in a file."""
     store, owner = service.responses, _owner(client)
-    if store is None:
+    if store is None or client.is_background:
         return None
     own = msgspec.json.encode(_with_ids(items, response_id.removeprefix("resp_")))
     return lambda response: store.put(owner, response_id, StoredResponse(msgspec.json.encode(response), own, previous))

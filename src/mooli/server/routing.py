@@ -79,10 +79,12 @@ LONG_VALUE = "(a long value)"
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Who sends a request. address: of the other end of its connection, "" where it has none. key: what it brought."""
+    """Who sends a request. address: of the other end of its connection, "" where it has none. key: what it brought.
+    is_background: its requests have time, and others do not wait for them."""
 
     address: str = ""
     key: Key | None = None
+    is_background: bool = False
 
     @property
     def name(self) -> str:
@@ -92,14 +94,14 @@ class Client:
     @property
     def caller(self) -> Caller:
         """What `InputRules.prepare` is told of it."""
-        return Caller(self.name, "" if self.key is None else self.key.tenant)
+        return Caller(self.name, "" if self.key is None else self.key.tenant, self.is_background)
 
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
     """A request as its handler sees it. body: what came, as the route's `body` type (None if it has none); fields
     that the type does not have are not kept. unsupported: what came under the route's `unsupported` names.
-    query: the last value of each name.
+    query: the last value of each name. stream: pieces of the body as they come, of a route that `reads_stream`.
 
     A handler that is long in answering lets go of it when it has read it: bodies may be large.
     """
@@ -110,6 +112,7 @@ class Incoming:
     path_params: Mapping[str, str]
     headers: Mapping[str, str]
     client: Client
+    stream: AsyncIterator[bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,18 @@ class EventStream:
     media_type: str = "text/event-stream; charset=utf-8"
 
 
-Handler = Callable[["Service", Incoming], Awaitable["Reply | EventStream"]]
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A file, in `pieces` of `num_bytes` bytes together. When something fails in between, the connection is cut: only
+    that tells a client that the file is not whole. The iterator is closed in any case."""
+
+    pieces: AsyncIterator[bytes]
+    num_bytes: int
+    media_type: str = "application/octet-stream"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Handler = Callable[["Service", Incoming], Awaitable["Reply | EventStream | Download"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +160,10 @@ class Route:
     stands for {}. unsupported: names of fields that `body` does not have, but of which the handler wants to hear.
     names: what clients of this route call an argument of `Engine.generate` or a sampling parameter, where it is another
     word; errors are told in them.
-    is_generation: it makes the engine work, so it is refused while the server drains and counts against its limits."""
+    is_watching: it looks at what a model does, and neither has one loaded for that nor keeps it from being ended.
+    is_generation: it makes the engine work, so it is refused while the server drains and counts against its limits.
+    reads_stream: the media type of a body that the handler reads itself (`Incoming.stream`), and bounds; None for JSON.
+    is_page: what a browser shows, the same for everybody: links of other sites may lead there."""
 
     path: str
     methods: tuple[str, ...]
@@ -158,7 +175,10 @@ class Route:
     needs_body: bool = True
     unsupported: frozenset[str] = frozenset()
     names: Mapping[str, str] = field(default_factory=dict)
+    is_watching: bool = False
     is_generation: bool = False
+    reads_stream: str | None = None
+    is_page: bool = False
 
 
 def sse(data: Any, *, event: str | None = None) -> bytes:

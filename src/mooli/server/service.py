@@ -34,9 +34,12 @@ from mooli.frontend.tools import ToolSet
 from mooli.frontend.wire_formats.choice import open_wire_format
 from mooli.link.link import Link
 from mooli.logs import FirstTimes
+from mooli.server.activity import Activity
+from mooli.server.batch_desk import BatchDesk
+from mooli.server.cache_feed import CacheFeed, Names
 from mooli.server.config import ServerConfig
 from mooli.server.keys import Key, KeyRing
-from mooli.server.logs import RequestLog, StepLog
+from mooli.server.logs import LogTail, RequestLog, StepLog
 from mooli.server.metrics import Metrics
 from mooli.server.response_store import ResponseStore
 from mooli.server.work import SharedWork, TextThreads, num_chars
@@ -72,6 +75,8 @@ class Service:
         startup_time_s: float,
         launch_command: str,
         keys: KeyRing,
+        log_tail: LogTail,
+        batches: BatchDesk | None = None,
         token_bytes: Callable[[], TokenBytes] | None = None,
     ) -> None:
         self.config = config
@@ -88,6 +93,8 @@ class Service:
         self.started_at = time.time()
         self.last_stats: Mapping[str, int] | None = None
         self.failures = FirstTimes()
+        self.log_tail = log_tail
+        self.activity = Activity(client.name_of)
         self.max_open = client.facts.max_running_requests + config.max_queued_requests
         """Sequences that may run and wait together."""
         self.wire_format: WireFormat = open_wire_format(engine_config, tokenizer)
@@ -103,16 +110,30 @@ class Service:
         """Of conversations, for their next turns; None where nothing is found again anyway."""
         self.responses = ResponseStore(config.response_store_bytes) if config.enable_response_store else None
         """What was answered, for clients that ask again; None: nothing is kept."""
+        self.batches = batches
+        """Of clients, with their files; None: none are taken."""
         self.text_threads = TextThreads()
         self.is_draining = False
         self.num_active = 0
         """Calls that are not closed yet."""
         self.num_sequences: collections.Counter[str] = collections.Counter()
-        """Of those calls, by the name of the key they came with."""
+        """Of those calls, by the name of the key they came with; those in the background left out."""
+        self.num_background = 0
+        """Sequences in the background: they take nobody's place."""
         self.num_flushing = 0
         """Calls that wait until the cache can be flushed."""
+        self.cache_feed = CacheFeed(
+            client,
+            self.activity,
+            Names(self._label, self._tenant_of),
+            tokens_per_s=lambda: step_log.last_gen_throughput,
+            is_draining=lambda: self.is_draining,
+        )
+        """The cache and what runs in it, for who looks."""
         self._token_bytes = token_bytes
         self._shared: dict[str, SharedWork[Any]] = {}
+        self._tenants: frozenset[str] | None = None
+        self._labels: dict[str, str] = {}
 
     @property
     def facts(self) -> EngineFacts:
@@ -158,9 +179,10 @@ class Service:
         given = (messages, template_arguments, [] if tools is None else tools.for_template())
         return await self.text_threads.run(num_chars(given), encode)
 
-    def owner_of(self, caller: Caller, cache_salt: str | None = None) -> str:
-        """Whose conversations share what is computed for them, in the cache and in `own_answers`."""
-        return self.rules.namespace_of(cache_salt, caller.tenant)
+    def owner_of(self, caller: Caller, cache_salt: str | None = None) -> str | None:
+        """Whose conversations share what is computed for them, in the cache and in `own_answers`. None for one in the
+        background, whose answers are not to depend on what was answered before."""
+        return None if caller.is_background else self.rules.namespace_of(cache_salt, caller.tenant)
 
     def chat_sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Sampling parameters of a chat: those given over the model's own; what the operator prefers goes between."""
@@ -210,30 +232,37 @@ class Service:
         Raises RequestError for an id in use, QueueFullError, KeyBusyError when it would be more than the key may have,
         EngineDeadError.
         """
-        num_new, key = len(inputs.requests), self.keys.named(inputs.requests[0].client)
-        self._check_key(key, num_new)
-        if self.client.num_open + num_new > self.max_open:
+        num_new, is_background = len(inputs.requests), inputs.requests[0].is_background
+        key = self.keys.named(inputs.requests[0].client)
+        name = "" if key is None else key.name
+        self._check_key(key, num_new, 0 if is_background else self.num_sequences[name])
+        if not is_background and self.client.num_open - self.num_background + num_new > self.max_open:
             raise QueueFullError("The request queue is full.", retry_after_s=1)
         listeners: list[Listener] = []
         if is_counted:
             # The log first: it says that a request begins before anything is counted of it.
             listeners = [log for log in (self.request_log,) if log is not None]
-            listeners.append(_Measured(self.metrics, is_stream=inputs.is_stream))
-        if self.own_answers is not None and wire_format is not PLAIN_TEXT:
+            listeners.append(_Measured(self.metrics, self.activity, is_stream=inputs.is_stream))
+        if self.own_answers is not None and wire_format is not PLAIN_TEXT and not is_background:
             listeners.append(_Remembered(self.own_answers))
         markers = wire_format.marker_tokens
         shown_ids = self.tokenizer.special_ids_of(markers) if self.tokenizer and markers else frozenset()
         generations = generations_of(inputs.requests, self.tokenizer, shown_ids=shown_ids)
-        name = "" if key is None else key.name
         call = Call(self.client, generations, listeners=listeners, no_text=NO_TEXT, failures=self.failures)
         self.num_active += 1
-        self.num_sequences[name] += num_new
+        self._count(name, num_new, is_background)
         try:
             yield call
         finally:
             self.num_active -= 1
-            self.num_sequences[name] -= num_new
+            self._count(name, -num_new, is_background)
             call.close(LEFT)
+
+    def _count(self, name: str, num_new: int, is_background: bool) -> None:
+        if is_background:
+            self.num_background += num_new
+        else:
+            self.num_sequences[name] += num_new
 
     def shared(
         self, name: str, work: Callable[[], Awaitable[T]], *, keep_s: float = 0.0, pause_s: float = 0.0
@@ -241,7 +270,20 @@ class Service:
         """The work of that name, which is this one if there is none yet."""
         return self._shared.setdefault(name, SharedWork(work, keep_s=keep_s, pause_s=pause_s))
 
-    def _check_key(self, key: Key | None, num_new: int) -> None:
+    def _label(self, namespace: str) -> str:
+        """Of a namespace of the cache, for people."""
+        if self._tenants is not self.keys.tenants:  # they were read anew
+            self._tenants = self.keys.tenants
+            self._labels = {self.rules.namespace_of(None, tenant): f"tenant {tenant}" for tenant in self._tenants}
+            self._labels[self.rules.namespace] = "default"
+        return self._labels.get(namespace) or namespace[-12:]
+
+    def _tenant_of(self, client: str) -> str:
+        """Of who sends a request; "" for nobody whose name is in the file of keys."""
+        key = self.keys.named(client)
+        return "" if key is None else key.tenant
+
+    def _check_key(self, key: Key | None, num_new: int, num_open: int) -> None:
         if key is None or key.max_sequences is None:
             return
         most = key.max_sequences
@@ -250,7 +292,7 @@ class Service:
                 f"this key may have {most} sequences at a time, and the request is for {num_new}: send fewer"
                 " prompts, or a smaller n"
             )
-        if self.num_sequences[key.name] + num_new > most:
+        if num_open + num_new > most:
             raise KeyBusyError(
                 f"This key may have {most} sequences running and waiting at a time: try again when some have ended.",
                 retry_after_s=1,
@@ -269,23 +311,28 @@ class _Remembered(Listener):
 
 
 class _Measured(Listener):
-    """Tells the metrics of one call's requests."""
+    """Tells the metrics, and who looks at the server, of one call's requests."""
 
-    def __init__(self, metrics: Metrics, *, is_stream: bool) -> None:
+    def __init__(self, metrics: Metrics, activity: Activity, *, is_stream: bool) -> None:
         self._metrics = metrics
+        self._activity = activity
         self._is_stream = is_stream
         self._last_s: dict[str, float] = {}
 
     def started(self, generation: Generation) -> None:
         self._metrics.received(is_stream=self._is_stream, prompt_tokens=generation.prompt_tokens)
+        self._activity.started(generation)
 
     def grew(self, generation: Generation, num_tokens: int, elapsed_s: float) -> None:
         last_s = self._last_s.get(generation.rid)
         self._last_s[generation.rid] = elapsed_s
         if last_s is None:
             self._metrics.first_token(is_stream=self._is_stream, elapsed_s=elapsed_s)
+            self._activity.first_token(generation, elapsed_s)
         else:
             self._metrics.next_tokens(num_tokens=num_tokens, elapsed_s=elapsed_s - last_s)
+            self._activity.next_tokens(num_tokens, elapsed_s - last_s)
 
     def finished(self, generation: Generation, elapsed_s: float) -> None:
         self._metrics.finished(generation, is_stream=self._is_stream, elapsed_s=elapsed_s)
+        self._activity.finished(generation, elapsed_s)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mooli.logs import log_object
 from mooli.server.errors import error_reply, problem_of
@@ -21,6 +21,7 @@ from mooli.server.metrics import UNMATCHED
 from mooli.server.routing import App, Dialect, Receive, Scope, Send
 
 if TYPE_CHECKING:
+    from mooli.server.config import ServerConfig
     from mooli.server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -49,18 +50,26 @@ class Exchange:
     request_id: str
 
 
+class HttpCounts(Protocol):
+    """What counts requests (`mooli.server.metrics.Metrics`)."""
+
+    def http_request(self, endpoint: str, method: str) -> None: ...
+
+    def http_response(self, endpoint: str, method: str, status: int) -> None: ...
+
+
 class TrafficLog:
     """Counts, and writes a line for each request: as words, or as JSON with `log_requests_format`."""
 
-    def __init__(self, service: Service) -> None:
-        self._metrics = service.metrics
-        self._is_json = service.config.log_requests_format == "json"
+    def __init__(self, counts: HttpCounts, config: ServerConfig) -> None:
+        self._counts = counts
+        self._is_json = config.log_requests_format == "json"
 
     def began(self, endpoint: str, method: str) -> None:
-        self._metrics.http_request(endpoint, method)
+        self._counts.http_request(endpoint, method)
 
     def ended(self, exchange: Exchange) -> None:
-        self._metrics.http_response(exchange.endpoint, exchange.method, exchange.status)
+        self._counts.http_response(exchange.endpoint, exchange.method, exchange.status)
         if logger.isEnabledFor(logging.INFO):
             self._write(exchange)
 
@@ -105,7 +114,7 @@ class Traffic:
         self._app = app
         self._table = table
         self._service = service
-        self._log = TrafficLog(service)
+        self._log = TrafficLog(service.metrics, service.config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.perf_counter()

@@ -182,7 +182,11 @@ class AscendBackend(TorchBackend):
                 " reads queries and keys of one type. Leave kv_cache_dtype out."
             )
         self._embedding = None
+        if spec.state_layers and self.graphs is not None:
+            logger.info("steps run without graphs: the model has recurrent layers")
+            self.graphs = None
         self.pool = pool = AscendKVPool(spec, num_pages, self._npu, self._switches)
+        self.ops.keep_states(spec, limits.num_states)
         self.ops.attention = AscendAttention(pool, self._paths, self.device)
         self.ops.num_positions = limits.max_pages_per_row * spec.page_size
         if self.graphs is not None:

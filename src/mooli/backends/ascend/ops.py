@@ -43,7 +43,9 @@ class AscendOps(TorchOps):
 
     def rope(self, batch: ForwardBatch, qkv: Tensor, spec: AttentionSpec, rope: RopeSpec) -> Tensor:
         turning = spec.num_heads + spec.num_kv_heads
-        if not self._is_on(ROTARY) or turning > MOST_ROTARY_HEADS or spec.head_dim >= WIDEST_ROTARY_HEAD:
+        is_whole = 2 * len(rope.inv_freq) == spec.head_dim
+        fits = is_whole and turning <= MOST_ROTARY_HEADS and spec.head_dim < WIDEST_ROTARY_HEAD
+        if not self._is_on(ROTARY) or not fits:
             return super().rope(batch, qkv, spec, rope)
         cos, sin = self._rotations_in(qkv.dtype, batch, rope)
         heads = qkv.view(1, len(qkv), -1, spec.head_dim)

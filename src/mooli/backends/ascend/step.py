@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mooli.backends.torch.step_plan import ChunkRow, ForwardBatch, Upload
+from mooli.backends.torch.step_plan import ChunkRow, ForwardBatch, Upload, state_rows
 from mooli.batch import ScheduleBatch
 
 HAS_LENGTHS = "has lengths"
@@ -75,6 +75,7 @@ def plan_rows(batch: ScheduleBatch, upload: Upload) -> AscendStep:
         decode=(),
         chunks=chunk_rows(rows),
         rows=rows,
+        states=state_rows(batch, upload),
     )
 
 

@@ -17,8 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli import _native
-from mooli.backends.base import Activation, Array, CacheSpec, Limits, MemoryInfo, SampleResult, check_attention
-from mooli.backends.claims import Claim, claims_folder
+from mooli.backends.base import (
+    Activation,
+    Array,
+    CacheSpec,
+    Limits,
+    MemoryInfo,
+    SampleResult,
+    check_attention,
+    check_conv,
+    check_delta,
+)
+from mooli.backends.claims import Claim
 from mooli.backends.cpu.packing import (
     FLOAT_KINDS,
     MAX_RUNNING_REQUESTS,
@@ -33,14 +43,18 @@ from mooli.backends.cpu.tape import CapturedTape, Planned, Result, Rows, TapeOps
 from mooli.backends.dequant import dequantize, with_scales_in_groups
 from mooli.backends.host_memory import host_memory
 from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
-from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
+from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
 from mooli.errors import ConfigError, EngineError, OutOfMemoryError, UnsupportedModelError
+from mooli.shared_folder import shared_folder
 from mooli.tensor import BLOCK, RawTensor, TensorType
 
 logger = logging.getLogger(__name__)
 
 MAX_INT8_HEAD_DIM = 512
 """The largest head whose keys and values are kept in eight bits."""
+
+MAX_CONV_COLUMNS = 16
+"""Of a causal convolution."""
 
 MAX_THREADS = 1024
 """More than the processors of any machine these kernels know."""
@@ -62,6 +76,13 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Vector:
+    native: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Recurrent:
+    """The weight of a convolution or of a delta rule."""
+
     native: Any
 
 
@@ -230,6 +251,27 @@ class CpuBackend:
         self._weight_bytes += 4 * len(values)
         return self._loaded(Vector(native))
 
+    def load_conv(self, weight: RawTensor, bias: RawTensor | None = None) -> Recurrent:
+        values = self._floats(weight).reshape(weight.shape)
+        if not 2 <= weight.num_columns <= MAX_CONV_COLUMNS:
+            raise UnsupportedModelError(
+                f"{weight.name} is a convolution of {weight.num_columns} columns; the cpu kernels take 2 to"
+                f" {MAX_CONV_COLUMNS}"
+            )
+        biases = np.zeros(weight.num_rows, np.float32) if bias is None else self._floats(bias)
+        return self._recurrent(_native.ConvWeight(values, biases))
+
+    def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> Recurrent:
+        return self._recurrent(_native.DeltaWeight(self._floats(decay), self._floats(dt_bias)))
+
+    def _floats(self, tensor: RawTensor) -> NDArray[np.float32]:
+        self._check_type(tensor)
+        return np.ascontiguousarray(dequantize(tensor), dtype=np.float32)
+
+    def _recurrent(self, native: Any) -> Recurrent:
+        self._weight_bytes += native.num_bytes
+        return self._loaded(Recurrent(native))
+
     def _loaded(self, weight: Loaded) -> Loaded:
         self._loads.append(self._jobs[-1][0] if self._jobs else 0)
         return weight
@@ -283,8 +325,18 @@ class CpuBackend:
                 raise UnsupportedModelError(
                     f"kv_cache_dtype='int8' takes a head_dim of at most {MAX_INT8_HEAD_DIM} on the cpu, not {head_dim}"
                 )
-        size = self.kv_bytes_per_page(spec) * num_pages
+        for state in spec.state_layers:
+            if state.conv[1] % 16 or (state.delta is not None and (state.delta[1] % 4 or state.delta[2] % 16)):
+                raise UnsupportedModelError(
+                    f"{state}: the cpu kernels need channels and values of a multiple of 16, and keys of one of 4"
+                )
+        size = self.kv_bytes_per_page(spec) * num_pages + spec.state_bytes * limits.num_states
         try:
+            self._device.allocate_states(
+                [[state.conv[0] + 1, state.conv[1]] for state in spec.state_layers],
+                [list(state.delta or (0, 0, 0)) for state in spec.state_layers],
+                limits.num_states,
+            )
             self._device.allocate_kv(
                 _KV_TYPES[spec.dtype],
                 [layer.num_kv_heads for layer in layers],
@@ -300,9 +352,10 @@ class CpuBackend:
             ) from exc
         self._drop_claim()
         # The system has given addresses. Memory comes when pages are first written to.
-        self._claim = Claim(self._weight_bytes + size, claims_folder())
+        self._claim = Claim(self._weight_bytes + size, shared_folder())
         weakref.finalize(self, self._claim.release)
         self._limits, self._kv = limits, spec
+        self.ops.numbers = spec.numbers
         self._prepare()
 
     def _prepare(self) -> int:
@@ -311,7 +364,11 @@ class CpuBackend:
             raise ConfigError("allocate the KV pool before running a step")
         layers = self._kv.paged_layers(self.name)
         for layer, attention in self.ops.attentions:
-            check_attention(layers, layer, attention)
+            check_attention(self._kv.layers, layer, attention)
+        for layer, columns, channels in self.ops.convs:
+            check_conv(self._kv.layers, layer, columns, channels)
+        for layer, delta in self.ops.deltas:
+            check_delta(self._kv.layers, layer, delta)
         heads = max((attention.num_heads for _, attention in self.ops.attentions), default=1)
         need = (self._limits.max_tokens, self._max_k, heads, max(layer.head_dim for layer in layers))
         if any(a > b for a, b in zip(need, self._scratch, strict=True)):
@@ -330,6 +387,10 @@ class CpuBackend:
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         for copy in copies:
             self._device.copy_page(copy.source, copy.target, copy.num_tokens)
+
+    def copy_states(self, copies: Sequence[StateCopy]) -> None:
+        for copy in copies:
+            self._device.copy_state(copy.source, copy.target)
 
     def read_pages(
         self, pages: Sequence[int] | NDArray[np.int32], num_tokens: int | None = None, out: Any = None
@@ -363,6 +424,9 @@ class CpuBackend:
         self._device.plan(
             batch.token_ids, batch.positions, rope_positions, batch.lengths, batch.page_table, asked, self._vocab_size
         )
+        if batch.state_slots is not None:
+            saves = sorted((save.row, save.num_tokens, save.slot) for save in batch.state_saves)
+            self._device.plan_states(batch.state_slots, np.array(saves, np.int32).reshape(-1))
         return Planned(batch.num_tokens, asked)
 
     def capture(self, function: Callable[..., Array]) -> Callable[..., Result]:

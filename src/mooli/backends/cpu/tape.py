@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli import _native
-from mooli.backends.base import AttentionSpec, RopeSpec
+from mooli.backends.base import AttentionSpec, DeltaSpec, RopeSpec
 from mooli.batch import TokenMasks
 from mooli.errors import ConfigError, EngineClosedError, OutOfMemoryError
 
@@ -126,8 +126,14 @@ class TapeOps:
         self._device = device
         self._recording: Recording | None = None
         self._ropes: dict[bytes, Any] = {}
+        self._shapes: dict[DeltaSpec, Any] = {}
+        self.numbers: tuple[int, ...] = ()
+        """Of each layer, among those of its kind: `CacheSpec.numbers`."""
         self.attentions: list[tuple[int, AttentionSpec]] = []
         """Layers, and what was recorded to attend there."""
+        self.convs: list[tuple[int, int, int]] = []
+        """Layers, and of how many columns and channels the convolution is that was recorded there."""
+        self.deltas: list[tuple[int, DeltaSpec]] = []
 
     def record(self, function: Callable[..., Register], *inputs: Register) -> tuple[Recording, Register]:
         """What `function` does of a batch, of which nothing is known yet, and of `inputs`."""
@@ -222,11 +228,64 @@ class TapeOps:
     def attend(self, batch: Any, layer: int, qkv: Register, spec: AttentionSpec) -> Register:
         _check_heads(qkv, spec)
         self.attentions.append((layer, spec))
-        return self._now().add(
-            (qkv,),
-            spec.num_heads * spec.head_dim,
-            lambda t, out: t.attend(layer, qkv.address, spec.num_heads, spec.scale, spec.window, out.address),
-        )
+
+        def emit(tape: Any, out: Register) -> None:
+            tape.attend(self.numbers[layer], qkv.address, spec.num_heads, spec.scale, spec.window, out.address)
+
+        return self._now().add((qkv,), spec.num_heads * spec.head_dim, emit)
+
+    def short_conv(self, batch: Any, layer: int, x: Register, weight: Any) -> Register:
+        return self._conv(layer, x, weight, parts=3)
+
+    def causal_conv(self, batch: Any, layer: int, x: Register, weight: Any) -> Register:
+        return self._conv(layer, x, weight, parts=1)
+
+    def _conv(self, layer: int, x: Register, weight: Any, parts: int) -> Register:
+        native = weight.native
+        if x.width != parts * native.channels:
+            raise ConfigError(f"rows of {x.width} values are not {parts} parts of {native.channels} channels")
+        self.convs.append((layer, native.columns, native.channels))
+
+        def emit(tape: Any, out: Register) -> None:
+            tape.conv(self.numbers[layer], x.address, native, parts == 3, out.address)
+
+        return self._now().add((x,), native.channels, emit)
+
+    def delta_rule(
+        self, batch: Any, layer: int, qkv: Register, gates: Register, weight: Any, spec: DeltaSpec
+    ) -> Register:
+        if (qkv.width, gates.width) != (spec.row_width, 2 * spec.num_heads):
+            raise ConfigError(f"rows of {qkv.width} values and {gates.width} gates are not those of {spec}")
+        if spec not in self._shapes:
+            self._shapes[spec] = _native.DeltaShape(
+                spec.num_key_heads, spec.key_dim, spec.value_dim, list(spec.key_heads)
+            )
+        shape = self._shapes[spec]
+        self.deltas.append((layer, spec))
+
+        def emit(tape: Any, out: Register) -> None:
+            tape.delta_rule(self.numbers[layer], qkv.address, gates.address, weight.native, shape, out.address)
+
+        return self._now().add((qkv, gates), spec.num_heads * spec.value_dim, emit)
+
+    def gated_norm(self, x: Register, gate: Register, weight: Any, eps: float) -> Register:
+        width = len(weight.native.array())
+        if x.width != gate.width or x.width % width:
+            raise ConfigError(f"a gated norm of {x.width} values by {gate.width}, in heads of {width}")
+
+        def emit(tape: Any, out: Register) -> None:
+            tape.gated_norm(x.address, gate.address, weight.native, eps, x.width // width, width, out.address)
+
+        return self._now().add((x, gate), x.width, emit, reusable=None if x is gate else x)
+
+    def sigmoid_mul(self, x: Register, gate: Register) -> Register:
+        if x.width != gate.width:
+            raise ConfigError(f"{x.width} values times {gate.width}")
+
+        def emit(tape: Any, out: Register) -> None:
+            tape.sigmoid_mul(x.address, gate.address, x.width, out.address)
+
+        return self._now().add((x, gate), x.width, emit, reusable=x)
 
     def asked_rows(self, batch: Any, x: Register) -> Register:
         recording = self._now()

@@ -26,7 +26,7 @@ from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.communicator import Communicator, GlooCommunicator
 from mooli.backends.torch.dtypes import DTYPES, torch_dtype
 from mooli.backends.torch.kv_pool import KVPool
-from mooli.backends.torch.ops import TorchOps
+from mooli.backends.torch.ops import ConvWeight, DeltaWeight, TorchOps
 from mooli.backends.torch.parallel import PartTable, over_ranks, table_over_ranks
 from mooli.backends.torch.sampling import TorchSampler
 from mooli.backends.torch.step_plan import ForwardBatch, plan_step
@@ -41,7 +41,7 @@ from mooli.backends.torch.weights import (
     load_vector,
     tensor_bytes,
 )
-from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch
+from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
 from mooli.errors import ConfigError
 from mooli.tensor import RawTensor, TensorType
 
@@ -222,6 +222,21 @@ class TorchBackend:
         check_type(vector)
         return self._count(load_vector([vector], torch.float32, self.device))
 
+    def load_conv(self, weight: RawTensor, bias: RawTensor | None = None) -> ConvWeight:
+        """In float32, as the states are."""
+        check_type(weight)
+        values = self._count(load_matrix([weight], torch.float32, self.device))
+        if bias is None:
+            return ConvWeight(values, self._count(torch.zeros(len(values), device=self.device)))
+        check_type(bias)
+        return ConvWeight(values, self._count(load_vector([bias], torch.float32, self.device)))
+
+    def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> DeltaWeight:
+        for tensor in (decay, dt_bias):
+            check_type(tensor)
+        made = [self._count(load_vector([tensor], torch.float32, self.device)) for tensor in (decay, dt_bias)]
+        return DeltaWeight(*made)
+
     def _note(self, tensors: Sequence[RawTensor], *, is_linear: bool) -> None:
         """Check storage types, and keep for `describe` what became of them."""
         for tensor in tensors:
@@ -250,11 +265,16 @@ class TorchBackend:
         self._embedding = None
         self.pool = KVPool(spec, num_pages, self.device, self.num_spare_pages(), backend_name=self.name)
         self.ops.attention = self.make_attention(self.pool)
+        self.ops.keep_states(spec, limits.num_states)
         self.ops.num_positions = limits.max_pages_per_row * spec.page_size
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         with torch.no_grad():
             self._allocated().copy(copies)
+
+    def copy_states(self, copies: Sequence[StateCopy]) -> None:
+        with torch.no_grad():
+            self.ops.copy_states(copies)
 
     def read_pages(
         self, pages: Sequence[int] | NDArray[np.int32], num_tokens: int | None = None, out: Any = None

@@ -6,20 +6,49 @@ the type of the activations. Never loads a weight and never plans a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from mooli.backends.base import AttentionSpec, RopeSpec, check_attention
+from mooli.backends.base import (
+    AttentionSpec,
+    CacheLayer,
+    CacheSpec,
+    DeltaSpec,
+    RopeSpec,
+    check_attention,
+    check_conv,
+    check_delta,
+)
 from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.parallel import PartTable
 from mooli.backends.torch.step_plan import ForwardBatch
 from mooli.backends.torch.weights import GatedLinear, LinearWeight
-from mooli.errors import ConfigError
+from mooli.batch import StateCopy
+from mooli.errors import ConfigError, OutOfMemoryError
 
 POSITIONS_AT_A_TIME = 1 << 14
 """Rows of a rotary table computed at one time, in float64 on the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvWeight:
+    """values float32 (channels, columns); bias (channels,)."""
+
+    values: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaWeight:
+    """decay, dt_bias: float32 (heads,)."""
+
+    decay: Tensor
+    dt_bias: Tensor
 
 
 class TorchOps:
@@ -31,6 +60,31 @@ class TorchOps:
         self.num_positions = 0
         """Positions that rotary tables are made for; a step beyond makes them longer."""
         self._rotary: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self.layers: tuple[CacheLayer, ...] = ()
+        self.numbers: tuple[int, ...] = ()
+        """Of each layer, among those of its kind: `CacheSpec.numbers`."""
+        self.states: list[list[Tensor]] = []
+        """Of each layer with a recurrence, and of each of its shapes: float32 (slots, *shape)."""
+
+    def keep_states(self, spec: CacheSpec, num_states: int) -> None:
+        """Memory for states, and what each layer keeps. Raises OutOfMemoryError if the device does not hold it."""
+        self.layers, self.numbers = spec.layers, spec.numbers
+        try:
+            self.states = [
+                [torch.zeros((num_states, *shape), device=self.device) for shape in layer.shapes]
+                for layer in spec.state_layers
+            ]
+        except RuntimeError as exc:  # of which torch's own out-of-memory error is one
+            raise OutOfMemoryError(
+                f"no memory on {self.device} for {num_states} recurrent states of {spec.state_bytes / 2**20:.1f} MiB"
+                f" ({str(exc).splitlines()[0]}): lower max_running_requests or state_cache_fraction"
+            ) from exc
+
+    def copy_states(self, copies: Sequence[StateCopy]) -> None:
+        for copy in copies:
+            for tensors in self.states:
+                for tensor in tensors:
+                    tensor[copy.target].copy_(tensor[copy.source])
 
     def embed(self, batch: ForwardBatch, table: Tensor | PartTable, scale: float = 1.0) -> Tensor:
         ids = batch.token_ids
@@ -59,19 +113,113 @@ class TorchOps:
         cos, sin = self.rotations(batch, rope)
         turning = spec.num_heads + spec.num_kv_heads
         heads = qkv.view(len(qkv), -1, spec.head_dim)
-        first, second = heads[:, :turning].float().chunk(2, dim=-1)
+        count = 2 * len(rope.inv_freq)
+        first, second = heads[:, :turning, :count].float().chunk(2, dim=-1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        if count < spec.head_dim:
+            turned = torch.cat([turned.to(qkv.dtype), heads[:, :turning, count:]], dim=-1)
         return torch.cat([turned.to(qkv.dtype), heads[:, turning:]], dim=1).flatten(1)
 
     def attend(self, batch: ForwardBatch, layer: int, qkv: Tensor, spec: AttentionSpec) -> Tensor:
         if self.attention is None:
             raise ConfigError("allocate the KV pool before running a step")
-        check_attention(self.attention.pool.layers, layer, spec)
+        check_attention(self.layers, layer, spec)
+        number = self.numbers[layer]
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
         # Everything is stored first, so a row may read what another row of this step computes.
-        self.attention.pool.store(layer, batch.slots, k, v)
-        return self.attention.attend(batch, layer, q, spec)
+        self.attention.pool.store(number, batch.slots, k, v)
+        return self.attention.attend(batch, number, q, spec)
+
+    def short_conv(self, batch: ForwardBatch, layer: int, x: Tensor, weight: ConvWeight) -> Tensor:
+        before, after, u = x.float().chunk(3, dim=-1)
+        return (after * self._conv(batch, layer, before * u, weight)).to(x.dtype)
+
+    def causal_conv(self, batch: ForwardBatch, layer: int, x: Tensor, weight: ConvWeight) -> Tensor:
+        return F.silu(self._conv(batch, layer, x.float(), weight)).to(x.dtype)
+
+    def _conv(self, batch: ForwardBatch, layer: int, x: Tensor, weight: ConvWeight) -> Tensor:
+        num_columns = weight.values.shape[1]
+        check_conv(self.layers, layer, num_columns, x.shape[1])
+        out = torch.empty_like(x)
+
+        def go_on(tokens: Tensor | slice | None, last: Tensor) -> Tensor:
+            """Of rows (G, columns - 1, channels), or of one row, the inputs that are the last now."""
+            new = x if tokens is None else x[tokens]
+            inputs = torch.cat([last, new[:, None] if last.dim() == 3 else new], dim=-2)
+            count = inputs.shape[-2] - last.shape[-2]
+            sums = weight.bias
+            for column in range(num_columns):
+                sums = sums + weight.values[:, column] * inputs[..., column : column + count, :]
+            _put(out, tokens, sums[:, 0] if last.dim() == 3 else sums)
+            return inputs[..., count:, :]
+
+        self._carry(batch, self.states[self.numbers[layer]][0], go_on)
+        return out
+
+    def delta_rule(
+        self, batch: ForwardBatch, layer: int, qkv: Tensor, gates: Tensor, weight: DeltaWeight, spec: DeltaSpec
+    ) -> Tensor:
+        check_delta(self.layers, layer, spec)
+        keys, count = spec.num_key_heads * spec.key_dim, len(qkv)
+        q, k, v = torch.split(qkv.float(), [keys, keys, spec.num_heads * spec.value_dim], dim=-1)
+        heads = torch.tensor(spec.key_heads, device=qkv.device)
+        q, k = (unit(part.view(count, -1, spec.key_dim)).index_select(1, heads) for part in (q, k))
+        q = q * spec.key_dim**-0.5
+        v = v.view(count, -1, spec.value_dim)
+        b, a = gates.float().chunk(2, dim=-1)
+        beta, kept = torch.sigmoid(b), torch.exp(weight.decay * F.softplus(a + weight.dt_bias))
+        out = torch.empty_like(v)
+
+        def step(tokens: Tensor | int | None, state: Tensor) -> Tensor:
+            """Of rows (G, heads, key_dim, value_dim), or of one row, the state after a token of each."""
+            key, value, query = (x if tokens is None else x[tokens] for x in (k, v, q))
+            share, keeps = (x if tokens is None else x[tokens] for x in (beta, kept))
+            state = state * keeps[..., None, None]
+            error = value - (state * key[..., None]).sum(dim=-2)
+            state = state + key[..., None] * (share[..., None] * error)[..., None, :]
+            _put(out, tokens, (state * query[..., None]).sum(dim=-2))
+            return state
+
+        def go_on(tokens: Tensor | slice | None, state: Tensor) -> Tensor:
+            if isinstance(tokens, slice):
+                for token in range(tokens.start, tokens.stop):
+                    state = step(token, state)
+                return state
+            return step(tokens, state)
+
+        self._carry(batch, self.states[self.numbers[layer]][1], go_on)
+        return out.flatten(1).to(qkv.dtype)
+
+    def _carry(
+        self, batch: ForwardBatch, states: Tensor, go_on: Callable[[Tensor | slice | None, Tensor], Tensor]
+    ) -> None:
+        """`go_on(tokens, states)` gives the states after some tokens: of all rows of one token together, of any other
+        from each kept state to the next."""
+        if batch.states is None:
+            raise ConfigError("a step without states of a model that has some")
+        single = batch.states.single
+        if single is not None:
+            goes_on = single.goes_on.view(-1, *(1,) * (states.dim() - 1))
+            # What nobody has written yet may hold anything, times which zero is not always zero.
+            before = torch.where(goes_on > 0, states.index_select(0, single.slots), torch.zeros_like(states[:1]))
+            states.index_copy_(0, single.slots, go_on(single.tokens, before))
+        for row in batch.states.rows:
+            state = torch.zeros_like(states[0]) if row.begins else states[row.slot]
+            at = 0
+            for num_tokens, slot in row.kept:
+                if num_tokens > at:
+                    state = go_on(slice(row.first_token + at, row.first_token + num_tokens), state)
+                states[slot].copy_(state)
+                at = num_tokens
+
+    def gated_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float().view(len(x), -1, len(weight))
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight
+        return (normed.flatten(1) * F.silu(gate.float())).to(x.dtype)
+
+    def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * torch.sigmoid(gate)
 
     def asked_rows(self, batch: ForwardBatch, x: Tensor) -> Tensor:
         """All rows: shapes stay those of the step, which graphs have captured."""
@@ -93,7 +241,21 @@ class TorchOps:
     def close(self) -> None:
         """Give the pool and the tables back."""
         self.attention = None
+        self.states = []
         self._rotary.clear()
+
+
+def unit(x: Tensor) -> Tensor:
+    """x over its length, along the last axis."""
+    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-6)
+
+
+def _put(out: Tensor, tokens: Tensor | slice | int | None, values: Tensor) -> None:
+    """What was computed of `tokens`, at their places."""
+    if tokens is None:
+        out.copy_(values)
+    else:
+        out[tokens] = values
 
 
 def split_heads(qkv: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,12 +55,67 @@ class ChunkRow:
 
 
 @dataclass(frozen=True, slots=True)
+class StateRow:
+    """A row whose recurrent state goes on from the one in `slot`, or from zeros where it `begins`.
+
+    kept: after how many tokens of the row it is to be in which slot, ascending; the last one after all.
+    """
+
+    first_token: int
+    begins: bool
+    slot: int
+    kept: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SingleStates:
+    """Rows of one token, whose states go on together. tokens: int64 (G,), None if they are the step's tokens in order.
+    slots: int64 (G,). goes_on: float32 (G,), 0 where a row begins, else 1."""
+
+    tokens: Tensor | None
+    slots: Tensor
+    goes_on: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """All rows of a step of a model with recurrent layers."""
+
+    single: SingleStates | None
+    rows: tuple[StateRow, ...]
+
+
+def state_rows(batch: ScheduleBatch, upload: Upload) -> StateRows | None:
+    """None for models without recurrent layers."""
+    slots = batch.state_slots
+    if slots is None:
+        return None
+    kept: dict[int, list[tuple[int, int]]] = {}
+    for save in batch.state_saves:
+        kept.setdefault(save.row, []).append((save.num_tokens, save.slot))
+    first_tokens = np.cumsum(batch.lengths) - batch.lengths
+    is_single = (batch.lengths == 1) & ~np.isin(np.arange(len(slots)), list(kept))
+    ones, others = np.flatnonzero(is_single), np.flatnonzero(~is_single)
+    single = None
+    if len(ones):
+        sent = upload(np.stack([first_tokens[ones], slots[ones], batch.starts[ones] > 0]).astype(np.int64))
+        single = SingleStates(sent[0] if len(others) else None, sent[1], sent[2].float())
+    rows = []
+    for row in others.tolist():
+        length, slot = int(batch.lengths[row]), int(slots[row])
+        ends = (*sorted(kept.get(row, [])), (length, slot))
+        rows.append(StateRow(int(first_tokens[row]), not batch.starts[row], slot, ends))
+    return StateRows(single, tuple(rows))
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """token_ids, rope_positions, slots: int64 (T,). num_tokens: rows of a result that mean something, T unless padded.
 
     max_rope_position: of any token. `memo` keeps what all layers share, such as the slots of keys: it belongs to one
     run of a model's forward function. `graph_key` names the captured graph that may carry the step out, if any.
-    tokens: int32 on the host, those of the step that an operation's rows stand for; None for all of them.
+    tokens: int32 on the host, those of the step that an operation's rows stand for; None for all of them. states: None
+    for models without recurrent layers.
     """
 
     num_tokens: int
@@ -72,6 +127,7 @@ class ForwardBatch:
     chunks: tuple[ChunkRow, ...]
     graph_key: tuple[int, ...] | None = None
     tokens: NDArray[np.int32] | None = None
+    states: StateRows | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -139,6 +195,7 @@ def plan_step(batch: ScheduleBatch, page_size: int, upload: Upload) -> ForwardBa
             for where, table, positions, longest, is_even in planned_groups
         ),
         chunks=tuple(ChunkRow(first, start, length, sent[pages]) for first, start, length, pages in planned_chunks),
+        states=state_rows(batch, upload),
     )
 
 

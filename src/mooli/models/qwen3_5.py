@@ -1,0 +1,366 @@
+"""Qwen3.5 and 3.6, their dense models: gated DeltaNet in most layers, gated attention in every fourth.
+
+Owns their configuration and names, also those inside a model that sees, whose text part is read and nothing else. A
+gated DeltaNet keeps a matrix for each head of values, and the last inputs of its convolution, of each sequence.
+
+Sources: Gated Delta Networks, arXiv 2412.06464; gated attention, arXiv 2505.06708; the models' code in Transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mooli.backends.base import Array, CacheLayer, DeltaSpec, Ops, PagedLayer, RopeSpec, StateLayer, Weight
+from mooli.errors import CheckpointError, UnsupportedModelError
+from mooli.models import llama, rope
+from mooli.models.config import TensorSpec
+from mooli.models.family import Family
+from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, short
+from mooli.models.layers import Attention, GatedMLP, Tensors, norm_tensors, vocabulary_tensors
+from mooli.models.packer import Packer
+
+ATTENTION, DELTA_NET = "full_attention", "linear_attention"
+_SEES = "Qwen3_5ForConditionalGeneration"
+_ATTENDS_EVERY = 4
+
+
+def _offset_norm(name: str, gguf: str, length: int) -> Tensors:
+    """Folders have the gain less one, GGUF files as it is."""
+    return {key: dataclasses.replace(spec, hf_offset=1.0) for key, spec in norm_tensors(name, gguf, length).items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen35Config(llama.LlamaConfig):
+    """Of a decoder of the family. attends: of each layer, whether it is attention. rotary_dim: values of a head that
+    are rotated. num_key_heads .. num_columns: of the DeltaNets. is_tiled: heads of values that share a head of keys lie
+    apart, as in GGUF files. num_extra_blocks: of a GGUF file, which guess tokens ahead. prefix: of names.
+    CheckpointError for a number out of its bounds."""
+
+    attends: tuple[bool, ...] = ()
+    rotary_dim: int = 64
+    num_key_heads: int = 16
+    num_value_heads: int = 32
+    key_dim: int = 128
+    value_dim: int = 128
+    num_columns: int = 4
+    is_tiled: bool = False
+    num_extra_blocks: int = 0
+    prefix: str = "model."
+
+    def __post_init__(self) -> None:
+        llama.LlamaConfig.__post_init__(self)
+        check_range("linear_num_key_heads", self.num_key_heads, 1, 1024)
+        check_range("linear_num_value_heads", self.num_value_heads, 1, 1024)
+        check_range("linear_key_head_dim", self.key_dim, 1, 1024)
+        check_range("linear_value_head_dim", self.value_dim, 1, 1024)
+        check_range("linear_conv_kernel_dim", self.num_columns, 2, 16)
+        check_range("rotary values of a head", self.rotary_dim, 2, self.head_dim)
+        if self.num_value_heads % self.num_key_heads or self.rotary_dim % 2:
+            raise CheckpointError(
+                f"{self.num_value_heads} heads of values on {self.num_key_heads} of keys, or {self.rotary_dim} rotated"
+                " values: the first must be a multiple of the second, the third even"
+            )
+        if len(self.attends) != self.num_layers or not any(self.attends):
+            raise CheckpointError(
+                f"{sum(self.attends)} of {len(self.attends)} layers are attention; there must be {self.num_layers}"
+                " layers, and one with attention"
+            )
+
+    @property
+    def delta(self) -> DeltaSpec:
+        heads, share = range(self.num_value_heads), self.num_value_heads // self.num_key_heads
+        key_heads = tuple(head % self.num_key_heads if self.is_tiled else head // share for head in heads)
+        return DeltaSpec(self.num_key_heads, self.key_dim, self.value_dim, key_heads)
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        hidden = self.hidden_size
+        tensors = vocabulary_tensors(f"{self.prefix}embed_tokens", "token_embd", self.vocab_size, hidden)
+        for layer, attends in enumerate(self.attends):
+            name, gguf = f"{self.prefix}layers.{layer}", f"blk.{layer}"
+            tensors |= _offset_norm(f"{name}.input_layernorm", f"{gguf}.attn_norm", hidden)
+            tensors |= self._attention(f"{name}.self_attn", gguf) if attends else self._net(f"{name}.linear_attn", gguf)
+            tensors |= _offset_norm(f"{name}.post_attention_layernorm", f"{gguf}.post_attention_norm", hidden)
+            tensors |= GatedMLP.tensors(
+                f"{name}.mlp", gguf, hidden_size=hidden, width=self.intermediate_size, bias=False
+            )
+        tensors |= _offset_norm(f"{self.prefix}norm", "output_norm", hidden)
+        if not self.tie_word_embeddings:
+            tensors |= vocabulary_tensors("lm_head", "output", self.vocab_size, hidden)
+        return tensors
+
+    def _attention(self, name: str, gguf: str) -> Tensors:
+        hidden, queries, keys = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            f"{name}.q_proj.weight": TensorSpec((2 * queries, hidden), f"{gguf}.attn_q.weight"),
+            f"{name}.k_proj.weight": TensorSpec((keys, hidden), f"{gguf}.attn_k.weight"),
+            f"{name}.v_proj.weight": TensorSpec((keys, hidden), f"{gguf}.attn_v.weight"),
+            f"{name}.o_proj.weight": TensorSpec((hidden, queries), f"{gguf}.attn_output.weight"),
+            **_offset_norm(f"{name}.q_norm", f"{gguf}.attn_q_norm", self.head_dim),
+            **_offset_norm(f"{name}.k_norm", f"{gguf}.attn_k_norm", self.head_dim),
+        }
+
+    def _net(self, name: str, gguf: str) -> Tensors:
+        hidden, heads, spec = self.hidden_size, self.num_value_heads, self.delta
+        values = heads * self.value_dim
+        return {
+            f"{name}.in_proj_qkv.weight": TensorSpec((spec.row_width, hidden), f"{gguf}.attn_qkv.weight"),
+            f"{name}.conv1d.weight": TensorSpec((spec.row_width, self.num_columns), f"{gguf}.ssm_conv1d.weight"),
+            f"{name}.in_proj_b.weight": TensorSpec((heads, hidden), f"{gguf}.ssm_beta.weight"),
+            f"{name}.in_proj_a.weight": TensorSpec((heads, hidden), f"{gguf}.ssm_alpha.weight"),
+            f"{name}.A_log": TensorSpec((heads,), f"{gguf}.ssm_a", hf_is_log=True),
+            f"{name}.dt_bias": TensorSpec((heads,), f"{gguf}.ssm_dt.bias"),
+            f"{name}.in_proj_z.weight": TensorSpec((values, hidden), f"{gguf}.attn_gate.weight"),
+            **norm_tensors(f"{name}.norm", f"{gguf}.ssm_norm", self.value_dim),
+            f"{name}.out_proj.weight": TensorSpec((hidden, values), f"{gguf}.ssm_out.weight"),
+        }
+
+    def may_ignore(self, name: str) -> bool:
+        # What sees, and what guesses tokens ahead: in GGUF files blocks behind the others.
+        extra = (f"blk.{self.num_layers + block}." for block in range(self.num_extra_blocks))
+        return llama.LlamaConfig.may_ignore(self, name) or name.startswith(("model.visual.", "mtp.", *extra))
+
+    def cache_layers(self) -> tuple[CacheLayer, ...]:
+        spec = self.delta
+        paged = PagedLayer(self.num_kv_heads, self.head_dim)
+        state = StateLayer((self.num_columns - 1, spec.row_width), (spec.num_heads, spec.key_dim, spec.value_dim))
+        return tuple(paged if attends else state for attends in self.attends)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedAttention:
+    """Attention whose result is multiplied by sigmoid(W_gate x)."""
+
+    attention: Attention
+    gate: Weight
+
+    @classmethod
+    def load(cls, packer: Packer, name: str, ops: Ops, config: Qwen35Config, rotary: RopeSpec) -> GatedAttention:
+        spec = llama.attention_spec(config, scale=config.head_dim**-0.5)
+        qkv, gate = packer.queries_and_gates(
+            f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj", num_heads=config.num_heads
+        )
+        q_norm, k_norm = packer.vector(f"{name}.q_norm.weight"), packer.vector(f"{name}.k_norm.weight")
+        o = packer.linear(f"{name}.o_proj")
+        return cls(Attention(ops, spec, rotary, config.rms_norm_eps, qkv=qkv, q_norm=q_norm, k_norm=k_norm, o=o), gate)
+
+    def mix(self, batch: Any, layer: int, x: Array) -> Array:
+        ops = self.attention.ops
+        return ops.sigmoid_mul(self.attention.mix(batch, layer, x), ops.linear(batch, x, self.gate))
+
+    def output(self, batch: Any, mixed: Array, residual: Array | None = None) -> Array:
+        return self.attention.output(batch, mixed, residual)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDeltaNet:
+    """W_out (norm(delta rule(conv(W_qkv x))) * silu(W_z x))."""
+
+    ops: Ops
+    spec: DeltaSpec
+    eps: float
+    qkv: Weight
+    conv: Weight
+    gates: Weight
+    decay: Weight
+    z: Weight
+    norm: Weight
+    out: Weight
+
+    @classmethod
+    def load(cls, packer: Packer, name: str, ops: Ops, config: Qwen35Config) -> GatedDeltaNet:
+        return cls(
+            ops,
+            config.delta,
+            config.rms_norm_eps,
+            qkv=packer.linear(f"{name}.in_proj_qkv"),
+            conv=packer.conv(f"{name}.conv1d"),
+            gates=packer.linear(f"{name}.in_proj_b", f"{name}.in_proj_a"),
+            decay=packer.delta(f"{name}.A_log", f"{name}.dt_bias"),
+            z=packer.linear(f"{name}.in_proj_z"),
+            norm=packer.vector(f"{name}.norm.weight"),
+            out=packer.linear(f"{name}.out_proj"),
+        )
+
+    def mix(self, batch: Any, layer: int, x: Array) -> Array:
+        """What each token takes from itself and those before it: (T, heads * value_dim)."""
+        ops = self.ops
+        qkv = ops.causal_conv(batch, layer, ops.linear(batch, x, self.qkv), self.conv)
+        mixed = ops.delta_rule(batch, layer, qkv, ops.linear(batch, x, self.gates), self.decay, self.spec)
+        return ops.gated_norm(mixed, ops.linear(batch, x, self.z), self.norm, self.eps)
+
+    def output(self, batch: Any, mixed: Array, residual: Array | None = None) -> Array:
+        return self.ops.linear(batch, mixed, self.out, residual=residual)
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen35Layer:
+    """One decoder layer."""
+
+    input_norm: Weight
+    mixer: GatedAttention | GatedDeltaNet
+    post_attention_norm: Weight
+    mlp: GatedMLP
+
+
+class Qwen35Model:
+    """T tokens in a step, H hidden size."""
+
+    def __init__(self, config: Qwen35Config, ops: Ops, packer: Packer) -> None:
+        self.config = config
+        self._ops = ops
+        rotary = RopeSpec(rope.inv_freq(config.rotary_dim, config.rope_theta, config.rope_scaling))
+        embedding = f"{config.prefix}embed_tokens"
+        if config.tie_word_embeddings:
+            self._embedding, self._head = packer.tied(embedding)
+        else:
+            self._embedding, self._head = packer.embedding(embedding), packer.head("lm_head")
+        self._layers = []
+        for index, attends in enumerate(config.attends):
+            name = f"{config.prefix}layers.{index}"
+            input_norm = packer.vector(f"{name}.input_layernorm.weight")
+            mixer: GatedAttention | GatedDeltaNet
+            if attends:
+                mixer = GatedAttention.load(packer, f"{name}.self_attn", ops, config, rotary)
+            else:
+                mixer = GatedDeltaNet.load(packer, f"{name}.linear_attn", ops, config)
+            post_attention_norm = packer.vector(f"{name}.post_attention_layernorm.weight")
+            mlp = GatedMLP.load(packer, f"{name}.mlp", ops)
+            self._layers.append(Qwen35Layer(input_norm, mixer, post_attention_norm, mlp))
+        self._norm = packer.vector(f"{config.prefix}norm.weight")
+
+    def forward(self, batch: Any) -> Array:
+        """The hidden states (T, H) of a planned step, before the final norm, of asked tokens. Stores the KV of all, and
+        the states."""
+        ops, eps = self._ops, self.config.rms_norm_eps
+        hidden = ops.embed(batch, self._embedding)
+        for index, layer in enumerate(self._layers):
+            mixed = layer.mixer.mix(batch, index, ops.rms_norm(hidden, layer.input_norm, eps))
+            if index + 1 == len(self._layers):
+                mixed, hidden = ops.asked_rows(batch, mixed), ops.asked_rows(batch, hidden)
+            hidden = layer.mixer.output(batch, mixed, residual=hidden)
+            hidden = layer.mlp.output(batch, ops.rms_norm(hidden, layer.post_attention_norm, eps), residual=hidden)
+        return hidden
+
+    def logits(self, batch: Any, hidden: Array) -> Array:
+        """The logits (S, vocab_size) of rows of hidden states (S, H), as `forward` returned them, and their batch."""
+        return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head)
+
+
+def _hf(source: HFSource) -> Qwen35Config:
+    text = source.values.get("text_config", {})
+    if not isinstance(text, dict):
+        raise CheckpointError(f"config.json: text_config must be an object, got {short(text)}")
+    source = dataclasses.replace(source, values={**source.values, **text})
+    fields, values = source.fields, dict(source.values)
+    if fields.flag("attention_bias"):
+        raise UnsupportedModelError("biases of attention are not implemented for qwen3_5 models")
+    common = source.common(max_position_embeddings=32768)
+    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    factor = values.get("partial_rotary_factor", 0.25)
+    if isinstance(given, dict):
+        factor = given.get("partial_rotary_factor", factor)
+        # The sections are of positions in pictures; those of text are all the same.
+        values["rope_parameters"] = {
+            key: value for key, value in given.items() if not key.startswith(("mrope", "partial"))
+        }
+    partial = Fields({"factor": factor}, "config.json: partial_rotary_").number("factor")
+    check_range("partial_rotary_factor", partial, 0.0, 1.0)
+    head_dim = fields.integer("head_dim", 256)
+    values = {**values, "rope_scaling": None, "partial_rotary_factor": None}
+    theta, scaling = rope.hf_rope(values)
+    own: dict[str, Any] = {
+        "head_dim": head_dim,
+        "qk_norm": True,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "attends": _attends(fields, common["num_layers"]),
+        "rotary_dim": int(head_dim * partial),
+        "num_key_heads": fields.integer("linear_num_key_heads", 16),
+        "num_value_heads": fields.integer("linear_num_value_heads", 32),
+        "key_dim": fields.integer("linear_key_head_dim", 128),
+        "value_dim": fields.integer("linear_value_head_dim", 128),
+        "num_columns": fields.integer("linear_conv_kernel_dim", 4),
+        "prefix": "model.language_model." if source.architecture == _SEES else "model.",
+    }
+    return Qwen35Config(**llama.read_hf(dataclasses.replace(source, values=values), common, **own))
+
+
+def _attends(fields: Fields, num_layers: int) -> tuple[bool, ...]:
+    kinds = fields.values.get("layer_types")
+    every = fields.integer("full_attention_interval", _ATTENDS_EVERY)
+    check_range("num_layers", num_layers, 1, 1024)
+    check_range("full_attention_interval", every, 1, 1024)
+    if kinds is None:
+        return tuple((index + 1) % every == 0 for index in range(num_layers))
+    if not isinstance(kinds, list) or any(kind not in (ATTENTION, DELTA_NET) for kind in kinds):
+        raise CheckpointError(
+            f"config.json: layer_types must be a list of {ATTENTION} and {DELTA_NET}, got {short(kinds)}"
+        )
+    return tuple(kind == ATTENTION for kind in kinds)
+
+
+def _gguf(source: GGUFSource) -> Qwen35Config:
+    fields, shapes = source.fields, source.shapes
+    common = source.common()
+    num_layers = common["num_layers"] - fields.integer("nextn_predict_layers", 0)
+    check_range("block_count", num_layers, 1, 1024)
+    num_heads = fields.per_layer("attention.head_count")
+    kv_heads = fields.values.get(f"{fields.prefix}attention.head_count_kv", num_heads)
+    counts = set(np.atleast_1d(np.asarray(kv_heads)).tolist()) - {0}  # of a DeltaNet
+    if len(counts) != 1 or not all(isinstance(count, int) for count in counts):
+        raise UnsupportedModelError(f"layers with different numbers of key and value heads: {short(kv_heads)}")
+    head_dim = fields.integer("attention.key_length")
+    if fields.integer("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedModelError("key and value heads of different length are not implemented")
+    num_value_heads, inner = fields.integer("ssm.time_step_rank"), fields.integer("ssm.inner_size")
+    check_range("ssm.time_step_rank", num_value_heads, 1, 1024)
+    changed = source.overridden(
+        {
+            "rope_theta": fields.number("rope.freq_base", 10000.0),
+            "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        }
+    )
+    return Qwen35Config(
+        **{**common, "num_layers": num_layers},
+        intermediate_size=fields.per_layer("feed_forward_length"),
+        num_heads=num_heads,
+        num_kv_heads=counts.pop(),
+        head_dim=head_dim,
+        rms_norm_eps=changed.number("rms_norm_eps"),
+        rope_theta=changed.number("rope_theta"),
+        rope_scaling=rope.gguf_scaling(fields, source.freq_factors),
+        tie_word_embeddings="output.weight" not in shapes,
+        qk_norm=True,
+        attends=tuple(f"blk.{index}.attn_q.weight" in shapes for index in range(num_layers)),
+        rotary_dim=fields.integer("rope.dimension_count", head_dim),
+        num_key_heads=fields.integer("ssm.group_count"),
+        num_value_heads=num_value_heads,
+        key_dim=fields.integer("ssm.state_size"),
+        value_dim=inner // num_value_heads,
+        num_columns=fields.integer("ssm.conv_kernel"),
+        is_tiled=True,
+        num_extra_blocks=common["num_layers"] - num_layers,
+    )
+
+
+QWEN3_5 = Family(
+    name="qwen3_5_text",
+    architectures=("Qwen3_5ForCausalLM", _SEES),
+    gguf=("qwen35",),
+    hf_keys=llama.HF_KEYS
+    | frozenset(
+        (
+            *("text_config", "attention_bias", "partial_rotary_factor", "layer_types", "full_attention_interval"),
+            *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+            "linear_conv_kernel_dim",
+        )
+    ),
+    gguf_keys=frozenset(("rope_theta", "rms_norm_eps")),
+    read_hf=_hf,
+    read_gguf=_gguf,
+    model=Qwen35Model,
+)
