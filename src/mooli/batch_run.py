@@ -249,31 +249,13 @@ def _in_process(app: App, engine: EngineClient) -> Send:
     """Rows as requests of an ASGI application. Raises EngineDeadError when its engine is."""
     import msgspec
 
+    from mooli.server.http import asked
+
     async def send(url: str, body: dict[str, Any]) -> tuple[int, Any]:
-        requests = [{"type": "http.request", "body": msgspec.json.encode(body), "more_body": False}]
-        status, received = 0, bytearray()
-
-        async def receive() -> dict[str, Any]:
-            if not requests:
-                await asyncio.Event().wait()  # nobody leaves
-            return requests.pop()
-
-        async def take(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            else:
-                received.extend(message.get("body", b""))
-
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "method": "POST",
-            "path": url, "raw_path": url.encode(), "query_string": b"", "root_path": "", "client": None, "server": None,
-            "headers": [(b"content-type", b"application/json")], "state": {},
-        }  # fmt: skip
-        await app(scope, receive, take)
+        status, answer = await asked(app, url, body)
         if status >= 500 and not engine.is_alive:
             raise engine.error or EngineDeadError("the engine has ended")
-        return status, msgspec.json.decode(bytes(received))
+        return status, msgspec.json.decode(answer)
 
     return send
 

@@ -48,7 +48,7 @@ class EarlyBodies:
 
     @contextmanager
     def share(self) -> Iterator[BodyShare]:
-        """Of the room that all bodies have together; to be held as long as the body is kept."""
+        """Of the room that all bodies have together; to be held until the application of a route reads the body."""
         with self._room.share() as share:
             yield share
 
@@ -79,14 +79,13 @@ class EarlyBodies:
 
 
 def again(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives `body` first."""
-    is_given = False
+    """A `receive` that gives `body` first, and keeps it no longer."""
+    bodies = [body]
+    del body
 
     async def receive_again() -> Any:
-        nonlocal is_given
-        if is_given:
+        if not bodies:
             return await receive()
-        is_given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": bodies.pop(), "more_body": False}
 
     return receive_again

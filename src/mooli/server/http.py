@@ -112,6 +112,35 @@ class RouteTable:
         return {}, {}
 
 
+async def asked(app: App, path: str, body: Any, **scope: Any) -> tuple[int, bytes]:
+    """What an application answers to a POST of `body`, as JSON, without a socket: the status, and the body whole.
+
+    scope: of the ASGI scope, what is to be other than that of a plain request.
+    """
+    requests = [{"type": "http.request", "body": msgspec.json.encode(body), "more_body": False}]
+    status, received = 0, bytearray()
+
+    async def receive() -> dict[str, Any]:
+        if not requests:
+            await asyncio.Event().wait()  # nobody leaves
+        return requests.pop()
+
+    async def take(message: Any) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        else:
+            received.extend(message.get("body", b""))
+
+    plain = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "method": "POST",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": None, "server": None,
+        "headers": [(b"content-type", b"application/json")], "state": {},
+    }  # fmt: skip
+    await app(plain | scope, receive, take)
+    return status, bytes(received)
+
+
 def _path(scope: Scope) -> str:
     """Without the root path, which the server puts in front of it (ASGI 3.0)."""
     path: str = scope["path"]

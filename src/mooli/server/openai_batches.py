@@ -21,7 +21,7 @@ from mooli.batches.rows import NOT_YET, URLS
 from mooli.errors import BatchError
 from mooli.server import openai_chat, openai_completions, openai_responses
 from mooli.server.batch_desk import GONE, BatchDesk, BatchRecord, Rows, RowsOf
-from mooli.server.http import Endpoint
+from mooli.server.http import Endpoint, asked
 from mooli.server.json_body import BodyRoom
 from mooli.server.keys import Key
 from mooli.server.logs import REQUEST_ID
@@ -200,38 +200,14 @@ def rows_of(service: Service) -> RowsOf:
             if client is None:
                 raise BatchError(GONE)
             REQUEST_ID.set(record.id)
-            status, answer = await _call(endpoints[url], url, client, body)
+            status, answer = await asked(endpoints[url], url, body, **{CLIENT: client})
             if status >= 500 and (service.client.error is not None or service.is_draining):
                 await asyncio.Event().wait()  # it is no answer: whoever comes next gives one
-            return status, answer
+            return status, msgspec.json.decode(answer)
 
         return Rows(send, client.key.max_sequences or sys.maxsize)
 
     return find
-
-
-async def _call(endpoint: Endpoint, url: str, client: Client, body: Mapping[str, Any]) -> tuple[int, Any]:
-    requests = [{"type": "http.request", "body": msgspec.json.encode(body), "more_body": False}]
-    status, received = 0, bytearray()
-
-    async def receive() -> dict[str, Any]:
-        if not requests:
-            await asyncio.Event().wait()  # nobody leaves
-        return requests.pop()
-
-    async def take(message: Any) -> None:
-        nonlocal status
-        if message["type"] == "http.response.start":
-            status = message["status"]
-        else:
-            received.extend(message.get("body", b""))
-
-    scope = {
-        "type": "http", "method": "POST", "path": url, "query_string": b"",
-        "headers": [(b"content-type", b"application/json")], CLIENT: client,
-    }  # fmt: skip
-    await endpoint(scope, receive, take)
-    return status, msgspec.json.decode(bytes(received))
 
 
 def _route(path: str, method: str, handler: Any, summary: str, **fields: Any) -> Route:

@@ -182,14 +182,18 @@ class _Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = self._route
         try:
-            with self._bodies.share() as share:
-                body = b""
-                if route.body is not None:
-                    body = await self._bodies.read(scope, receive, share)
-                    receive = again(body, receive)
-                name = self._name_of(scope, body)
-                async with self._watched(name) if route.is_watching else self._lease(name) as model:
-                    await Endpoint(model.service, route, model.room)(scope, receive, send)
+            async with contextlib.AsyncExitStack() as leases:
+                with self._bodies.share() as share:
+                    body = b""
+                    if route.body is not None:
+                        body = await self._bodies.read(scope, receive, share)
+                        receive = again(body, receive)
+                    name = self._name_of(scope, body)
+                    del body
+                    lease = self._watched(name) if route.is_watching else self._lease(name)
+                    model = await leases.enter_async_context(lease)
+                # From here the body counts in the model's own room, and is gone as soon as it is read.
+                await Endpoint(model.service, route, model.room)(scope, receive, send)
         except ClientLeftError:
             return
         except (HttpError, BusyError) as exc:
