@@ -94,3 +94,14 @@ def test_ps_and_stop_as_commands(folder, capsys, monkeypatch):
         assert cli.main(["stop", "two", "--wait", "0"]) == 1
         assert "two (pid 4194305) still answers" in capsys.readouterr().err
     assert signals == [(2**22 + 1, signal.SIGTERM)]
+
+
+def test_a_server_of_several_models_is_known_by_each_of_them(folder, capsys, monkeypatch):
+    signals = []
+    monkeypatch.setattr(command.os, "kill", lambda pid, number: signals.append(pid))
+    with announced(server(2**22 + 1, model="one, two"), folder), announced(server(2**22 + 2, model="three"), folder):
+        assert running_servers(folder)[0].models in (["one", "two"], ["three"])
+        for wanted in ("one", "two", "one, two"):
+            assert cli.main(["stop", wanted, "--wait", "0"]) == 1
+        assert cli.main(["stop", "on", "--wait", "0"]) == 2
+    assert signals == [2**22 + 1] * 3

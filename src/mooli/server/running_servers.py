@@ -22,12 +22,17 @@ _MOST_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """pid: of the process to signal. url: where it listens. model: as it is served. started_s: since 1970."""
+    """pid: of the process to signal. url: where it listens. model: as it is served, several with ", " between.
+    started_s: since 1970."""
 
     pid: int
     url: str
     model: str
     started_s: float
+
+    @property
+    def models(self) -> list[str]:
+        return self.model.split(", ")
 
 
 def servers_folder() -> Path:

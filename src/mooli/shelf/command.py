@@ -131,7 +131,7 @@ def _file_bytes(path: Path) -> int:
 def rm(args: argparse.Namespace) -> int:
     """Remove models from the caches, one after the other. Raises ModelNotFoundError before the first is removed."""
     models = [kept_model(name) for name in args.models]
-    used = {_resolved(server.model): server for server in running_servers(servers_folder())}
+    used = {_resolved(model): server for server in running_servers(servers_folder()) for model in server.models}
     for model in models:
         server = used.get(model.path.resolve())
         if server is not None:
@@ -204,7 +204,7 @@ def _chosen(servers: Sequence[RunningServer], wanted: str | None) -> list[Runnin
         if len(servers) != 1:
             raise ConfigError(f"which server? There are: {there}")
         return list(servers)
-    chosen = [server for server in servers if wanted in (str(server.pid), server.model, server.url)]
+    chosen = [server for server in servers if wanted in (str(server.pid), server.url, server.model, *server.models)]
     if not chosen:
         raise ConfigError(f"no server of yours is {wanted}; there are: {there}")
     return chosen

@@ -71,7 +71,7 @@ def _values(action: argparse.Action) -> Iterable[str]:
     if action.dest == "server":
         from mooli.server.running_servers import running_servers, servers_folder
 
-        return [word for server in running_servers(servers_folder()) for word in (server.model, str(server.pid))]
+        return [word for server in running_servers(servers_folder()) for word in (*server.models, str(server.pid))]
     return ()
 
 
