@@ -521,8 +521,8 @@ void Device::prepare_rope(RopeTable& rope) const {
   for (size_t position = rope.cosines.size() / half; position < wanted; position++)
     for (double frequency : rope.inv_freq) {
       const double angle = double(position) * frequency;
-      rope.cosines.push_back(float(std::cos(angle)));
-      rope.sines.push_back(float(std::sin(angle)));
+      rope.cosines.push_back(float(std::cos(angle) * rope.factor));
+      rope.sines.push_back(float(std::sin(angle) * rope.factor));
     }
 }
 

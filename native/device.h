@@ -54,6 +54,7 @@ struct Embedding {
 
 struct RopeTable {
   std::vector<double> inv_freq;
+  double factor = 1;  // of cosines and sines
   std::vector<float> cosines, sines;  // (positions met so far, head_dim / 2)
 };
 

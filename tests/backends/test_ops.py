@@ -293,6 +293,24 @@ def test_rope_turns_queries_and_keys_by_position(backend: Backend, variant: Vari
     assert_close(actual, rotated(x, batch.positions, inv_freq), variant.norm)
 
 
+def test_rope_lengthens_what_it_turns_where_it_has_a_factor(backend: Backend, variant: Variant) -> None:
+    inv_freq = 10000.0 ** (-np.arange(0, SPEC.head_dim, 2) / SPEC.head_dim)
+    table = backend.load_embedding(raw(random(24, 6, QKV_SIZE)))
+    page_size = allocate(backend, variant)
+    batch = step([Row(range(6), 40, [0] * (46 // page_size + 1))], page_size)
+    x = run(backend, table, batch).astype(np.float64)
+
+    def turned(b: Any, x: Any) -> Any:
+        # The same frequencies by another factor are another rotation.
+        return backend.ops.rope(b, backend.ops.rope(b, x, SPEC, RopeSpec(inv_freq, 1.5)), SPEC, RopeSpec(inv_freq, 0.5))
+
+    expected = rotated(rotated(x, batch.positions, inv_freq), batch.positions, inv_freq)
+    heads = expected.reshape(len(x), -1, SPEC.head_dim)
+    heads[:, : SPEC.num_heads + SPEC.num_kv_heads] *= 0.75
+    actual = run(backend, table, batch, turned)
+    assert_close(actual, expected, 2 * variant.norm)
+
+
 def test_rope_turns_by_its_own_positions_and_attention_goes_by_indices(backend: Backend, variant: Variant) -> None:
     """A picture's tokens have one place in the text and many in the cache; a graph has both in buffers of its own."""
     rope = RopeSpec(10000.0 ** (-np.arange(0, SPEC.head_dim, 2) / SPEC.head_dim))

@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from mooli.models.registry import merge_hf_overrides, read_gguf_config, read_hf_config
-from mooli.models.rope import RopeScaling, inv_freq
+from mooli.models.rope import RopeScaling, inv_freq, mscale, rope_spec
 
 SMALL = {
     "vocab_size": 96,
@@ -27,6 +27,12 @@ SMALL = {
     "num_key_value_heads": 2,
 }
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SMALL}
+YARN_ROPE: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -87,6 +93,20 @@ ROPES = {
     "llama3": LlamaConfig(**SMALL, head_dim=128, rope_parameters={**LLAMA3_ROPE, "rope_theta": 5e5}),
     "llama3.2": LlamaConfig(**SMALL, head_dim=64, rope_parameters={**LLAMA3_ROPE, "factor": 32.0, "rope_theta": 5e5}),
     "qwen3": Qwen3Config(**SMALL, head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "yarn": LlamaConfig(**SMALL, head_dim=64, rope_parameters={**YARN_ROPE, "truncate": False}),
+    "yarn, whole ends": LlamaConfig(**SMALL, head_dim=128, rope_parameters=YARN_ROPE),
+    "yarn, two multipliers": LlamaConfig(
+        **SMALL, head_dim=64, rope_parameters={**YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 8.0}
+    ),
+    "yarn, its own factor": LlamaConfig(
+        **SMALL, head_dim=64, rope_parameters={**YARN_ROPE, "attention_factor": 1.75, "beta_slow": 2.0}
+    ),
+    "yarn, equal ends": LlamaConfig(
+        **SMALL, head_dim=64, rope_parameters={**YARN_ROPE, "beta_fast": 4.0, "beta_slow": 4.0, "truncate": False}
+    ),
+    "yarn, no factor": LlamaConfig(
+        **SMALL, max_position_embeddings=16384, head_dim=64, rope_parameters={**YARN_ROPE, "factor": None}
+    ),
 }
 
 
@@ -101,7 +121,9 @@ def test_rotary_frequencies_equal_those_of_transformers(tmp_path: Path, name: st
     np.testing.assert_allclose(actual, rotary.inv_freq.numpy(), rtol=1e-5)
     positions = torch.arange(9)[None]
     cosines = rotary(torch.zeros(1), positions)[0][0, :, : config.head_dim // 2]
-    np.testing.assert_allclose(np.cos(np.arange(9)[:, None] * actual), cosines.numpy(), atol=1e-5)
+    spec = rope_spec(config.head_dim, config.rope_theta, config.rope_scaling)
+    np.testing.assert_allclose(spec.factor, rotary.attention_scaling)
+    np.testing.assert_allclose(spec.factor * np.cos(np.arange(9)[:, None] * actual), cosines.numpy(), atol=1e-5)
 
 
 def test_frequency_factors_divide_each_frequency() -> None:
@@ -158,7 +180,6 @@ UNSUPPORTED = {
     "another family": ({**LLAMA, "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM, Mistral"),
     "another model type": ({**SMALL, "model_type": "mamba"}, "mamba"),
     "a table for a name": ({**LLAMA, "architectures": [{"a": 1}]}, "'a': 1"),
-    "yarn": ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
     "dynamic": ({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic'"),
     "half a head rotated": ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     "awq": ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "'awq'"),
@@ -201,6 +222,9 @@ WRONG = [
     ({"rope_scaling": {"type": "linear"}}, "no factor"),
     ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "factor is 0.0"),
     ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "high_freq_factor is"),
+    ({"rope_scaling": {**YARN_ROPE, "beta_fast": 0.5}}, "beta_fast is 0.5"),
+    ({"rope_scaling": {**YARN_ROPE, "truncate": 1}}, "truncate must be true or false"),
+    ({"rope_scaling": {**YARN_ROPE, "original_max_position_embeddings": -1}}, "original_max_position_embeddings is -1"),
     ({"max_position_embeddings": 1 << 40}, "max_position_embeddings is"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
     ({"eos_token_id": "</s>"}, "eos_token_id must be a whole number"),
@@ -264,6 +288,34 @@ def test_control_tokens_that_end_a_turn_are_endings_and_ordinary_ones_are_not() 
     assert read_gguf_config({**GGUF, **vocabulary}, SHAPES).eos_ids == (3, 1, 2)
 
 
+YARN_GGUF = {
+    "qwen2.rope.scaling.type": "yarn",
+    "qwen2.rope.scaling.factor": np.float32(4.0),
+    "qwen2.rope.scaling.original_context_length": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "factor"),
+    [
+        ({}, mscale(4.0)),
+        ({"yarn_log_multiplier": 0.8}, mscale(4.0) / mscale(4.0, 0.8)),
+        ({"yarn_attn_factor": 0.5}, 0.5),
+    ],
+)
+def test_yarn_of_a_gguf_file_is_that_of_a_folder(more: dict[str, float], factor: float) -> None:
+    keys = {f"qwen2.rope.scaling.{key}": value for key, value in more.items()}
+    scaling = read_gguf_config({**GGUF, **YARN_GGUF, **keys}, SHAPES).rope_scaling
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    expected = read_hf_config({**LLAMA, "rope_parameters": rope}).rope_scaling
+    assert scaling is not None and expected is not None
+    if "yarn_attn_factor" in more:
+        factor *= mscale(4.0)
+    assert scaling.attention_factor == pytest.approx(factor)
+    same = dataclasses.replace(expected, attention_factor=scaling.attention_factor, all_dim=scaling.all_dim)
+    assert scaling == same
+
+
 def test_overrides_of_a_gguf_model_use_hugging_face_names() -> None:
     overrides = {"rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "eos_token_id": 4}
     config = read_gguf_config(GGUF, SHAPES, overrides=overrides)
@@ -284,7 +336,7 @@ def test_overrides_of_a_gguf_model_use_hugging_face_names() -> None:
         ({"qwen2.rope.dimension_count": 4}, "partial rotary"),
         ({"qwen2.attention.value_length": 4}, "different length"),
         ({"qwen2.attention.head_count_kv": np.array([2, 4])}, "different qwen2.attention.head_count_kv"),
-        ({"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": 4.0}, "'yarn'"),
+        ({"qwen2.rope.scaling.type": "longrope", "qwen2.rope.scaling.factor": 4.0}, "'longrope'"),
         ({"qwen2.attention.sliding_window": 64}, "sliding window"),
     ],
 )

@@ -38,11 +38,18 @@ class RopeSpec:
     """Rotary position embedding, rotate-half convention: pairs (i, i + head_dim / 2).
 
     inv_freq: float64, radians per position, scaling (Llama 3, linear) already applied. There are head_dim / 2, or n
-    fewer: then only the first 2 n values of a head are rotated, as a head of that length.
-    Source: Su et al., RoFormer, arXiv 2104.09864.
+    fewer: then only the first 2 n values of a head are rotated, as a head of that length. factor: what cosines and
+    sines are multiplied by, before they are rounded.
+    Source: Su et al., RoFormer, arXiv 2104.09864; the factor: YaRN, arXiv 2309.00071.
     """
 
     inv_freq: NDArray[np.float64]
+    factor: float = 1.0
+
+    @property
+    def name(self) -> tuple[bytes, float]:
+        """The same for rotations that are the same: tables are kept by it."""
+        return self.inv_freq.tobytes(), self.factor
 
 
 @dataclass(frozen=True, slots=True)

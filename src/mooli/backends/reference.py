@@ -193,7 +193,7 @@ class ReferenceOps:
     def rope(self, batch: ForwardBatch, qkv: Floats, spec: AttentionSpec, rope: RopeSpec) -> Floats:
         # Angles in float64: positions in the tens of thousands leave float32 too few digits.
         angles = batch.rope_positions[:, None, None] * rope.inv_freq
-        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        cos, sin = ((turn(angles) * rope.factor).astype(np.float32) for turn in (np.cos, np.sin))
         q, k, v = split_heads(qkv, spec)
         count = 2 * len(rope.inv_freq)
         q, k = (np.concatenate([rotate_half(x[..., :count], cos, sin), x[..., count:]], axis=-1) for x in (q, k))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mooli.backends.base import Array, AttentionSpec, Ops, PagedLayer, RopeSpec, Weight
+from mooli.backends.base import Array, AttentionSpec, Ops, PagedLayer, Weight
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import rope
 from mooli.models.config import ModelConfig, TensorSpec
@@ -148,8 +148,8 @@ class GemmaModel:
         self.config = config
         self._ops = ops
         eps = config.rms_norm_eps
-        full_rope = RopeSpec(rope.inv_freq(config.head_dim, config.rope_theta, config.rope_scaling))
-        local_rope = RopeSpec(rope.inv_freq(config.head_dim, config.local_rope_theta))
+        full_rope = rope.rope_spec(config.head_dim, config.rope_theta, config.rope_scaling)
+        local_rope = rope.rope_spec(config.head_dim, config.local_rope_theta)
         self._embedding, self._head = packer.tied("model.embed_tokens")
         self._layers = []
         for index, window in enumerate(config.windows):

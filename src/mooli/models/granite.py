@@ -13,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from mooli.backends.base import Array, Ops, RopeSpec
+from mooli.backends.base import Array, Ops
 from mooli.models import llama, rope
 from mooli.models.config import TensorSpec
 from mooli.models.family import Family
@@ -50,7 +50,7 @@ class GraniteModel:
         self._ops = ops
         self._eps = config.rms_norm_eps / config.residual_multiplier**2
         spec = llama.attention_spec(config, scale=config.attention_multiplier)
-        rotary = RopeSpec(rope.inv_freq(config.head_dim, config.rope_theta, config.rope_scaling))
+        rotary = rope.rope_spec(config.head_dim, config.rope_theta, config.rope_scaling)
         self._embedding, self._head = llama.load_vocabulary(config, packer)
         self._layers = []
         for index in range(config.num_layers):

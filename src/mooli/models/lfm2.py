@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mooli.backends.base import Array, CacheLayer, Ops, PagedLayer, RopeSpec, StateLayer, Weight
+from mooli.backends.base import Array, CacheLayer, Ops, PagedLayer, StateLayer, Weight
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import llama, rope
 from mooli.models.config import TensorSpec
@@ -146,7 +146,7 @@ class LFM2Model:
         self.config = config
         self._ops = ops
         spec = llama.attention_spec(config, scale=config.head_dim**-0.5)
-        rotary = RopeSpec(rope.inv_freq(config.head_dim, config.rope_theta, config.rope_scaling))
+        rotary = rope.rope_spec(config.head_dim, config.rope_theta, config.rope_scaling)
         self._embedding, self._head = llama.load_vocabulary(config, packer)
         self._layers = []
         for index, attends in enumerate(config.attends):

@@ -15,7 +15,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mooli.backends.base import Array, AttentionSpec, CacheLayer, Ops, PagedLayer, RopeSpec, Weight
+from mooli.backends.base import Array, AttentionSpec, CacheLayer, Ops, PagedLayer, Weight
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import rope
 from mooli.models.config import ModelConfig, TensorSpec
@@ -163,7 +163,7 @@ class LlamaModel:
         self.config = config
         self._ops = ops
         spec = attention_spec(config, scale=config.head_dim**-0.5)
-        rotary = RopeSpec(rope.inv_freq(config.head_dim, config.rope_theta, config.rope_scaling))
+        rotary = rope.rope_spec(config.head_dim, config.rope_theta, config.rope_scaling)
         self._embedding, self._head = load_vocabulary(config, packer)
         self._layers = []
         for index in range(config.num_layers):

@@ -212,7 +212,7 @@ class Qwen35Model:
     def __init__(self, config: Qwen35Config, ops: Ops, packer: Packer) -> None:
         self.config = config
         self._ops = ops
-        rotary = RopeSpec(rope.inv_freq(config.rotary_dim, config.rope_theta, config.rope_scaling))
+        rotary = rope.rope_spec(config.rotary_dim, config.rope_theta, config.rope_scaling)
         embedding = f"{config.prefix}embed_tokens"
         if config.tie_word_embeddings:
             self._embedding, self._head = packer.tied(embedding)

@@ -6,6 +6,7 @@ rotates anything; backends do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mooli.backends.base import RopeSpec
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models.fields import Fields, check_range, number, short
 
@@ -25,7 +27,12 @@ class RopeScaling:
     """How rotary frequencies are changed for long contexts.
 
     type "linear": divided by `factor`. "llama3": long wavelengths divided by `factor`, short ones kept, a ramp between
-    (Llama 3.1). "freq_factors": each divided by its own entry of `freq_factors`, head_dim / 2 of them (GGUF).
+    (Llama 3.1). "freq_factors": each divided by its own entry of `freq_factors`, head_dim / 2 of them (GGUF). "yarn":
+    divided by `factor` where fewer than `beta_slow` turns fit into the trained context, kept where more than
+    `beta_fast` do, a ramp over the frequencies between, whose ends are whole numbers where `truncate` says so.
+
+    attention_factor: of "yarn", what cosines and sines are multiplied by. all_dim: DeepSeek's `mscale_all_dim`, from
+    which its models compute the scale of scores too (`mscale`); 0 where nothing is said.
     """
 
     type: str
@@ -34,6 +41,11 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
     freq_factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    all_dim: float = 0.0
 
     def check(self, head_dim: int) -> None:
         """Raise UnsupportedModelError for another type, CheckpointError for a number out of its bounds."""
@@ -41,6 +53,12 @@ class RopeScaling:
         if self.type == "llama3":
             check_range("low_freq_factor", self.low_freq_factor, 1e-6, 1e6)
             check_range("high_freq_factor", self.high_freq_factor, self.low_freq_factor * (1 + 1e-9), 1e9)
+            check_range("original_max_position_embeddings", self.original_max_position_embeddings, 1, 2**28)
+        elif self.type == "yarn":
+            check_range("beta_slow", self.beta_slow, 1e-6, 1e6)
+            check_range("beta_fast", self.beta_fast, self.beta_slow, 1e6)
+            check_range("attention_factor", self.attention_factor, 1e-6, 1e6)
+            check_range("mscale_all_dim", self.all_dim, 0.0, 1e6)
             check_range("original_max_position_embeddings", self.original_max_position_embeddings, 1, 2**28)
         elif self.type == "freq_factors":
             if len(self.freq_factors) != head_dim // 2:
@@ -54,7 +72,8 @@ class RopeScaling:
 def inv_freq(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> NDArray[np.float64]:
     """float64 (head_dim / 2,), radians per position; entry i turns the pair (i, i + head_dim / 2).
 
-    Source: RoFormer, arXiv 2104.09864; linear scaling: arXiv 2306.15595; llama3: the Llama 3.1 model card's code.
+    Source: RoFormer, arXiv 2104.09864; linear scaling: arXiv 2306.15595; llama3: the Llama 3.1 model card's code; yarn:
+    arXiv 2309.00071.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequencies = theta**-exponents
@@ -64,7 +83,21 @@ def inv_freq(head_dim: int, theta: float, scaling: RopeScaling | None = None) ->
         return frequencies / np.asarray(scaling.freq_factors, np.float64)
     if scaling.type == "linear":
         return frequencies / scaling.factor
+    if scaling.type == "yarn":
+        return _yarn(frequencies, theta, scaling)
     return _llama3(frequencies, scaling)
+
+
+def rope_spec(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> RopeSpec:
+    """The rotation of heads of `head_dim` values, or of as many values at the beginning of longer ones."""
+    factor = scaling.attention_factor if scaling is not None and scaling.type == "yarn" else 1.0
+    return RopeSpec(inv_freq(head_dim, theta, scaling), factor)
+
+
+def mscale(factor: float, multiplier: float = 1.0) -> float:
+    """By how much attention is sharpened where a context is longer by `factor`. Source: YaRN, arXiv 2309.00071, and
+    DeepSeek-V2's configuration for the multiplier."""
+    return 1.0 if factor <= 1.0 else 0.1 * multiplier * math.log(factor) + 1.0
 
 
 def _llama3(frequencies: NDArray[np.float64], scaling: RopeScaling) -> NDArray[np.float64]:
@@ -74,6 +107,26 @@ def _llama3(frequencies: NDArray[np.float64], scaling: RopeScaling) -> NDArray[n
     ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = np.clip(ramp, 0.0, 1.0)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def _yarn(frequencies: NDArray[np.float64], theta: float, scaling: RopeScaling) -> NDArray[np.float64]:
+    """Frequencies that turn often within the trained context are kept, those that turn rarely divided by the factor."""
+    count = len(frequencies)
+    check_range("rope_theta of yarn", theta, 1.0 + 1e-9, 1e15)
+
+    def index_of(turns: float) -> float:
+        """Which frequency turns so often."""
+        trained = scaling.original_max_position_embeddings
+        return count * math.log(trained / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = index_of(scaling.beta_fast), index_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * count - 1)
+    width = high - low if high != low else 0.001
+    divided = np.clip((np.arange(count) - low) / width, 0.0, 1.0)
+    stretched: NDArray[np.float64] = frequencies * (divided / scaling.factor + 1 - divided)
+    return stretched
 
 
 def hf_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -112,7 +165,30 @@ def read_scaling(rope: Any, max_position_embeddings: Any) -> RopeScaling | None:
             high_freq_factor=fields.number("high_freq_factor"),
             original_max_position_embeddings=Fields({"original": trained}, "rope parameters").integer("original"),
         )
+    if kind == "yarn":
+        return _hf_yarn(rope, max_position_embeddings)
     raise _unknown_scaling(kind)
+
+
+def _hf_yarn(rope: Mapping[str, Any], max_position_embeddings: Any) -> RopeScaling:
+    trained = rope.get("original_max_position_embeddings") or max_position_embeddings
+    original = Fields({"original": trained}, "rope parameters").integer("original")
+    check_range("original_max_position_embeddings", original, 1, 2**28)
+    given = {key: value for key, value in rope.items() if value is not None}
+    fields = Fields(given, "rope parameters")
+    factor = fields.number("factor", number(max_position_embeddings, "max_position_embeddings") / original)
+    own, all_dim = fields.number("mscale", 0.0), fields.number("mscale_all_dim", 0.0)
+    usual = mscale(factor, own) / mscale(factor, all_dim) if own and all_dim else mscale(factor)
+    return RopeScaling(
+        type="yarn",
+        factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=fields.number("beta_fast", 32.0) or 32.0,
+        beta_slow=fields.number("beta_slow", 1.0) or 1.0,
+        truncate=fields.flag("truncate", True),
+        attention_factor=fields.number("attention_factor", usual),
+        all_dim=all_dim,
+    )
 
 
 def gguf_scaling(fields: Fields, freq_factors: tuple[float, ...]) -> RopeScaling | None:
@@ -123,10 +199,36 @@ def gguf_scaling(fields: Fields, freq_factors: tuple[float, ...]) -> RopeScaling
         return RopeScaling(type="freq_factors", freq_factors=freq_factors) if freq_factors else None
     if freq_factors:
         raise UnsupportedModelError(f"rope_freqs.weight together with rope scaling {short(kind)} is not implemented")
+    if kind == "yarn":
+        return _gguf_yarn(fields, factor)
     if kind != "linear":
         raise _unknown_scaling(kind)
     return RopeScaling(type="linear", factor=factor)
 
 
+def _gguf_yarn(fields: Fields, factor: float) -> RopeScaling:
+    """Files do not say whether the ramp's ends are whole numbers: they are in what made the format.
+
+    The logarithm's multiplier, where there is one, is that of all dimensions; DeepSeek's has been multiplied by 0.1,
+    and its models multiply neither cosines nor sines.
+    """
+    all_dim = fields.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if fields.prefix == "deepseek2.":
+        all_dim, usual = 10 * all_dim, 1.0
+    else:
+        usual = mscale(factor) / mscale(factor, all_dim) if all_dim else mscale(factor)
+    return RopeScaling(
+        type="yarn",
+        factor=factor,
+        original_max_position_embeddings=fields.integer(
+            "rope.scaling.original_context_length", fields.integer("context_length")
+        ),
+        beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
+        attention_factor=usual * fields.number("rope.scaling.yarn_attn_factor", 1.0),
+        all_dim=all_dim,
+    )
+
+
 def _unknown_scaling(kind: Any) -> UnsupportedModelError:
-    return UnsupportedModelError(f"rope scaling {short(kind)} is not implemented; implemented: linear, llama3")
+    return UnsupportedModelError(f"rope scaling {short(kind)} is not implemented; implemented: linear, llama3, yarn")

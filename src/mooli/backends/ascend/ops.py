@@ -26,7 +26,7 @@ class AscendOps(TorchOps):
     def __init__(self, device: torch.device, switches: Switches) -> None:
         super().__init__(device)
         self._is_on = switches.is_on
-        self._tables: dict[tuple[bytes, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[tuple[bytes, float], torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
         if not self._is_on(RMS_NORM):
@@ -54,8 +54,8 @@ class AscendOps(TorchOps):
 
     def _rotations_in(self, dtype: torch.dtype, batch: ForwardBatch, rope: RopeSpec) -> tuple[Tensor, Tensor]:
         """Cosines and sines at the step's rotary positions, each half twice: (1, T, 1, head_dim) in the heads' type."""
-        name = (rope.inv_freq.tobytes(), dtype)
-        key = ("rotations", *name)
+        name = (rope.name, dtype)
+        key = ("rotations", name)
         if key not in batch.memo:
             table = self._tables.get(name)
             if table is None or len(table[0]) <= batch.max_rope_position:

@@ -125,7 +125,7 @@ class TapeOps:
     def __init__(self, device: Any) -> None:
         self._device = device
         self._recording: Recording | None = None
-        self._ropes: dict[bytes, Any] = {}
+        self._ropes: dict[tuple[bytes, float], Any] = {}
         self._shapes: dict[DeltaSpec, Any] = {}
         self.numbers: tuple[int, ...] = ()
         """Of each layer, among those of its kind: `CacheSpec.numbers`."""
@@ -216,10 +216,10 @@ class TapeOps:
         )
 
     def rope(self, batch: Any, qkv: Register, spec: AttentionSpec, rope: RopeSpec) -> Register:
-        key = rope.inv_freq.tobytes()
-        if key not in self._ropes:
-            self._ropes[key] = self._device.add_rope(np.ascontiguousarray(rope.inv_freq, dtype=np.float64))
-        table = self._ropes[key]
+        if rope.name not in self._ropes:
+            frequencies = np.ascontiguousarray(rope.inv_freq, dtype=np.float64)
+            self._ropes[rope.name] = self._device.add_rope(frequencies, rope.factor)
+        table = self._ropes[rope.name]
         heads = _check_heads(qkv, spec)
         return self._now().add(
             (qkv,), qkv.width, lambda t, out: t.rope(qkv.address, table, *heads, out.address), reusable=qkv

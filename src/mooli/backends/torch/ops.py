@@ -59,7 +59,7 @@ class TorchOps:
         self.attention: PagedAttention | None = None
         self.num_positions = 0
         """Positions that rotary tables are made for; a step beyond makes them longer."""
-        self._rotary: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self._rotary: dict[tuple[bytes, float], tuple[Tensor, Tensor]] = {}
         self.layers: tuple[CacheLayer, ...] = ()
         self.numbers: tuple[int, ...] = ()
         """Of each layer, among those of its kind: `CacheSpec.numbers`."""
@@ -227,7 +227,7 @@ class TorchOps:
 
     def rotations(self, batch: ForwardBatch, rope: RopeSpec) -> tuple[Tensor, Tensor]:
         """Cosines and sines at the step's rotary positions, float32 (T, 1, head_dim / 2) each."""
-        name = rope.inv_freq.tobytes()
+        name = rope.name
         key = ("rotations", name)
         if key not in batch.memo:
             table = self._rotary.get(name)
@@ -266,7 +266,7 @@ def split_heads(qkv: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tenso
 
 
 def rotary_table(rope: RopeSpec, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 .. num_positions, float32 (num_positions, head_dim / 2) each.
+    """Cosines and sines of positions 0 .. num_positions, times the factor, float32 (num_positions, head_dim / 2) each.
 
     Angles are float64: positions in the tens of thousands leave float32 too few digits.
     """
@@ -276,6 +276,6 @@ def rotary_table(rope: RopeSpec, num_positions: int, device: torch.device) -> tu
         positions = np.arange(begin, min(begin + POSITIONS_AT_A_TIME, num_positions))
         angles = positions[:, None] * rope.inv_freq
         where = slice(begin, begin + len(positions))
-        cos[where].copy_(torch.from_numpy(np.cos(angles).astype(np.float32)))
-        sin[where].copy_(torch.from_numpy(np.sin(angles).astype(np.float32)))
+        cos[where].copy_(torch.from_numpy((np.cos(angles) * rope.factor).astype(np.float32)))
+        sin[where].copy_(torch.from_numpy((np.sin(angles) * rope.factor).astype(np.float32)))
     return cos, sin
