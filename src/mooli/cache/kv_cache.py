@@ -119,6 +119,10 @@ class MissReason(Enum):
     """The request must compute what follows itself: it asked for log-probabilities of its prompt."""
     NO_STATE = "no state"
     """The tree goes on as the request does, but has no state there to go on from: the model has recurrent layers."""
+    JUDGED_SLOWER = "judged slower"
+    """More is on disk, and loading it would have taken longer than computing it."""
+    LOAD_FAILED = "load failed"
+    """More is on disk, and did not come, or not in time."""
     DISABLED = "disabled"
     """The cache is off."""
 

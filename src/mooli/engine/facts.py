@@ -42,8 +42,13 @@ class CacheNamespace:
     @property
     def digest(self) -> str:
         """32 hex digits."""
+        return self.root.hex()[:32]
+
+    @property
+    def root(self) -> bytes:
+        """32 bytes: what names of pages begin with (`mooli.cache.page_hash`)."""
         text = json.dumps(self.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
