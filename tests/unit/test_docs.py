@@ -20,6 +20,7 @@ from mooli.doctor.failures import explain
 from mooli.doctor.torch_stack import VERSIONS, pair_findings
 from mooli.errors import ConfigError, RequestError
 from mooli.frontend.sampling import parse_sampling_params
+from mooli.models.registry import FAMILIES
 from mooli.server.config import ServerConfig
 from mooli.sglang_arguments import HINTS, REFUSED
 from mooli.types import SamplingParams
@@ -92,6 +93,13 @@ def test_sentences_are_short(name: str) -> None:
     assert len(sentences) > 10
     long = [one for one in sentences if len(one.split()) > 25]
     assert not long
+
+
+def test_every_family_has_its_row() -> None:
+    rows = [set(re.findall(r"`([^`]+)`", line)) for line in text_of("docs/models.md").splitlines() if "`" in line]
+    for family in FAMILIES.values():
+        names = {*family.architectures, *family.gguf}
+        assert any(names <= row for row in rows), f"docs/models.md has no row with all of {sorted(names)}"
 
 
 def test_the_documents_count_what_is_there() -> None:

@@ -343,7 +343,12 @@ def _describe(config: ModelConfig, section: Section) -> None:
 def _refused(exc: ModelError) -> Finding:
     if isinstance(exc, UnsupportedModelError):
         cause = "Mooli has no implementation of it"
-        return _finding("model-unsupported", str(exc), cause, "see docs/compatibility.md for what is read")
+        return _finding(
+            "model-unsupported",
+            str(exc),
+            cause,
+            "docs/models.md has the families, docs/compatibility.md the files that are read",
+        )
     return _finding("model-broken", str(exc), "files are damaged or do not belong together", "download the model again")
 
 

@@ -132,7 +132,7 @@ def _hf_family(config: Mapping[str, Any]) -> tuple[Family, str]:
 
 def _unknown_family(name: str, implemented: Iterable[str]) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"model family {short(name)} is not implemented; implemented: {', '.join(implemented)}"
+        f"model family {short(name)} is not implemented; implemented: {', '.join(implemented)} (docs/models.md)"
     )
 
 
