@@ -5,7 +5,8 @@ what to do about it.
 
     MooliError
     ├── ConfigError (ValueError)              an engine argument or flag is wrong
-    │   └── UnknownArgumentError (TypeError)  no argument of that name
+    │   ├── UnknownArgumentError (TypeError)  no argument of that name
+    │   └── StoreError                        the folder for the KV cache on disk cannot be used
     ├── RequestError (ValueError)             one request is wrong; the engine goes on
     │   ├── PromptError                       empty, too long, or with ids outside the vocabulary
     │   │   └── ContextLengthError            longer than the context, alone or with the answer asked for
@@ -49,6 +50,10 @@ class ConfigError(MooliError, ValueError):
 
 class UnknownArgumentError(ConfigError, TypeError):
     """There is no engine argument of that name. A TypeError too, as Python raises for unknown keywords."""
+
+
+class StoreError(ConfigError):
+    """The folder that the KV cache shall be kept in cannot be used; or what is to be kept is no page of its kind."""
 
 
 class RequestError(MooliError, ValueError):
