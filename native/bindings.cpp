@@ -1,6 +1,7 @@
 // The native module `mooli._native`. Owns the mapping to Python and the checks of shapes; no arithmetic.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -133,12 +134,14 @@ NB_MODULE(_native, m) {
       .def_ro("channels", &ConvWeight::channels)
       .def_prop_ro("num_bytes", [](const ConvWeight& w) { return (w.weight.size() + w.bias.size()) * 4; });
   nb::class_<DeltaWeight>(m, "DeltaWeight")
-      .def("__init__", [](DeltaWeight* w, Floats decay, Floats dt_bias) {
-        if (decay.shape(0) != dt_bias.shape(0)) throw std::invalid_argument("not a decay and a bias for each head");
+      .def("__init__", [](DeltaWeight* w, Floats decay, Floats dt_bias, std::optional<Floats> skip) {
+        if (decay.shape(0) != dt_bias.shape(0) || (skip && skip->shape(0) != decay.shape(0)))
+          throw std::invalid_argument("not a decay and a bias for each head");
         new (w) DeltaWeight{std::vector<float>(decay.data(), decay.data() + decay.shape(0)),
-                            std::vector<float>(dt_bias.data(), dt_bias.data() + dt_bias.shape(0))};
-      })
-      .def_prop_ro("num_bytes", [](const DeltaWeight& w) { return (w.decay.size() + w.dt_bias.size()) * 4; });
+                            std::vector<float>(dt_bias.data(), dt_bias.data() + dt_bias.shape(0)), {}};
+        if (skip) w->skip.assign(skip->data(), skip->data() + skip->shape(0));
+      }, nb::arg("decay"), nb::arg("dt_bias"), nb::arg("skip") = nb::none())
+      .def_prop_ro("num_bytes", [](const DeltaWeight& w) { return (w.decay.size() + w.dt_bias.size() + w.skip.size()) * 4; });
   nb::class_<DeltaShape>(m, "DeltaShape")
       .def("__init__", [](DeltaShape* s, int num_key_heads, int key_dim, int value_dim, std::vector<int> key_heads) {
         if (num_key_heads <= 0 || key_dim <= 0 || key_dim % 4 || value_dim <= 0 || value_dim % kDeltaColumns || key_heads.empty())
@@ -315,12 +318,19 @@ NB_MODULE(_native, m) {
         if (w.decay.size() != shape.key_heads.size()) throw std::invalid_argument("decays of another number of heads");
         t.delta(layer, (const float*)qkv, (const float*)gates, &w, &shape, (float*)out);
       }, nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
+      .def("scan", [](Tape& t, int layer, uintptr_t qkv, uintptr_t gates, const DeltaWeight& w, const DeltaShape& shape, uintptr_t out) {
+        if (w.skip.size() != shape.key_heads.size()) throw std::invalid_argument("a scan's weight of another number of heads");
+        t.scan(layer, (const float*)qkv, (const float*)gates, &w, &shape, (float*)out);
+      }, nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
       .def("gated_norm", [](Tape& t, uintptr_t x, uintptr_t gate, FloatBuffer& w, float eps, int heads, int head_dim, uintptr_t out) {
         if (w.count != size_t(head_dim)) throw std::invalid_argument("head norm weight of another width");
         t.gated_norm((const float*)x, (const float*)gate, w.buffer.as<float>(), eps, heads, head_dim, (float*)out);
       }, nb::keep_alive<1, 4>())
       .def("sigmoid_mul", [](Tape& t, uintptr_t x, uintptr_t gate, int width, uintptr_t out) {
         t.sigmoid_mul((const float*)x, (const float*)gate, width, (float*)out);
+      })
+      .def("silu_mul", [](Tape& t, uintptr_t x, uintptr_t gate, int width, uintptr_t out) {
+        t.silu_mul((const float*)x, (const float*)gate, width, (float*)out);
       })
       .def("asked_rows", [](Tape& t, uintptr_t x, int width, uintptr_t out) { t.asked_rows((const float*)x, width, (float*)out); })
       .def("run", &Tape::run, nb::call_guard<nb::gil_scoped_release>())

@@ -79,9 +79,9 @@ struct ConvWeight {
   std::vector<float> weight, bias;
 };
 
-// Of each head: decay, and what is added to a before the softplus.
+// Of each head: decay, what is added to a before the softplus, and of a scan what part of its input goes past the state.
 struct DeltaWeight {
-  std::vector<float> decay, dt_bias;
+  std::vector<float> decay, dt_bias, skip;
 };
 
 struct DeltaShape {

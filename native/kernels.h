@@ -101,6 +101,17 @@ struct DeltaPart {
   float* out;
 };
 
+// The same columns of a state that forgets and adds, and corrects nothing.
+struct ScanPart {
+  const float *q, *k, *v;  // the first token's, `stride` floats apart
+  const float* gates;      // [what is kept of the state, how much of v is added], gate_stride apart
+  float skip;              // of v, what goes past the state
+  size_t stride, gate_stride, out_stride;
+  int tokens, key_dim;
+  float* state;
+  float* out;
+};
+
 using GemmFn = void (*)(const char* activations, const char* panel, int padded_k, float* tile, const char* prefetch, int lines);
 // `rows` rows of k values, `stride` floats apart, as the activations of one block
 using PrepareFn = void (*)(const float* x, size_t stride, int k, int padded_k, char* block, int rows);
@@ -152,6 +163,7 @@ struct Kernels {
   void (*store_gelu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
   void (*convolve)(const ConvPart&);
   void (*delta_rule)(const DeltaPart&);
+  void (*scan)(const ScanPart&);
   // out = x / sqrt(sum of squares + 1e-6) * scale
   void (*unit)(const float* x, int n, float scale, float* out);
   // out = x * sigmoid(gate), and x * gate * sigmoid(gate); out may be x

@@ -57,11 +57,19 @@ void Tape::sigmoid_mul(const float* x, const float* gate, int width, float* out)
   Op o{SIGMOID_MUL}; o.x = x; o.a = gate; o.width = width; o.out = out; add(o);
 }
 
+void Tape::silu_mul(const float* x, const float* gate, int width, float* out) {
+  Op o{SILU_MUL}; o.x = x; o.a = gate; o.width = width; o.out = out; add(o);
+}
+
+void Tape::scan(int layer, const float* qkv, const float* gates, const DeltaWeight* weight, const DeltaShape* shape, float* out) {
+  Op o{SCAN}; o.layer = layer; o.x = qkv; o.a = gates; o.decay = weight; o.shape = shape; o.out = out; add(o);
+}
+
 void Tape::asked_rows(const float* x, int width, float* out) { Op o{ASKED_ROWS}; o.x = x; o.width = width; o.out = out; add(o); }
 
 const char* Tape::name(int code) {
   static const char* names[] = {"embed", "rms_norm", "linear", "head_norm", "rope", "attend", "asked_rows", "conv", "delta_rule", "gated_norm",
-                                "sigmoid_mul"};
+                                "sigmoid_mul", "scan", "silu_mul"};
   return names[code];
 }
 
@@ -78,7 +86,7 @@ void Tape::add(const Op& op) {
   const int index = int(ops_.size());
   ops_.push_back(op);
   if (!op.is_prepared) stages_.push_back({index, 0});
-  if (op.code == LINEAR || op.code == ATTEND || op.code == DELTA) stages_.push_back({index, 1});
+  if (op.code == LINEAR || op.code == ATTEND || op.code == DELTA || op.code == SCAN) stages_.push_back({index, 1});
 }
 
 int Tape::phase_items(const Op& op, int rows, int phase) const {
@@ -90,7 +98,7 @@ int Tape::phase_items(const Op& op, int rows, int phase) const {
     return (op.weight->panels() + together - 1) / together;
   }
   if (op.code == CONV) return device_.num_rows * ((op.conv->channels + kConvChannels - 1) / kConvChannels);
-  if (op.code == DELTA && phase == 1) return device_.num_rows * op.shape->heads() * (op.shape->value_dim / kDeltaColumns);
+  if ((op.code == DELTA || op.code == SCAN) && phase == 1) return device_.num_rows * op.shape->heads() * (op.shape->value_dim / kDeltaColumns);
   if (op.code == ATTEND) return int(phase == 0 ? device_.tile_runs.size() : op.plan->jobs.size());
   return rows;
 }
@@ -100,7 +108,8 @@ void Tape::start(int rows) {
   const int given = rows;
   const RopeTable* ready = nullptr;
   for (Op& op : ops_) {
-    const bool is_of_step = op.code == EMBED || op.code == ROPE || op.code == ATTEND || op.code == CONV || op.code == DELTA;
+    const bool is_of_step = op.code == EMBED || op.code == ROPE || op.code == ATTEND || op.code == CONV || op.code == DELTA ||
+                            op.code == SCAN;
     if (op.code == ASKED_ROWS) rows = int(device_.asked.size());
     else if (is_of_step && rows != given) throw std::invalid_argument("an operation of all tokens after rows were left out");
     op.rows = rows;
@@ -119,7 +128,7 @@ void Tape::start(int rows) {
         throw std::invalid_argument("query heads that do not fit the KV pool or the buffers");
       op.plan = &device_.plan_attention(op.heads, layer.kv_heads, op.window);
     }
-    if (op.code == CONV || op.code == DELTA) check_states(op);
+    if (op.code == CONV || op.code == DELTA || op.code == SCAN) check_states(op);
     if (op.code == ROPE && op.rope != ready) {
       device_.prepare_rope(*op.rope);
       ready = op.rope;
@@ -275,6 +284,16 @@ void Tape::compute(int stage, int thread) {
           k.rms_norm(op.x + head, op.b, op.number, op.head_dim, nullptr, op.out + head);
           k.silu_mul(op.out + head, op.a + head, op.head_dim, op.out + head);
         }
+      });
+      break;
+    case SCAN:
+      if (s.phase == 0) share(parts, thread, [&](int i) { make_gates(op, i); });
+      else share(parts, thread, [&](int i) { scan_columns(op, i); });
+      break;
+    case SILU_MUL:
+      share(parts, thread, [&](int i) {
+        const size_t row = size_t(i) * op.width;
+        k.silu_mul(op.x + row, op.a + row, op.width, op.out + row);
       });
       break;
     case SIGMOID_MUL:
@@ -514,7 +533,7 @@ void Tape::check_states(const Op& op) const {
   const StateLayer& layer = d.state_layers[size_t(op.layer)];
   if (op.code == CONV && (op.conv->columns != layer.columns || op.conv->channels != layer.channels))
     throw std::invalid_argument("a convolution of another shape than its layer keeps");
-  if (op.code != DELTA) return;
+  if (op.code == CONV) return;
   const DeltaShape& shape = *op.shape;
   if (shape.heads() != layer.heads || shape.key_dim != layer.key_dim || shape.value_dim != layer.value_dim)
     throw std::invalid_argument("a delta rule of another shape than its layer keeps");
@@ -566,6 +585,11 @@ void Tape::convolve(const Op& op, int index) {
   }
 }
 
+static double softplus_of(float x, float bias) {
+  const double a = double(x) + double(bias);
+  return a > 0 ? a + std::log1p(std::exp(-a)) : std::log1p(std::exp(a));
+}
+
 // [queries | keys] of length one of a token, then for each head what is kept of the state, and beta.
 void Tape::make_units(const Op& op, int token) {
   const Device& d = device_;
@@ -579,11 +603,39 @@ void Tape::make_units(const Op& op, int token) {
   float* gates = out + 2 * s.keys();
   const float* ba = op.a + size_t(token) * size_t(2 * s.heads());
   for (int h = 0; h < s.heads(); h++) {
-    const double a = double(ba[s.heads() + h]) + double(op.decay->dt_bias[size_t(h)]);
-    const double softplus = a > 0 ? a + std::log1p(std::exp(-a)) : std::log1p(std::exp(a));
+    const double softplus = softplus_of(ba[s.heads() + h], op.decay->dt_bias[size_t(h)]);
     gates[2 * h] = float(std::exp(double(op.decay->decay[size_t(h)]) * softplus));
     gates[2 * h + 1] = float(1.0 / (1.0 + std::exp(-double(ba[h]))));
   }
+}
+
+// For each head what is kept of its state, and how much of its values is added.
+void Tape::make_gates(const Op& op, int token) {
+  const Device& d = device_;
+  const int heads = op.shape->heads();
+  float* out = const_cast<float*>(d.units.as<float>()) + size_t(token) * size_t(2 * heads);
+  const float* dt = op.a + size_t(token) * size_t(heads);
+  for (int h = 0; h < heads; h++) {
+    const double softplus = softplus_of(dt[h], op.decay->dt_bias[size_t(h)]);
+    out[2 * h] = float(std::exp(double(op.decay->decay[size_t(h)]) * softplus));
+    out[2 * h + 1] = float(softplus);
+  }
+}
+
+void Tape::scan_columns(const Op& op, int index) {
+  Device& d = device_;
+  const DeltaShape& s = *op.shape;
+  const int blocks = s.value_dim / kDeltaColumns, block = index % blocks, head = index / blocks % s.heads(), row = index / blocks / s.heads();
+  const size_t width = size_t(2 * s.heads()), count = size_t(s.key_dim) * kDeltaColumns;
+  const size_t offset = d.state_layers[size_t(op.layer)].delta + (size_t(head) * blocks + block) * count;
+  const int column = head * s.value_dim + block * kDeltaColumns;
+  go_on(row, offset, count, [&](int first, int tokens, float* state) {
+    const float* x = op.x + size_t(first) * size_t(s.width());
+    const float* q = x + s.key_heads[size_t(head)] * s.key_dim;
+    d.kernels.scan({q, q + s.keys(), x + 2 * s.keys() + column, d.units.as<float>() + size_t(first) * width + 2 * head,
+                    op.decay->skip[size_t(head)], size_t(s.width()), width, size_t(s.values()), tokens, s.key_dim, state,
+                    op.out + size_t(first) * size_t(s.values()) + column});
+  });
 }
 
 void Tape::delta_columns(const Op& op, int index) {

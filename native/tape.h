@@ -28,8 +28,11 @@ class Tape : private Region {
   // layer: of those that keep a state.
   void conv(int layer, const float* x, const ConvWeight* weight, bool is_gated, float* out);
   void delta(int layer, const float* qkv, const float* gates, const DeltaWeight* weight, const DeltaShape* shape, float* out);
+  // gates: (rows, heads); the shape's queries, keys and values are those of a row, as of a delta rule.
+  void scan(int layer, const float* qkv, const float* gates, const DeltaWeight* weight, const DeltaShape* shape, float* out);
   void gated_norm(const float* x, const float* gate, const float* weight, float eps, int heads, int head_dim, float* out);
   void sigmoid_mul(const float* x, const float* gate, int width, float* out);
+  void silu_mul(const float* x, const float* gate, int width, float* out);
   // The rows of the planned step's asked tokens, and only those in all operations after it. `out` may be x.
   void asked_rows(const float* x, int width, float* out);
   // Compute all operations on `rows` rows (the planned step's tokens where operations depend on the step), or what is left
@@ -53,7 +56,7 @@ class Tape : private Region {
   size_t size() const { return ops_.size(); }
 
  private:
-  enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND, ASKED_ROWS, CONV, DELTA, GATED_NORM, SIGMOID_MUL };
+  enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND, ASKED_ROWS, CONV, DELTA, GATED_NORM, SIGMOID_MUL, SCAN, SILU_MUL };
   // How the rows of a linear are cut into blocks, each one call of a kernel.
   struct Blocks {
     const RowKernels& kernels;
@@ -119,6 +122,8 @@ class Tape : private Region {
   void convolve(const Op& op, int index);
   void make_units(const Op& op, int token);
   void delta_columns(const Op& op, int index);
+  void make_gates(const Op& op, int token);
+  void scan_columns(const Op& op, int index);
   template <class F> void go_on(int row, size_t offset, size_t count, F f);
   template <class F> void share(Part* parts, int thread, F f);
 

@@ -60,7 +60,7 @@ class Bench:
         self._tables = [backend.load_embedding(raw(random(seed, NUM_TOKENS, w))) for seed, w in enumerate(widths)]
         # The first values of a row, exact on all backends that keep floats.
         rows = np.eye(3 * CHANNELS, dtype=np.float32)[: 2 * SPEC.num_heads]
-        self.gates = backend.load_linear([raw(rows)])
+        self.gates, self.steps = backend.load_linear([raw(rows)]), backend.load_linear([raw(rows[: SPEC.num_heads])])
         spec = CacheSpec(LAYERS, self.page_size, variant.kv_dtype)
         backend.allocate(spec, 12, replace(LIMITS, num_states=NUM_STATES))
 
@@ -111,6 +111,20 @@ def delta_of(qkv: Floats, gates: Floats, decay: Floats, dt_bias: Floats) -> Floa
     return out.reshape(len(qkv), -1)
 
 
+def scan_of(qkv: Floats, steps: Floats, decay: Floats, dt_bias: Floats, skip: Floats) -> Floats:
+    keys, out = SPEC.num_key_heads * SPEC.key_dim, np.zeros((len(qkv), SPEC.num_heads, SPEC.value_dim))
+    for head, key_head in enumerate(SPEC.key_heads):
+        state = np.zeros((SPEC.value_dim, SPEC.key_dim))
+        at = key_head * SPEC.key_dim
+        for t, row in enumerate(qkv):
+            c, b = row[at : at + SPEC.key_dim], row[keys + at : keys + at + SPEC.key_dim]
+            x = row[2 * keys + head * SPEC.value_dim :][: SPEC.value_dim]
+            delta = np.log1p(np.exp(steps[t, head] + dt_bias[head]))
+            state = np.exp(decay[head] * delta) * state + delta * np.outer(x, b)
+            out[t, head] = state @ c + skip[head] * x
+    return out.reshape(len(qkv), -1)
+
+
 def operations(bench: Bench) -> dict[str, tuple[Callable[..., Any], Floats]]:
     """Each recurrence, and what it is."""
     backend, ops = bench.backend, bench.backend.ops
@@ -121,7 +135,9 @@ def operations(bench: Bench) -> dict[str, tuple[Callable[..., Any], Floats]]:
     wide = random(7, SPEC.row_width, COLUMNS)
     of_values = backend.load_conv(raw(wide))
     decay, dt_bias = -np.abs(random(8, SPEC.num_heads)), random(9, SPEC.num_heads)
-    gates = backend.load_delta(raw(decay), raw(dt_bias))
+    gates, skip = backend.load_delta(raw(decay), raw(dt_bias)), random(10, SPEC.num_heads)
+    of_scan = backend.load_scan(raw(decay), raw(dt_bias), raw(skip))
+    of_float64 = [vector.astype(np.float64) for vector in (decay, dt_bias, skip)]
     before, after, u = np.split(x, 3, axis=1)
     mixed = convolved(y, wide.astype(np.float64), np.zeros(SPEC.row_width))
     wide_weight = weight.astype(np.float64)
@@ -137,12 +153,17 @@ def operations(bench: Bench) -> dict[str, tuple[Callable[..., Any], Floats]]:
         "silu": (lambda b, x, y: ops.causal_conv(b, 2, y, of_values), mixed * sigmoid(mixed)),
         "delta": (
             lambda b, x, y: ops.delta_rule(b, 2, y, ops.linear(b, x, bench.gates), gates, SPEC),
-            delta_of(y, x[:, : 2 * SPEC.num_heads], decay.astype(np.float64), dt_bias.astype(np.float64)),
+            delta_of(y, x[:, : 2 * SPEC.num_heads], *of_float64[:2]),
+        ),
+        "scan": (
+            lambda b, x, y: ops.scan(b, 2, y, ops.linear(b, x, bench.steps), of_scan, SPEC),
+            scan_of(y, x[:, : SPEC.num_heads], *of_float64),
         ),
     }
 
 
-NAMES = ("short", "short, no bias", "silu", "delta")
+NAMES = ("short", "short, no bias", "silu", "delta", "scan")
+GATED = ("delta", "scan")
 
 
 @pytest.fixture
@@ -152,12 +173,12 @@ def bench(backend: Backend, variant: Variant) -> Bench:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recurrence_is_its_definition_however_a_sequence_is_cut(bench: Bench, variant: Variant, name: str) -> None:
-    if name == "delta" and variant.quantization is not None:
+    if name in GATED and variant.quantization is not None:
         pytest.skip("gates come out of a product, which is rounded to few bits here")
     build, expected = operations(bench)[name]
     run = bench.captured(build)
     whole = run([bench.row(0, NUM_TOKENS, 1)])
-    tolerant = replace(variant, embed=max(variant.embed, 0.001 if name == "delta" and variant.linear > 1e-4 else 0.0))
+    tolerant = replace(variant, embed=max(variant.embed, 0.001 if name in GATED and variant.linear > 1e-4 else 0.0))
     assert_close(whole, expected, tolerant)
     for cut in CUTS.values():
         parts, first = [], 0
@@ -201,6 +222,8 @@ def test_gates_multiply(bench: Bench, variant: Variant) -> None:
     assert_close(actual, expected, replace(variant, embed=max(variant.embed, variant.norm)))
     actual = bench.captured(lambda b, x, y: ops.sigmoid_mul(x, x))(rows)
     assert_close(actual, x * sigmoid(x), variant)
+    actual = bench.captured(lambda b, x, y: ops.silu_mul(x, x))(rows)
+    assert_close(actual, x * x * sigmoid(x), variant)
 
 
 def test_part_of_a_head_may_be_rotated(bench: Bench, variant: Variant) -> None:
@@ -218,6 +241,7 @@ def test_a_recurrence_in_a_layer_that_keeps_something_else_is_refused(bench: Ben
     backend, ops = bench.backend, bench.backend.ops
     conv = backend.load_conv(raw(random(5, CHANNELS, COLUMNS)))
     delta = backend.load_delta(raw(random(8, SPEC.num_heads)), raw(random(9, SPEC.num_heads)))
+    scan = backend.load_scan(*(raw(random(seed, SPEC.num_heads)) for seed in (8, 9, 10)))
     rows = [bench.row(0, NUM_TOKENS, 0)]
     attention = AttentionSpec(1, 1, CHANNELS, 1.0)
     for build, words in (
@@ -226,6 +250,10 @@ def test_a_recurrence_in_a_layer_that_keeps_something_else_is_refused(bench: Ben
         (
             lambda b, x, y: ops.delta_rule(b, 0, y, ops.linear(b, x, bench.gates), delta, SPEC),
             "in layer 0, which keeps",
+        ),
+        (
+            lambda b, x, y: ops.scan(b, 1, y, ops.linear(b, x, bench.steps), scan, SPEC),
+            "in layer 1, which keeps",
         ),
         (lambda b, x, y: ops.attend(b, 0, x, attention), "attention in layer 0, which keeps StateLayer"),
     ):

@@ -69,7 +69,8 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class DeltaSpec:
-    """A recurrence that forgets and corrects, with a matrix (key_dim, value_dim) of state for each head of values.
+    """A recurrence with a matrix (key_dim, value_dim) of state for each head of values: `delta_rule`, which corrects
+    what it knows, or `scan`, which adds to it.
 
     A packed row is [queries | keys | values] of num_key_heads * key_dim twice, and of values. key_heads: for each head
     of values, which head of queries and keys it goes with. Source: Gated DeltaNet, arXiv 2412.06464.
@@ -300,12 +301,25 @@ class Ops(Protocol):
         """
         ...
 
+    def scan(self, batch: Any, layer: int, qkv: Array, steps: Array, weight: Weight, spec: DeltaSpec) -> Array:
+        """A selective scan: packed rows (T, spec.row_width) to (T, num_heads * value_dim).
+
+        steps: (T, num_heads). weight: of `load_scan`. Of Mamba-2's C, B and x, queries are the first, keys the second,
+        values the third. With d = softplus(step + dt_bias): S <- e^(decay d) S + k (d v)^T; the output is S^T q +
+        skip v. S is the layer's state, as in `short_conv`. Source: Mamba-2, arXiv 2405.21060.
+        """
+        ...
+
     def gated_norm(self, x: Array, gate: Array, weight: Weight, eps: float) -> Array:
         """RMS norm of every head of x (T, heads * width) on its own, times `weight` (width,), times silu(gate)."""
         ...
 
     def sigmoid_mul(self, x: Array, gate: Array) -> Array:
         """x * sigmoid(gate), both (T, F)."""
+        ...
+
+    def silu_mul(self, x: Array, gate: Array) -> Array:
+        """x * silu(gate), both (T, F)."""
         ...
 
     def asked_rows(self, batch: Any, x: Array) -> Array:
@@ -392,6 +406,10 @@ class Backend(Protocol):
 
     def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> Weight:
         """The weight of `delta_rule`, in float32: two numbers for each head."""
+        ...
+
+    def load_scan(self, decay: RawTensor, dt_bias: RawTensor, skip: RawTensor) -> Weight:
+        """The weight of `scan`, in float32: three numbers for each head."""
         ...
 
     def unread_loads(self, at_most: int) -> int:

@@ -75,6 +75,15 @@ class DeltaWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class ScanWeight:
+    """decay, dt_bias, skip: (heads,)."""
+
+    decay: Floats
+    dt_bias: Floats
+    skip: Floats
+
+
+@dataclass(frozen=True, slots=True)
 class RowPlan:
     """One row of a step: its tokens are `first_token` .. `first_token + length` of the step.
 
@@ -265,6 +274,27 @@ class ReferenceOps:
         self._carry(batch, self.states[self.numbers[layer]][1], go_on)
         return out.reshape(len(qkv), -1)
 
+    def scan(
+        self, batch: ForwardBatch, layer: int, qkv: Floats, steps: Floats, weight: ScanWeight, spec: DeltaSpec
+    ) -> Floats:
+        check_delta(self.layers, layer, spec)
+        keys_end = spec.num_key_heads * spec.key_dim
+        q, k, v = np.split(qkv, [keys_end, 2 * keys_end], axis=1)
+        q, k = (part.reshape(len(qkv), -1, spec.key_dim)[:, list(spec.key_heads)] for part in (q, k))
+        v = v.reshape(len(qkv), -1, spec.value_dim)
+        share: Floats = np.logaddexp(np.float32(0), steps + weight.dt_bias)
+        kept: Floats = np.exp(weight.decay * share)
+        out = np.empty_like(v)
+
+        def go_on(tokens: slice, state: Floats) -> Floats:
+            for t in range(tokens.start, tokens.stop):
+                state = state * kept[t, :, None, None] + k[t, :, :, None] * (share[t, :, None] * v[t])[:, None]
+                out[t] = np.einsum("hkv,hk->hv", state, q[t]) + weight.skip[:, None] * v[t]
+            return state
+
+        self._carry(batch, self.states[self.numbers[layer]][1], go_on)
+        return out.reshape(len(qkv), -1)
+
     def _carry(self, batch: ForwardBatch, states: Floats, go_on: Callable[[slice, Floats], Floats]) -> None:
         """`go_on(tokens, state)` gives the state after some tokens: for every row, from each kept state to the next."""
         for row in batch.rows:
@@ -281,6 +311,9 @@ class ReferenceOps:
 
     def sigmoid_mul(self, x: Floats, gate: Floats) -> Floats:
         return x * sigmoid(gate)
+
+    def silu_mul(self, x: Floats, gate: Floats) -> Floats:
+        return x * silu(gate)
 
     def asked_rows(self, batch: ForwardBatch, x: Floats) -> Floats:
         return x
@@ -419,6 +452,9 @@ class ReferenceBackend:
     def load_conv(self, weight: RawTensor, bias: RawTensor | None = None) -> ConvWeight:
         values = self._count(_matrix(weight))
         return ConvWeight(values, np.zeros(len(values), np.float32) if bias is None else self._count(_vector(bias)))
+
+    def load_scan(self, decay: RawTensor, dt_bias: RawTensor, skip: RawTensor) -> ScanWeight:
+        return ScanWeight(*(self._count(_vector(vector)) for vector in (decay, dt_bias, skip)))
 
     def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> DeltaWeight:
         return DeltaWeight(self._count(_vector(decay)), self._count(_vector(dt_bias)))

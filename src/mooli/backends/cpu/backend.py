@@ -264,6 +264,9 @@ class CpuBackend:
     def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> Recurrent:
         return self._recurrent(_native.DeltaWeight(self._floats(decay), self._floats(dt_bias)))
 
+    def load_scan(self, decay: RawTensor, dt_bias: RawTensor, skip: RawTensor) -> Recurrent:
+        return self._recurrent(_native.DeltaWeight(*(self._floats(vector) for vector in (decay, dt_bias, skip))))
+
     def _floats(self, tensor: RawTensor) -> NDArray[np.float32]:
         self._check_type(tensor)
         return np.ascontiguousarray(dequantize(tensor), dtype=np.float32)

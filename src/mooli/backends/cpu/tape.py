@@ -254,19 +254,30 @@ class TapeOps:
     def delta_rule(
         self, batch: Any, layer: int, qkv: Register, gates: Register, weight: Any, spec: DeltaSpec
     ) -> Register:
-        if (qkv.width, gates.width) != (spec.row_width, 2 * spec.num_heads):
-            raise ConfigError(f"rows of {qkv.width} values and {gates.width} gates are not those of {spec}")
-        if spec not in self._shapes:
-            self._shapes[spec] = _native.DeltaShape(
-                spec.num_key_heads, spec.key_dim, spec.value_dim, list(spec.key_heads)
-            )
-        shape = self._shapes[spec]
-        self.deltas.append((layer, spec))
+        shape = self._shape(layer, qkv, gates, 2 * spec.num_heads, spec)
 
         def emit(tape: Any, out: Register) -> None:
             tape.delta_rule(self.numbers[layer], qkv.address, gates.address, weight.native, shape, out.address)
 
         return self._now().add((qkv, gates), spec.num_heads * spec.value_dim, emit)
+
+    def scan(self, batch: Any, layer: int, qkv: Register, steps: Register, weight: Any, spec: DeltaSpec) -> Register:
+        shape = self._shape(layer, qkv, steps, spec.num_heads, spec)
+
+        def emit(tape: Any, out: Register) -> None:
+            tape.scan(self.numbers[layer], qkv.address, steps.address, weight.native, shape, out.address)
+
+        return self._now().add((qkv, steps), spec.num_heads * spec.value_dim, emit)
+
+    def _shape(self, layer: int, qkv: Register, gates: Register, num_gates: int, spec: DeltaSpec) -> Any:
+        if (qkv.width, gates.width) != (spec.row_width, num_gates):
+            raise ConfigError(f"rows of {qkv.width} values and {gates.width} gates are not those of {spec}")
+        if spec not in self._shapes:
+            self._shapes[spec] = _native.DeltaShape(
+                spec.num_key_heads, spec.key_dim, spec.value_dim, list(spec.key_heads)
+            )
+        self.deltas.append((layer, spec))
+        return self._shapes[spec]
 
     def gated_norm(self, x: Register, gate: Register, weight: Any, eps: float) -> Register:
         width = len(weight.native.array())
@@ -284,6 +295,15 @@ class TapeOps:
 
         def emit(tape: Any, out: Register) -> None:
             tape.sigmoid_mul(x.address, gate.address, x.width, out.address)
+
+        return self._now().add((x, gate), x.width, emit, reusable=x)
+
+    def silu_mul(self, x: Register, gate: Register) -> Register:
+        if x.width != gate.width:
+            raise ConfigError(f"{x.width} values times {gate.width}")
+
+        def emit(tape: Any, out: Register) -> None:
+            tape.silu_mul(x.address, gate.address, x.width, out.address)
 
         return self._now().add((x, gate), x.width, emit, reusable=x)
 

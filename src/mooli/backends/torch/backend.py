@@ -26,7 +26,7 @@ from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.communicator import Communicator, GlooCommunicator
 from mooli.backends.torch.dtypes import DTYPES, torch_dtype
 from mooli.backends.torch.kv_pool import KVPool
-from mooli.backends.torch.ops import ConvWeight, DeltaWeight, TorchOps
+from mooli.backends.torch.ops import ConvWeight, DeltaWeight, ScanWeight, TorchOps
 from mooli.backends.torch.parallel import PartTable, over_ranks, table_over_ranks
 from mooli.backends.torch.sampling import TorchSampler
 from mooli.backends.torch.step_plan import ForwardBatch, plan_step
@@ -232,10 +232,16 @@ class TorchBackend:
         return ConvWeight(values, self._count(load_vector([bias], torch.float32, self.device)))
 
     def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> DeltaWeight:
-        for tensor in (decay, dt_bias):
+        return DeltaWeight(*self._vectors(decay, dt_bias))
+
+    def load_scan(self, decay: RawTensor, dt_bias: RawTensor, skip: RawTensor) -> ScanWeight:
+        return ScanWeight(*self._vectors(decay, dt_bias, skip))
+
+    def _vectors(self, *tensors: RawTensor) -> list[torch.Tensor]:
+        """In float32, as the states are."""
+        for tensor in tensors:
             check_type(tensor)
-        made = [self._count(load_vector([tensor], torch.float32, self.device)) for tensor in (decay, dt_bias)]
-        return DeltaWeight(*made)
+        return [self._count(load_vector([tensor], torch.float32, self.device)) for tensor in tensors]
 
     def _note(self, tensors: Sequence[RawTensor], *, is_linear: bool) -> None:
         """Check storage types, and keep for `describe` what became of them."""

@@ -51,6 +51,15 @@ class DeltaWeight:
     dt_bias: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class ScanWeight:
+    """decay, dt_bias, skip: float32 (heads,)."""
+
+    decay: Tensor
+    dt_bias: Tensor
+    skip: Tensor
+
+
 class TorchOps:
     """`Ops` on one device. A device with fused kernels overrides single operations."""
 
@@ -181,14 +190,31 @@ class TorchOps:
             _put(out, tokens, (state * query[..., None]).sum(dim=-2))
             return state
 
-        def go_on(tokens: Tensor | slice | None, state: Tensor) -> Tensor:
-            if isinstance(tokens, slice):
-                for token in range(tokens.start, tokens.stop):
-                    state = step(token, state)
-                return state
-            return step(tokens, state)
+        self._carry(batch, self.states[self.numbers[layer]][1], _by_token(step))
+        return out.flatten(1).to(qkv.dtype)
 
-        self._carry(batch, self.states[self.numbers[layer]][1], go_on)
+    def scan(
+        self, batch: ForwardBatch, layer: int, qkv: Tensor, steps: Tensor, weight: ScanWeight, spec: DeltaSpec
+    ) -> Tensor:
+        check_delta(self.layers, layer, spec)
+        keys, count = spec.num_key_heads * spec.key_dim, len(qkv)
+        q, k, v = torch.split(qkv.float(), [keys, keys, spec.num_heads * spec.value_dim], dim=-1)
+        heads = torch.tensor(spec.key_heads, device=qkv.device)
+        q, k = (part.view(count, -1, spec.key_dim).index_select(1, heads) for part in (q, k))
+        v = v.view(count, -1, spec.value_dim)
+        share = F.softplus(steps.float() + weight.dt_bias)
+        kept = torch.exp(weight.decay * share)
+        out = torch.empty_like(v)
+
+        def step(tokens: Tensor | int | None, state: Tensor) -> Tensor:
+            """As in `delta_rule`."""
+            key, value, query = (x if tokens is None else x[tokens] for x in (k, v, q))
+            added, keeps = (x if tokens is None else x[tokens] for x in (share, kept))
+            state = state * keeps[..., None, None] + key[..., None] * (added[..., None] * value)[..., None, :]
+            _put(out, tokens, (state * query[..., None]).sum(dim=-2) + weight.skip[:, None] * value)
+            return state
+
+        self._carry(batch, self.states[self.numbers[layer]][1], _by_token(step))
         return out.flatten(1).to(qkv.dtype)
 
     def _carry(
@@ -221,6 +247,9 @@ class TorchOps:
     def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
         return x * torch.sigmoid(gate)
 
+    def silu_mul(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * F.silu(gate)
+
     def asked_rows(self, batch: ForwardBatch, x: Tensor) -> Tensor:
         """All rows: shapes stay those of the step, which graphs have captured."""
         return x
@@ -248,6 +277,21 @@ class TorchOps:
 def unit(x: Tensor) -> Tensor:
     """x over its length, along the last axis."""
     return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-6)
+
+
+def _by_token(
+    step: Callable[[Tensor | int | None, Tensor], Tensor],
+) -> Callable[[Tensor | slice | None, Tensor], Tensor]:
+    """What `TorchOps._carry` wants, of what gives the state after one token of each row, or of one."""
+
+    def go_on(tokens: Tensor | slice | None, state: Tensor) -> Tensor:
+        if not isinstance(tokens, slice):
+            return step(tokens, state)
+        for token in range(tokens.start, tokens.stop):
+            state = step(token, state)
+        return state
+
+    return go_on
 
 
 def _put(out: Tensor, tokens: Tensor | slice | int | None, values: Tensor) -> None:
