@@ -308,9 +308,11 @@ NB_MODULE(_native, m) {
         if (r.inv_freq.size() * 2 > size_t(head_dim)) throw std::invalid_argument("rope table of another head size");
         t.rope((const float*)x, &r, heads, kv_heads, head_dim, (float*)out);
       })
-      .def("attend", [](Tape& t, int layer, uintptr_t qkv, int heads, float scale, int window, uintptr_t out) {
-        t.attend(layer, (const float*)qkv, heads, scale, window, (float*)out);
-      })
+      .def("attend", [](Tape& t, int layer, uintptr_t qkv, int heads, float scale, int window, FloatBuffer* sinks, uintptr_t out) {
+        if (sinks && sinks->count != size_t(heads)) throw std::invalid_argument("sinks of another number of heads");
+        t.attend(layer, (const float*)qkv, heads, scale, window, sinks ? sinks->buffer.as<float>() : nullptr, (float*)out);
+      }, nb::arg("layer"), nb::arg("qkv"), nb::arg("heads"), nb::arg("scale"), nb::arg("window"), nb::arg("sinks").none(), nb::arg("out"),
+         nb::keep_alive<1, 7>())
       .def("conv", [](Tape& t, int layer, uintptr_t x, const ConvWeight& w, bool is_gated, uintptr_t out) {
         t.conv(layer, (const float*)x, &w, is_gated, (float*)out);
       }, nb::keep_alive<1, 4>())

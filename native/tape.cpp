@@ -40,8 +40,8 @@ void Tape::head_norm(const float* x, const float* q, const float* k, float eps, 
 void Tape::rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out) {
   Op o{ROPE}; o.x = x; o.rope = table; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.out = out; add(o);
 }
-void Tape::attend(int layer, const float* qkv, int heads, float scale, int window, float* out) {
-  Op o{ATTEND}; o.x = qkv; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.out = out; add(o);
+void Tape::attend(int layer, const float* qkv, int heads, float scale, int window, const float* sinks, float* out) {
+  Op o{ATTEND}; o.x = qkv; o.a = sinks; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.out = out; add(o);
 }
 
 void Tape::conv(int layer, const float* x, const ConvWeight* weight, bool is_gated, float* out) {
@@ -734,6 +734,11 @@ void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* follo
   std::fill(out, out + size_t(n) * D, 0.f);
   std::fill(lanes, lanes + n * 16, 0.f);
   std::fill(maxima, maxima + n, -1e30f);
+  // A sink comes before all keys, as if a block of it alone had been attended: with the weight one, and nothing to sum up.
+  if (op.a) for (int i = 0; i < n; i++) {
+    maxima[i] = op.a[job.kv_head * group + job.first_q + i % job.num_q] * 1.44269504f;
+    lanes[i * 16] = 1.f;
+  }
 
   const AttendSegment* segment = plan.segments.data() + job.first_segment;
   const AttendSegment* const end = segment + job.num_segments;

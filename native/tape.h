@@ -24,7 +24,8 @@ class Tape : private Region {
   void gated_linear_down(const float* x, const Linear* gated, const float* norm, float eps, const Linear* down, const float* residual, float* out);
   void head_norm(const float* x, const float* q_weight, const float* k_weight, float eps, int heads, int kv_heads, int head_dim, float* out);
   void rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out);
-  void attend(int layer, const float* qkv, int heads, float scale, int window, float* out);
+  // `sinks` may be null, or have a score for each head of something that all tokens see first and that has no value.
+  void attend(int layer, const float* qkv, int heads, float scale, int window, const float* sinks, float* out);
   // layer: of those that keep a state.
   void conv(int layer, const float* x, const ConvWeight* weight, bool is_gated, float* out);
   void delta(int layer, const float* qkv, const float* gates, const DeltaWeight* weight, const DeltaShape* shape, float* out);

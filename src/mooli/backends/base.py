@@ -271,10 +271,12 @@ class Ops(Protocol):
         """Rotate query and key heads by `ScheduleBatch.rope_positions`. Values pass through."""
         ...
 
-    def attend(self, batch: Any, layer: int, qkv: Array, spec: AttentionSpec) -> Array:
+    def attend(self, batch: Any, layer: int, qkv: Array, spec: AttentionSpec, sinks: Weight | None = None) -> Array:
         """Store k and v in the step's slots, then causal attention over each row's pages: (T, num_heads * head_dim).
 
-        layer: index into `CacheSpec.layers`. See `check_attention`.
+        layer: index into `CacheSpec.layers`. See `check_attention`. sinks: a vector (num_heads,), for each query head a
+        score, not scaled, of something that every token sees before all keys and whose value is zero. Sources: arXiv
+        2309.17453; gpt-oss model card, arXiv 2508.10925.
         """
         ...
 

@@ -208,7 +208,9 @@ class ReferenceOps:
         q, k = (np.concatenate([rotate_half(x[..., :count], cos, sin), x[..., count:]], axis=-1) for x in (q, k))
         return merge_heads(q, k, v)
 
-    def attend(self, batch: ForwardBatch, layer: int, qkv: Floats, spec: AttentionSpec) -> Floats:
+    def attend(
+        self, batch: ForwardBatch, layer: int, qkv: Floats, spec: AttentionSpec, sinks: Floats | None = None
+    ) -> Floats:
         check_attention(self.layers, layer, spec)
         q, k, v = split_heads(qkv, spec)
         keys, values = self.kv[self.numbers[layer]]
@@ -223,7 +225,7 @@ class ReferenceOps:
                 first_key = max(0, first_query - spec.window + 1) if spec.window > 0 else 0
                 slots = row.slots[first_key : first_query + count]
                 tokens = slice(row.first_token + begin, row.first_token + begin + count)
-                out[tokens] = attention(q[tokens], keys[slots], values[slots], first_query - first_key, spec)
+                out[tokens] = attention(q[tokens], keys[slots], values[slots], first_query - first_key, spec, sinks)
         return out.reshape(len(qkv), -1)
 
     def short_conv(self, batch: ForwardBatch, layer: int, x: Floats, weight: ConvWeight) -> Floats:
@@ -355,7 +357,9 @@ def rotate_half(x: Floats, cos: Floats, sin: Floats) -> Floats:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attention(q: Floats, k: Floats, v: Floats, first_query: int, spec: AttentionSpec) -> Floats:
+def attention(
+    q: Floats, k: Floats, v: Floats, first_query: int, spec: AttentionSpec, sinks: Floats | None = None
+) -> Floats:
     """Causal attention of one row: q (Q, num_heads, head_dim), k and v (N, num_kv_heads, head_dim) -> q's shape.
 
     Query i sits at key index `first_query + i` and sees the keys up to itself, the last `spec.window` of them if set.
@@ -372,8 +376,14 @@ def attention(q: Floats, k: Floats, v: Floats, first_query: int, spec: Attention
     scores = grouped.reshape(spec.num_kv_heads, -1, spec.head_dim) @ k.transpose(1, 2, 0) * np.float32(spec.scale)
     scores = scores.reshape(spec.num_kv_heads, group, num_queries, num_keys)
     scores = np.where(hidden, np.float32(-np.inf), scores)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
+    largest = scores.max(axis=-1, keepdims=True)
+    unseen = 0.0  # what the sinks weigh
+    if sinks is not None:
+        logits = sinks.reshape(spec.num_kv_heads, group, 1, 1)
+        largest = np.maximum(largest, logits)
+        unseen = np.exp(logits - largest)
+    weights = np.exp(scores - largest)
+    weights /= weights.sum(axis=-1, keepdims=True) + unseen
     mixed = weights.reshape(spec.num_kv_heads, -1, num_keys) @ v.transpose(1, 0, 2)
     mixed = mixed.reshape(spec.num_kv_heads, group, num_queries, spec.head_dim)
     out: Floats = mixed.transpose(2, 0, 1, 3).reshape(q.shape)

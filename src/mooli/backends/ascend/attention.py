@@ -59,15 +59,20 @@ class AscendAttention(PagedAttention):
             PAGED_ATTENTION: self._paged_attention,
         }
 
-    def attend(self, batch: ForwardBatch, layer: int, q: Tensor, spec: AttentionSpec) -> Tensor:
+    def attend(
+        self, batch: ForwardBatch, layer: int, q: Tensor, spec: AttentionSpec, sinks: Tensor | None = None
+    ) -> Tensor:
         if not isinstance(batch, AscendStep) or batch.rows is None:
-            return super().attend(batch, layer, q, spec)
+            return super().attend(batch, layer, q, spec, sinks)
         q = q.contiguous()
         if batch.is_static:
-            if self.paths.decode(spec) != FIA_DECODE:
+            if self.paths.decode(spec) != FIA_DECODE or sinks is not None:
                 raise RuntimeError(f"only {FIA_DECODE} can be captured, and rows like these go another way")
             batch.memo[HAS_LENGTHS] = True
             return self._static_decode(layer, batch.rows, q, spec)
+        if sinks is not None:
+            # Of the fused operations only that of CANN 8.3 and later (npu_fused_infer_attention_score_v2) takes them.
+            return super().attend(batch, layer, q, spec, sinks)
         key = ("calls", spec)
         if key not in batch.memo:
             batch.memo[key] = self.calls(batch.rows, spec)

@@ -225,12 +225,15 @@ class TapeOps:
             (qkv,), qkv.width, lambda t, out: t.rope(qkv.address, table, *heads, out.address), reusable=qkv
         )
 
-    def attend(self, batch: Any, layer: int, qkv: Register, spec: AttentionSpec) -> Register:
+    def attend(self, batch: Any, layer: int, qkv: Register, spec: AttentionSpec, sinks: Any | None = None) -> Register:
         _check_heads(qkv, spec)
+        if sinks is not None and len(sinks.native.array()) != spec.num_heads:
+            raise ConfigError(f"{len(sinks.native.array())} sinks for {spec.num_heads} query heads")
+        native = None if sinks is None else sinks.native
         self.attentions.append((layer, spec))
 
         def emit(tape: Any, out: Register) -> None:
-            tape.attend(self.numbers[layer], qkv.address, spec.num_heads, spec.scale, spec.window, out.address)
+            tape.attend(self.numbers[layer], qkv.address, spec.num_heads, spec.scale, spec.window, native, out.address)
 
         return self._now().add((qkv,), spec.num_heads * spec.head_dim, emit)
 

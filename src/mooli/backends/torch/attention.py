@@ -24,21 +24,31 @@ class PagedAttention:
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
 
-    def attend(self, batch: ForwardBatch, layer: int, q: Tensor, spec: AttentionSpec) -> Tensor:
+    def attend(
+        self, batch: ForwardBatch, layer: int, q: Tensor, spec: AttentionSpec, sinks: Tensor | None = None
+    ) -> Tensor:
         """Attention of every row to its sequence: q (T, num_heads * head_dim), and so is the result."""
         if len(batch.decode) == 1 and batch.decode[0].tokens is None:
-            return self.attend_group(batch, layer, 0, q, spec)
+            return self.attend_group(batch, layer, 0, q, spec, sinks)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for index, group in enumerate(batch.decode):
             if group.tokens is not None:
-                mixed = self.attend_group(batch, layer, index, q.index_select(0, group.tokens), spec)
+                mixed = self.attend_group(batch, layer, index, q.index_select(0, group.tokens), spec, sinks)
                 out.index_copy_(0, group.tokens, mixed)
         for index, row in enumerate(batch.chunks):
             tokens = slice(row.first_token, row.first_token + row.length)
-            out[tokens] = self.attend_chunk(batch, layer, index, q[tokens], spec)
+            out[tokens] = self.attend_chunk(batch, layer, index, q[tokens], spec, sinks)
         return out
 
-    def attend_group(self, batch: ForwardBatch, layer: int, index: int, q: Tensor, spec: AttentionSpec) -> Tensor:
+    def attend_group(
+        self,
+        batch: ForwardBatch,
+        layer: int,
+        index: int,
+        q: Tensor,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Rows of length 1 together: q (G, num_heads * head_dim)."""
         key = ("group", index, spec.window)
         if key not in batch.memo:
@@ -48,9 +58,21 @@ class PagedAttention:
         # The query heads that share a kv head stand in the place of query positions: nothing is repeated.
         grouped = q.reshape(len(q), spec.num_kv_heads, -1, spec.head_dim)
         k, v = (x.transpose(1, 2).to(q.dtype) for x in (k, v))
-        return self.kernel(grouped, k, v, visible, is_causal=False, scale=spec.scale).reshape(len(q), -1)
+        if sinks is None:
+            mixed = self.kernel(grouped, k, v, visible, is_causal=False, scale=spec.scale)
+        else:
+            mixed = attend_with_sinks(grouped, k, v, visible, sinks.view(spec.num_kv_heads, -1, 1), scale=spec.scale)
+        return mixed.reshape(len(q), -1)
 
-    def attend_chunk(self, batch: ForwardBatch, layer: int, index: int, q: Tensor, spec: AttentionSpec) -> Tensor:
+    def attend_chunk(
+        self,
+        batch: ForwardBatch,
+        layer: int,
+        index: int,
+        q: Tensor,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """One row of several tokens: q (L, num_heads * head_dim). Queries go in blocks, so that scores stay bounded."""
         row = batch.chunks[index]
         first_gathered = first_key_of(row.start, spec.window)
@@ -61,7 +83,8 @@ class PagedAttention:
         # Kv heads are the batch, and each one's keys are seen by its query heads without being repeated.
         k, v = (x.to(q.dtype).transpose(0, 1).unsqueeze(1) for x in (k, v))
         queries = q.view(row.length, spec.num_kv_heads, -1, spec.head_dim).permute(1, 2, 0, 3)
-        step = max(1, self.scores_at_a_time // (spec.num_heads * k.shape[2]))
+        at_a_time = self.scores_at_a_time if sinks is None else PagedAttention.scores_at_a_time
+        step = max(1, at_a_time // (spec.num_heads * k.shape[2]))
         blocks = []
         for begin in range(0, row.length, step):
             block = queries[:, :, begin : begin + step]
@@ -69,9 +92,14 @@ class PagedAttention:
             first_key, end = first_key_of(first_query, spec.window), first_query + block.shape[2]
             seen = slice(first_key - first_gathered, end - first_gathered)
             is_triangle = first_key == first_query and (spec.window <= 0 or block.shape[2] <= spec.window)
-            visible = None if is_triangle else self._chunk_mask(batch, row, first_query, end, spec.window)
+            is_masked = not is_triangle or sinks is not None
+            visible = self._chunk_mask(batch, row, first_query, end, spec.window) if is_masked else None
             keys, values = (x[:, :, seen].expand(-1, block.shape[1], -1, -1) for x in (k, v))
-            blocks.append(self.kernel(block, keys, values, visible, is_causal=is_triangle, scale=spec.scale))
+            if sinks is None:
+                blocks.append(self.kernel(block, keys, values, visible, is_causal=is_triangle, scale=spec.scale))
+            else:
+                each = sinks.view(spec.num_kv_heads, -1, 1, 1)
+                blocks.append(attend_with_sinks(block, keys, values, visible, each, scale=spec.scale))
         mixed = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
         return mixed.permute(2, 0, 1, 3).reshape(row.length, -1)
 
@@ -90,6 +118,21 @@ class PagedAttention:
             batch.memo[key] = causal_mask(first_query, end, window, row.pages.device)
         kept: Tensor = batch.memo[key]
         return kept
+
+
+def attend_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sinks: Tensor, *, scale: float
+) -> Tensor:
+    """`PagedAttention.kernel` where each row of scores has one more, of `sinks`, broadcast to (B, H, L, 1).
+
+    In float32, all scores laid out: torch has no fused kernel for that.
+    """
+    scores = q.float() @ k.float().transpose(-1, -2) * scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    logits = sinks.float().expand(*scores.shape[:-1], 1)
+    weights = torch.softmax(torch.cat([scores, logits], dim=-1), dim=-1)[..., :-1]
+    return (weights @ v.float()).to(q.dtype)
 
 
 def group_keys(group: DecodeGroup, page_size: int, window: int) -> tuple[Tensor, Tensor | None]:

@@ -129,7 +129,9 @@ class TorchOps:
             turned = torch.cat([turned.to(qkv.dtype), heads[:, :turning, count:]], dim=-1)
         return torch.cat([turned.to(qkv.dtype), heads[:, turning:]], dim=1).flatten(1)
 
-    def attend(self, batch: ForwardBatch, layer: int, qkv: Tensor, spec: AttentionSpec) -> Tensor:
+    def attend(
+        self, batch: ForwardBatch, layer: int, qkv: Tensor, spec: AttentionSpec, sinks: Tensor | None = None
+    ) -> Tensor:
         if self.attention is None:
             raise ConfigError("allocate the KV pool before running a step")
         check_attention(self.layers, layer, spec)
@@ -138,7 +140,7 @@ class TorchOps:
         q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
         # Everything is stored first, so a row may read what another row of this step computes.
         self.attention.pool.store(number, batch.slots, k, v)
-        return self.attention.attend(batch, number, q, spec)
+        return self.attention.attend(batch, number, q, spec, sinks)
 
     def short_conv(self, batch: ForwardBatch, layer: int, x: Tensor, weight: ConvWeight) -> Tensor:
         before, after, u = x.float().chunk(3, dim=-1)
