@@ -151,6 +151,20 @@ NB_MODULE(_native, m) {
         new (s) DeltaShape{num_key_heads, key_dim, value_dim, std::move(key_heads)};
       });
 
+  // a weight of each head, which must live as long as this
+  nb::class_<LatentWeight>(m, "LatentWeight")
+      .def("__init__", [](LatentWeight* w, const std::vector<const Linear*>& keys, const std::vector<const Linear*>& values) {
+        if (keys.empty() || keys.size() != values.size()) throw std::invalid_argument("not weights for keys and values of each head");
+        for (size_t i = 0; i < keys.size(); i++) {
+          for (const Linear* part : {keys[i], values[i]})
+            if (!part || part->gated || !part->bias.empty()) throw std::invalid_argument("not a plain weight of a head");
+          if (keys[i]->n != keys[0]->n || keys[i]->k != keys[0]->k || keys[i]->kind != keys[0]->kind || values[i]->n != values[0]->n ||
+              values[i]->k != keys[0]->n || values[i]->kind != values[0]->kind)
+            throw std::invalid_argument("weights of heads of different shapes or kinds");
+        }
+        new (w) LatentWeight{keys, values};
+      }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>());
+
   nb::class_<Device>(m, "Device")
       .def(nb::init<int, std::vector<int>, std::string>(), nb::arg("num_threads"), nb::arg("cpus"), nb::arg("isa"))
       .def_prop_ro("isa", [](const Device& d) { return std::string(d.kernels.name); })
@@ -313,6 +327,14 @@ NB_MODULE(_native, m) {
         t.attend(layer, (const float*)qkv, heads, scale, window, sinks ? sinks->buffer.as<float>() : nullptr, (float*)out);
       }, nb::arg("layer"), nb::arg("qkv"), nb::arg("heads"), nb::arg("scale"), nb::arg("window"), nb::arg("sinks").none(), nb::arg("out"),
          nb::keep_alive<1, 7>())
+      .def("attend_latent", [](Tape& t, int layer, uintptr_t q, uintptr_t latent, FloatBuffer& norm, float eps, const LatentWeight& up,
+                               RopeTable& rope, int rope_dim, float scale, uintptr_t out) {
+        const Linear &keys = *up.keys[0], &values = *up.values[0];
+        if (norm.count != size_t(keys.n)) throw std::invalid_argument("norm weight of another width");
+        if (rope_dim <= 0 || rope.inv_freq.size() * 2 != size_t(rope_dim)) throw std::invalid_argument("rope table of another head size");
+        t.attend_latent(layer, (const float*)q, (const float*)latent, norm.buffer.as<float>(), eps, &up, &rope,
+                        {int(up.keys.size()), keys.n, keys.k, rope_dim, values.n}, scale, (float*)out);
+      }, nb::keep_alive<1, 5>(), nb::keep_alive<1, 7>())
       .def("conv", [](Tape& t, int layer, uintptr_t x, const ConvWeight& w, bool is_gated, uintptr_t out) {
         t.conv(layer, (const float*)x, &w, is_gated, (float*)out);
       }, nb::keep_alive<1, 4>())

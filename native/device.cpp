@@ -197,7 +197,7 @@ void Device::allocate_kv(int type, const std::vector<int>& kv_heads, const std::
       pages <= 0)
     throw std::invalid_argument("bad shape of a KV pool");
   for (size_t i = 0; i < kv_heads.size(); i++) {
-    if (kv_heads[i] <= 0 || head_dims[i] <= 0) throw std::invalid_argument("bad shape of a KV pool");
+    if (kv_heads[i] < 0 || head_dims[i] <= 0 || (kv_heads[i] == 0 && type == KV_INT8)) throw std::invalid_argument("bad shape of a KV pool");
     if (page_size_ % kTile != 0 || head_dims[i] % 16 != 0) throw std::invalid_argument("page size or head size does not fit the kernels");
     if (type == KV_INT8 && head_dims[i] > kMaxInt8HeadDim) throw std::invalid_argument("head size too large for int8 keys and values");
   }
@@ -208,9 +208,10 @@ void Device::allocate_kv(int type, const std::vector<int>& kv_heads, const std::
   kv_layers.clear();
   all_layers_bytes = 0;
   for (size_t i = 0; i < kv_heads.size(); i++) {
-    KvLayer layer{KvType(type), kv_heads[i], head_dims[i], all_layers_bytes, 0, 0};
-    if (type == KV_BF16 && kernels.has_bf16_dot && layer.head_dim % 32 == 0) layer.type = KV_BF16_DOT;
-    layer.k_bytes = k_tile_bytes(layer.type, layer.head_dim);
+    const bool is_latent = kv_heads[i] == 0;
+    KvLayer layer{KvType(type), is_latent, is_latent ? 1 : kv_heads[i], head_dims[i], all_layers_bytes, 0, 0};
+    if (type == KV_BF16 && kernels.has_bf16_dot && layer.head_dim % 32 == 0 && !is_latent) layer.type = KV_BF16_DOT;
+    layer.k_bytes = is_latent ? 0 : k_tile_bytes(layer.type, layer.head_dim);
     layer.tile_bytes = layer.k_bytes + v_tile_bytes(layer.type, layer.head_dim);
     kv_layers.push_back(layer);
     if (__builtin_add_overflow(all_layers_bytes, size_t(layer.kv_heads) * layer.tile_bytes, &all_layers_bytes)) throw std::bad_alloc();
@@ -289,8 +290,11 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
   queries = Buffer(size_t(max_tokens_) * num_heads * head * 4 + beyond);
   units = Buffer(size_t(max_tokens_) * units_width * 4);
   const size_t rows = std::max<size_t>(size_t(kQueryTokens) * num_heads, kJobRows);
+  bool has_latents = false;
+  for (const KvLayer& layer : kv_layers) has_latents |= layer.is_latent;
   work.resize(pool.size());
   for (auto& w : work) {
+    if (has_latents) w.latent = Buffer(size_t(kMaxRows) * padded(max_k) * 4 + beyond);
     w.rows = Buffer(size_t(kMaxRows) * max_k * 4);
     w.wide = Buffer(panel_bytes(BF16, kChunk));
     w.sums = Buffer(size_t(kPanelsTogether) * (size_t(max_tokens_) + kMaxRows) * kPanel * 4);
@@ -381,7 +385,8 @@ void Device::read_pages(const int32_t* pages, size_t count, int64_t tokens, char
       for (const KvLayer& layer : kv_layers)
         for (int h = 0; h < layer.kv_heads; h++, at += layer.tile_bytes) {  // in memory that is aligned, which `out` need not be
           memcpy(tile.data(), at, layer.tile_bytes);
-          for (int token = int(left); token < kTile; token++)
+          if (layer.is_latent) clear_v(layer, tile.data(), int(left));
+          else for (int token = int(left); token < kTile; token++)
             kernels.store_kv[layer.type](zeros.data(), zeros.data(), layer.head_dim, tile.data(), tile.data() + layer.k_bytes, token);
           memcpy(at, tile.data(), layer.tile_bytes);
         }

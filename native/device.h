@@ -41,6 +41,18 @@ struct Linear {
   std::vector<float> bias;  // empty, or one per output padded to whole panels
 };
 
+// What makes keys and values of latents: of each head, a weight of `rank` outputs for queries, and one of value_dim outputs
+// for sums of latents.
+struct LatentWeight {
+  std::vector<const Linear*> keys, values;
+};
+
+// Multi-head latent attention; a row of queries has of each head [nope | rope].
+struct LatentShape {
+  int heads, rank, nope, rope, value_dim;
+  int width() const { return rank + rope; }
+};
+
 // Rows kept in the checkpoint's own format, or those of a head that is tied to it, and decoded when gathered.
 struct Embedding {
   Embedding(Format format, int rows, int columns);
@@ -59,9 +71,10 @@ struct RopeTable {
 };
 
 // The keys and values of one layer. Of what all layers keep of a tile, its own begin at `offset`: kv_heads times tile_bytes, of
-// which the first k_bytes are keys.
+// which the first k_bytes are keys. Latents are one head, whose keys and values lie in the same place.
 struct KvLayer {
   KvType type;
+  bool is_latent;
   int kv_heads, head_dim;
   size_t offset, tile_bytes, k_bytes;
 };
@@ -126,7 +139,7 @@ class Device {
 
   void pack(Linear& w, int part, int first_row, Format format, const uint8_t* rows, size_t row_stride, int num_rows);
   void fill(Embedding& table, const uint8_t* rows, size_t row_stride);
-  // kv_heads, head_dims: of each layer.
+  // kv_heads, head_dims: of each layer; 0 and the width of one that keeps latents.
   void allocate_kv(int kv_type, const std::vector<int>& kv_heads, const std::vector<int>& head_dims, int page_size, int64_t num_pages);
   void allocate_scratch(int max_tokens, int max_k, int num_heads, int head_dim);
   void copy_page(int source, int target, int tokens);
@@ -201,6 +214,7 @@ class Device {
   Buffer queries;      // (kv_heads, tokens, group, head_dim) of the attention being computed
   struct Work {
     Buffer rows, half, wide, sums, out, lanes, maxima, scores, weights, queries;
+    Buffer latent;  // prepared rows of one head, where there are latents
     std::vector<int> positions;
     // Of the rows whose tokens are chosen while their logits are computed: see Kernels::keep_largest.
     std::vector<float> chosen;

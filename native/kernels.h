@@ -67,6 +67,7 @@ struct AttendBlock {
   const char* const* next;   // next_tiles tiles (keys, then values) of the block that follows, fetched meanwhile
   int next_tiles, tile_lines;
   int rows, tiles, first, head_dim, window;
+  int value_dim;             // of attend_latent: the first numbers of a latent are its value; else head_dim
   float scale_log2e;         // softmax scale times log2(e)
   float* out;                // rows x head_dim, running weighted sum
   float* lane_sums;          // rows x 16, running sum of weights
@@ -143,6 +144,10 @@ struct Kernels {
   StoreKvFn store_kv[kNumKvTypes];
   void (*prepare_queries[kNumKvTypes])(const float* q, int heads, int head_dim, char* out);
   void (*attend_block[kNumKvTypes])(const AttendBlock&);
+  // Latents, of the float types: tiles [32 tokens][head_dim], which are keys and, in their first value_dim numbers, values of
+  // all heads. Queries are float32. Null for other types.
+  void (*store_latent[kNumKvTypes])(const float* row, int width, char* tile, int token);
+  void (*attend_latent[kNumKvTypes])(const AttendBlock&);
   void (*finish_attention)(const float* out, const float* lane_sums, int head_dim, float* result);
   void (*to_bf16)(const float* x, int n, uint16_t* out);
   QuantizeFn quantize_q4;

@@ -69,7 +69,7 @@ void Tape::asked_rows(const float* x, int width, float* out) { Op o{ASKED_ROWS};
 
 const char* Tape::name(int code) {
   static const char* names[] = {"embed", "rms_norm", "linear", "head_norm", "rope", "attend", "asked_rows", "conv", "delta_rule", "gated_norm",
-                                "sigmoid_mul", "scan", "silu_mul"};
+                                "sigmoid_mul", "scan", "silu_mul", "attend_latent"};
   return names[code];
 }
 
@@ -86,7 +86,8 @@ void Tape::add(const Op& op) {
   const int index = int(ops_.size());
   ops_.push_back(op);
   if (!op.is_prepared) stages_.push_back({index, 0});
-  if (op.code == LINEAR || op.code == ATTEND || op.code == DELTA || op.code == SCAN) stages_.push_back({index, 1});
+  if (op.code == LINEAR || op.code == ATTEND || op.code == DELTA || op.code == SCAN || op.code == LATENT) stages_.push_back({index, 1});
+  if (op.code == LATENT) stages_.push_back({index, 2});
 }
 
 int Tape::phase_items(const Op& op, int rows, int phase) const {
@@ -99,6 +100,7 @@ int Tape::phase_items(const Op& op, int rows, int phase) const {
   }
   if (op.code == CONV) return device_.num_rows * ((op.conv->channels + kConvChannels - 1) / kConvChannels);
   if ((op.code == DELTA || op.code == SCAN) && phase == 1) return device_.num_rows * op.shape->heads() * (op.shape->value_dim / kDeltaColumns);
+  if (op.code == LATENT) return latent_items(op, rows, phase);
   if (op.code == ATTEND) return int(phase == 0 ? device_.tile_runs.size() : op.plan->jobs.size());
   return rows;
 }
@@ -109,7 +111,7 @@ void Tape::start(int rows) {
   const RopeTable* ready = nullptr;
   for (Op& op : ops_) {
     const bool is_of_step = op.code == EMBED || op.code == ROPE || op.code == ATTEND || op.code == CONV || op.code == DELTA ||
-                            op.code == SCAN;
+                            op.code == SCAN || op.code == LATENT;
     if (op.code == ASKED_ROWS) rows = int(device_.asked.size());
     else if (is_of_step && rows != given) throw std::invalid_argument("an operation of all tokens after rows were left out");
     op.rows = rows;
@@ -128,8 +130,12 @@ void Tape::start(int rows) {
         throw std::invalid_argument("query heads that do not fit the KV pool or the buffers");
       op.plan = &device_.plan_attention(op.heads, layer.kv_heads, op.window);
     }
+    if (op.code == LATENT) {
+      check_latent(op);
+      op.plan = &device_.plan_attention(op.heads, 1, 0);
+    }
     if (op.code == CONV || op.code == DELTA || op.code == SCAN) check_states(op);
-    if (op.code == ROPE && op.rope != ready) {
+    if ((op.code == ROPE || op.code == LATENT) && op.rope != ready) {
       device_.prepare_rope(*op.rope);
       ready = op.rope;
     }
@@ -272,6 +278,7 @@ void Tape::compute(int stage, int thread) {
         attend_job(op, *job, size_t(index) + 1 < op.plan->jobs.size() ? job + 1 : nullptr, rows, device_.work[size_t(thread)]);
       });
       break;
+    case LATENT: latent_phase(op, s.phase, thread, parts); break;
     case CONV: share(parts, thread, [&](int i) { convolve(op, i); }); break;
     case DELTA:
       if (s.phase == 0) share(parts, thread, [&](int i) { make_units(op, i); });
@@ -351,21 +358,6 @@ std::vector<double> Tape::run_timed(int rows) {
   std::vector<double> seconds(ops_.size());
   for (size_t i = 0; i < seconds.size(); i++) seconds[i] = std::chrono::duration<double>(timed.began[i + 1] - timed.began[i]).count();
   return seconds;
-}
-
-template <class F> void Tape::share(Part* parts, int thread, F f) {
-  const int threads = device_.pool.size();
-  for (;;) {
-    uint64_t range = parts[thread].range.load(std::memory_order_relaxed);
-    if (uint32_t(range >> 32) >= uint32_t(range)) break;
-    if (parts[thread].range.compare_exchange_weak(range, range + (uint64_t(1) << 32), std::memory_order_relaxed)) f(int(range >> 32));
-  }
-  for (int victim = (thread + 1) % threads; victim != thread; victim = (victim + 1) % threads)
-    for (;;) {
-      uint64_t range = parts[victim].range.load(std::memory_order_relaxed);
-      if (uint32_t(range >> 32) >= uint32_t(range)) break;
-      if (parts[victim].range.compare_exchange_weak(range, range - 1, std::memory_order_relaxed)) f(int(uint32_t(range)) - 1);
-    }
 }
 
 // What is fetched while `count` values of K from `first` on are multiplied with a row block, some lines at each step of K. With
@@ -707,12 +699,13 @@ Tape::Tiles Tape::first_tiles(const Op& op, const AttendJob& job) const {
 
 // `following` is the job that this thread most likely does next; null if there is none.
 void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* following, int rows, Device::Work& w) {
-  const Device& d = device_;
+  Device& d = device_;
   const AttendPlan& plan = *op.plan;
   const Kernels& k = d.kernels;
   const KvLayer& layer = d.kv_layers[size_t(op.layer)];
-  const int D = layer.head_dim, group = op.heads / layer.kv_heads;
+  const int D = layer.head_dim, group = op.heads / layer.kv_heads, value_dim = layer.is_latent ? op.latent.rank : D;
   const size_t q_bytes = query_bytes(layer.type, D);
+  const auto attend = layer.is_latent ? k.attend_latent[layer.type] : k.attend_block[layer.type];
   const AttendMember* members = plan.members.data() + job.first_member;
   auto query = [&](int token) {
     return d.queries.data() + ((size_t(job.kv_head) * rows + token) * group + job.first_q) * q_bytes;
@@ -754,9 +747,9 @@ void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* follo
       else if (segment + 1 != end) next = tiles_of(op, segment[1], segment[1].first_block, job.kv_head);
       else next = following ? first_tiles(op, *following) : Tiles{};
       AttendBlock block{queries + size_t(first) * q_bytes, w.positions.data() + first, now.k, now.v, next.start, next.count,
-                        tile_lines, count, now.count, b * kBlock, D, op.window, op.number * 1.44269504f,
+                        tile_lines, count, now.count, b * kBlock, D, op.window, value_dim, op.number * 1.44269504f,
                         out + size_t(first) * D, lanes + first * 16, maxima + first, w.scores.as<float>(), w.weights.data()};
-      k.attend_block[layer.type](block);
+      attend(block);
       now = next;
     }
   }
@@ -764,7 +757,9 @@ void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* follo
   for (int m = 0; m < job.num_members; m++)
     for (int i = 0; i < members[m].tokens * job.num_q; i++, n++) {
       const int token = members[m].first_token + i / job.num_q, head = job.kv_head * group + job.first_q + i % job.num_q;
-      k.finish_attention(out + size_t(n) * D, lanes + n * 16, D, op.out + (size_t(token) * op.heads + head) * D);
+      // Sums of latents take the place of the queries that they are of, which nobody else reads.
+      float* results = layer.is_latent ? d.queries.as<float>() : op.out;
+      k.finish_attention(out + size_t(n) * D, lanes + n * 16, value_dim, results + (size_t(token) * op.heads + head) * D);
     }
 }
 

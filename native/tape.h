@@ -26,6 +26,9 @@ class Tape : private Region {
   void rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out);
   // `sinks` may be null, or have a score for each head of something that all tokens see first and that has no value.
   void attend(int layer, const float* qkv, int heads, float scale, int window, const float* sinks, float* out);
+  // Queries, and latents as they are projected, of which what is kept is made with the gain `norm`.
+  void attend_latent(int layer, const float* q, const float* latent, const float* norm, float eps, const LatentWeight* up, RopeTable* rope,
+                     const LatentShape& shape, float scale, float* out);
   // layer: of those that keep a state.
   void conv(int layer, const float* x, const ConvWeight* weight, bool is_gated, float* out);
   void delta(int layer, const float* qkv, const float* gates, const DeltaWeight* weight, const DeltaShape* shape, float* out);
@@ -57,7 +60,7 @@ class Tape : private Region {
   size_t size() const { return ops_.size(); }
 
  private:
-  enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND, ASKED_ROWS, CONV, DELTA, GATED_NORM, SIGMOID_MUL, SCAN, SILU_MUL };
+  enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND, ASKED_ROWS, CONV, DELTA, GATED_NORM, SIGMOID_MUL, SCAN, SILU_MUL, LATENT };
   // How the rows of a linear are cut into blocks, each one call of a kernel.
   struct Blocks {
     const RowKernels& kernels;
@@ -85,10 +88,12 @@ class Tape : private Region {
     const ConvWeight* conv = nullptr;
     const DeltaWeight* decay = nullptr;
     const DeltaShape* shape = nullptr;
+    const LatentWeight* up = nullptr;
+    LatentShape latent{};
     bool is_gated = false;
     const AttendPlan* plan = nullptr;  // in the run that was started last
     int width = 0, heads = 0, kv_heads = 0, head_dim = 0, layer = 0, window = 0;
-    float number = 0;
+    float number = 0, eps = 0;
     int rows = 0;  // in the run that was started last
   };
   // What is left of one thread's part of a phase: [begin, end). The owner takes from the front, so that it streams through
@@ -119,6 +124,14 @@ class Tape : private Region {
   Tiles tiles_of(const Op& op, const AttendSegment& segment, int block, int kv_head) const;
   Tiles first_tiles(const Op& op, const AttendJob& job) const;
   void attend_job(const Op& op, const AttendJob& job, const AttendJob* following, int rows, Device::Work& work);
+  void check_latent(const Op& op) const;
+  int latent_blocks(const Linear& weight, int rows) const;
+  int latent_items(const Op& op, int rows, int phase) const;
+  void latent_phase(const Op& op, int phase, int thread, Part* parts);
+  void store_latents(const Op& op, const TileRun& run);
+  void absorb_queries(const Op& op, int item, Device::Work& work);
+  void latent_values(const Op& op, int item, Device::Work& work);
+  template <class F> void multiply_head(const Linear& weight, const float* x, size_t stride, int rows, Device::Work& work, F f) const;
   void check_states(const Op& op) const;
   void convolve(const Op& op, int index);
   void make_units(const Op& op, int token);
@@ -135,5 +148,21 @@ class Tape : private Region {
   int choose_below_ = 0;     // of what the last linear computes, only the largest of each row among so many columns is kept; 0: all
   Masks choose_among_;       // and only of the columns allowed
 };
+
+// f(item) for every item, by whichever thread comes first.
+template <class F> void Tape::share(Part* parts, int thread, F f) {
+  const int threads = device_.pool.size();
+  for (;;) {
+    uint64_t range = parts[thread].range.load(std::memory_order_relaxed);
+    if (uint32_t(range >> 32) >= uint32_t(range)) break;
+    if (parts[thread].range.compare_exchange_weak(range, range + (uint64_t(1) << 32), std::memory_order_relaxed)) f(int(range >> 32));
+  }
+  for (int victim = (thread + 1) % threads; victim != thread; victim = (victim + 1) % threads)
+    for (;;) {
+      uint64_t range = parts[victim].range.load(std::memory_order_relaxed);
+      if (uint32_t(range >> 32) >= uint32_t(range)) break;
+      if (parts[victim].range.compare_exchange_weak(range, range - 1, std::memory_order_relaxed)) f(int(uint32_t(range)) - 1);
+    }
+}
 
 }  // namespace mooli

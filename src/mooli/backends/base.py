@@ -15,8 +15,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mooli.backends.latent import LatentLayer, LatentSpec, refuse_int8
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
-from mooli.errors import ConfigError, UnsupportedModelError
+from mooli.errors import ConfigError
 from mooli.tensor import RawTensor
 
 NUMERIC_VERSION = 1
@@ -102,14 +103,6 @@ class PagedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class LatentLayer:
-    """Keeps `width` numbers of every token, in pages, that keys and values of all heads are made of. No backend
-    computes it yet. Source: multi-head latent attention, DeepSeek-V2, arXiv 2405.04434."""
-
-    width: int
-
-
-@dataclass(frozen=True, slots=True)
 class StateLayer:
     """Keeps float32 arrays for each sequence, and nothing of its tokens: a recurrence, computed token by token.
 
@@ -147,12 +140,13 @@ class CacheSpec:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Of each layer its number among those of its kind, from 0: pages and states have memories of their own."""
-        counts: dict[type[CacheLayer], int] = {}
+        """Of each layer its number among those in its memory, from 0: pages have one, and states."""
+        counts = {True: 0, False: 0}
         numbers = []
         for layer in self.layers:
-            counts[type(layer)] = counts.get(type(layer), 0) + 1
-            numbers.append(counts[type(layer)] - 1)
+            has_state = isinstance(layer, StateLayer)
+            numbers.append(counts[has_state])
+            counts[has_state] += 1
         return tuple(numbers)
 
     @property
@@ -164,21 +158,15 @@ class CacheSpec:
         """Of one slot, on every backend: what all layers keep of one sequence besides pages. 0 for most models."""
         return 4 * sum(layer.num_values for layer in self.state_layers)
 
-    def paged_layers(self, backend_name: str) -> tuple[PagedLayer, ...]:
+    def paged_layers(self) -> tuple[PagedLayer | LatentLayer, ...]:
         """The layers of which pages are made.
 
-        Raises UnsupportedModelError, naming the kind, if there are some that no backend keeps; ConfigError if there are
-        none.
+        Raises ConfigError if there are none, UnsupportedModelError for a type that no backend keeps their kind in.
         """
-        paged = tuple(layer for layer in self.layers if isinstance(layer, PagedLayer))
+        paged = tuple(layer for layer in self.layers if not isinstance(layer, StateLayer))
         if not paged:
             raise ConfigError("a cache without layers: declare one for each attention of the model")
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, LatentLayer):
-                raise UnsupportedModelError(
-                    f"layer {index} of this model keeps a latent ({layer}), which the {backend_name} backend cannot"
-                    " compute: use a model whose layers all keep keys and values"
-                )
+        refuse_int8(paged, self.dtype)
         return paged
 
 
@@ -277,6 +265,28 @@ class Ops(Protocol):
         layer: index into `CacheSpec.layers`. See `check_attention`. sinks: a vector (num_heads,), for each query head a
         score, not scaled, of something that every token sees before all keys and whose value is zero. Sources: arXiv
         2309.17453; gpt-oss model card, arXiv 2508.10925.
+        """
+        ...
+
+    def attend_latent(
+        self,
+        batch: Any,
+        layer: int,
+        q: Array,
+        latent: Array,
+        norm: Weight,
+        eps: float,
+        up: Weight,
+        rope: RopeSpec,
+        spec: LatentSpec,
+    ) -> Array:
+        """Multi-head latent attention: queries (T, spec.query_width) and latents (T, rank + rope_dim) to
+        (T, num_heads * value_dim).
+
+        A latent row is [c | k_r], a query row of each head [q_n | q_r]. k_r and q_r are rotated as in `rope`, c becomes
+        its RMS norm with the gain `norm`; [c | k_r] is kept in the layer's pages. With U and V of a head, of
+        `load_latent`: the key of a token is [U c | k_r], its value V c, and attention is causal. All backends compute
+        (U^T q_n) c + q_r k_r for the scores and V (sum of weights times c), for every row of every step.
         """
         ...
 
@@ -412,6 +422,11 @@ class Backend(Protocol):
 
     def load_scan(self, decay: RawTensor, dt_bias: RawTensor, skip: RawTensor) -> Weight:
         """The weight of `scan`, in float32: three numbers for each head."""
+        ...
+
+    def load_latent(self, keys: RawTensor, values: RawTensor, spec: LatentSpec) -> Weight:
+        """What makes keys and values of latents: keys (num_heads * rank, nope_dim), of each head U transposed; values
+        (num_heads * value_dim, rank). Never quantised to less than eight bits."""
         ...
 
     def unread_loads(self, at_most: int) -> int:

@@ -6,6 +6,7 @@ by row. Whatever another backend computes is compared with this.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from mooli.backends.base import (
     DeltaSpec,
     Limits,
     MemoryInfo,
+    PagedLayer,
     RopeSpec,
     SampleResult,
     check_attention,
@@ -30,7 +32,9 @@ from mooli.backends.base import (
 )
 from mooli.backends.dequant import dequantize
 from mooli.backends.host_memory import host_memory
+from mooli.backends.latent import LatentLayer, LatentSpec, check_latent, check_rows
 from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
+from mooli.backends.reference_latent import LatentWeight, attend_row
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
 from mooli.errors import ConfigError, OutOfMemoryError
 from mooli.tensor import RawTensor
@@ -163,7 +167,7 @@ class ReferenceOps:
         self.layers: tuple[CacheLayer, ...] = ()
         self.numbers: tuple[int, ...] = ()
         self.kv: list[Floats] = []
-        """Of each layer with pages: keys and values (2, slots, kv heads, head_dim)."""
+        """Of each layer with pages: keys and values (2, slots, kv heads, head_dim), or latents (1, slots, 1, width)."""
         self.states: list[list[Floats]] = []
         """Of each layer with a recurrence, and of each of its shapes: (slots, *shape)."""
         self.kv_dtype = "float32"
@@ -200,9 +204,7 @@ class ReferenceOps:
         return merge_heads(self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps), v)
 
     def rope(self, batch: ForwardBatch, qkv: Floats, spec: AttentionSpec, rope: RopeSpec) -> Floats:
-        # Angles in float64: positions in the tens of thousands leave float32 too few digits.
-        angles = batch.rope_positions[:, None, None] * rope.inv_freq
-        cos, sin = ((turn(angles) * rope.factor).astype(np.float32) for turn in (np.cos, np.sin))
+        cos, sin = rotations(batch, rope)
         q, k, v = split_heads(qkv, spec)
         count = 2 * len(rope.inv_freq)
         q, k = (np.concatenate([rotate_half(x[..., :count], cos, sin), x[..., count:]], axis=-1) for x in (q, k))
@@ -227,6 +229,34 @@ class ReferenceOps:
                 tokens = slice(row.first_token + begin, row.first_token + begin + count)
                 out[tokens] = attention(q[tokens], keys[slots], values[slots], first_query - first_key, spec, sinks)
         return out.reshape(len(qkv), -1)
+
+    def attend_latent(
+        self,
+        batch: ForwardBatch,
+        layer: int,
+        q: Floats,
+        latent: Floats,
+        norm: Floats,
+        eps: float,
+        up: LatentWeight,
+        rope: RopeSpec,
+        spec: LatentSpec,
+    ) -> Floats:
+        check_latent(self.layers, layer, spec)
+        check_rows(spec, q.shape[1], latent.shape[1])
+        cos, sin = rotations(batch, rope)
+        heads = q.reshape(len(q), spec.num_heads, -1)
+        turned = rotate_half(heads[..., spec.nope_dim :], cos, sin)
+        heads = np.concatenate([heads[..., : spec.nope_dim], turned], axis=2)
+        normed = self.rms_norm(latent[:, : spec.rank], norm, eps)
+        key = rotate_half(latent[:, None, spec.rank :], cos, sin)[:, 0]
+        pool = self.kv[self.numbers[layer]][0, :, 0]
+        pool[batch.slots] = round_to(self.kv_dtype, np.concatenate([normed, key], axis=1))
+        out = np.empty((len(q), spec.num_heads, spec.value_dim), np.float32)
+        for row in batch.rows:
+            tokens = slice(row.first_token, row.first_token + row.length)
+            out[tokens] = attend_row(heads[tokens], pool[row.slots], up, spec)
+        return out.reshape(len(q), -1)
 
     def short_conv(self, batch: ForwardBatch, layer: int, x: Floats, weight: ConvWeight) -> Floats:
         before, after, u = np.split(x, 3, axis=1)
@@ -351,6 +381,14 @@ def merge_heads(q: Floats, k: Floats, v: Floats) -> Floats:
     return np.concatenate([q, k, v], axis=1).reshape(len(q), -1)
 
 
+def rotations(batch: ForwardBatch, rope: RopeSpec) -> tuple[Floats, Floats]:
+    """Cosines and sines at the step's rotary positions: (T, 1, number of pairs)."""
+    # Angles in float64: positions in the tens of thousands leave float32 too few digits.
+    angles = batch.rope_positions[:, None, None] * rope.inv_freq
+    cos, sin = ((turn(angles) * rope.factor).astype(np.float32) for turn in (np.cos, np.sin))
+    return cos, sin
+
+
 def rotate_half(x: Floats, cos: Floats, sin: Floats) -> Floats:
     """Rotate pairs (i, i + head_dim / 2) of x (T, heads, head_dim) by angles (T, 1, head_dim / 2)."""
     first, second = np.split(x, 2, axis=-1)
@@ -469,6 +507,12 @@ class ReferenceBackend:
     def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> DeltaWeight:
         return DeltaWeight(self._count(_vector(decay)), self._count(_vector(dt_bias)))
 
+    def load_latent(self, keys: RawTensor, values: RawTensor, spec: LatentSpec) -> LatentWeight:
+        return LatentWeight(
+            self._count(_matrix(keys)).reshape(spec.num_heads, spec.rank, spec.nope_dim),
+            self._count(_matrix(values)).reshape(spec.num_heads, spec.value_dim, spec.rank),
+        )
+
     def unread_loads(self, at_most: int) -> int:
         return 0
 
@@ -476,8 +520,7 @@ class ReferenceBackend:
         return self._weight_bytes
 
     def kv_bytes_per_page(self, spec: CacheSpec) -> int:
-        values = sum(layer.num_kv_heads * layer.head_dim for layer in spec.paged_layers(self.name))
-        return 2 * spec.page_size * values * 4
+        return 4 * spec.page_size * sum(math.prod(kept_shape(layer)) for layer in spec.paged_layers())
 
     def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits) -> None:
         """Raises OutOfMemoryError if the pool does not fit. Of `limits` only the number of states bounds anything here:
@@ -485,8 +528,8 @@ class ReferenceBackend:
         self.check_page_size(spec.page_size)
         if spec.dtype not in ("float32", "float16", "bfloat16", "int8"):
             raise ConfigError(f"unknown KV type {spec.dtype!r}; choose float32, float16, bfloat16 or int8")
-        layers, num_slots = spec.paged_layers(self.name), num_pages * spec.page_size
-        shapes = [(2, num_slots, layer.num_kv_heads, layer.head_dim) for layer in layers]
+        num_slots = num_pages * spec.page_size
+        shapes = [(parts, num_slots, *rest) for parts, *rest in map(kept_shape, spec.paged_layers())]
         try:
             self.ops.kv = [np.full(shape, np.nan, dtype=np.float32) for shape in shapes]
             self.ops.states = [
@@ -538,7 +581,8 @@ class ReferenceBackend:
         return {"layout": "[layer][K, V][token][kv head][value] float32", "library": f"numpy {np.__version__}"}
 
     def _parts(self, page: int, whole: Bytes) -> Iterator[tuple[Floats, Floats]]:
-        """What each layer keeps in a page, and its part of the page's bytes: (2, page size, kv heads, head_dim)."""
+        """What each layer keeps in a page, and its part of the page's bytes: (2, page size, kv heads, head_dim), or
+        (1, page size, 1, width) of latents."""
         values, first = whole.view(np.float32), page * self._page_size
         for kv in self.ops.kv:
             kept = kv[:, first : first + self._page_size]
@@ -598,6 +642,11 @@ class ReferenceBackend:
     def _count(self, array: Floats) -> Floats:
         self._weight_bytes += array.nbytes
         return array
+
+
+def kept_shape(layer: PagedLayer | LatentLayer) -> tuple[int, int, int]:
+    """Of one token: keys and values, their heads, and their length."""
+    return (1, 1, layer.width) if isinstance(layer, LatentLayer) else (2, layer.num_kv_heads, layer.head_dim)
 
 
 def _matrix(tensor: RawTensor) -> Floats:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from mooli.backends.ascend.defaults import MAX_RUNNING_REQUESTS
 from mooli.backends.ascend.paths import PAGE_SIZE
 from mooli.backends.base import Activation, CacheSpec
+from mooli.backends.latent import LatentLayer, LatentSpec
 from mooli.errors import ConfigError
 from mooli.tensor import RawTensor
 
@@ -53,6 +54,9 @@ class Sizes:
 
     def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> None:
         self.num_bytes += 4 * (decay.num_columns + dt_bias.num_columns)
+
+    def load_latent(self, keys: RawTensor, values: RawTensor, spec: LatentSpec) -> None:
+        raise NotImplementedError
 
     def load_linear(
         self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
@@ -99,6 +103,10 @@ class TorchSizes(Sizes):
     ) -> None:
         self.load_linear([gate, up], biases)
 
+    def load_latent(self, keys: RawTensor, values: RawTensor, spec: LatentSpec) -> None:
+        """In floats, whatever the linear weights are quantised to."""
+        self.num_bytes += self.float_bytes([keys]) + self.float_bytes([values])
+
     def load_embedding(self, table: RawTensor) -> None:
         self.num_bytes += self.float_bytes([table])
 
@@ -108,7 +116,7 @@ class TorchSizes(Sizes):
         return None, None
 
     def kv_bytes_per_page(self, spec: CacheSpec) -> int:
-        return page_bytes(spec, self.name)
+        return page_bytes(spec)
 
     def _add(self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor], *, head: bool, is_tied: bool) -> None:
         item_bytes = ITEM_BYTES[self.dtype]
@@ -166,14 +174,17 @@ def is_w8a8(tensors: Sequence[RawTensor], dtype: str, quantization: str | None, 
     return sum(tensor.num_rows for tensor in tensors) <= WIDEST_W8A8 and tensors[0].num_columns <= WIDEST_W8A8
 
 
-def page_bytes(spec: CacheSpec, backend_name: str) -> int:
+def page_bytes(spec: CacheSpec) -> int:
     """Bytes of one KV page of the backends of PyTorch, all layers. Raises ConfigError for an unknown KV type, and as
     `CacheSpec.paged_layers`."""
     if spec.dtype not in ITEM_BYTES:
         others = ", ".join(ITEM_BYTES)
         raise ConfigError(f"kv_cache_dtype={spec.dtype!r} is possible only on a CPU; here it is one of {others}")
-    values = sum(layer.num_kv_heads * layer.head_dim for layer in spec.paged_layers(backend_name))
-    return 2 * spec.page_size * values * ITEM_BYTES[spec.dtype]
+    values = sum(
+        layer.width if isinstance(layer, LatentLayer) else 2 * layer.num_kv_heads * layer.head_dim
+        for layer in spec.paged_layers()
+    )
+    return spec.page_size * values * ITEM_BYTES[spec.dtype]
 
 
 def cannot_quantise(name: str, quantization: str | None) -> ConfigError:

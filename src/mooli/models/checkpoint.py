@@ -99,7 +99,7 @@ def as_declared(raw: RawTensor, spec: TensorSpec | None) -> RawTensor:
         return raw
     if spec.hf_is_log:
         return _floats(raw, -np.exp(dequantize(raw)))
-    return _scaled(_in_halves(raw, spec.hf_paired_heads), spec.hf_offset, spec.factor)
+    return _scaled(_in_halves(raw, spec.hf_paired_heads, spec.paired_rows), spec.hf_offset, spec.factor)
 
 
 def _scaled(raw: RawTensor, offset: float, factor: float) -> RawTensor:
@@ -113,11 +113,11 @@ def _floats(raw: RawTensor, values: NDArray[np.float32]) -> RawTensor:
     return RawTensor(raw.name, TensorType.F32, raw.shape, values.reshape(raw.num_rows, -1).view(np.uint8))
 
 
-def _in_halves(raw: RawTensor, num_heads: int) -> RawTensor:
-    """Of heads whose rows are in pairs. 0 heads: as it is."""
+def _in_halves(raw: RawTensor, num_heads: int, num_paired: int) -> RawTensor:
+    """Of heads of which all rows, or so many last ones, are in pairs. 0 heads: as it is."""
     if not num_heads:
         return raw
-    order = _halves_from_pairs(raw.shape[0], num_heads)
+    order = _halves_from_pairs(raw.shape[0], num_heads, num_paired)
     if len(raw.shape) == 2:
         return raw.take_rows(order)
     item_bytes = row_bytes(raw.type, 1)
@@ -155,7 +155,11 @@ class GGUFCheckpoint:
     def tensor(self, name: str) -> RawTensor:
         raw = dataclasses.replace(self._file.tensor(self._gguf_name(name)), name=name)
         spec = self._tensors.get(name)
-        return raw if spec is None else _scaled(_in_halves(raw, spec.gguf_paired_heads), 0.0, spec.factor)
+        return (
+            raw
+            if spec is None
+            else _scaled(_in_halves(raw, spec.gguf_paired_heads, spec.paired_rows), 0.0, spec.factor)
+        )
 
     def release(self, name: str) -> None:
         self._file.release(self._gguf_name(name))
@@ -169,13 +173,14 @@ class GGUFCheckpoint:
         return self._gguf_names[name]
 
 
-def _halves_from_pairs(num_rows: int, num_heads: int) -> NDArray[np.int64]:
-    """Where row t * head_dim / 2 + i of each head is found: at 2i + t. int64 (num_rows,)."""
-    if num_rows % (2 * num_heads):
+def _halves_from_pairs(num_rows: int, num_heads: int, num_paired: int) -> NDArray[np.int64]:
+    """Where row t * d / 2 + i of the d paired rows of each head is found: at 2i + t. int64 (num_rows,)."""
+    each = num_paired or num_rows // num_heads
+    if num_rows % num_heads or each % 2 or each > num_rows // num_heads:
         raise CheckpointError(f"{num_rows} query or key rows are not {num_heads} heads of even length")
-    rows: NDArray[np.int64] = np.arange(num_rows, dtype=np.int64)
-    order: NDArray[np.int64] = rows.reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
-    return order
+    order: NDArray[np.int64] = np.arange(num_rows, dtype=np.int64).reshape(num_heads, -1)
+    paired = order[:, -each:].reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(num_heads, -1)
+    return np.concatenate([order[:, :-each], paired], axis=1).reshape(-1)
 
 
 _STORED_AS = {"float32": TensorType.F32, "float16": TensorType.F16, "bfloat16": TensorType.BF16}

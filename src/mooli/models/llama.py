@@ -194,14 +194,19 @@ class LlamaModel:
         return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head)
 
 
-def read_hf(source: HFSource, common: dict[str, Any], **own: Any) -> dict[str, Any]:
-    """What all read of a config.json alike. common: what `source.common` read; own: what they read otherwise."""
-    fields = source.fields
+def check_silu(source: HFSource) -> None:
+    """Raise UnsupportedModelError for a config.json with another activation."""
     activation = source.values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(
             f"activation {short(activation)} is not implemented; {source.family} models use silu"
         )
+
+
+def read_hf(source: HFSource, common: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """What all read of a config.json alike. common: what `source.common` read; own: what they read otherwise."""
+    fields = source.fields
+    check_silu(source)
     num_heads = fields.integer("num_attention_heads")
     theta, scaling = rope.hf_rope(source.values)
     alike: dict[str, Any] = {

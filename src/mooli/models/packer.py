@@ -12,8 +12,10 @@ from collections.abc import Callable
 import numpy as np
 
 from mooli.backends.base import Activation, Backend, Weight
+from mooli.backends.latent import LatentSpec
 from mooli.models.checkpoint import Checkpoint
 from mooli.models.config import ModelConfig
+from mooli.models.mla_weights import keys_and_values
 from mooli.tensor import RawTensor
 
 MOST_UNREAD_BYTES = 256 << 20
@@ -79,6 +81,13 @@ class Packer:
         queries, gates = (both.take_rows(rows[:, part].reshape(-1)) for part in (0, 1))
         qkv = self._packed(self._backend.load_linear([queries, *others]), *others)
         return qkv, self._packed(self._backend.load_linear([gates]), both)
+
+    def latent(self, *modules: str, spec: LatentSpec) -> Weight:
+        """The weight of `Ops.attend_latent`: of one module, with the rows of keys and of values of each head one after
+        the other, or of one for keys (transposed in each head) and one for values."""
+        tensors = self._weights(modules)
+        keys, values = keys_and_values(tensors[0], spec) if len(tensors) == 1 else tensors
+        return self._packed(self._backend.load_latent(keys, values, spec), *tensors)
 
     def conv(self, module: str) -> Weight:
         """The weight of `Ops.short_conv` and `Ops.causal_conv`."""

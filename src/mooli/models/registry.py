@@ -10,7 +10,7 @@ from typing import Any
 
 from mooli.backends.base import Backend
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from mooli.models import gemma, granite, hunyuan, lfm2, llama, qwen3_5
+from mooli.models import gemma, granite, hunyuan, lfm2, llama, minicpm3, qwen3_5
 from mooli.models.checkpoint import Checkpoint
 from mooli.models.config import ModelConfig
 from mooli.models.family import Family, Model
@@ -30,6 +30,7 @@ FAMILIES: dict[str, Family] = {
         granite.GRANITE,
         hunyuan.HUNYUAN,
         lfm2.LFM2,
+        minicpm3.MINICPM3,
         qwen3_5.QWEN3_5,
     )
 }

@@ -27,6 +27,7 @@ from mooli.backends.ascend.paths import (
 )
 from mooli.backends.ascend.step import HAS_LENGTHS, AscendStep, Rows, int32
 from mooli.backends.base import AttentionSpec
+from mooli.backends.latent import LatentLayer
 from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.step_plan import ForwardBatch
 
@@ -62,7 +63,8 @@ class AscendAttention(PagedAttention):
     def attend(
         self, batch: ForwardBatch, layer: int, q: Tensor, spec: AttentionSpec, sinks: Tensor | None = None
     ) -> Tensor:
-        if not isinstance(batch, AscendStep) or batch.rows is None:
+        is_latent = isinstance(self.pool.layers[layer], LatentLayer)
+        if is_latent or not isinstance(batch, AscendStep) or batch.rows is None:
             return super().attend(batch, layer, q, spec, sinks)
         q = q.contiguous()
         if batch.is_static:

@@ -28,6 +28,7 @@ from mooli.backends.ascend.quant import load_w8a8
 from mooli.backends.ascend.sampler import AscendSampler
 from mooli.backends.ascend.step import AscendStep, cut, plan_rows
 from mooli.backends.base import CacheSpec, Limits, MemoryInfo
+from mooli.backends.latent import LatentLayer
 from mooli.backends.parallel import RankGroup
 from mooli.backends.sizes import AscendSizes, is_w8a8, no_w8a8_in_float32
 from mooli.backends.torch.backend import TorchBackend
@@ -184,6 +185,9 @@ class AscendBackend(TorchBackend):
         self._embedding = None
         if spec.state_layers and self.graphs is not None:
             logger.info("steps run without graphs: the model has recurrent layers")
+            self.graphs = None
+        if any(isinstance(layer, LatentLayer) for layer in spec.layers) and self.graphs is not None:
+            logger.info("steps run without graphs: the model attends to latents, in operations that graphs do not take")
             self.graphs = None
         self.pool = pool = AscendKVPool(spec, num_pages, self._npu, self._switches)
         self.ops.keep_states(spec, limits.num_states)

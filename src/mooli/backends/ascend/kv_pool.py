@@ -11,6 +11,7 @@ from torch import Tensor
 from mooli.backends.ascend.bring_up import Npu
 from mooli.backends.ascend.paths import STORE, Switches
 from mooli.backends.base import CacheSpec
+from mooli.backends.latent import LatentLayer
 from mooli.backends.torch.kv_pool import KVPool
 from mooli.errors import ConfigError
 
@@ -23,14 +24,17 @@ class AscendKVPool(KVPool):
 
     def __init__(self, spec: CacheSpec, num_pages: int, npu: Npu, switches: Switches) -> None:
         """Raises ConfigError for more pages than kernels can count in, OutOfMemoryError if the device is full."""
-        widest = max(layer.num_kv_heads * layer.head_dim for layer in spec.paged_layers("ascend"))
+        widest = max(
+            layer.width if isinstance(layer, LatentLayer) else layer.num_kv_heads * layer.head_dim
+            for layer in spec.paged_layers()
+        )
         most = MOST_VALUES // (spec.page_size * widest) - 1
         if num_pages > most:
             raise ConfigError(
                 f"the KV cache would have {num_pages} pages, and the NPU's attention takes at most {most} of this"
                 f" model: lower max_total_tokens to {most * spec.page_size} or mem_fraction_static"
             )
-        super().__init__(spec, num_pages, npu.device, 1, backend_name="ascend")
+        super().__init__(spec, num_pages, npu.device, 1)
         if not npu.is_simulated:
             # Kernels get lengths; what they do with numbers behind them is not documented. The simulated pool stays
             # full of NaN, so that a read too far is seen.
@@ -46,8 +50,7 @@ class AscendKVPool(KVPool):
         if not self._is_fused:
             super().store(layer, slots.long(), k, v)
             return
-        kept = self.layers[layer]
-        shape = (len(k), kept.num_kv_heads, kept.head_dim)
+        shape = (len(k), *self.key_pages[layer].shape[2:])
         torch.ops.atb._npu_reshape_and_cache(
             key=k.contiguous().view(shape),
             value=v.contiguous().view(shape),

@@ -23,12 +23,14 @@ from mooli.backends.base import (
     CacheSpec,
     Limits,
     MemoryInfo,
+    PagedLayer,
     SampleResult,
     check_attention,
     check_conv,
     check_delta,
 )
 from mooli.backends.claims import Claim
+from mooli.backends.cpu.latent import LatentWeight, check_layer, heads_of
 from mooli.backends.cpu.packing import (
     FLOAT_KINDS,
     MAX_RUNNING_REQUESTS,
@@ -36,12 +38,14 @@ from mooli.backends.cpu.packing import (
     Kind,
     Packing,
     is_exact,
+    kept_shapes,
     page_bytes,
 )
 from mooli.backends.cpu.processors import cpu_quota, default_num_threads, usable_cpus
 from mooli.backends.cpu.tape import CapturedTape, Planned, Result, Rows, TapeOps
 from mooli.backends.dequant import dequantize, with_scales_in_groups
 from mooli.backends.host_memory import host_memory
+from mooli.backends.latent import LatentLayer, LatentSpec, check_latent
 from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
 from mooli.errors import ConfigError, EngineError, OutOfMemoryError, UnsupportedModelError
@@ -267,6 +271,20 @@ class CpuBackend:
     def load_scan(self, decay: RawTensor, dt_bias: RawTensor, skip: RawTensor) -> Recurrent:
         return self._recurrent(_native.DeltaWeight(*(self._floats(vector) for vector in (decay, dt_bias, skip))))
 
+    def load_latent(self, keys: RawTensor, values: RawTensor, spec: LatentSpec) -> LatentWeight:
+        of_heads = [self._head_weights(tensor, spec.num_heads) for tensor in (keys, values)]
+        return self._loaded(LatentWeight(_native.LatentWeight(*of_heads), spec))
+
+    def _head_weights(self, tensor: RawTensor, num_heads: int) -> list[Any]:
+        kind = self._packing.kind([tensor], head=True)  # all that is kept of a sequence goes through them
+        weights = []
+        for rows in heads_of(tensor, num_heads):
+            weights.append(self._new_linear(kind, rows.num_rows, rows.num_columns, gated=False))
+            self._pack(weights[-1], 0, 0, rows)
+            self._weight_bytes += weights[-1].num_bytes
+        self._kinds[kind.name] = self._kinds.get(kind.name, 0) + 1
+        return weights
+
     def _floats(self, tensor: RawTensor) -> NDArray[np.float32]:
         self._check_type(tensor)
         return np.ascontiguousarray(dequantize(tensor), dtype=np.float32)
@@ -320,8 +338,11 @@ class CpuBackend:
 
     def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits) -> None:
         self.check_page_size(spec.page_size)
-        layers = spec.paged_layers(self.name)
-        for head_dim in sorted({layer.head_dim for layer in layers}):
+        layers = spec.paged_layers()
+        for layer in layers:
+            if isinstance(layer, LatentLayer):
+                check_layer(layer)
+        for head_dim in sorted({layer.head_dim for layer in layers if isinstance(layer, PagedLayer)}):
             if head_dim % 16:
                 raise UnsupportedModelError(f"head_dim {head_dim} is not a multiple of 16, which the cpu kernels need")
             if spec.dtype == "int8" and head_dim > MAX_INT8_HEAD_DIM:
@@ -342,8 +363,7 @@ class CpuBackend:
             )
             self._device.allocate_kv(
                 _KV_TYPES[spec.dtype],
-                [layer.num_kv_heads for layer in layers],
-                [layer.head_dim for layer in layers],
+                *kept_shapes(layers),
                 spec.page_size,
                 num_pages,
             )
@@ -365,15 +385,18 @@ class CpuBackend:
         """Scratch for the widest linear and the most heads seen so far; returns the most tokens of a step."""
         if self._limits is None or self._kv is None:
             raise ConfigError("allocate the KV pool before running a step")
-        layers = self._kv.paged_layers(self.name)
+        _, widths = kept_shapes(self._kv.paged_layers())
         for layer, attention in self.ops.attentions:
             check_attention(self._kv.layers, layer, attention)
         for layer, columns, channels in self.ops.convs:
             check_conv(self._kv.layers, layer, columns, channels)
         for layer, delta in self.ops.deltas:
             check_delta(self._kv.layers, layer, delta)
-        heads = max((attention.num_heads for _, attention in self.ops.attentions), default=1)
-        need = (self._limits.max_tokens, self._max_k, heads, max(layer.head_dim for layer in layers))
+        for layer, latent in self.ops.latents:
+            check_latent(self._kv.layers, layer, latent)
+        attended = [attention.num_heads for _, attention in self.ops.attentions]
+        attended += [latent.num_heads for _, latent in self.ops.latents]
+        need = (self._limits.max_tokens, self._max_k, max(attended, default=1), max(widths))
         if any(a > b for a, b in zip(need, self._scratch, strict=True)):
             wanted: tuple[int, int, int, int] = tuple(map(max, need, self._scratch))  # type: ignore[assignment]
             try:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from mooli import _native
-from mooli.backends.base import Activation, CacheSpec
-from mooli.backends.sizes import Sizes
+from mooli.backends.base import Activation, CacheSpec, PagedLayer
+from mooli.backends.latent import LatentLayer, LatentSpec
+from mooli.backends.sizes import ITEM_BYTES, Sizes
 from mooli.tensor import RawTensor, TensorType, row_bytes
 
 TILE = 32
@@ -90,11 +91,22 @@ def is_exact(table: RawTensor, kind: Kind) -> bool:
 
 def page_bytes(spec: CacheSpec) -> int:
     """Bytes of one KV page, all layers."""
-    return (
-        spec.page_size
-        // TILE
-        * sum(layer.num_kv_heads * _tile_bytes(layer.head_dim, spec.dtype) for layer in spec.paged_layers("cpu"))
-    )
+    return spec.page_size // TILE * sum(_layer_bytes(layer, spec.dtype) for layer in spec.paged_layers())
+
+
+def kept_shapes(layers: Sequence[PagedLayer | LatentLayer]) -> tuple[list[int], list[int]]:
+    """Of each layer its kv heads and their length, as the native module wants them: no heads where latents are kept."""
+    shapes = [
+        (0, layer.width) if isinstance(layer, LatentLayer) else (layer.num_kv_heads, layer.head_dim) for layer in layers
+    ]
+    return [heads for heads, _ in shapes], [width for _, width in shapes]
+
+
+def _layer_bytes(layer: PagedLayer | LatentLayer, dtype: str) -> int:
+    """Of a tile."""
+    if isinstance(layer, LatentLayer):
+        return TILE * layer.width * ITEM_BYTES[dtype]
+    return layer.num_kv_heads * _tile_bytes(layer.head_dim, dtype)
 
 
 def _tile_bytes(head_dim: int, dtype: str) -> int:
@@ -126,6 +138,12 @@ class CpuSizes(Sizes):
     ) -> None:
         kind = self._packing.kind([gate, up], head=False)
         self.num_bytes += _native.linear_bytes(int(kind), gate.num_rows, gate.num_columns, True, bool(biases))
+
+    def load_latent(self, keys: RawTensor, values: RawTensor, spec: LatentSpec) -> None:
+        for tensor in (keys, values):
+            kind, rows = self._packing.kind([tensor], head=True), tensor.num_rows // spec.num_heads
+            each = _native.linear_bytes(int(kind), rows, tensor.num_columns, False, False)
+            self.num_bytes += spec.num_heads * each
 
     def load_embedding(self, table: RawTensor) -> None:
         self.num_bytes += table.num_rows * row_bytes(table.type, table.num_columns)

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from mooli import _native
 from mooli.backends.base import AttentionSpec, DeltaSpec, RopeSpec
+from mooli.backends.cpu.latent import LatentWeight
+from mooli.backends.latent import LatentSpec, check_rows
 from mooli.batch import TokenMasks
 from mooli.errors import ConfigError, EngineClosedError, OutOfMemoryError
 
@@ -131,6 +133,8 @@ class TapeOps:
         """Of each layer, among those of its kind: `CacheSpec.numbers`."""
         self.attentions: list[tuple[int, AttentionSpec]] = []
         """Layers, and what was recorded to attend there."""
+        self.latents: list[tuple[int, LatentSpec]] = []
+        """The same, of attention to latents."""
         self.convs: list[tuple[int, int, int]] = []
         """Layers, and of how many columns and channels the convolution is that was recorded there."""
         self.deltas: list[tuple[int, DeltaSpec]] = []
@@ -216,14 +220,17 @@ class TapeOps:
         )
 
     def rope(self, batch: Any, qkv: Register, spec: AttentionSpec, rope: RopeSpec) -> Register:
-        if rope.name not in self._ropes:
-            frequencies = np.ascontiguousarray(rope.inv_freq, dtype=np.float64)
-            self._ropes[rope.name] = self._device.add_rope(frequencies, rope.factor)
-        table = self._ropes[rope.name]
+        table = self._rope_table(rope)
         heads = _check_heads(qkv, spec)
         return self._now().add(
             (qkv,), qkv.width, lambda t, out: t.rope(qkv.address, table, *heads, out.address), reusable=qkv
         )
+
+    def _rope_table(self, rope: RopeSpec) -> Any:
+        if rope.name not in self._ropes:
+            frequencies = np.ascontiguousarray(rope.inv_freq, dtype=np.float64)
+            self._ropes[rope.name] = self._device.add_rope(frequencies, rope.factor)
+        return self._ropes[rope.name]
 
     def attend(self, batch: Any, layer: int, qkv: Register, spec: AttentionSpec, sinks: Any | None = None) -> Register:
         _check_heads(qkv, spec)
@@ -236,6 +243,32 @@ class TapeOps:
             tape.attend(self.numbers[layer], qkv.address, spec.num_heads, spec.scale, spec.window, native, out.address)
 
         return self._now().add((qkv,), spec.num_heads * spec.head_dim, emit)
+
+    def attend_latent(
+        self,
+        batch: Any,
+        layer: int,
+        q: Register,
+        latent: Register,
+        norm: Any,
+        eps: float,
+        up: LatentWeight,
+        rope: RopeSpec,
+        spec: LatentSpec,
+    ) -> Register:
+        check_rows(spec, q.width, latent.width)
+        if up.spec != spec:
+            raise ConfigError(f"weights that were loaded for {up.spec}, not for {spec}")
+        table = self._rope_table(rope)
+        self.latents.append((layer, spec))
+
+        def emit(tape: Any, out: Register) -> None:
+            number, places = self.numbers[layer], (q.address, latent.address)
+            tape.attend_latent(
+                number, *places, norm.native, eps, up.native, table, spec.rope_dim, spec.scale, out.address
+            )
+
+        return self._now().add((q, latent), spec.num_heads * spec.value_dim, emit)
 
     def short_conv(self, batch: Any, layer: int, x: Register, weight: Any) -> Register:
         return self._conv(layer, x, weight, parts=3)

@@ -27,10 +27,10 @@ class PagedAttention:
     def attend(
         self, batch: ForwardBatch, layer: int, q: Tensor, spec: AttentionSpec, sinks: Tensor | None = None
     ) -> Tensor:
-        """Attention of every row to its sequence: q (T, num_heads * head_dim), and so is the result."""
+        """Attention of every row to its sequence: q (T, num_heads * head_dim) to (T, num_heads * length of a value)."""
         if len(batch.decode) == 1 and batch.decode[0].tokens is None:
             return self.attend_group(batch, layer, 0, q, spec, sinks)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty(len(q), spec.num_heads * self.pool.value_dims[layer])
         for index, group in enumerate(batch.decode):
             if group.tokens is not None:
                 mixed = self.attend_group(batch, layer, index, q.index_select(0, group.tokens), spec, sinks)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mooli.backends.base import Activation, CacheSpec, Limits, MemoryInfo, SampleResult
 from mooli.backends.host_memory import host_memory
+from mooli.backends.latent import LatentSpec
 from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
 from mooli.backends.parallel import RankGroup
 from mooli.backends.reference_sampling import LogprobTuple
@@ -26,6 +27,7 @@ from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.communicator import Communicator, GlooCommunicator
 from mooli.backends.torch.dtypes import DTYPES, torch_dtype
 from mooli.backends.torch.kv_pool import KVPool
+from mooli.backends.torch.latent import LatentWeight
 from mooli.backends.torch.ops import ConvWeight, DeltaWeight, ScanWeight, TorchOps
 from mooli.backends.torch.parallel import PartTable, over_ranks, table_over_ranks
 from mooli.backends.torch.sampling import TorchSampler
@@ -243,6 +245,14 @@ class TorchBackend:
             check_type(tensor)
         return [self._count(load_vector([tensor], torch.float32, self.device)) for tensor in tensors]
 
+    def load_latent(self, keys: RawTensor, values: RawTensor, spec: LatentSpec) -> LatentWeight:
+        """In floats, whatever the linear weights are quantised to."""
+        self._note([keys, values], is_linear=False)
+        made = [self._count(load_matrix([tensor], self._dtype, self.device)) for tensor in (keys, values)]
+        return LatentWeight(
+            made[0].view(spec.num_heads, spec.rank, spec.nope_dim), made[1].view(spec.num_heads, -1, spec.rank)
+        )
+
     def _note(self, tensors: Sequence[RawTensor], *, is_linear: bool) -> None:
         """Check storage types, and keep for `describe` what became of them."""
         for tensor in tensors:
@@ -263,13 +273,13 @@ class TorchBackend:
     # ------------------------------------------------------------------ KV pool
 
     def kv_bytes_per_page(self, spec: CacheSpec) -> int:
-        return page_bytes(spec, self.name)
+        return page_bytes(spec)
 
     def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits) -> None:
         self.check_page_size(spec.page_size)
         # The embedding was kept for a tied head, which is loaded by now.
         self._embedding = None
-        self.pool = KVPool(spec, num_pages, self.device, self.num_spare_pages(), backend_name=self.name)
+        self.pool = KVPool(spec, num_pages, self.device, self.num_spare_pages())
         self.ops.attention = self.make_attention(self.pool)
         self.ops.keep_states(spec, limits.num_states)
         self.ops.num_positions = limits.max_pages_per_row * spec.page_size

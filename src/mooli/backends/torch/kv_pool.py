@@ -1,8 +1,8 @@
 """The KV pool in few tensors: storing, gathering and copying by slot.
 
 Owns the layout, [layer][K, V][page][offset][kv head][value] for the layers of one shape, of which every layer's keys
-and values are contiguous. Never knows which request a page belongs to. Memory that was never stored to holds anything,
-and is never gathered.
+and values are contiguous. Latents are keys of one head, whose first numbers are the values. Never knows which request a
+page belongs to. Memory that was never stored to holds anything, and is never gathered.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mooli.backends.base import CacheSpec
+from mooli.backends.latent import LatentLayer
 from mooli.backends.page_bytes import Bytes
 from mooli.backends.sizes import page_bytes
 from mooli.backends.torch.dtypes import torch_dtype
@@ -26,23 +27,25 @@ class KVPool:
     Padding rows of a captured step read and write the spare page, whose number is `num_pages`.
     """
 
-    def __init__(
-        self, spec: CacheSpec, num_pages: int, device: torch.device, num_spare_pages: int = 0, *, backend_name: str
-    ) -> None:
+    def __init__(self, spec: CacheSpec, num_pages: int, device: torch.device, num_spare_pages: int = 0) -> None:
         """Raises OutOfMemoryError if the device does not hold the pool, ConfigError for an unknown KV type, and as
         `CacheSpec.paged_layers`."""
         self.page_size = spec.page_size
-        self.layers = spec.paged_layers(backend_name)
+        self.layers = spec.paged_layers()
         self.num_pages = num_pages
-        self.page_bytes = page_bytes(spec, backend_name)
+        self.page_bytes = page_bytes(spec)
         self.dtype = torch_dtype(spec.dtype)
-        shapes = [(layer.num_kv_heads, layer.head_dim) for layer in self.layers]
+        shapes = [
+            (1, 1, layer.width) if isinstance(layer, LatentLayer) else (2, layer.num_kv_heads, layer.head_dim)
+            for layer in self.layers
+        ]
         pages = (num_pages + num_spare_pages, spec.page_size)
-        self.stacks: dict[tuple[int, int], Tensor] = {}
-        """Kv heads and head_dim to their layers, in order: (layers, 2, pages, page size, kv heads, head_dim)."""
+        self.stacks: dict[tuple[int, int, int], Tensor] = {}
+        """2 for keys and values, or 1, kv heads and head_dim to their layers, in order: (layers, 2 or 1, pages, page
+        size, kv heads, head_dim)."""
         try:
             for shape in dict.fromkeys(shapes):
-                stack = (shapes.count(shape), 2, *pages, *shape)
+                stack = (shapes.count(shape), shape[0], *pages, *shape[1:])
                 self.stacks[shape] = torch.empty(stack, dtype=self.dtype, device=device)
         except RuntimeError as exc:  # of which torch's own out-of-memory error is one
             size = num_pages * self.page_bytes
@@ -54,7 +57,12 @@ class KVPool:
         kept = [next(each[shape]) for shape in shapes]
         self.key_pages = [layer[0] for layer in kept]
         """Per layer (pages, page size, kv heads, head_dim)."""
-        self.value_pages = [layer[1] for layer in kept]
+        self.value_dims = [layer.rank if isinstance(layer, LatentLayer) else layer.head_dim for layer in self.layers]
+        """Per layer, the length of a value."""
+        self.value_pages = [
+            layer[1] if len(layer) == 2 else layer[0][..., :value_dim]
+            for layer, value_dim in zip(kept, self.value_dims, strict=True)
+        ]
         self._keys = [keys.view(-1, keys.shape[2] * keys.shape[3]) for keys in self.key_pages]
         self._values = [values.view(-1, values.shape[2] * values.shape[3]) for values in self.value_pages]
 
@@ -68,11 +76,19 @@ class KVPool:
         self._keys[layer].index_copy_(0, slots, k.to(self.dtype))
         self._values[layer].index_copy_(0, slots, v.to(self.dtype))
 
+    def store_latents(self, layer: int, slots: Tensor, rows: Tensor) -> None:
+        """Keep rows (T, width), rounded to the pool's type, at slots of whole numbers (T,)."""
+        self._keys[layer].index_copy_(0, slots.long(), rows.to(self.dtype))
+
     def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values at slots int64 of any shape: (*slots.shape, kv heads, head_dim) each."""
+        """Keys and values at slots int64 of any shape: (*slots.shape, kv heads, head_dim) each. Values of latents are a
+        view of the keys."""
         flat, kept = slots.reshape(-1), self.layers[layer]
-        shape = (*slots.shape, kept.num_kv_heads, kept.head_dim)
         k = self._keys[layer].index_select(0, flat)
+        if isinstance(kept, LatentLayer):
+            k = k.view(*slots.shape, 1, kept.width)
+            return k, k[..., : kept.rank]
+        shape = (*slots.shape, kept.num_kv_heads, kept.head_dim)
         v = self._values[layer].index_select(0, flat)
         return k.view(shape), v.view(shape)
 
@@ -98,7 +114,7 @@ class KVPool:
                 stack[:, :, page].copy_(host)
 
     def _on_host(self, page: Bytes) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each stack, and its part of a page: (layers, 2, page size, kv heads, head_dim)."""
+        """Each stack, and its part of a page: (layers, 2 or 1, page size, kv heads, head_dim)."""
         values = torch.from_numpy(page).view(self.dtype)
         for stack in self.stacks.values():
             shape = stack[:, :, 0].shape

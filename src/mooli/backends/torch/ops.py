@@ -24,7 +24,9 @@ from mooli.backends.base import (
     check_conv,
     check_delta,
 )
+from mooli.backends.latent import LatentSpec, check_latent, check_rows
 from mooli.backends.torch.attention import PagedAttention
+from mooli.backends.torch.latent import LatentWeight, absorbed_queries, kept_rows, shared_key, values_of
 from mooli.backends.torch.parallel import PartTable
 from mooli.backends.torch.step_plan import ForwardBatch
 from mooli.backends.torch.weights import GatedLinear, LinearWeight
@@ -119,15 +121,17 @@ class TorchOps:
         return torch.cat(normed, dim=1).flatten(1)
 
     def rope(self, batch: ForwardBatch, qkv: Tensor, spec: AttentionSpec, rope: RopeSpec) -> Tensor:
-        cos, sin = self.rotations(batch, rope)
         turning = spec.num_heads + spec.num_kv_heads
         heads = qkv.view(len(qkv), -1, spec.head_dim)
+        return torch.cat([self.turned(batch, heads[:, :turning], rope), heads[:, turning:]], dim=1).flatten(1)
+
+    def turned(self, batch: ForwardBatch, heads: Tensor, rope: RopeSpec) -> Tensor:
+        """Heads (T, heads, head_dim), of which all or the first values are rotated."""
+        cos, sin = self.rotations(batch, rope)
         count = 2 * len(rope.inv_freq)
-        first, second = heads[:, :turning, :count].float().chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        if count < spec.head_dim:
-            turned = torch.cat([turned.to(qkv.dtype), heads[:, :turning, count:]], dim=-1)
-        return torch.cat([turned.to(qkv.dtype), heads[:, turning:]], dim=1).flatten(1)
+        first, second = heads[..., :count].float().chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
+        return turned if count == heads.shape[-1] else torch.cat([turned, heads[..., count:]], dim=-1)
 
     def attend(
         self, batch: ForwardBatch, layer: int, qkv: Tensor, spec: AttentionSpec, sinks: Tensor | None = None
@@ -141,6 +145,31 @@ class TorchOps:
         # Everything is stored first, so a row may read what another row of this step computes.
         self.attention.pool.store(number, batch.slots, k, v)
         return self.attention.attend(batch, number, q, spec, sinks)
+
+    def attend_latent(
+        self,
+        batch: ForwardBatch,
+        layer: int,
+        q: Tensor,
+        latent: Tensor,
+        norm: Tensor,
+        eps: float,
+        up: LatentWeight,
+        rope: RopeSpec,
+        spec: LatentSpec,
+    ) -> Tensor:
+        if self.attention is None:
+            raise ConfigError("allocate the KV pool before running a step")
+        check_latent(self.layers, layer, spec)
+        check_rows(spec, q.shape[1], latent.shape[1])
+        number = self.numbers[layer]
+
+        def turn(heads: Tensor) -> Tensor:
+            return self.turned(batch, heads, rope)
+
+        self.attention.pool.store_latents(number, batch.slots, kept_rows(latent, norm, eps, spec, turn))
+        mixed = self.attention.attend(batch, number, absorbed_queries(q, up, spec, turn), shared_key(spec))
+        return values_of(mixed, up, spec)
 
     def short_conv(self, batch: ForwardBatch, layer: int, x: Tensor, weight: ConvWeight) -> Tensor:
         before, after, u = x.float().chunk(3, dim=-1)
