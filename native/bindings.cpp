@@ -88,7 +88,11 @@ NB_MODULE(_native, m) {
       .def_ro("n", &Linear::n)
       .def_ro("k", &Linear::k)
       .def_ro("gated", &Linear::gated)
-      .def_rw("is_gelu", &Linear::is_gelu)
+      .def_prop_rw("gate", [](const Linear& w) { return int(w.gate); },
+                   [](Linear& w, int gate) {
+                     if (gate < 0 || gate >= kNumGates) throw std::invalid_argument("no such gate");
+                     w.gate = Gate(gate);
+                   })
       .def_prop_ro("kind", [](const Linear& w) { return int(w.kind); })
       .def_prop_ro("num_bytes", [](const Linear& w) { return w.data.size() + w.bias.size() * 4; })
       .def("set_bias", [](Linear& w, int part, int first, Floats bias) {
@@ -133,6 +137,33 @@ NB_MODULE(_native, m) {
       .def_ro("columns", &ConvWeight::columns)
       .def_ro("channels", &ConvWeight::channels)
       .def_prop_ro("num_bytes", [](const ConvWeight& w) { return (w.weight.size() + w.bias.size()) * 4; });
+  nb::class_<Router>(m, "Router")
+      .def("__init__", [](Router* r, Floats correction) {
+        new (r) Router{std::vector<float>(correction.data(), correction.data() + correction.shape(0))};
+      });
+  nb::class_<RouteShape>(m, "RouteShape")
+      .def("__init__", [](RouteShape* s, int num_experts, int slots, int score, int groups, int kept_groups, int group_top, bool normalise,
+                          float eps, float minimum, float factor) {
+        if (num_experts < 1 || num_experts > kMaxExperts || slots < 1 || slots > kMaxSlots || score < 0 || score > RouteShape::CHOSEN_SOFTMAX ||
+            groups < 1 || num_experts % groups || kept_groups < 1 || kept_groups > groups || group_top < 1 || group_top > num_experts / groups ||
+            slots > kept_groups * (num_experts / groups))
+          throw std::invalid_argument("bad shape of a router");
+        new (s) RouteShape{num_experts, slots, RouteShape::Score(score), groups, kept_groups, group_top, normalise, eps, minimum, factor};
+      });
+  // `gated` and `down`: lists of Linear, which an attribute of the object keeps
+  nb::class_<Experts>(m, "Experts", nb::dynamic_attr())
+      .def("__init__", [](Experts* e, const std::vector<const Linear*>& gated, const std::vector<const Linear*>& down) {
+        if (gated.empty() || gated.size() != down.size() || gated.size() > size_t(kMaxExperts))
+          throw std::invalid_argument("not two weights for each expert");
+        for (size_t i = 0; i < gated.size(); i++)
+          if (!gated[i] || !down[i] || !gated[i]->gated || down[i]->gated || gated[i]->n != down[i]->k || gated[i]->n != gated[0]->n ||
+              gated[i]->k != gated[0]->k || down[i]->n != gated[0]->k)
+            throw std::invalid_argument("experts of different shapes");
+        new (e) Experts{gated, down};
+      })
+      .def_prop_ro("count", [](const Experts& e) { return e.down.size(); })
+      .def_prop_ro("hidden", &Experts::hidden)
+      .def_prop_ro("inner", &Experts::inner);
   nb::class_<DeltaWeight>(m, "DeltaWeight")
       .def("__init__", [](DeltaWeight* w, Floats decay, Floats dt_bias, std::optional<Floats> skip) {
         if (decay.shape(0) != dt_bias.shape(0) || (skip && skip->shape(0) != decay.shape(0)))
@@ -200,6 +231,7 @@ NB_MODULE(_native, m) {
         d.plan_states(slots.data(), int(slots.shape(0)), saves.data(), int(saves.shape(0) / 3));
       })
       .def_prop_ro("kv_bytes", [](const Device& d) { return d.kv.size(); })
+      .def("allocate_experts", &Device::allocate_experts, nb::call_guard<nb::gil_scoped_release>())
       .def("allocate_scratch", &Device::allocate_scratch, nb::call_guard<nb::gil_scoped_release>())
       .def("settle", &Device::settle, nb::call_guard<nb::gil_scoped_release>())
       .def("release", &Device::release, nb::call_guard<nb::gil_scoped_release>())
@@ -350,12 +382,21 @@ NB_MODULE(_native, m) {
         if (w.count != size_t(head_dim)) throw std::invalid_argument("head norm weight of another width");
         t.gated_norm((const float*)x, (const float*)gate, w.buffer.as<float>(), eps, heads, head_dim, (float*)out);
       }, nb::keep_alive<1, 4>())
-      .def("sigmoid_mul", [](Tape& t, uintptr_t x, uintptr_t gate, int width, uintptr_t out) {
-        t.sigmoid_mul((const float*)x, (const float*)gate, width, (float*)out);
+      .def("sigmoid_mul", [](Tape& t, uintptr_t x, uintptr_t gate, int width, bool is_one, uintptr_t out) {
+        t.sigmoid_mul((const float*)x, (const float*)gate, width, is_one, (float*)out);
       })
       .def("silu_mul", [](Tape& t, uintptr_t x, uintptr_t gate, int width, uintptr_t out) {
         t.silu_mul((const float*)x, (const float*)gate, width, (float*)out);
       })
+      .def("route", [](Tape& t, uintptr_t logits, const Router& router, const RouteShape& shape, uintptr_t out) {
+        if (!router.correction.empty() && int(router.correction.size()) != shape.num_experts)
+          throw std::invalid_argument("a correction of another number of experts");
+        t.route((const float*)logits, &shape, &router.correction, (float*)out);
+      }, nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
+      .def("experts", [](Tape& t, uintptr_t x, uintptr_t routing, int slots, const Experts& weight, uintptr_t residual, uintptr_t out) {
+        if (slots < 1 || slots > kMaxSlots) throw std::invalid_argument("more experts of a row than there may be");
+        t.experts((const float*)x, (const float*)routing, slots, &weight, (const float*)residual, (float*)out);
+      }, nb::keep_alive<1, 5>())
       .def("asked_rows", [](Tape& t, uintptr_t x, int width, uintptr_t out) { t.asked_rows((const float*)x, width, (float*)out); })
       .def("run", &Tape::run, nb::call_guard<nb::gil_scoped_release>())
       .def("run_then", [](Tape& t, int rows, Tape& head, uintptr_t result, uintptr_t input, int width) {

@@ -310,6 +310,13 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
   max_tokens = max_tokens_;
 }
 
+void Device::allocate_experts(int max_tokens_, int slots, int hidden, int inner) {
+  settle();
+  const size_t rows = size_t(max_tokens_) * size_t(slots), beyond = 256 + kMaxRows * size_t(std::max(hidden, inner)) * 4;
+  expert_rows = Buffer(rows * size_t(padded(std::max(hidden, inner))) * 4 + beyond);
+  expert_values = Buffer(rows * size_t(std::max(hidden, inner)) * 4);
+}
+
 void Device::release() {
   settle();
   kv = Buffer();
@@ -318,6 +325,8 @@ void Device::release() {
   num_states = 0;
   activations = Buffer();
   gated = Buffer();
+  expert_rows = Buffer();
+  expert_values = Buffer();
   queries = Buffer();
   work.clear();
   num_pages = num_tiles = max_tokens = num_tokens = 0;

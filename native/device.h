@@ -35,7 +35,7 @@ struct Linear {
   Kind kind;
   int n, k, padded_k;
   bool gated;
-  bool is_gelu = false;  // of a gated one: its activation, which is else silu
+  Gate gate = SILU;  // of a gated one
   size_t stride;
   Buffer data;
   std::vector<float> bias;  // empty, or one per output padded to whole panels
@@ -142,6 +142,8 @@ class Device {
   // kv_heads, head_dims: of each layer; 0 and the width of one that keeps latents.
   void allocate_kv(int kv_type, const std::vector<int>& kv_heads, const std::vector<int>& head_dims, int page_size, int64_t num_pages);
   void allocate_scratch(int max_tokens, int max_k, int num_heads, int head_dim);
+  // For mixtures of experts: `slots` experts of a row, `hidden` and `inner` the widest of them.
+  void allocate_experts(int max_tokens, int slots, int hidden, int inner);
   void copy_page(int source, int target, int tokens);
   // conv: columns and channels of each layer that keeps a state; delta: heads, key_dim and value_dim of each, 0 without.
   void allocate_states(const std::vector<std::vector<int>>& conv, const std::vector<std::vector<int>>& delta, int64_t num_slots);
@@ -211,6 +213,8 @@ class Device {
   Buffer activations;  // prepared rows of the linear being computed
   Buffer gated;        // prepared rows that a gated linear leaves for the one after it
   Buffer units;        // of the delta rule being computed: queries and keys of length one, and gates, of each token
+  Buffer expert_rows;   // prepared rows of each expert, of its first products and then of its second
+  Buffer expert_values;  // float32: what a gated linear gives of each, and then what the expert gives
   Buffer queries;      // (kv_heads, tokens, group, head_dim) of the attention being computed
   struct Work {
     Buffer rows, half, wide, sums, out, lanes, maxima, scores, weights, queries;

@@ -20,6 +20,10 @@ namespace mooli {
 
 enum Kind : int { Q8 = 0, Q4 = 1, Q4M = 2, BF16 = 3, F16 = 4, F32 = 5, kNumKinds = 6 };
 
+// What a gated linear makes of its two products: silu(gate) * up, gelu_tanh(gate) * up, or with g = min(gate, 7) and u = up
+// between -7 and 7, g * sigmoid(1.702 g) * (u + 1).
+enum Gate : int { SILU = 0, GELU_TANH = 1, CLAMPED_SWIGLU = 2, kNumGates = 3 };
+
 constexpr int kPanel = 32;     // output columns of a panel
 constexpr int kGroup = 32;     // values of K that share a scale
 constexpr int kMaxRows = 32;   // largest row block of any kernel
@@ -164,8 +168,7 @@ struct Kernels {
   void (*keep_largest)(const float* tile, int rows, int columns, const float* bias, const uint32_t* allowed, int panel, bool is_beyond,
                        float* kept, float* rest);
   // the bias of a gated panel has 32 entries, as its columns lie
-  void (*store_silu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
-  void (*store_gelu_mul)(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
+  void (*store_gated[kNumGates])(const float* tile, int rows, int columns, const float* bias, float* out, size_t stride);
   void (*convolve)(const ConvPart&);
   void (*delta_rule)(const DeltaPart&);
   void (*scan)(const ScanPart&);

@@ -53,8 +53,14 @@ void Tape::delta(int layer, const float* qkv, const float* gates, const DeltaWei
 void Tape::gated_norm(const float* x, const float* gate, const float* weight, float eps, int heads, int head_dim, float* out) {
   Op o{GATED_NORM}; o.x = x; o.a = gate; o.b = weight; o.number = eps; o.heads = heads; o.head_dim = head_dim; o.out = out; add(o);
 }
-void Tape::sigmoid_mul(const float* x, const float* gate, int width, float* out) {
-  Op o{SIGMOID_MUL}; o.x = x; o.a = gate; o.width = width; o.out = out; add(o);
+void Tape::sigmoid_mul(const float* x, const float* gate, int width, bool is_one, float* out) {
+  Op o{SIGMOID_MUL}; o.x = x; o.a = gate; o.width = width; o.heads = is_one ? width : 1; o.out = out; add(o);
+}
+void Tape::route(const float* logits, const RouteShape* shape, const std::vector<float>* correction, float* out) {
+  Op o{ROUTE}; o.x = logits; o.route = shape; o.correction = correction; o.out = out; add(o);
+}
+void Tape::experts(const float* x, const float* routing, int slots, const Experts* weight, const float* residual, float* out) {
+  Op o{EXPERTS}; o.x = x; o.a = routing; o.heads = slots; o.experts = weight; o.b = residual; o.out = out; add(o);
 }
 
 void Tape::silu_mul(const float* x, const float* gate, int width, float* out) {
@@ -69,7 +75,7 @@ void Tape::asked_rows(const float* x, int width, float* out) { Op o{ASKED_ROWS};
 
 const char* Tape::name(int code) {
   static const char* names[] = {"embed", "rms_norm", "linear", "head_norm", "rope", "attend", "asked_rows", "conv", "delta_rule", "gated_norm",
-                                "sigmoid_mul", "scan", "silu_mul", "attend_latent"};
+                                "sigmoid_mul", "scan", "silu_mul", "attend_latent", "route", "experts"};
   return names[code];
 }
 
@@ -88,6 +94,7 @@ void Tape::add(const Op& op) {
   if (!op.is_prepared) stages_.push_back({index, 0});
   if (op.code == LINEAR || op.code == ATTEND || op.code == DELTA || op.code == SCAN || op.code == LATENT) stages_.push_back({index, 1});
   if (op.code == LATENT) stages_.push_back({index, 2});
+  for (int phase = 1; op.code == EXPERTS && phase < kExpertPhases; phase++) stages_.push_back({index, phase});
 }
 
 int Tape::phase_items(const Op& op, int rows, int phase) const {
@@ -101,11 +108,13 @@ int Tape::phase_items(const Op& op, int rows, int phase) const {
   if (op.code == CONV) return device_.num_rows * ((op.conv->channels + kConvChannels - 1) / kConvChannels);
   if ((op.code == DELTA || op.code == SCAN) && phase == 1) return device_.num_rows * op.shape->heads() * (op.shape->value_dim / kDeltaColumns);
   if (op.code == LATENT) return latent_items(op, rows, phase);
+  if (op.code == EXPERTS) return expert_items(op, rows, phase);
   if (op.code == ATTEND) return int(phase == 0 ? device_.tile_runs.size() : op.plan->jobs.size());
   return rows;
 }
 
 void Tape::start(int rows) {
+  is_drained_ = false;
   if (rows <= 0 || rows > device_.max_tokens) throw std::invalid_argument("a tape runs on 1 to max_tokens rows");
   const int given = rows;
   const RopeTable* ready = nullptr;
@@ -135,6 +144,7 @@ void Tape::start(int rows) {
       op.plan = &device_.plan_attention(op.heads, 1, 0);
     }
     if (op.code == CONV || op.code == DELTA || op.code == SCAN) check_states(op);
+    if (op.code == EXPERTS) check_experts(op);
     if ((op.code == ROPE || op.code == LATENT) && op.rope != ready) {
       device_.prepare_rope(*op.rope);
       ready = op.rope;
@@ -306,9 +316,12 @@ void Tape::compute(int stage, int thread) {
     case SIGMOID_MUL:
       share(parts, thread, [&](int i) {
         const size_t row = size_t(i) * op.width;
-        k.sigmoid_mul(op.x + row, op.a + row, op.width, op.out + row);
+        if (op.heads > 1) scale_row(op, i);
+        else k.sigmoid_mul(op.x + row, op.a + row, op.width, op.out + row);
       });
       break;
+    case ROUTE: share(parts, thread, [&](int i) { choose_experts(op, i); }); break;
+    case EXPERTS: compute_experts(op, s.phase, stage, thread); break;
     case ASKED_ROWS:
       share(parts, thread, [&](int) {
         for (int i = 0; i < rows; i++) {  // never before its own place
@@ -328,7 +341,8 @@ void Tape::finish() {
 }
 
 void Tape::drain() {
-  for (Part& part : parts_) part.range.store(0, std::memory_order_relaxed);
+  is_drained_ = true;  // before the parts: whoever deals out others looks at it afterwards
+  for (Part& part : parts_) part.range.store(0);
 }
 
 // Its stages, with the time at which each began on the calling thread, which is there from the first.
@@ -407,41 +421,6 @@ void Tape::prepare_rows(const Op& op, int thread, Part* parts) {
   if (thread >= blocks.count) fetch_panels(op, thread, kNextFetchBytes, kIdleFetchBytes);
 }
 
-// f(panel, first row, rows, sums of rows x 32). Where K is cut into chunks, a chunk of all panels is multiplied with all
-// row blocks before the next: its weights stay in the first level cache and activations in the second.
-template <class F> void Tape::multiply(const Product& x, F f) const {
-  const Linear& w = x.weight;
-  const Blocks& blocks = x.blocks;
-  const RowKernels& k = blocks.kernels;
-  const size_t row_size = k.row_bytes(w.padded_k);
-  const Device::Work& work = device_.work[size_t(x.thread)];
-  const int chunk = k.is_chunked ? kChunk : w.padded_k;
-  alignas(64) float tile[kMaxRows * kPanel];
-  auto sums = [&](int panel, int block) {  // kernels load and store more rows than a block has
-    return k.is_chunked ? work.sums.as<float>() + (size_t(panel - x.begin) * blocks.count + block) * kMaxRows * kPanel : tile;
-  };
-  for (int first = 0; first < w.padded_k; first += chunk) {
-    const int count = std::min(chunk, w.padded_k - first);
-    for (int p = x.begin; p < x.end; p++) {
-      const char* panel = w.panel(p) + panel_bytes(w.kind, first);
-      if (k.widen) {
-        k.widen(panel, count, work.wide.data());
-        panel = work.wide.data();
-      }
-      for (int b = 0; b < blocks.count; b++) {
-        const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
-        const Ahead ahead = ahead_of(x, p, b, first, count);
-        const char* activations = x.activations + size_t(r0) * row_size + k.row_bytes(first) * size_t(r);
-        (first ? k.gemm_more : k.gemm)[r](activations, panel, count, sums(p, b), ahead.start, ahead.lines);
-        if (!k.is_chunked) f(p, r0, r, tile);
-      }
-    }
-  }
-  if (!k.is_chunked) return;
-  for (int p = x.begin; p < x.end; p++)
-    for (int b = 0; b < blocks.count; b++) f(p, blocks.first_row(b), blocks.first_row(b + 1) - blocks.first_row(b), sums(p, b));
-}
-
 // Two panels of a gated weight give 32 columns: a group of the next linear's input, which is quantised here.
 void Tape::gate_panels(const Op& op, const Blocks& blocks, int pair, int thread) {
   const Kernels& k = device_.kernels;
@@ -452,7 +431,7 @@ void Tape::gate_panels(const Op& op, const Blocks& blocks, int pair, int thread)
   float* first_half = device_.work[size_t(thread)].half.as<float>();  // of all rows, while the second panel is read
   alignas(64) float group[kMaxRows * kGroup];
   const Product product{w, blocks, 2 * pair, columns > 16 ? 2 * pair + 2 : 2 * pair + 1, thread, device_.activations.data()};
-  const auto gated = w.is_gelu ? k.store_gelu_mul : k.store_silu_mul;
+  const auto gated = k.store_gated[w.gate];
   multiply(product, [&](int p, int r0, int r, const float* sums) {
     const int half = p - 2 * pair;
     const float* bias = w.bias.empty() ? nullptr : w.bias.data() + size_t(p) * kPanel;
@@ -496,8 +475,7 @@ void Tape::compute_linear(const Op& op, int thread, Part* parts) {
     multiply({w, blocks, begin, end, thread, prepared}, [&](int p, int r0, int r, const float* sums) {
       if (w.gated) {
         int column = p * 16, columns = std::min(16, w.n - column);
-        const auto gated = w.is_gelu ? k.store_gelu_mul : k.store_silu_mul;
-        gated(sums, r, columns, w.bias.empty() ? nullptr : w.bias.data() + p * kPanel, op.out + r0 * width + column, width);
+        k.store_gated[w.gate](sums, r, columns, w.bias.empty() ? nullptr : w.bias.data() + p * kPanel, op.out + r0 * width + column, width);
       } else {
         int column = p * kPanel, columns = std::min(kPanel, w.n - column);
         const float* bias = w.bias.empty() ? nullptr : w.bias.data() + column;

@@ -1,10 +1,12 @@
 // A recorded sequence of operations, replayed for any number of rows in one parallel region: Python records it once per
 // model and is not on the path of an operation. Owns the order; buffers belong to whoever recorded it.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
 #include "device.h"
+#include "experts.h"
 
 namespace mooli {
 
@@ -35,7 +37,12 @@ class Tape : private Region {
   // gates: (rows, heads); the shape's queries, keys and values are those of a row, as of a delta rule.
   void scan(int layer, const float* qkv, const float* gates, const DeltaWeight* weight, const DeltaShape* shape, float* out);
   void gated_norm(const float* x, const float* gate, const float* weight, float eps, int heads, int head_dim, float* out);
-  void sigmoid_mul(const float* x, const float* gate, int width, float* out);
+  // is_one: a row has one gate for all its values.
+  void sigmoid_mul(const float* x, const float* gate, int width, bool is_one, float* out);
+  // A row of `out` has the experts of a row of logits as int32, best first, then their weights. `correction` may be empty.
+  void route(const float* logits, const RouteShape* shape, const std::vector<float>* correction, float* out);
+  // `slots`: experts of a row of `routing`. `residual` may be null, or be added; `out` may be it.
+  void experts(const float* x, const float* routing, int slots, const Experts* weight, const float* residual, float* out);
   void silu_mul(const float* x, const float* gate, int width, float* out);
   // The rows of the planned step's asked tokens, and only those in all operations after it. `out` may be x.
   void asked_rows(const float* x, int width, float* out);
@@ -60,7 +67,8 @@ class Tape : private Region {
   size_t size() const { return ops_.size(); }
 
  private:
-  enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND, ASKED_ROWS, CONV, DELTA, GATED_NORM, SIGMOID_MUL, SCAN, SILU_MUL, LATENT };
+  enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND, ASKED_ROWS, CONV, DELTA, GATED_NORM, SIGMOID_MUL, SCAN, SILU_MUL, LATENT,
+              ROUTE, EXPERTS };
   // How the rows of a linear are cut into blocks, each one call of a kernel.
   struct Blocks {
     const RowKernels& kernels;
@@ -91,6 +99,9 @@ class Tape : private Region {
     const LatentWeight* up = nullptr;
     LatentShape latent{};
     bool is_gated = false;
+    const RouteShape* route = nullptr;
+    const std::vector<float>* correction = nullptr;
+    const Experts* experts = nullptr;
     const AttendPlan* plan = nullptr;  // in the run that was started last
     int width = 0, heads = 0, kv_heads = 0, head_dim = 0, layer = 0, window = 0;
     float number = 0, eps = 0;
@@ -138,6 +149,17 @@ class Tape : private Region {
   void delta_columns(const Op& op, int index);
   void make_gates(const Op& op, int token);
   void scan_columns(const Op& op, int index);
+  int expert_items(const Op& op, int rows, int phase) const;
+  void check_experts(const Op& op);
+  void choose_experts(const Op& op, int row) const;
+  void scale_row(const Op& op, int row) const;
+  void compute_experts(const Op& op, int phase, int stage, int thread);
+  void plan_experts(const Op& op, int stage);
+  void deal_out(int stage, int items, bool is_down, bool is_weighed);
+  void prepare_experts(const Op& op, bool is_down, int item, int thread) const;
+  void multiply_experts(const Op& op, bool is_down, int item, int thread) const;
+  void add_results(const Op& op, int item) const;
+  void fetch_expert(const Op& op, bool is_down, int item, size_t bytes) const;
   template <class F> void go_on(int row, size_t offset, size_t count, F f);
   template <class F> void share(Part* parts, int thread, F f);
 
@@ -145,11 +167,13 @@ class Tape : private Region {
   std::vector<Op> ops_;
   std::vector<Stage> stages_;
   std::vector<Part> parts_;  // stage x thread
+  ExpertPlan expert_plan_;   // of the mixture being computed
+  std::atomic<bool> is_drained_{false};
   int choose_below_ = 0;     // of what the last linear computes, only the largest of each row among so many columns is kept; 0: all
   Masks choose_among_;       // and only of the columns allowed
 };
 
-// f(item) for every item, by whichever thread comes first.
+// f(item) for each item of a thread's part, then for those that others have left.
 template <class F> void Tape::share(Part* parts, int thread, F f) {
   const int threads = device_.pool.size();
   for (;;) {
@@ -163,6 +187,41 @@ template <class F> void Tape::share(Part* parts, int thread, F f) {
       if (uint32_t(range >> 32) >= uint32_t(range)) break;
       if (parts[victim].range.compare_exchange_weak(range, range - 1, std::memory_order_relaxed)) f(int(uint32_t(range)) - 1);
     }
+}
+
+// f(panel, first row, rows, sums of rows x 32). Where K is cut into chunks, a chunk of all panels is multiplied with all
+// row blocks before the next: its weights stay in the first level cache and activations in the second.
+template <class F> void Tape::multiply(const Product& x, F f) const {
+  const Linear& w = x.weight;
+  const Blocks& blocks = x.blocks;
+  const RowKernels& k = blocks.kernels;
+  const size_t row_size = k.row_bytes(w.padded_k);
+  const Device::Work& work = device_.work[size_t(x.thread)];
+  const int chunk = k.is_chunked ? kChunk : w.padded_k;
+  alignas(64) float tile[kMaxRows * kPanel];
+  auto sums = [&](int panel, int block) {  // kernels load and store more rows than a block has
+    return k.is_chunked ? work.sums.as<float>() + (size_t(panel - x.begin) * blocks.count + block) * kMaxRows * kPanel : tile;
+  };
+  for (int first = 0; first < w.padded_k; first += chunk) {
+    const int count = std::min(chunk, w.padded_k - first);
+    for (int p = x.begin; p < x.end; p++) {
+      const char* panel = w.panel(p) + panel_bytes(w.kind, first);
+      if (k.widen) {
+        k.widen(panel, count, work.wide.data());
+        panel = work.wide.data();
+      }
+      for (int b = 0; b < blocks.count; b++) {
+        const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
+        const Ahead ahead = ahead_of(x, p, b, first, count);
+        const char* activations = x.activations + size_t(r0) * row_size + k.row_bytes(first) * size_t(r);
+        (first ? k.gemm_more : k.gemm)[r](activations, panel, count, sums(p, b), ahead.start, ahead.lines);
+        if (!k.is_chunked) f(p, r0, r, tile);
+      }
+    }
+  }
+  if (!k.is_chunked) return;
+  for (int p = x.begin; p < x.end; p++)
+    for (int b = 0; b < blocks.count; b++) f(p, blocks.first_row(b), blocks.first_row(b + 1) - blocks.first_row(b), sums(p, b));
 }
 
 }  // namespace mooli

@@ -200,7 +200,7 @@ UNSUPPORTED = {
     "version four": (gguf_bytes(version=struct.pack("<I", 4)), "version 4"),
     "a known other tensor type": (gguf_bytes([], [("blk.0.x", (256,), 10, 0, bytes(84))]), "blk.0.x has type Q2_K"),
     "an unknown tensor type": (gguf_bytes([], [("blk.0.x", (256,), 77, 0, bytes(84))]), "number 77"),
-    "three dimensions": (gguf_bytes([], [("t", (2, 2, 2), 0, 0, VECTOR)]), "3 dimensions"),
+    "four dimensions": (gguf_bytes([], [("t", (2, 2, 2, 2), 0, 0, VECTOR)]), "4 dimensions"),
 }
 
 

@@ -47,7 +47,7 @@ def test_a_dtype_that_is_not_read_is_refused_when_used(tmp_path: Path) -> None:
             file.tensor("other")
 
 
-@pytest.mark.parametrize("shape", [[], [2, 2, 2], [0, 4]], ids=["scalar", "three dimensions", "no rows"])
+@pytest.mark.parametrize("shape", [[], [2, 2, 2, 2], [0, 4]], ids=["scalar", "four dimensions", "no rows"])
 def test_a_shape_that_is_not_read_is_refused_when_used(tmp_path: Path, shape: list[int]) -> None:
     size = 4 * int(np.prod(shape))
     entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}

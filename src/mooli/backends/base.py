@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli.backends.latent import LatentLayer, LatentSpec, refuse_int8
+from mooli.backends.routing import RouteSpec
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
 from mooli.errors import ConfigError
 from mooli.tensor import RawTensor
@@ -27,8 +28,10 @@ models. Pages of another version are never used. `tests/backends/test_numeric_ve
 Array = Any
 """Opaque to models. Activations have shape (tokens, features)."""
 
-Activation = Literal["silu", "gelu_tanh"]
-"""Of a gated linear. gelu_tanh: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), arXiv 1606.08415."""
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
+"""Of a gated linear. gelu_tanh: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), arXiv 1606.08415.
+clamped_swiglu, of gpt-oss: with g = min(gate, 7) and u = the up projection between -7 and 7, the product is
+g * sigmoid(1.702 * g) * (u + 1)."""
 
 Weight = Any
 """What a backend's `load_*` returned; handed back to its operations unopened."""
@@ -327,7 +330,17 @@ class Ops(Protocol):
         ...
 
     def sigmoid_mul(self, x: Array, gate: Array) -> Array:
-        """x * sigmoid(gate), both (T, F)."""
+        """x * sigmoid(gate): x (T, F), gate (T, F) or (T, 1)."""
+        ...
+
+    def route(self, batch: Any, x: Array, router: Weight, spec: RouteSpec) -> Array:
+        """Which experts compute each row of x, and their weights, as `RouteSpec` says, with a weight of `load_router`.
+        All in float32. What it returns is for `experts` alone, of the same rows."""
+        ...
+
+    def experts(self, batch: Any, x: Array, routing: Array, weight: Weight, residual: Array | None = None) -> Array:
+        """The sum over a row's experts, in the order of their choice, of weight * down(activation(gate x) * up x),
+        (+ residual): (T, H), with a weight of `load_experts`. Products and sum are in float32."""
         ...
 
     def silu_mul(self, x: Array, gate: Array) -> Array:
@@ -427,6 +440,17 @@ class Backend(Protocol):
     def load_latent(self, keys: RawTensor, values: RawTensor, spec: LatentSpec) -> Weight:
         """What makes keys and values of latents: keys (num_heads * rank, nope_dim), of each head U transposed; values
         (num_heads * value_dim, rank). Never quantised to less than eight bits."""
+        ...
+
+    def load_router(
+        self, weight: RawTensor, bias: RawTensor | None = None, correction: RawTensor | None = None
+    ) -> Weight:
+        """The weight of `route`, in float32: (experts, H); bias of the logits, correction of the choice (experts,)."""
+        ...
+
+    def load_experts(self, gated: Sequence[Weight], down: Sequence[Weight]) -> Weight:
+        """The weight of `experts`: of each expert, what `load_gated` and `load_linear` returned, which nobody else
+        uses."""
         ...
 
     def unread_loads(self, at_most: int) -> int:

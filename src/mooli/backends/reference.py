@@ -35,6 +35,7 @@ from mooli.backends.host_memory import host_memory
 from mooli.backends.latent import LatentLayer, LatentSpec, check_latent, check_rows
 from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
 from mooli.backends.reference_latent import LatentWeight, attend_row
+from mooli.backends.routing import RouteSpec, chosen
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
 from mooli.errors import ConfigError, OutOfMemoryError
 from mooli.tensor import RawTensor
@@ -85,6 +86,22 @@ class ScanWeight:
     decay: Floats
     dt_bias: Floats
     skip: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class RouterWeight:
+    """linear (experts, H); correction (experts,) or None."""
+
+    linear: LinearWeight
+    correction: Floats | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsWeight:
+    """One entry for each expert."""
+
+    gated: tuple[GatedWeight, ...]
+    down: tuple[LinearWeight, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +208,11 @@ class ReferenceOps:
 
     def gated_linear(self, batch: ForwardBatch, x: Floats, weight: GatedWeight) -> Floats:
         gate = self.linear(batch, x, weight.gate)
+        if weight.activation == "clamped_swiglu":
+            gate = np.minimum(gate, np.float32(7))
+            up = np.clip(self.linear(batch, x, weight.up), np.float32(-7), np.float32(7))
+            clamped: Floats = gate * sigmoid(np.float32(1.702) * gate) * (up + 1)
+            return clamped
         if weight.activation == "gelu_tanh":
             bend = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
             active: Floats = np.float32(0.5) * gate * (1 + np.tanh(bend))
@@ -346,6 +368,29 @@ class ReferenceOps:
 
     def silu_mul(self, x: Floats, gate: Floats) -> Floats:
         return x * silu(gate)
+
+    def route(
+        self, batch: ForwardBatch, x: Floats, router: RouterWeight, spec: RouteSpec
+    ) -> tuple[NDArray[np.int64], Floats]:
+        return chosen(self.linear(batch, x, router.linear), router.correction, spec)
+
+    def experts(
+        self,
+        batch: ForwardBatch,
+        x: Floats,
+        routing: tuple[NDArray[np.int64], Floats],
+        weight: ExpertsWeight,
+        residual: Floats | None = None,
+    ) -> Floats:
+        ids, weights = routing
+        out = np.zeros_like(x) if residual is None else np.zeros_like(residual)
+        results = np.empty((*ids.shape, out.shape[1]), np.float32)
+        for expert, (gated, down) in enumerate(zip(weight.gated, weight.down, strict=True)):
+            tokens, slots = np.nonzero(ids == expert)
+            results[tokens, slots] = self.linear(batch, self.gated_linear(batch, x[tokens], gated), down)
+        for slot in range(ids.shape[1]):
+            out += weights[:, slot, None] * results[:, slot]
+        return out if residual is None else out + residual
 
     def asked_rows(self, batch: ForwardBatch, x: Floats) -> Floats:
         return x
@@ -512,6 +557,15 @@ class ReferenceBackend:
             self._count(_matrix(keys)).reshape(spec.num_heads, spec.rank, spec.nope_dim),
             self._count(_matrix(values)).reshape(spec.num_heads, spec.value_dim, spec.rank),
         )
+
+    def load_router(
+        self, weight: RawTensor, bias: RawTensor | None = None, correction: RawTensor | None = None
+    ) -> RouterWeight:
+        linear = self.load_linear([weight], [] if bias is None else [bias])
+        return RouterWeight(linear, None if correction is None else self._count(_vector(correction)))
+
+    def load_experts(self, gated: Sequence[GatedWeight], down: Sequence[LinearWeight]) -> ExpertsWeight:
+        return ExpertsWeight(tuple(gated), tuple(down))
 
     def unread_loads(self, at_most: int) -> int:
         return 0

@@ -58,6 +58,16 @@ class Sizes:
     def load_latent(self, keys: RawTensor, values: RawTensor, spec: LatentSpec) -> None:
         raise NotImplementedError
 
+    def load_router(
+        self, weight: RawTensor, bias: RawTensor | None = None, correction: RawTensor | None = None
+    ) -> None:
+        """In float32, everywhere."""
+        vectors = [tensor for tensor in (bias, correction) if tensor is not None]
+        self.num_bytes += 4 * (weight.num_rows * weight.num_columns + sum(vector.num_columns for vector in vectors))
+
+    def load_experts(self, gated: Sequence[None], down: Sequence[None]) -> None:
+        """Counted already, one by one."""
+
     def load_linear(
         self, tensors: Sequence[RawTensor], biases: Sequence[RawTensor] = (), *, head: bool = False
     ) -> None:

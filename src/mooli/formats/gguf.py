@@ -74,7 +74,8 @@ _U64 = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: `shape` (rows, columns) or (columns,), `offset` from the start of the file, in bytes."""
+    """Where a tensor lies: `shape` (rows, columns) or (columns,), `offset` from the start of the file, in bytes. Of
+    matrices stacked in a third dimension `shape` has the rows of all."""
 
     name: str
     type: TensorType
@@ -240,8 +241,10 @@ class _Reader:
             raise self._wrong(f"tensor {label} has dimensions {dims}")
         while len(dims) > 2 and dims[-1] == 1:
             dims.pop()
-        if len(dims) > 2:
-            raise UnsupportedModelError(f"tensor {label} has {len(dims)} dimensions; at most 2 are read")
+        if len(dims) > 3:
+            raise UnsupportedModelError(f"tensor {label} has {len(dims)} dimensions; at most 3 are read")
+        if len(dims) == 3:
+            dims = [dims[0], dims[1] * dims[2]]
         try:
             kind = _TYPES[number]
         except KeyError:

@@ -48,8 +48,8 @@ class SafetensorInfo:
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """Without the one in the middle that the weight of a convolution of each channel on its own has."""
-        return (self.shape[0], self.shape[2]) if len(self.shape) == 3 and self.shape[1] == 1 else self.shape
+        """Of matrices stacked in a third dimension the rows of all, one behind the other."""
+        return (self.shape[0] * self.shape[1], self.shape[2]) if len(self.shape) == 3 else self.shape
 
     def readable_type(self) -> TensorType:
         """UnsupportedModelError for a dtype or a number of dimensions that is not read."""
@@ -59,7 +59,7 @@ class SafetensorInfo:
                 f"tensor {self.name} has dtype {self.dtype[:40]}, which is not read; read are {', '.join(_READABLE)}"
             )
         if len(self.matrix_shape) not in (1, 2) or 0 in self.shape:
-            raise UnsupportedModelError(f"tensor {self.name} has shape {list(self.shape)}; 1 or 2 dimensions are read")
+            raise UnsupportedModelError(f"tensor {self.name} has shape {list(self.shape)}; 1 to 3 dimensions are read")
         return kind
 
 

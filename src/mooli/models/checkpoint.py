@@ -20,6 +20,7 @@ from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.formats.gguf import GGUFFile
 from mooli.formats.safetensors import SafetensorsFolder
 from mooli.models.config import ModelConfig, TensorSpec
+from mooli.models.stacks import Places
 from mooli.tensor import RawTensor, TensorType, row_bytes
 
 
@@ -70,24 +71,30 @@ class SafetensorsCheckpoint:
     def __init__(self, folder: Path, tensors: Mapping[str, TensorSpec]) -> None:
         self._tensors = tensors
         self._folder = SafetensorsFolder(folder)
-        self._names = frozenset(self._folder.names())
+        stacks = {name: spec.hf_stacks for name, spec in tensors.items()}
+        self._places = Places({name: name for name in tensors}, stacks, self._folder.names())
 
     def names(self) -> Iterable[str]:
-        return self._folder.names()
+        return self._places.files.keys()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names
+        return name in self._places.files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        info = self._folder.info(name)
+        info = self._folder.info(self._places.files.get(name, name))
         info.readable_type()
-        return info.matrix_shape
+        place = self._places.stacked.get(name)
+        return info.matrix_shape if place is None else place.shape(info.matrix_shape, len(self._tensors[name].shape))
 
     def tensor(self, name: str) -> RawTensor:
+        place = self._places.stacked.get(name)
+        if place is not None:
+            return place.cut(self._folder.tensor(place.name), name, len(self._tensors[name].shape))
         return as_declared(self._folder.tensor(name), self._tensors.get(name))
 
     def release(self, name: str) -> None:
-        self._folder.release(name)
+        # The whole of a stack, of which what is still needed is mapped again when it is read.
+        self._folder.release(self._places.files.get(name, name))
 
     def close(self) -> None:
         self._folder.close()
@@ -125,8 +132,14 @@ def _in_halves(raw: RawTensor, num_heads: int, num_paired: int) -> RawTensor:
 
 
 def gguf_names(tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The name of every tensor in a GGUF file, to the name that the model has for it."""
+    """The name of every tensor in a GGUF file, to the name that the model has for it. Stacks are left out."""
     return {spec.gguf: name for name, spec in tensors.items()}
+
+
+def gguf_places(tensors: Mapping[str, TensorSpec], in_file: Iterable[str]) -> Places:
+    """Of the tensors of a GGUF file."""
+    stacks = {name: spec.gguf_stacks for name, spec in tensors.items()}
+    return Places({name: spec.gguf for name, spec in tensors.items()}, stacks, in_file)
 
 
 class GGUFCheckpoint:
@@ -140,21 +153,23 @@ class GGUFCheckpoint:
             )
         self._file = file
         self._tensors = config.tensors()
-        names = gguf_names(self._tensors)
-        self._gguf_names = {names.get(name, name): name for name in file.tensors}
+        self._places = gguf_places(self._tensors, file.tensors)
 
     def names(self) -> Iterable[str]:
-        return self._gguf_names.keys()
+        return self._places.files.keys()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._gguf_names
+        return name in self._places.files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file.tensors[self._gguf_name(name)].shape
+        shape, place = self._file.tensors[self._gguf_name(name)].shape, self._places.stacked.get(name)
+        return shape if place is None else place.shape(shape, len(self._tensors[name].shape))
 
     def tensor(self, name: str) -> RawTensor:
         raw = dataclasses.replace(self._file.tensor(self._gguf_name(name)), name=name)
-        spec = self._tensors.get(name)
+        spec, place = self._tensors.get(name), self._places.stacked.get(name)
+        if spec is not None and place is not None:
+            return place.cut(raw, name, len(spec.shape))
         return (
             raw
             if spec is None
@@ -168,9 +183,9 @@ class GGUFCheckpoint:
         self._file.close()
 
     def _gguf_name(self, name: str) -> str:
-        if name not in self._gguf_names:
+        if name not in self._places.files:
             raise CheckpointError(f"{self._file.path.name} has no tensor for {name}")
-        return self._gguf_names[name]
+        return self._places.files[name]
 
 
 def _halves_from_pairs(num_rows: int, num_heads: int, num_paired: int) -> NDArray[np.int64]:

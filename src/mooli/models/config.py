@@ -13,6 +13,7 @@ from typing import Literal
 from mooli.backends.base import CacheLayer, CacheSpec
 from mooli.errors import UnsupportedModelError
 from mooli.models.fields import check_range
+from mooli.models.stacks import Stacked
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -44,7 +45,7 @@ class TensorSpec:
     as they should be. paired_rows: only so many last rows of each of these heads are; 0 for all. hf_offset:
     safetensors files have the values less this. factor: of a vector, what the model multiplies the values by before all
     else. hf_is_log: safetensors files have the logarithm of what the values are the negative of, in GGUF files as in
-    the model.
+    the model. hf_stacks, gguf_stacks: where else files of that kind may have it.
     """
 
     shape: tuple[int, ...]
@@ -56,6 +57,8 @@ class TensorSpec:
     factor: float = 1.0
     hf_is_log: bool = False
     paired_rows: int = 0
+    hf_stacks: tuple[Stacked, ...] = ()
+    gguf_stacks: tuple[Stacked, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

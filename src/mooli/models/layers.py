@@ -11,7 +11,7 @@ its outputs, what reads them along its inputs, so that a layer needs two sums ov
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from mooli.backends.base import Activation, Array, AttentionSpec, Ops, RopeSpec, Weight
 from mooli.models.config import COLUMNS, ROWS, Split, TensorSpec
@@ -155,6 +155,14 @@ class Attention:
     def output(self, batch: Any, mixed: Array, residual: Array | None = None) -> Array:
         """What `mix` returned, projected, and added where there is a residual: (T, H)."""
         return self.ops.linear(batch, mixed, self.o, residual=residual)
+
+
+class MLP(Protocol):
+    """What computes each token on its own."""
+
+    def output(self, batch: Any, x: Array, residual: Array | None = None) -> Array:
+        """(T, H), the residual added where there is one."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

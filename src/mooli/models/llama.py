@@ -23,11 +23,13 @@ from mooli.models.family import Family
 from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, equal_heads, short
 from mooli.models.layers import (
     ALWAYS_PAIRS,
+    MLP,
     NO_PAIRS,
     PAIRS_IN_GGUF,
     Attention,
     GatedMLP,
     Pairs,
+    Tensors,
     norm_tensors,
     vocabulary_tensors,
 )
@@ -100,13 +102,17 @@ class LlamaConfig(ModelConfig):
                 pairs=self.pairs,
             )
             tensors |= norm_tensors(f"{name}.post_attention_layernorm", f"{gguf}.ffn_norm", hidden)
-            tensors |= GatedMLP.tensors(
-                f"{name}.mlp", gguf, hidden_size=hidden, width=self.intermediate_size, bias=self.mlp_bias
-            )
+            tensors |= self.mlp_tensors(layer, name, gguf)
         tensors |= norm_tensors("model.norm", "output_norm", hidden)
         if not self.tie_word_embeddings:
             tensors |= vocabulary_tensors("lm_head", "output", self.vocab_size, hidden)
         return tensors
+
+    def mlp_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
+        """Of layer `layer`, called `name` in folders and `gguf` in GGUF files."""
+        return GatedMLP.tensors(
+            f"{name}.mlp", gguf, hidden_size=self.hidden_size, width=self.intermediate_size, bias=self.mlp_bias
+        )
 
     def may_ignore(self, name: str) -> bool:
         # The head is stored next to a tied embedding by some tools; the others are frequencies, which the config gives.
@@ -131,7 +137,7 @@ class LlamaLayer:
     input_norm: Weight
     attention: Attention
     post_attention_norm: Weight
-    mlp: GatedMLP
+    mlp: MLP
 
 
 def attention_spec(config: LlamaConfig, scale: float) -> AttentionSpec:
@@ -146,13 +152,13 @@ def load_vocabulary(config: LlamaConfig, packer: Packer) -> tuple[Weight, Weight
     return packer.embedding("model.embed_tokens"), packer.head("lm_head")
 
 
-def load_layer(name: str, attention: Attention, ops: Ops, packer: Packer) -> LlamaLayer:
-    """The rest of a layer, after its attention."""
+def load_layer(name: str, attention: Attention, ops: Ops, packer: Packer, mlp: MLP | None = None) -> LlamaLayer:
+    """The rest of a layer, after its attention. mlp: where it is another than `GatedMLP`."""
     return LlamaLayer(
         input_norm=packer.vector(f"{name}.input_layernorm.weight"),
         attention=attention,
         post_attention_norm=packer.vector(f"{name}.post_attention_layernorm.weight"),
-        mlp=GatedMLP.load(packer, f"{name}.mlp", ops),
+        mlp=GatedMLP.load(packer, f"{name}.mlp", ops) if mlp is None else mlp,
     )
 
 
@@ -171,8 +177,12 @@ class LlamaModel:
             attention = config.attention.load(
                 packer, f"{name}.self_attn", ops, spec, rotation, config.rms_norm_eps, qk_norm=config.qk_norm
             )
-            self._layers.append(load_layer(name, attention, ops, packer))
+            self._layers.append(load_layer(name, attention, ops, packer, self.load_mlp(packer, index, name)))
         self._norm = packer.vector("model.norm.weight")
+
+    def load_mlp(self, packer: Packer, layer: int, name: str) -> MLP:
+        """Of layer `layer`, called `name`."""
+        return GatedMLP.load(packer, f"{name}.mlp", self._ops)
 
     def forward(self, batch: Any) -> Array:
         """The hidden states (T, H) of a planned step, before the final norm, of asked tokens. Stores the KV of all."""
@@ -322,10 +332,10 @@ def _gguf_smollm3(source: GGUFSource) -> LlamaConfig:
     return LlamaConfig(**read_gguf(source), pairs=PAIRS_IN_GGUF, unrotated=unrotated)
 
 
-def read_gguf(source: GGUFSource) -> dict[str, Any]:
+def read_gguf(source: GGUFSource, *, has_experts: bool = False) -> dict[str, Any]:
     """What all read of a GGUF file alike: what has a bias or a norm is seen by its tensors."""
     fields, shapes = source.fields, source.shapes
-    if fields.integer("expert_count", 0):
+    if fields.integer("expert_count", 0) and not has_experts:
         raise UnsupportedModelError(f"mixture of experts ({source.name}.expert_count) is not implemented")
     common = source.common()
     num_heads = fields.per_layer("attention.head_count")

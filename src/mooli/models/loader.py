@@ -20,7 +20,7 @@ from mooli.models.checkpoint import (
     GGUFCheckpoint,
     SafetensorsCheckpoint,
     check_tensors,
-    gguf_names,
+    gguf_places,
 )
 from mooli.models.config import ModelConfig
 from mooli.models.modelslim import ModelslimCheckpoint, described_types, find_description
@@ -155,9 +155,9 @@ def stored_types(path: Path, config: ModelConfig) -> dict[str, TensorType] | Non
     if path.is_dir():
         description = find_description(path)
         return None if description is None else described_types(description)
-    names = gguf_names(config.tensors())
     with GGUFFile(path) as file:
-        return {names.get(name, name): info.type for name, info in file.tensors.items()}
+        places = gguf_places(config.tensors(), file.tensors)
+        return {name: file.tensors[file_name].type for name, file_name in places.files.items()}
 
 
 def _pickle_error(name: str) -> UnsupportedModelError:

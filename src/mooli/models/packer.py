@@ -7,7 +7,7 @@ so that no more of a file is in memory than keeps the backend busy. Never conver
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -98,6 +98,21 @@ class Packer:
         """The weight of `Ops.delta_rule`, of two vectors."""
         vectors = self._checkpoint.tensor(decay), self._checkpoint.tensor(dt_bias)
         return self._packed(self._backend.load_delta(*vectors), *vectors)
+
+    def router(self, module: str, correction: str | None = None) -> Weight:
+        """The weight of `Ops.route`; correction: the name of a vector, where the choice has one."""
+        (weight,), biases = self._weights((module,)), self._biases((module,))
+        added = None if correction is None else self._checkpoint.tensor(correction)
+        loaded = self._backend.load_router(weight, biases[0] if biases else None, added)
+        return self._packed(loaded, weight, *biases, *([] if added is None else [added]))
+
+    def experts(self, modules: Sequence[tuple[str, str, str]], activation: Activation = "silu") -> Weight:
+        """The weight of `Ops.experts`: of each expert the names of its gate, up and down projection."""
+        gated, down = [], []
+        for gate, up, out in modules:
+            gated.append(self.gated(gate, up, activation))
+            down.append(self.linear(out))
+        return self._backend.load_experts(gated, down)
 
     def finish(self) -> None:
         """Returns when all is packed."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from mooli.backends.base import Backend
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from mooli.models import gemma, granite, hunyuan, lfm2, llama, minicpm3, qwen3_5
+from mooli.models import gemma, granite, hunyuan, lfm2, llama, minicpm3, qwen3_5, qwen_moe
 from mooli.models.checkpoint import Checkpoint
 from mooli.models.config import ModelConfig
 from mooli.models.family import Family, Model
@@ -32,6 +32,9 @@ FAMILIES: dict[str, Family] = {
         lfm2.LFM2,
         minicpm3.MINICPM3,
         qwen3_5.QWEN3_5,
+        qwen_moe.QWEN3_MOE,
+        qwen_moe.QWEN2_MOE,
+        qwen_moe.MIXTRAL,
     )
 }
 """By the name that `ModelConfig.family` has."""

@@ -183,8 +183,11 @@ class AscendBackend(TorchBackend):
                 " reads queries and keys of one type. Leave kv_cache_dtype out."
             )
         self._embedding = None
-        if spec.state_layers and self.graphs is not None:
-            logger.info("steps run without graphs: the model has recurrent layers")
+        if (spec.state_layers or self.has_experts) and self.graphs is not None:
+            logger.info(
+                "steps run without graphs: the model has %s",
+                "recurrent layers" if spec.state_layers else "a mixture of experts",
+            )
             self.graphs = None
         if any(isinstance(layer, LatentLayer) for layer in spec.layers) and self.graphs is not None:
             logger.info("steps run without graphs: the model attends to latents, in operations that graphs do not take")

@@ -64,6 +64,7 @@ MAX_THREADS = 1024
 """More than the processors of any machine these kernels know."""
 
 
+_GATES: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "clamped_swiglu": 2}
 _KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 4}
 
 
@@ -87,6 +88,19 @@ class Vector:
 class Recurrent:
     """The weight of a convolution or of a delta rule."""
 
+    native: Any
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRouter:
+    """linear: float32, with the bias of the logits."""
+
+    linear: PackedLinear
+    native: Any
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
     native: Any
 
 
@@ -150,6 +164,7 @@ class CpuBackend:
         self._weight_bytes = 0
         self._max_k = 1
         self._scratch: tuple[int, int, int, int] = (0, 0, 0, 0)
+        self._mixtures: tuple[int, ...] = (0, 0, 0)
         self._limits: Limits | None = None
         self._kv: CacheSpec | None = None
         self._vocab_size = 0
@@ -214,7 +229,7 @@ class CpuBackend:
     ) -> PackedLinear:
         kind = self._packing.kind([gate, up], head=False)
         weight = self._new_linear(kind, gate.num_rows, gate.num_columns, gated=True)
-        weight.is_gelu = activation == "gelu_tanh"
+        weight.gate = _GATES[activation]
         for part, tensor in enumerate((gate, up)):
             self._pack(weight, part, 0, tensor)
         for part, bias in enumerate(biases):
@@ -284,6 +299,23 @@ class CpuBackend:
             self._weight_bytes += weights[-1].num_bytes
         self._kinds[kind.name] = self._kinds.get(kind.name, 0) + 1
         return weights
+
+    def load_router(
+        self, weight: RawTensor, bias: RawTensor | None = None, correction: RawTensor | None = None
+    ) -> PackedRouter:
+        self._check_type(weight)
+        linear = self._new_linear(Kind.F32, weight.num_rows, weight.num_columns, gated=False)
+        self._pack(linear, 0, 0, weight)
+        if bias is not None:
+            linear.set_bias(0, 0, self._floats(bias).reshape(-1))
+        added = np.zeros(0, np.float32) if correction is None else self._floats(correction).reshape(-1)
+        self._weight_bytes += added.nbytes
+        return self._loaded(PackedRouter(self._count(linear, Kind.F32), _native.Router(added)))
+
+    def load_experts(self, gated: Sequence[PackedLinear], down: Sequence[PackedLinear]) -> PackedExperts:
+        native = _native.Experts([each.native for each in gated], [each.native for each in down])
+        native.each = (*gated, *down)  # it refers to them
+        return PackedExperts(native)
 
     def _floats(self, tensor: RawTensor) -> NDArray[np.float32]:
         self._check_type(tensor)
@@ -397,6 +429,7 @@ class CpuBackend:
         attended = [attention.num_heads for _, attention in self.ops.attentions]
         attended += [latent.num_heads for _, latent in self.ops.latents]
         need = (self._limits.max_tokens, self._max_k, max(attended, default=1), max(widths))
+        self._prepare_experts()
         if any(a > b for a, b in zip(need, self._scratch, strict=True)):
             wanted: tuple[int, int, int, int] = tuple(map(max, need, self._scratch))  # type: ignore[assignment]
             try:
@@ -409,6 +442,21 @@ class CpuBackend:
                 ) from exc
             self._scratch = wanted
         return self._limits.max_tokens
+
+    def _prepare_experts(self) -> None:
+        """Scratch for the mixtures of experts recorded so far."""
+        assert self._limits is not None
+        need = tuple(map(max, zip((0, 0, 0), *self.ops.mixtures, strict=True)))
+        if all(a <= b for a, b in zip(need, self._mixtures, strict=True)):
+            return
+        try:
+            self._device.allocate_experts(self._limits.max_tokens, *need)
+        except MemoryError as exc:
+            raise OutOfMemoryError(
+                f"the system gives no memory for what {need[0]} experts compute of {self._limits.max_tokens} tokens:"
+                " lower chunked_prefill_size"
+            ) from exc
+        self._mixtures = need
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         for copy in copies:

@@ -145,6 +145,13 @@ class CpuSizes(Sizes):
             each = _native.linear_bytes(int(kind), rows, tensor.num_columns, False, False)
             self.num_bytes += spec.num_heads * each
 
+    def load_router(
+        self, weight: RawTensor, bias: RawTensor | None = None, correction: RawTensor | None = None
+    ) -> None:
+        rows, columns = weight.num_rows, weight.num_columns
+        self.num_bytes += _native.linear_bytes(int(Kind.F32), rows, columns, False, bias is not None)
+        self.num_bytes += 0 if correction is None else 4 * correction.num_columns
+
     def load_embedding(self, table: RawTensor) -> None:
         self.num_bytes += table.num_rows * row_bytes(table.type, table.num_columns)
 

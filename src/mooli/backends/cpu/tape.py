@@ -17,11 +17,15 @@ from mooli import _native
 from mooli.backends.base import AttentionSpec, DeltaSpec, RopeSpec
 from mooli.backends.cpu.latent import LatentWeight
 from mooli.backends.latent import LatentSpec, check_rows
+from mooli.backends.routing import RouteSpec, Score
 from mooli.batch import TokenMasks
 from mooli.errors import ConfigError, EngineClosedError, OutOfMemoryError
 
 LAST_INTEGER_KIND = 2
 """Packed kinds up to this one (native/kernels.h) multiply integers, in row blocks of the same size."""
+
+SCORES: dict[Score, int] = {"softmax": 0, "sigmoid": 1, "chosen_softmax": 2}
+"""As native/experts.h numbers them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,7 @@ class TapeOps:
         self._recording: Recording | None = None
         self._ropes: dict[tuple[bytes, float], Any] = {}
         self._shapes: dict[DeltaSpec, Any] = {}
+        self._routes: dict[RouteSpec, Any] = {}
         self.numbers: tuple[int, ...] = ()
         """Of each layer, among those of its kind: `CacheSpec.numbers`."""
         self.attentions: list[tuple[int, AttentionSpec]] = []
@@ -138,6 +143,8 @@ class TapeOps:
         self.convs: list[tuple[int, int, int]] = []
         """Layers, and of how many columns and channels the convolution is that was recorded there."""
         self.deltas: list[tuple[int, DeltaSpec]] = []
+        self.mixtures: list[tuple[int, int, int]] = []
+        """Of experts that were recorded, how many compute a row, and their outer and inner size."""
 
     def record(self, function: Callable[..., Register], *inputs: Register) -> tuple[Recording, Register]:
         """What `function` does of a batch, of which nothing is known yet, and of `inputs`."""
@@ -326,11 +333,11 @@ class TapeOps:
         return self._now().add((x, gate), x.width, emit, reusable=None if x is gate else x)
 
     def sigmoid_mul(self, x: Register, gate: Register) -> Register:
-        if x.width != gate.width:
+        if gate.width not in (1, x.width):
             raise ConfigError(f"{x.width} values times {gate.width}")
 
         def emit(tape: Any, out: Register) -> None:
-            tape.sigmoid_mul(x.address, gate.address, x.width, out.address)
+            tape.sigmoid_mul(x.address, gate.address, x.width, gate.width < x.width, out.address)
 
         return self._now().add((x, gate), x.width, emit, reusable=x)
 
@@ -342,6 +349,37 @@ class TapeOps:
             tape.silu_mul(x.address, gate.address, x.width, out.address)
 
         return self._now().add((x, gate), x.width, emit, reusable=x)
+
+    def route(self, batch: Any, x: Register, router: Any, spec: RouteSpec) -> Register:
+        if router.linear.native.n != spec.num_experts:
+            raise ConfigError(f"a router of {router.linear.native.n} experts for {spec.num_experts}")
+        if spec not in self._routes:
+            self._routes[spec] = _native.RouteShape(
+                spec.num_experts, spec.top_k, SCORES[spec.score], spec.groups, spec.kept_groups, spec.group_top,
+                spec.normalise, spec.eps, spec.minimum, spec.factor,
+            )  # fmt: skip
+        shape = self._routes[spec]
+        logits = self.linear(batch, x, router.linear)
+
+        def emit(tape: Any, out: Register) -> None:
+            tape.route(logits.address, router.native, shape, out.address)
+
+        return self._now().add((logits,), 2 * spec.top_k, emit)
+
+    def experts(
+        self, batch: Any, x: Register, routing: Register, weight: Any, residual: Register | None = None
+    ) -> Register:
+        native, slots = weight.native, routing.width // 2
+        if x.width != native.hidden or (residual is not None and residual.width != native.hidden):
+            raise ConfigError(f"experts of rows of {native.hidden} values take rows of {x.width}")
+        self.mixtures.append((slots, native.hidden, native.inner))
+
+        def emit(tape: Any, out: Register) -> None:
+            after = 0 if residual is None else residual.address
+            tape.experts(x.address, routing.address, slots, native, after, out.address)
+
+        inputs = (x, routing) if residual is None else (x, routing, residual)
+        return self._now().add(inputs, native.hidden, emit, reusable=None if residual is x else residual)
 
     def asked_rows(self, batch: Any, x: Register) -> Register:
         recording = self._now()

@@ -26,6 +26,7 @@ from mooli.backends.sizes import TorchSizes, cannot_quantise, page_bytes
 from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.communicator import Communicator, GlooCommunicator
 from mooli.backends.torch.dtypes import DTYPES, torch_dtype
+from mooli.backends.torch.experts import ExpertsWeight, RouterWeight, experts_weight
 from mooli.backends.torch.kv_pool import KVPool
 from mooli.backends.torch.latent import LatentWeight
 from mooli.backends.torch.ops import ConvWeight, DeltaWeight, ScanWeight, TorchOps
@@ -91,6 +92,8 @@ class TorchBackend:
         self.ops = self.make_ops()
         self.sampler = TorchSampler(self.upload)
         self.pool: KVPool | None = None
+        self.has_experts = False
+        """How many rows an expert has is known on the host alone, so that steps are not captured."""
         self._embedding: Tensor | None = None
         self._weight_bytes = 0
         self._loaded: Counter[str] = Counter()
@@ -252,6 +255,23 @@ class TorchBackend:
         return LatentWeight(
             made[0].view(spec.num_heads, spec.rank, spec.nope_dim), made[1].view(spec.num_heads, -1, spec.rank)
         )
+
+    def load_router(
+        self, weight: RawTensor, bias: RawTensor | None = None, correction: RawTensor | None = None
+    ) -> RouterWeight:
+        given = [tensor for tensor in (weight, bias, correction) if tensor is not None]
+        for tensor in given:
+            check_type(tensor)
+        values = self._count(load_matrix([weight], torch.float32, self.device))
+        vectors = (
+            None if tensor is None else self._count(load_vector([tensor], torch.float32, self.device))
+            for tensor in (bias, correction)
+        )
+        return RouterWeight(values, *vectors)
+
+    def load_experts(self, gated: Sequence[GatedLinear], down: Sequence[LinearWeight]) -> ExpertsWeight:
+        self.has_experts = True
+        return experts_weight(gated, down)
 
     def _note(self, tensors: Sequence[RawTensor], *, is_linear: bool) -> None:
         """Check storage types, and keep for `describe` what became of them."""

@@ -62,8 +62,11 @@ class GraphedBackend(TorchBackend):
         return {**super().describe(), "graphs": "off" if self._recorder is None else "decode steps"}
 
     def allocate(self, spec: CacheSpec, num_pages: int, limits: Limits) -> None:
-        if spec.state_layers and self._recorder is not None:
-            logger.info("steps run without graphs: the model has recurrent layers")
+        if (spec.state_layers or self.has_experts) and self._recorder is not None:
+            logger.info(
+                "steps run without graphs: the model has %s",
+                "recurrent layers" if spec.state_layers else "a mixture of experts",
+            )
             self._recorder = None
         super().allocate(spec, num_pages, limits)
         if self._recorder is not None:

@@ -25,7 +25,9 @@ from mooli.backends.base import (
     check_delta,
 )
 from mooli.backends.latent import LatentSpec, check_latent, check_rows
+from mooli.backends.routing import RouteSpec
 from mooli.backends.torch.attention import PagedAttention
+from mooli.backends.torch.experts import ExpertsWeight, RouterWeight, Routing, activate, choose, mixed
 from mooli.backends.torch.latent import LatentWeight, absorbed_queries, kept_rows, shared_key, values_of
 from mooli.backends.torch.parallel import PartTable
 from mooli.backends.torch.step_plan import ForwardBatch
@@ -113,7 +115,7 @@ class TorchOps:
 
     def gated_linear(self, batch: ForwardBatch, x: Tensor, weight: GatedLinear) -> Tensor:
         gate, up = weight.stacked.matmul(x).chunk(2, dim=-1)
-        return (F.silu(gate) if weight.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+        return activate(gate, up, weight.activation)
 
     def head_norm(self, qkv: Tensor, spec: AttentionSpec, q_weight: Tensor, k_weight: Tensor, eps: float) -> Tensor:
         q, k, v = split_heads(qkv, spec)
@@ -280,6 +282,15 @@ class TorchOps:
 
     def silu_mul(self, x: Tensor, gate: Tensor) -> Tensor:
         return x * F.silu(gate)
+
+    def route(self, batch: ForwardBatch, x: Tensor, router: RouterWeight, spec: RouteSpec) -> Routing:
+        return choose(x, router, spec)
+
+    def experts(
+        self, batch: ForwardBatch, x: Tensor, routing: Routing, weight: ExpertsWeight, residual: Tensor | None = None
+    ) -> Tensor:
+        total = mixed(x, routing, weight, lambda rows, gated: self.gated_linear(batch, rows, gated))
+        return (total if residual is None else total + residual).to(x.dtype)
 
     def asked_rows(self, batch: ForwardBatch, x: Tensor) -> Tensor:
         """All rows: shapes stay those of the step, which graphs have captured."""
