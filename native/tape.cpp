@@ -41,7 +41,7 @@ void Tape::rope(const float* x, RopeTable* table, int heads, int kv_heads, int h
   Op o{ROPE}; o.x = x; o.rope = table; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.out = out; add(o);
 }
 void Tape::attend(int layer, const float* qkv, int heads, float scale, int window, const float* sinks, float* out) {
-  Op o{ATTEND}; o.x = qkv; o.a = sinks; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.out = out; add(o);
+  Op o{ATTEND}; o.x = qkv; o.sinks = sinks; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.out = out; add(o);
 }
 
 void Tape::conv(int layer, const float* x, const ConvWeight* weight, bool is_gated, float* out) {
@@ -706,8 +706,8 @@ void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* follo
   std::fill(lanes, lanes + n * 16, 0.f);
   std::fill(maxima, maxima + n, -1e30f);
   // A sink comes before all keys, as if a block of it alone had been attended: with the weight one, and nothing to sum up.
-  if (op.a) for (int i = 0; i < n; i++) {
-    maxima[i] = op.a[job.kv_head * group + job.first_q + i % job.num_q] * 1.44269504f;
+  if (op.sinks) for (int i = 0; i < n; i++) {
+    maxima[i] = op.sinks[job.kv_head * group + job.first_q + i % job.num_q] * 1.44269504f;
     lanes[i * 16] = 1.f;
   }
 

@@ -96,6 +96,7 @@ class Tape : private Region {
     const ConvWeight* conv = nullptr;
     const DeltaWeight* decay = nullptr;
     const DeltaShape* shape = nullptr;
+    const float* sinks = nullptr;
     const LatentWeight* up = nullptr;
     LatentShape latent{};
     bool is_gated = false;
