@@ -346,19 +346,21 @@ NB_MODULE(_native, m) {
         t.gated_linear_down((const float*)x, &gated, norm ? norm->buffer.as<float>() : nullptr, eps, &down, (const float*)residual, (float*)out);
       }, nb::arg("x"), nb::arg("gated"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("down"), nb::arg("residual"), nb::arg("out"),
          nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 6>())
-      .def("head_norm", [](Tape& t, uintptr_t x, FloatBuffer& q, FloatBuffer& k, float eps, int heads, int kv_heads, int head_dim, uintptr_t out) {
-        if (q.count != size_t(head_dim) || k.count != size_t(head_dim)) throw std::invalid_argument("head norm weight of another width");
-        t.head_norm((const float*)x, q.buffer.as<float>(), k.buffer.as<float>(), eps, heads, kv_heads, head_dim, (float*)out);
+      .def("head_norm", [](Tape& t, uintptr_t x, FloatBuffer& q, FloatBuffer& k, float eps, int heads, int kv_heads, int head_dim, bool is_joint,
+                           uintptr_t out) {
+        if (q.count != size_t(is_joint ? heads : 1) * size_t(head_dim) || k.count != size_t(is_joint ? kv_heads : 1) * size_t(head_dim))
+          throw std::invalid_argument("head norm weight of another width");
+        t.head_norm((const float*)x, q.buffer.as<float>(), k.buffer.as<float>(), eps, heads, kv_heads, head_dim, is_joint, (float*)out);
       }, nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
       .def("rope", [](Tape& t, uintptr_t x, RopeTable& r, int heads, int kv_heads, int head_dim, uintptr_t out) {
         if (r.inv_freq.size() * 2 > size_t(head_dim)) throw std::invalid_argument("rope table of another head size");
         t.rope((const float*)x, &r, heads, kv_heads, head_dim, (float*)out);
       })
-      .def("attend", [](Tape& t, int layer, uintptr_t qkv, int heads, float scale, int window, FloatBuffer* sinks, uintptr_t out) {
+      .def("attend", [](Tape& t, int layer, uintptr_t qkv, int heads, float scale, int window, float cap, FloatBuffer* sinks, uintptr_t out) {
         if (sinks && sinks->count != size_t(heads)) throw std::invalid_argument("sinks of another number of heads");
-        t.attend(layer, (const float*)qkv, heads, scale, window, sinks ? sinks->buffer.as<float>() : nullptr, (float*)out);
-      }, nb::arg("layer"), nb::arg("qkv"), nb::arg("heads"), nb::arg("scale"), nb::arg("window"), nb::arg("sinks").none(), nb::arg("out"),
-         nb::keep_alive<1, 7>())
+        t.attend(layer, (const float*)qkv, heads, scale, window, cap, sinks ? sinks->buffer.as<float>() : nullptr, (float*)out);
+      }, nb::arg("layer"), nb::arg("qkv"), nb::arg("heads"), nb::arg("scale"), nb::arg("window"), nb::arg("cap"), nb::arg("sinks").none(), nb::arg("out"),
+         nb::keep_alive<1, 8>())
       .def("attend_latent", [](Tape& t, int layer, uintptr_t q, uintptr_t latent, FloatBuffer& norm, float eps, const LatentWeight& up,
                                RopeTable& rope, int rope_dim, float scale, uintptr_t out) {
         const Linear &keys = *up.keys[0], &values = *up.values[0];
@@ -382,6 +384,9 @@ NB_MODULE(_native, m) {
         if (w.count != size_t(head_dim)) throw std::invalid_argument("head norm weight of another width");
         t.gated_norm((const float*)x, (const float*)gate, w.buffer.as<float>(), eps, heads, head_dim, (float*)out);
       }, nb::keep_alive<1, 4>())
+      .def("soft_cap", [](Tape& t, uintptr_t x, float cap, int width, uintptr_t out) {
+        t.soft_cap((const float*)x, cap, width, (float*)out);
+      })
       .def("sigmoid_mul", [](Tape& t, uintptr_t x, uintptr_t gate, int width, bool is_one, uintptr_t out) {
         t.sigmoid_mul((const float*)x, (const float*)gate, width, is_one, (float*)out);
       })

@@ -78,6 +78,9 @@ struct AttendBlock {
   float* maxima;             // rows, running maximum of scaled scores
   float* scores;             // scratch kMaxRows x 128 f32
   void* weights;             // scratch kMaxRows x 128 f32, bf16 or two digits
+  // Where it is not 0, scores are bent before they are masked and scaled: x to outer * tanh(x * inner), so that what is scaled
+  // stays below a cap.
+  float inner = 0, outer = 0;
 };
 
 // Channels [first, end) of consecutive tokens of one sequence through a causal convolution. Each channel is one chain, from the
@@ -177,6 +180,8 @@ struct Kernels {
   // out = x * sigmoid(gate), and x * gate * sigmoid(gate); out may be x
   void (*sigmoid_mul)(const float* x, const float* gate, int n, float* out);
   void (*silu_mul)(const float* x, const float* gate, int n, float* out);
+  // out = cap * tanh(x / cap); out may be x
+  void (*soft_cap)(const float* x, int n, float cap, float* out);
   // out = exp((x - max) * inverse_temperature); returns the sum, in a fixed order. out may be null.
   double (*exp_sum)(const float* x, int n, float max, float inverse_temperature, float* out);
   // indices of values from `from` to just below `below` (of all from there on, where that is infinite), ascending; returns

@@ -33,15 +33,16 @@ void Tape::gated_linear_down(const float* x, const Linear* gated, const float* n
   ops_.back().next = down;
   Op o{LINEAR}; o.weight = down; o.a = residual; o.out = out; o.is_prepared = true; add(o);
 }
-void Tape::head_norm(const float* x, const float* q, const float* k, float eps, int heads, int kv_heads, int head_dim, float* out) {
-  Op o{HEAD_NORM}; o.x = x; o.a = q; o.b = k; o.number = eps; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.out = out;
-  add(o);
+void Tape::head_norm(const float* x, const float* q, const float* k, float eps, int heads, int kv_heads, int head_dim, bool is_joint,
+                     float* out) {
+  Op o{HEAD_NORM}; o.x = x; o.a = q; o.b = k; o.number = eps; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.is_joint = is_joint;
+  o.out = out; add(o);
 }
 void Tape::rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out) {
   Op o{ROPE}; o.x = x; o.rope = table; o.heads = heads; o.kv_heads = kv_heads; o.head_dim = head_dim; o.out = out; add(o);
 }
-void Tape::attend(int layer, const float* qkv, int heads, float scale, int window, const float* sinks, float* out) {
-  Op o{ATTEND}; o.x = qkv; o.sinks = sinks; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.out = out; add(o);
+void Tape::attend(int layer, const float* qkv, int heads, float scale, int window, float cap, const float* sinks, float* out) {
+  Op o{ATTEND}; o.x = qkv; o.sinks = sinks; o.layer = layer; o.heads = heads; o.number = scale; o.window = window; o.cap = cap; o.out = out; add(o);
 }
 
 void Tape::conv(int layer, const float* x, const ConvWeight* weight, bool is_gated, float* out) {
@@ -70,12 +71,15 @@ void Tape::silu_mul(const float* x, const float* gate, int width, float* out) {
 void Tape::scan(int layer, const float* qkv, const float* gates, const DeltaWeight* weight, const DeltaShape* shape, float* out) {
   Op o{SCAN}; o.layer = layer; o.x = qkv; o.a = gates; o.decay = weight; o.shape = shape; o.out = out; add(o);
 }
+void Tape::soft_cap(const float* x, float cap, int width, float* out) {
+  Op o{SOFT_CAP}; o.x = x; o.cap = cap; o.width = width; o.out = out; add(o);
+}
 
 void Tape::asked_rows(const float* x, int width, float* out) { Op o{ASKED_ROWS}; o.x = x; o.width = width; o.out = out; add(o); }
 
 const char* Tape::name(int code) {
   static const char* names[] = {"embed", "rms_norm", "linear", "head_norm", "rope", "attend", "asked_rows", "conv", "delta_rule", "gated_norm",
-                                "sigmoid_mul", "scan", "silu_mul", "attend_latent", "route", "experts"};
+                                "sigmoid_mul", "scan", "silu_mul", "attend_latent", "route", "experts", "soft_cap"};
   return names[code];
 }
 
@@ -190,8 +194,18 @@ void Tape::run_choosing(int rows, Tape& head, const float* result, float* input,
 
 void Tape::choose(int rows, int vocab, const Masks& masks, int32_t* token_ids) {
   const Op& last = ops_.back();
+  // The rules for what is not finite are the sampler's, and so are those for what a cap has made equal.
+  auto choose_of_stored = [&](int width) {
+    run(rows);
+    SamplingRow greedy{};
+    for (int r = 0; r < rows; r++) {
+      greedy.allowed = masks.of(r);
+      token_ids[r] = sample_row(device_.kernels, last.out + size_t(r) * width, vocab, greedy, device_.sampling[0]);
+    }
+  };
+  if (last.code == SOFT_CAP && vocab > 0 && vocab <= last.width) return choose_of_stored(last.width);
   if (last.code != LINEAR || last.weight->gated || last.a || vocab <= 0 || vocab > last.weight->n)
-    throw std::invalid_argument("tokens are chosen among the outputs of a last linear without residual");
+    throw std::invalid_argument("tokens are chosen among the outputs of a last linear without residual, or of a cap after it");
   device_.settle();
   start(rows);
   for (Device::Work& work : device_.work) {
@@ -211,15 +225,7 @@ void Tape::choose(int rows, int vocab, const Masks& masks, int32_t* token_ids) {
   bool is_fit = true;
   for (const Device::Work& work : device_.work)
     for (float x : work.unfit) is_fit &= x == x;
-  if (!is_fit) {  // the rules for what is not finite are the sampler's
-    run(rows);
-    SamplingRow greedy{};
-    for (int r = 0; r < rows; r++) {
-      greedy.allowed = masks.of(r);
-      token_ids[r] = sample_row(device_.kernels, last.out + size_t(r) * last.weight->n, vocab, greedy, device_.sampling[0]);
-    }
-    return;
-  }
+  if (!is_fit) return choose_of_stored(last.weight->n);
   for (int r = 0; r < rows; r++) {
     float largest = -std::numeric_limits<float>::infinity();
     int best = -1;
@@ -274,6 +280,12 @@ void Tape::compute(int stage, int thread) {
         const float* x = op.x + size_t(i) * width;
         float* y = op.out + size_t(i) * width;
         if (x != y) memcpy(y, x, size_t(width) * 4);
+        if (op.is_joint) {
+          const int queries = op.heads * op.head_dim;
+          k.rms_norm(y, op.a, op.number, queries, nullptr, y);
+          k.rms_norm(y + queries, op.b, op.number, op.kv_heads * op.head_dim, nullptr, y + queries);
+          return;
+        }
         for (int h = 0; h < op.heads + op.kv_heads; h++) {
           float* head = y + h * op.head_dim;
           if (op.code == HEAD_NORM) k.rms_norm(head, h < op.heads ? op.a : op.b, op.number, op.head_dim, nullptr, head);
@@ -322,6 +334,12 @@ void Tape::compute(int stage, int thread) {
       break;
     case ROUTE: share(parts, thread, [&](int i) { choose_experts(op, i); }); break;
     case EXPERTS: compute_experts(op, s.phase, stage, thread); break;
+    case SOFT_CAP:
+      share(parts, thread, [&](int i) {
+        const size_t row = size_t(i) * op.width;
+        k.soft_cap(op.x + row, op.width, op.cap, op.out + row);
+      });
+      break;
     case ASKED_ROWS:
       share(parts, thread, [&](int) {
         for (int i = 0; i < rows; i++) {  // never before its own place
@@ -727,6 +745,7 @@ void Tape::attend_job(const Op& op, const AttendJob& job, const AttendJob* follo
       AttendBlock block{queries + size_t(first) * q_bytes, w.positions.data() + first, now.k, now.v, next.start, next.count,
                         tile_lines, count, now.count, b * kBlock, D, op.window, value_dim, op.number * 1.44269504f,
                         out + size_t(first) * D, lanes + first * 16, maxima + first, w.scores.as<float>(), w.weights.data()};
+      if (op.cap != 0.f) { block.inner = op.number / op.cap; block.outer = op.cap / op.number; }
       attend(block);
       now = next;
     }

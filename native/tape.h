@@ -24,10 +24,12 @@ class Tape : private Region {
   // A gated linear whose result is nothing but the input of `down`: it leaves rows as that multiplies them, and no float32
   // of them is ever stored. Both must be of integer kinds, whose row blocks are the same.
   void gated_linear_down(const float* x, const Linear* gated, const float* norm, float eps, const Linear* down, const float* residual, float* out);
-  void head_norm(const float* x, const float* q_weight, const float* k_weight, float eps, int heads, int kv_heads, int head_dim, float* out);
+  // Of every head on its own; where it is joint, of the queries of all heads together, and of the keys of all.
+  void head_norm(const float* x, const float* q_weight, const float* k_weight, float eps, int heads, int kv_heads, int head_dim, bool is_joint, float* out);
   void rope(const float* x, RopeTable* table, int heads, int kv_heads, int head_dim, float* out);
   // `sinks` may be null, or have a score for each head of something that all tokens see first and that has no value.
-  void attend(int layer, const float* qkv, int heads, float scale, int window, const float* sinks, float* out);
+  // cap: 0, or what scores stay below.
+  void attend(int layer, const float* qkv, int heads, float scale, int window, float cap, const float* sinks, float* out);
   // Queries, and latents as they are projected, of which what is kept is made with the gain `norm`.
   void attend_latent(int layer, const float* q, const float* latent, const float* norm, float eps, const LatentWeight* up, RopeTable* rope,
                      const LatentShape& shape, float scale, float* out);
@@ -44,6 +46,7 @@ class Tape : private Region {
   // `slots`: experts of a row of `routing`. `residual` may be null, or be added; `out` may be it.
   void experts(const float* x, const float* routing, int slots, const Experts* weight, const float* residual, float* out);
   void silu_mul(const float* x, const float* gate, int width, float* out);
+  void soft_cap(const float* x, float cap, int width, float* out);
   // The rows of the planned step's asked tokens, and only those in all operations after it. `out` may be x.
   void asked_rows(const float* x, int width, float* out);
   // Compute all operations on `rows` rows (the planned step's tokens where operations depend on the step), or what is left
@@ -53,7 +56,7 @@ class Tape : private Region {
   // in between. `width`: floats of a row.
   void run_then(int rows, Tape& head, const float* result, float* input, int width);
   // The same for the token below `vocab` with the largest logit of each row among those its mask allows, which the last operation
-  // of `head` must be a linear for; -1 where the logits hold a NaN or nothing above -inf. Logits are stored only if some are not
+  // of `head` must be a linear or a soft cap for; -1 where the logits hold a NaN or nothing above -inf. Logits are stored only if some are not
   // finite.
   void run_choosing(int rows, Tape& head, const float* result, float* input, int width, int vocab, const Masks& masks, int32_t* token_ids);
   // Let the other threads begin with the step after the planned one, see Device::advance. It becomes what is computed if it is
@@ -68,7 +71,7 @@ class Tape : private Region {
 
  private:
   enum Code { EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE, ATTEND, ASKED_ROWS, CONV, DELTA, GATED_NORM, SIGMOID_MUL, SCAN, SILU_MUL, LATENT,
-              ROUTE, EXPERTS };
+              ROUTE, EXPERTS, SOFT_CAP };
   // How the rows of a linear are cut into blocks, each one call of a kernel.
   struct Blocks {
     const RowKernels& kernels;
@@ -99,13 +102,13 @@ class Tape : private Region {
     const float* sinks = nullptr;
     const LatentWeight* up = nullptr;
     LatentShape latent{};
-    bool is_gated = false;
+    bool is_gated = false, is_joint = false;
     const RouteShape* route = nullptr;
     const std::vector<float>* correction = nullptr;
     const Experts* experts = nullptr;
     const AttendPlan* plan = nullptr;  // in the run that was started last
     int width = 0, heads = 0, kv_heads = 0, head_dim = 0, layer = 0, window = 0;
-    float number = 0, eps = 0;
+    float number = 0, eps = 0, cap = 0;
     int rows = 0;  // in the run that was started last
   };
   // What is left of one thread's part of a phase: [begin, end). The owner takes from the front, so that it streams through

@@ -21,9 +21,9 @@ TWINS = (3, 40, 70, 100)
 
 class Head:
     """A model of an embedding and a head, on a backend. `spoilt`: a value for one weight of the head's row 66.
-    `is_cut`: what is left of its forward pass is what is asked for."""
+    `is_cut`: what is left of its forward pass is what is asked for. `cap`: of logits; it makes many of them equal."""
 
-    def __init__(self, backend: Any, spoilt: float = 0.0, *, is_cut: bool = True) -> None:
+    def __init__(self, backend: Any, spoilt: float = 0.0, *, is_cut: bool = True, cap: float = 0.0) -> None:
         head = random(5, VOCAB, WIDTH)
         head[list(TWINS)] = head[3] * 2
         if spoilt != 0.0:
@@ -33,7 +33,8 @@ class Head:
         self.backend = backend
         cut = backend.ops.asked_rows if is_cut else lambda batch, x: x
         self.forward = backend.capture(lambda batch: cut(batch, backend.ops.embed(batch, table)))
-        self.logits = backend.capture(lambda batch, hidden: backend.ops.linear(batch, hidden, weight))
+        capped = (lambda x: backend.ops.soft_cap(x, cap)) if cap else (lambda x: x)
+        self.logits = backend.capture(lambda batch, hidden: capped(backend.ops.linear(batch, hidden, weight)))
 
     def at_once(self, batch: ScheduleBatch, vocab_size: int) -> SampleResult:
         return self.backend.run_step(self.forward, self.logits, batch, vocab_size)
@@ -64,10 +65,14 @@ ROWS = st.lists(st.tuples(TOKENS, GREEDY), min_size=1, max_size=7) | st.lists(
 
 
 @pytest.mark.parametrize("spoilt", [0.0, np.inf, -np.inf, np.nan])
-@pytest.mark.parametrize(("num_threads", "is_cut"), [(1, True), (2, True), (3, True), (2, False)])
-def test_a_step_in_one_call_samples_what_its_parts_do(num_threads: int, is_cut: bool, spoilt: float) -> None:
+@pytest.mark.parametrize(
+    ("num_threads", "is_cut", "cap"), [(1, True, 0), (2, True, 0), (3, True, 0), (2, False, 0), (2, True, 0.5)]
+)
+def test_a_step_in_one_call_samples_what_its_parts_do(
+    num_threads: int, is_cut: bool, cap: float, spoilt: float
+) -> None:
     with cpu_backend(num_threads=num_threads) as backend:
-        model = Head(backend, spoilt, is_cut=is_cut)
+        model = Head(backend, spoilt, is_cut=is_cut, cap=cap)
 
         @given(ROWS, st.sampled_from([VOCAB, 100, 67, 66, 64, 33, 2, 1]))
         @settings(max_examples=40, deadline=None)

@@ -137,7 +137,11 @@ class Golden:
 
 @pytest.fixture(scope="session", params=list(CONFIGS))
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    config = CONFIGS[request.param]
+    return golden_of(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
+
+
+def golden_of(config: transformers.PreTrainedConfig, folder: Path) -> Golden:
+    """A random model, saved to the folder."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
@@ -152,7 +156,6 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             else:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5)
         logits = [model(torch.tensor([prompt])).logits[0].numpy() for prompt in PROMPTS]
-    folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return Golden(folder, logits)
 

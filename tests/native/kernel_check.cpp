@@ -211,7 +211,8 @@ class Attention {
  public:
   static constexpr int kRows = 7;
 
-  Attention(const Kernels& k, KvType type, int head_dim, int window) : k_(k), type_(type), head_dim_(head_dim), window_(window) {
+  Attention(const Kernels& k, KvType type, int head_dim, int window, float cap)
+      : k_(k), type_(type), head_dim_(head_dim), window_(window), cap_(cap) {
     constexpr int kTokens = 330, kTiles = (kTokens + kTile - 1) / kTile;
     Random random(uint64_t(6 + head_dim));
     tile_ = size_t(kTile) * size_t(head_dim) * kv_element_bytes(type);
@@ -251,6 +252,7 @@ class Attention {
       block.head_dim = head_dim_;
       block.window = window_;
       block.scale_log2e = 0.3f;
+      if (cap_ != 0.f) { block.inner = 0.2f / cap_; block.outer = cap_ / 0.2f; }
       block.out = out.data();
       block.lane_sums = lanes.data();
       block.maxima = maxima.data();
@@ -269,6 +271,7 @@ class Attention {
   const Kernels& k_;
   KvType type_;
   int head_dim_, window_;
+  float cap_;
   size_t tile_;
   Bytes keys_, values_;
   Floats queries_;
@@ -278,13 +281,14 @@ void check_attention(const Kernels& k) {
   constexpr int kRows = Attention::kRows;
   for (KvType type : {KV_F32, KV_F16, KV_BF16, KV_BF16_DOT})
     for (int head_dim : {32, 80})
-      for (int window : {0, 40}) {
+      for (int window : {0, 40, -1}) {  // -1: none, and a cap
         const bool dot = type == KV_BF16_DOT;
         if (!k.attend_block[type] || (dot && head_dim % 32 != 0)) continue;
         const std::string name = "fused/attention/" + std::string(kKvNames[type]) + "/" + std::to_string(head_dim) + "/" + std::to_string(window);
-        Attention attention(k, type, head_dim, window);
+        const float cap = window < 0 ? 1.5f : 0.f;
+        Attention attention(k, type, head_dim, window, cap);
         const Floats all = attention.attend(0, kRows);
-        const Floats expected = Attention(kernels_scalar(), dot ? KV_BF16 : type, head_dim, window).attend(0, kRows);
+        const Floats expected = Attention(kernels_scalar(), dot ? KV_BF16 : type, head_dim, window, cap).attend(0, kRows);
         expect(close(all, expected, dot ? 0.02f : 5e-6f), k.name, name);
         if (!dot) print_digest(k.name, name, all);
         auto row = [&](const Floats& x, int r) { return Floats(x.begin() + r * head_dim, x.begin() + (r + 1) * head_dim); };

@@ -331,7 +331,7 @@ def test_overrides_of_a_gguf_model_use_hugging_face_names() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "gemma2"}, "'gemma2'.*llama, qwen2, qwen3"),
+        ({"general.architecture": "mamba"}, "'mamba'.*llama, qwen2, qwen3"),
         ({"qwen2.expert_count": 8}, "mixture of experts"),
         ({"qwen2.rope.dimension_count": 4}, "partial rotary"),
         ({"qwen2.attention.value_length": 4}, "different length"),
@@ -369,4 +369,4 @@ def test_one_number_a_layer_is_read_if_all_agree() -> None:
 
 def test_frequency_factors_of_the_wrong_number_are_refused() -> None:
     with pytest.raises(CheckpointError, match="3 rope frequency factors for head_dim 8"):
-        read_gguf_config(GGUF, SHAPES, freq_factors=(1.0, 1.0, 1.0))
+        read_gguf_config(GGUF, SHAPES, vectors={"rope_freqs.weight": (1.0, 1.0, 1.0)})

@@ -61,7 +61,8 @@ class AttentionSpec:
     """Grouped-query attention over the paged KV pool; query head h reads kv head h // (num_heads / num_kv_heads).
 
     A packed qkv row is [num_heads | num_kv_heads | num_kv_heads] * head_dim. `window` > 0: a token attends to the
-    last `window` positions, itself included; 0 means all. Layers may differ in all of it.
+    last `window` positions, itself included; 0 means all. `softcap` > 0: a score s, scaled, becomes softcap * tanh(s /
+    softcap) before it is masked (Gemma 2, arXiv 2408.00118). Layers may differ in all of it.
     """
 
     num_heads: int
@@ -69,6 +70,7 @@ class AttentionSpec:
     head_dim: int
     scale: float
     window: int = 0
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +260,10 @@ class Ops(Protocol):
         """RMS norm of every query and key head on its own (Qwen3). Values pass through."""
         ...
 
+    def projection_norm(self, qkv: Array, spec: AttentionSpec, q_weight: Weight, k_weight: Weight, eps: float) -> Array:
+        """RMS norm of the queries of all heads together, and of the keys of all (OLMo 2). Values pass through."""
+        ...
+
     def rope(self, batch: Any, qkv: Array, spec: AttentionSpec, rope: RopeSpec) -> Array:
         """Rotate query and key heads by `ScheduleBatch.rope_positions`. Values pass through."""
         ...
@@ -345,6 +351,10 @@ class Ops(Protocol):
 
     def silu_mul(self, x: Array, gate: Array) -> Array:
         """x * silu(gate), both (T, F)."""
+        ...
+
+    def soft_cap(self, x: Array, cap: float) -> Array:
+        """cap * tanh(x / cap): what is small stays nearly as it is, and nothing exceeds the cap (Gemma 2)."""
         ...
 
     def asked_rows(self, batch: Any, x: Array) -> Array:

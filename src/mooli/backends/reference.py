@@ -225,6 +225,12 @@ class ReferenceOps:
         q, k, v = split_heads(qkv, spec)
         return merge_heads(self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps), v)
 
+    def projection_norm(
+        self, qkv: Floats, spec: AttentionSpec, q_weight: Floats, k_weight: Floats, eps: float
+    ) -> Floats:
+        q, k, v = (part.reshape(len(qkv), -1) for part in split_heads(qkv, spec))
+        return np.concatenate([self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps), v], axis=1)
+
     def rope(self, batch: ForwardBatch, qkv: Floats, spec: AttentionSpec, rope: RopeSpec) -> Floats:
         cos, sin = rotations(batch, rope)
         q, k, v = split_heads(qkv, spec)
@@ -392,6 +398,9 @@ class ReferenceOps:
             out += weights[:, slot, None] * results[:, slot]
         return out if residual is None else out + residual
 
+    def soft_cap(self, x: Floats, cap: float) -> Floats:
+        return capped(x, cap)
+
     def asked_rows(self, batch: ForwardBatch, x: Floats) -> Floats:
         return x
 
@@ -406,6 +415,11 @@ def silu(x: Floats) -> Floats:
     with np.errstate(over="ignore"):
         result: Floats = x / (1 + np.exp(-x))
     return result
+
+
+def capped(x: Floats, cap: float) -> Floats:
+    bent: Floats = np.float32(cap) * np.tanh(x / np.float32(cap))
+    return bent
 
 
 def unit(x: Floats) -> Floats:
@@ -458,6 +472,8 @@ def attention(
     group = grouped.shape[1]
     scores = grouped.reshape(spec.num_kv_heads, -1, spec.head_dim) @ k.transpose(1, 2, 0) * np.float32(spec.scale)
     scores = scores.reshape(spec.num_kv_heads, group, num_queries, num_keys)
+    if spec.softcap > 0:
+        scores = capped(scores, spec.softcap)
     scores = np.where(hidden, np.float32(-np.inf), scores)
     largest = scores.max(axis=-1, keepdims=True)
     unseen = 0.0  # what the sinks weigh

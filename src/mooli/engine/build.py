@@ -152,7 +152,11 @@ def _build(
     page_size = config.page_size or backend.default_page_size
     backend.check_page_size(page_size)
     model_config, checkpoint = open_model(
-        model_path, load_format=config.load_format, overrides=config.model_overrides, seed=config.random_seed or 0
+        model_path,
+        load_format=config.load_format,
+        overrides=config.model_overrides,
+        seed=config.random_seed or 0,
+        context=config.context_length,
     )
     try:
         _check_context(config, model_config)

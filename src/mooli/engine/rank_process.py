@@ -260,7 +260,11 @@ def _compute(connection: socket.socket) -> None:
 
 def _load(config: EngineConfig, path: Path, backend: ParallelBackend, place: Place) -> Model:
     whole, checkpoint = open_model(
-        path, load_format=config.load_format, overrides=config.model_overrides, seed=config.random_seed or 0
+        path,
+        load_format=config.load_format,
+        overrides=config.model_overrides,
+        seed=config.random_seed or 0,
+        context=config.context_length,
     )
     try:
         return create_model(whole.part(place.size), part_checkpoint(whole, checkpoint, place), backend)

@@ -106,7 +106,7 @@ def as_declared(raw: RawTensor, spec: TensorSpec | None) -> RawTensor:
         return raw
     if spec.hf_is_log:
         return _floats(raw, -np.exp(dequantize(raw)))
-    return _scaled(_in_halves(raw, spec.hf_paired_heads, spec.paired_rows), spec.hf_offset, spec.factor)
+    return _scaled(_in_halves(raw, spec.hf_paired_heads, spec), spec.hf_offset, spec.factor)
 
 
 def _scaled(raw: RawTensor, offset: float, factor: float) -> RawTensor:
@@ -120,11 +120,11 @@ def _floats(raw: RawTensor, values: NDArray[np.float32]) -> RawTensor:
     return RawTensor(raw.name, TensorType.F32, raw.shape, values.reshape(raw.num_rows, -1).view(np.uint8))
 
 
-def _in_halves(raw: RawTensor, num_heads: int, num_paired: int) -> RawTensor:
-    """Of heads of which all rows, or so many last ones, are in pairs. 0 heads: as it is."""
+def _in_halves(raw: RawTensor, num_heads: int, spec: TensorSpec) -> RawTensor:
+    """Of heads of which all rows, or so many first or last ones, are in pairs. 0 heads: as it is."""
     if not num_heads:
         return raw
-    order = _halves_from_pairs(raw.shape[0], num_heads, num_paired)
+    order = _halves_from_pairs(raw.shape[0], num_heads, spec.paired_rows, are_first=spec.pairs_begin)
     if len(raw.shape) == 2:
         return raw.take_rows(order)
     item_bytes = row_bytes(raw.type, 1)
@@ -170,11 +170,7 @@ class GGUFCheckpoint:
         spec, place = self._tensors.get(name), self._places.stacked.get(name)
         if spec is not None and place is not None:
             return place.cut(raw, name, len(spec.shape))
-        return (
-            raw
-            if spec is None
-            else _scaled(_in_halves(raw, spec.gguf_paired_heads, spec.paired_rows), 0.0, spec.factor)
-        )
+        return raw if spec is None else _scaled(_in_halves(raw, spec.gguf_paired_heads, spec), 0.0, spec.factor)
 
     def release(self, name: str) -> None:
         self._file.release(self._gguf_name(name))
@@ -188,14 +184,16 @@ class GGUFCheckpoint:
         return self._places.files[name]
 
 
-def _halves_from_pairs(num_rows: int, num_heads: int, num_paired: int) -> NDArray[np.int64]:
+def _halves_from_pairs(num_rows: int, num_heads: int, num_paired: int, *, are_first: bool = False) -> NDArray[np.int64]:
     """Where row t * d / 2 + i of the d paired rows of each head is found: at 2i + t. int64 (num_rows,)."""
-    each = num_paired or num_rows // num_heads
-    if num_rows % num_heads or each % 2 or each > num_rows // num_heads:
+    length = num_rows // num_heads
+    each = num_paired or length
+    if num_rows % num_heads or each % 2 or each > length:
         raise CheckpointError(f"{num_rows} query or key rows are not {num_heads} heads of even length")
     order: NDArray[np.int64] = np.arange(num_rows, dtype=np.int64).reshape(num_heads, -1)
-    paired = order[:, -each:].reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(num_heads, -1)
-    return np.concatenate([order[:, :-each], paired], axis=1).reshape(-1)
+    begin = 0 if are_first else length - each
+    paired = order[:, begin : begin + each].reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(num_heads, -1)
+    return np.concatenate([order[:, :begin], paired, order[:, begin + each :]], axis=1).reshape(-1)
 
 
 _STORED_AS = {"float32": TensorType.F32, "float16": TensorType.F16, "bfloat16": TensorType.BF16}

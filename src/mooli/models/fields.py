@@ -26,6 +26,9 @@ HF_KEYS = frozenset(
 GGUF_KEYS = frozenset(("max_position_embeddings", "eos_token_id", "bos_token_id"))
 """What may be overridden of every GGUF file, by its Hugging Face name."""
 
+ROPE_VECTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors of a GGUF file that are part of its configuration: factors of rotary frequencies."""
+
 _END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>")
 _CONTROL_TOKEN = 3
 _MAX_EOS_IDS = 1024
@@ -78,13 +81,15 @@ class Fields:
 class HFSource:
     """A Hugging Face folder's config.json, overrides laid over it, and its generation_config.json if there is one.
 
-    family, architecture: of the declaration that is to read it.
+    family, architecture: of the declaration that is to read it. context: the longest sequence that there will be, in
+    tokens; None: as long as the model allows.
     """
 
     family: str
     architecture: str
     values: Mapping[str, Any]
     generation: Mapping[str, Any]
+    context: int | None = None
 
     @property
     def fields(self) -> Fields:
@@ -117,8 +122,8 @@ class HFSource:
 class GGUFSource:
     """The metadata of a GGUF file of architecture `name`, and the (rows, columns) of its tensors.
 
-    family, architecture: of the declaration that is to read it. freq_factors: the content of `rope_freqs.weight`, if
-    the file has it. dtype: of the embedding, bfloat16 where that is quantised. overrides: by Hugging Face names.
+    family, architecture, context: as of a folder. vectors: the content of those of `ROPE_VECTORS` that the file has.
+    dtype: of the embedding, bfloat16 where that is quantised. overrides: by Hugging Face names.
     """
 
     family: str
@@ -126,9 +131,15 @@ class GGUFSource:
     name: str
     metadata: Mapping[str, Any]
     shapes: Mapping[str, Sequence[int]]
-    freq_factors: tuple[float, ...] = ()
+    vectors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     dtype: str = "bfloat16"
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    context: int | None = None
+
+    @property
+    def freq_factors(self) -> tuple[float, ...]:
+        """What each rotary frequency is divided by; () for nothing."""
+        return self.vectors.get("rope_freqs.weight", ())
 
     @property
     def fields(self) -> Fields:

@@ -1,4 +1,4 @@
-"""Gemma 3, its text models: norms on both sides of attention and MLP, and windows in most layers.
+"""Gemma 3, its text models: norms on both sides of attention and MLP, and windows in most layers. Gemma 2 has the same.
 
 Owns their configuration, the names of their tensors in every kind of file, and the order of operations. Layers with a
 window and layers without have a rotary base each; only that of the latter is scaled for long contexts. The embedding is
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mooli.backends.base import Array, AttentionSpec, Ops, PagedLayer, Weight
+from mooli.backends.base import Array, AttentionSpec, Ops, PagedLayer
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import rope
 from mooli.models.config import ModelConfig, TensorSpec
@@ -25,6 +25,8 @@ from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, short
 from mooli.models.layers import NO_PAIRS, Attention, GatedMLP, norm_tensors, vocabulary_tensors
 from mooli.models.packer import Packer
 from mooli.models.rope import RopeScaling
+from mooli.models.sandwich import SandwichLayer, run_layers
+from mooli.models.windows import check_windows, hf_windows, windows_but_every
 
 GAIN_OFFSET = 1.0
 """Folders keep the gains of norms less one; GGUF files have them whole."""
@@ -41,7 +43,8 @@ class GemmaConfig(ModelConfig):
     """Hyper-parameters of a decoder of the family. CheckpointError if any is out of its bounds.
 
     windows: for each layer how many last positions a token attends to, itself included; 0 for all. scale: of scores.
-    rope_theta, rope_scaling: of layers without a window; local_rope_theta: of those with one.
+    rope_theta, rope_scaling: of layers without a window; local_rope_theta: of those with one. attention_cap, logit_cap:
+    what scores and logits stay below; 0 for no cap.
     """
 
     intermediate_size: int
@@ -55,6 +58,9 @@ class GemmaConfig(ModelConfig):
     rope_theta: float = 1e6
     rope_scaling: RopeScaling | None = None
     local_rope_theta: float = 1e4
+    qk_norm: bool = True
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
 
     def __post_init__(self) -> None:
         ModelConfig.__post_init__(self)
@@ -66,14 +72,13 @@ class GemmaConfig(ModelConfig):
         check_range("rope_theta", self.rope_theta, 1e-3, 1e15)
         check_range("local_rope_theta", self.local_rope_theta, 1e-3, 1e15)
         check_range("scale of scores", self.scale, 1e-6, 1e3)
+        check_range("attn_logit_softcapping", self.attention_cap, 0.0, 1e9)
+        check_range("final_logit_softcapping", self.logit_cap, 0.0, 1e9)
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim {self.head_dim} is odd: rotary embedding needs pairs")
-        if len(self.windows) != self.num_layers:
-            raise CheckpointError(f"{len(self.windows)} kinds of layers for {self.num_layers} layers")
-        for window in self.windows:
-            check_range("sliding_window", window, 0, 2**31)
+        check_windows(self.windows, self.num_layers)
         if self.rope_scaling is not None:
             self.rope_scaling.check(self.head_dim)
 
@@ -91,7 +96,7 @@ class GemmaConfig(ModelConfig):
                 head_dim=self.head_dim,
                 qkv_bias=False,
                 o_bias=False,
-                qk_norm=True,
+                qk_norm=self.qk_norm,
                 pairs=NO_PAIRS,
             )
             tensors |= GatedMLP.tensors(
@@ -129,18 +134,6 @@ _LAYER_NORMS = {
 """Of a layer: their names in folders and in GGUF files."""
 
 
-@dataclass(frozen=True, slots=True)
-class GemmaLayer:
-    """One decoder layer."""
-
-    input_norm: Weight
-    attention: Attention
-    post_attention_norm: Weight
-    pre_mlp_norm: Weight
-    mlp: GatedMLP
-    post_mlp_norm: Weight
-
-
 class GemmaModel:
     """A decoder whose branches are normed before and after. T tokens in a step, H hidden size."""
 
@@ -160,11 +153,12 @@ class GemmaModel:
                 head_dim=config.head_dim,
                 scale=config.scale,
                 window=window,
+                softcap=config.attention_cap,
             )
             rotary = local_rope if window else full_rope
-            layer = GemmaLayer(
+            layer = SandwichLayer(
                 input_norm=packer.vector(f"{name}.input_layernorm.weight"),
-                attention=Attention.load(packer, f"{name}.self_attn", ops, spec, rotary, eps, qk_norm=True),
+                attention=Attention.load(packer, f"{name}.self_attn", ops, spec, rotary, eps, qk_norm=config.qk_norm),
                 post_attention_norm=packer.vector(f"{name}.post_attention_layernorm.weight"),
                 pre_mlp_norm=packer.vector(f"{name}.pre_feedforward_layernorm.weight"),
                 mlp=GatedMLP.load(packer, f"{name}.mlp", ops, "gelu_tanh"),
@@ -175,21 +169,14 @@ class GemmaModel:
 
     def forward(self, batch: Any) -> Array:
         """The hidden states (T, H) of a planned step, before the final norm, of asked tokens. Stores the KV of all."""
-        ops, eps = self._ops, self.config.rms_norm_eps
-        hidden = ops.embed(batch, self._embedding, self.config.embedding_scale)
-        for index, layer in enumerate(self._layers):
-            mixed = layer.attention.mix(batch, index, ops.rms_norm(hidden, layer.input_norm, eps))
-            if index + 1 == len(self._layers):
-                mixed, hidden = ops.asked_rows(batch, mixed), ops.asked_rows(batch, hidden)
-            attended = layer.attention.output(batch, mixed)
-            hidden = ops.rms_norm(attended, layer.post_attention_norm, eps, residual=hidden)
-            wide = layer.mlp.output(batch, ops.rms_norm(hidden, layer.pre_mlp_norm, eps))
-            hidden = ops.rms_norm(wide, layer.post_mlp_norm, eps, residual=hidden)
-        return hidden
+        hidden = self._ops.embed(batch, self._embedding, self.config.embedding_scale)
+        return run_layers(self._ops, batch, self._layers, hidden, self.config.rms_norm_eps)
 
     def logits(self, batch: Any, hidden: Array) -> Array:
         """The logits (S, vocab_size) of rows of hidden states (S, H), as `forward` returned them, and their batch."""
-        return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head)
+        ops, config = self._ops, self.config
+        logits = ops.linear(batch, ops.rms_norm(hidden, self._norm, config.rms_norm_eps), self._head)
+        return ops.soft_cap(logits, config.logit_cap) if config.logit_cap else logits
 
 
 def _hf(source: HFSource) -> GemmaConfig:
@@ -213,32 +200,13 @@ def _hf(source: HFSource) -> GemmaConfig:
         num_kv_heads=fields.integer("num_key_value_heads", 4),
         head_dim=fields.integer("head_dim", 256),
         scale=divisor**-0.5,
-        embedding_scale=_rounded(common["hidden_size"] ** 0.5, common["dtype"]),
-        windows=_hf_windows(source),
+        embedding_scale=rounded(common["hidden_size"] ** 0.5, common["dtype"]),
+        windows=hf_windows(source, fields.integer("sliding_window", 4096), FULL_EVERY),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         local_rope_theta=local_theta,
     )
-
-
-def _hf_windows(source: HFSource) -> tuple[int, ...]:
-    fields = source.fields
-    window, num_layers = fields.integer("sliding_window", 4096), fields.integer("num_hidden_layers", 26)
-    kinds = source.values.get("layer_types")
-    if kinds is None:
-        every = fields.integer("sliding_window_pattern", FULL_EVERY)
-        check_range("sliding_window_pattern", every, 1, 1024)
-        return _windows(window, every, min(num_layers, 1024))
-    known = {"full_attention": 0, "sliding_attention": window}
-    if not isinstance(kinds, list) or any(not isinstance(kind, str) or kind not in known for kind in kinds):
-        raise CheckpointError(f"config.json: layer_types must be a list of {', '.join(known)}, got {short(kinds)}")
-    return tuple(known[kind] for kind in kinds)
-
-
-def _windows(window: int, full_every: int, num_layers: int) -> tuple[int, ...]:
-    """That of each layer, where of `full_every` layers the last attends to all positions."""
-    return tuple(window if (index + 1) % full_every else 0 for index in range(num_layers))
 
 
 def _hf_ropes(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float]:
@@ -264,7 +232,7 @@ def _rope_object(named: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     return value
 
 
-def _rounded(value: float, dtype: str) -> float:
+def rounded(value: float, dtype: str) -> float:
     """As the embedding's type holds it, which is how Transformers scales."""
     if dtype == "float16":
         return float(np.float16(value))
@@ -304,7 +272,7 @@ def _gguf(source: GGUFSource) -> GemmaConfig:
         head_dim=head_dim,
         scale=(common["hidden_size"] / num_heads if num_layers == _27B_LAYERS else head_dim) ** -0.5,
         embedding_scale=common["hidden_size"] ** 0.5,
-        windows=_windows(changed.integer("sliding_window"), FULL_EVERY, num_layers),
+        windows=windows_but_every(FULL_EVERY, changed.integer("sliding_window"), num_layers),
         rms_norm_eps=changed.number("rms_norm_eps"),
         rope_theta=changed.number("rope_theta"),
         rope_scaling=scaling

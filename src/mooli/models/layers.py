@@ -10,22 +10,25 @@ its outputs, what reads them along its inputs, so that a layer needs two sums ov
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from mooli.backends.base import Activation, Array, AttentionSpec, Ops, RopeSpec, Weight
 from mooli.models.config import COLUMNS, ROWS, Split, TensorSpec
 from mooli.models.packer import Packer
+from mooli.models.stacks import Rows
 
 Tensors = dict[str, TensorSpec]
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Which kinds of files have the rows of queries and keys in pairs, for interleaved rotation."""
+    """Which kinds of files have the rows of queries and keys in pairs, for interleaved rotation. rows: of each head, so
+    many first ones; 0 for all."""
 
     in_gguf: bool = False
     in_hf: bool = False
+    rows: int = 0
 
 
 NO_PAIRS = Pairs()
@@ -45,10 +48,33 @@ def linear_tensors(
 ) -> Tensors:
     """A linear layer of shape (outputs, inputs)."""
     heads = (split.units if pairs.in_gguf else 0, split.units if pairs.in_hf else 0)
-    tensors = {f"{name}.weight": TensorSpec(shape, f"{gguf}.weight", split, *heads)}
+    weight = TensorSpec(shape, f"{gguf}.weight", split, *heads, paired_rows=pairs.rows, pairs_begin=True)
+    tensors = {f"{name}.weight": weight}
     if bias:
-        tensors[f"{name}.bias"] = TensorSpec(shape[:1], f"{gguf}.bias", split, *heads)
+        tensors[f"{name}.bias"] = replace(weight, shape=shape[:1], gguf=f"{gguf}.bias")
     return tensors
+
+
+def in_one(tensors: Tensors, whole: str, gguf: str, *modules: str) -> Tensors:
+    """The same tensors, of which files have those of `modules` as those of the module `whole`, in this order of rows.
+
+    gguf: what GGUF files call that module, as `blk.0.attn_qkv`. Folders may have the modules apart as well.
+    """
+    result = dict(tensors)
+    for kind in ("weight", "bias"):
+        parts = [f"{module}.{kind}" for module in modules if f"{module}.{kind}" in tensors]
+        num_rows, first = sum(tensors[name].shape[0] for name in parts), 0
+        for part in parts:
+            size = tensors[part].shape[0]
+            result[part] = replace(
+                tensors[part],
+                # A name that no file has: that of the whole may be one that a part has elsewhere.
+                gguf=f"{gguf}:{part.split('.')[-2]}.{kind}",
+                hf_stacks=(Rows(f"{whole}.{kind}", first, size, num_rows),),
+                gguf_stacks=(Rows(f"{gguf}.{kind}", first, size, num_rows),),
+            )
+            first += size
+    return result
 
 
 def norm_tensors(name: str, gguf: str, length: int) -> Tensors:
@@ -108,12 +134,20 @@ class Attention:
                 pairs=NO_PAIRS if part == "v" else pairs,
             )
         if qk_norm:
-            tensors |= norm_tensors(f"{name}.{cls.norm_names[0]}", f"{gguf}.attn_q_norm", head_dim)
-            tensors |= norm_tensors(f"{name}.{cls.norm_names[1]}", f"{gguf}.attn_k_norm", head_dim)
+            tensors |= cls.norm_tensors(name, gguf, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         summed = Split(COLUMNS, num_heads, "attention heads")
         return tensors | linear_tensors(
             f"{name}.{cls.output_name}", f"{gguf}.attn_output", (hidden_size, queries), summed, bias=o_bias
         )
+
+    @classmethod
+    def norm_tensors(cls, name: str, gguf: str, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Tensors:
+        """The gains of queries' and keys' norms."""
+        q, k = cls.norm_names
+        return {
+            **norm_tensors(f"{name}.{q}", f"{gguf}.attn_q_norm", head_dim),
+            **norm_tensors(f"{name}.{k}", f"{gguf}.attn_k_norm", head_dim),
+        }
 
     @classmethod
     def load(

@@ -45,7 +45,8 @@ class LlamaConfig(ModelConfig):
     """Hyper-parameters of a decoder of the family. CheckpointError if any is out of its bounds.
 
     sliding_window: each token attends to this many last positions, itself included, in every layer; None for all.
-    unrotated: layers whose queries and keys are not rotated. pairs: see `Pairs`.
+    unrotated: layers whose queries and keys are not rotated. rotary_dim: so many first values of a head are rotated; 0
+    for all. pairs: see `Pairs`.
     """
 
     attention: ClassVar[type[Attention]] = Attention
@@ -64,6 +65,7 @@ class LlamaConfig(ModelConfig):
     qk_norm: bool = False
     sliding_window: int | None = None
     unrotated: tuple[int, ...] = ()
+    rotary_dim: int = 0
     pairs: Pairs = NO_PAIRS
 
     def __post_init__(self) -> None:
@@ -80,8 +82,11 @@ class LlamaConfig(ModelConfig):
             raise CheckpointError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim {self.head_dim} is odd: rotary embedding needs pairs")
+        check_range("rotary values of a head", self.rotary_dim, 0, self.head_dim)
+        if self.rotary_dim % 2:
+            raise CheckpointError(f"{self.rotary_dim} rotary values of a head: rotary embedding needs pairs")
         if self.rope_scaling is not None:
-            self.rope_scaling.check(self.head_dim)
+            self.rope_scaling.check(self.rotary_dim or self.head_dim)
 
     def tensors(self) -> dict[str, TensorSpec]:
         hidden = self.hidden_size
@@ -169,7 +174,7 @@ class LlamaModel:
         self.config = config
         self._ops = ops
         spec = attention_spec(config, scale=config.head_dim**-0.5)
-        rotary = rope.rope_spec(config.head_dim, config.rope_theta, config.rope_scaling)
+        rotary = rope.rope_spec(config.rotary_dim or config.head_dim, config.rope_theta, config.rope_scaling)
         self._embedding, self._head = load_vocabulary(config, packer)
         self._layers = []
         for index in range(config.num_layers):
@@ -323,6 +328,10 @@ def _gguf(source: GGUFSource) -> LlamaConfig:
     return LlamaConfig(**read_gguf(source))
 
 
+def _gguf_llama(source: GGUFSource) -> LlamaConfig:
+    return LlamaConfig(**read_gguf(source, has_window=True), pairs=PAIRS_IN_GGUF)  # Mistral's files are of these
+
+
 def _gguf_paired(source: GGUFSource) -> LlamaConfig:
     return LlamaConfig(**read_gguf(source), pairs=PAIRS_IN_GGUF)
 
@@ -332,8 +341,14 @@ def _gguf_smollm3(source: GGUFSource) -> LlamaConfig:
     return LlamaConfig(**read_gguf(source), pairs=PAIRS_IN_GGUF, unrotated=unrotated)
 
 
-def read_gguf(source: GGUFSource, *, has_experts: bool = False) -> dict[str, Any]:
-    """What all read of a GGUF file alike: what has a bias or a norm is seen by its tensors."""
+def read_gguf(
+    source: GGUFSource, *, has_window: bool = False, is_partial: bool = False, has_experts: bool = False
+) -> dict[str, Any]:
+    """What all read of a GGUF file alike: what has a bias or a norm is seen by its tensors.
+
+    has_window: whether the family may have a window in all layers; is_partial: whether it may rotate parts of heads;
+    has_experts: whether it may have experts.
+    """
     fields, shapes = source.fields, source.shapes
     if fields.integer("expert_count", 0) and not has_experts:
         raise UnsupportedModelError(f"mixture of experts ({source.name}.expert_count) is not implemented")
@@ -342,11 +357,12 @@ def read_gguf(source: GGUFSource, *, has_experts: bool = False) -> dict[str, Any
     head_dim = fields.optional_integer("attention.key_length") or equal_heads(common["hidden_size"], num_heads)
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError("key and value heads of different length are not implemented")
-    if fields.integer("rope.dimension_count", head_dim) != head_dim:
+    rotary_dim = fields.integer("rope.dimension_count", head_dim)
+    if rotary_dim != head_dim and not is_partial:
         raise UnsupportedModelError("partial rotary embedding is not implemented: whole heads are rotated")
     trained = fields.integer("context_length")
-    window = fields.optional_integer("attention.sliding_window")
-    if source.family != LLAMA.name and window is not None and window < trained:
+    window = fields.optional_integer("attention.sliding_window") or None
+    if not has_window and window is not None and window < trained:
         raise UnsupportedModelError(f"a sliding window in a {source.family} GGUF file is not implemented")
     changed = source.overridden(
         {
@@ -365,6 +381,7 @@ def read_gguf(source: GGUFSource, *, has_experts: bool = False) -> dict[str, Any
         "head_dim": head_dim,
         "rms_norm_eps": changed.number("rms_norm_eps"),
         "rope_theta": changed.number("rope_theta"),
+        "rotary_dim": rotary_dim % head_dim,
         "rope_scaling": scaling if isinstance(scaling, RopeScaling) else rope.read_scaling(scaling, trained),
         "tie_word_embeddings": "output.weight" not in shapes,
         "qkv_bias": "blk.0.attn_q.bias" in shapes,
@@ -391,7 +408,7 @@ LLAMA = Family(
     hf_keys=HF_KEYS | {"attention_bias", "mlp_bias"},
     gguf_keys=GGUF_KEYS,
     read_hf=_hf_llama,
-    read_gguf=_gguf_paired,
+    read_gguf=_gguf_llama,
     model=LlamaModel,
 )
 MISTRAL = Family(

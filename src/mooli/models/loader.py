@@ -23,6 +23,7 @@ from mooli.models.checkpoint import (
     gguf_places,
 )
 from mooli.models.config import ModelConfig
+from mooli.models.fields import ROPE_VECTORS
 from mooli.models.modelslim import ModelslimCheckpoint, described_types, find_description
 from mooli.models.registry import merge_hf_overrides, read_gguf_config, read_hf_config
 from mooli.tensor import TensorType
@@ -35,12 +36,18 @@ _DTYPES = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16
 
 
 def open_model(
-    path: Path, *, load_format: str = "auto", overrides: Mapping[str, Any] | None = None, seed: int = 0
+    path: Path,
+    *,
+    load_format: str = "auto",
+    overrides: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    context: int | None = None,
 ) -> tuple[ModelConfig, Checkpoint]:
     """Configuration and checkpoint of the model at `path`: a Hugging Face folder or a GGUF file.
 
     load_format: auto takes safetensors, then GGUF; dummy needs only the configuration and makes random weights from
-    `seed`. overrides: Hugging Face names laid over the configuration. The caller closes the checkpoint.
+    `seed`. overrides: Hugging Face names laid over the configuration. context: the longest sequence that there will be,
+    in tokens, by which some models rotate; None: as long as the model allows. The caller closes the checkpoint.
     Raises ConfigError for a load format or override that is not there, and any ModelError; names and shapes of all
     tensors are checked.
     """
@@ -48,8 +55,8 @@ def open_model(
         raise ConfigError(f"load_format is {load_format!r}; possible are {', '.join(LOAD_FORMATS)}")
     gguf = _gguf_path(path, load_format)
     if gguf is not None:
-        return _open_gguf(gguf, load_format, overrides, seed)
-    return _open_folder(path, load_format, overrides, seed)
+        return _open_gguf(gguf, load_format, overrides, seed, context)
+    return _open_folder(path, load_format, overrides, seed, context)
 
 
 def _gguf_path(path: Path, load_format: str) -> Path | None:
@@ -79,7 +86,7 @@ def _gguf_path(path: Path, load_format: str) -> Path | None:
 
 
 def _open_gguf(
-    path: Path, load_format: str, overrides: Mapping[str, Any] | None, seed: int
+    path: Path, load_format: str, overrides: Mapping[str, Any] | None, seed: int, context: int | None
 ) -> tuple[ModelConfig, Checkpoint]:
     file = GGUFFile(path)
     try:
@@ -87,7 +94,7 @@ def _open_gguf(
         embedding = file.tensors.get("token_embd.weight")
         dtype = _DTYPES.get(embedding.type, "bfloat16") if embedding else "bfloat16"
         config = read_gguf_config(
-            file.metadata, shapes, freq_factors=_freq_factors(file), dtype=dtype, overrides=overrides
+            file.metadata, shapes, vectors=_rope_vectors(file), dtype=dtype, overrides=overrides, context=context
         )
         if load_format == "dummy":
             file.close()
@@ -100,19 +107,20 @@ def _open_gguf(
     return config, checkpoint
 
 
-def _freq_factors(file: GGUFFile) -> tuple[float, ...]:
-    if "rope_freqs.weight" not in file.tensors:
-        return ()
-    raw = file.tensor("rope_freqs.weight")
-    if raw.type != TensorType.F32 or len(raw.shape) != 1 or raw.num_columns > 512:
-        raise CheckpointError(
-            f"rope_freqs.weight is {raw.type.name} of shape {list(raw.shape)}, not a short F32 vector"
-        )
-    return tuple(raw.data.view("<f4")[0].tolist())
+def _rope_vectors(file: GGUFFile) -> dict[str, tuple[float, ...]]:
+    vectors = {}
+    for name in ROPE_VECTORS:
+        if name not in file.tensors:
+            continue
+        raw = file.tensor(name)
+        if raw.type != TensorType.F32 or len(raw.shape) != 1 or raw.num_columns > 512:
+            raise CheckpointError(f"{name} is {raw.type.name} of shape {list(raw.shape)}, not a short F32 vector")
+        vectors[name] = tuple(raw.data.view("<f4")[0].tolist())
+    return vectors
 
 
 def _open_folder(
-    path: Path, load_format: str, overrides: Mapping[str, Any] | None, seed: int
+    path: Path, load_format: str, overrides: Mapping[str, Any] | None, seed: int, context: int | None
 ) -> tuple[ModelConfig, Checkpoint]:
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(f"{path} has neither config.json nor a .gguf file: it is not a model folder")
@@ -125,7 +133,7 @@ def _open_folder(
     # An override of the ending ids must win over the generation config, not be joined with it.
     overridden = "eos_token_id" in (overrides or {})
     generation = read_json(generation_path, _MAX_CONFIG_BYTES) if generation_path.is_file() and not overridden else None
-    config = read_hf_config(raw, generation)
+    config = read_hf_config(raw, generation, context=context)
     if load_format == "dummy":
         return config, DummyCheckpoint(config, seed)
     if not any(path.glob("*.safetensors")):

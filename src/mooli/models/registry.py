@@ -10,7 +10,7 @@ from typing import Any
 
 from mooli.backends.base import Backend
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from mooli.models import gemma, granite, hunyuan, lfm2, llama, minicpm3, qwen3_5, qwen_moe
+from mooli.models import gemma, gemma2, glm, granite, hunyuan, lfm2, llama, minicpm3, olmo, phi, qwen3_5, qwen_moe
 from mooli.models.checkpoint import Checkpoint
 from mooli.models.config import ModelConfig
 from mooli.models.family import Family, Model
@@ -26,11 +26,16 @@ FAMILIES: dict[str, Family] = {
         llama.QWEN3,
         llama.SMOLLM3,
         llama.ERNIE4_5,
+        gemma2.GEMMA2,
         gemma.GEMMA3,
+        glm.GLM4,
         granite.GRANITE,
         hunyuan.HUNYUAN,
         lfm2.LFM2,
         minicpm3.MINICPM3,
+        olmo.OLMO2,
+        olmo.OLMO3,
+        phi.PHI3,
         qwen3_5.QWEN3_5,
         qwen_moe.QWEN3_MOE,
         qwen_moe.QWEN2_MOE,
@@ -40,9 +45,12 @@ FAMILIES: dict[str, Family] = {
 """By the name that `ModelConfig.family` has."""
 
 
-def read_hf_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+def read_hf_config(
+    config: Mapping[str, Any], generation: Mapping[str, Any] | None = None, *, context: int | None = None
+) -> ModelConfig:
     """From the contents of config.json and, if there is one, generation_config.json.
 
+    context: the longest sequence that there will be, in tokens; None: as long as the model allows.
     Raises UnsupportedModelError for a family or feature that is not implemented, CheckpointError for bad values.
     """
     family, architecture = _hf_family(config)
@@ -53,7 +61,7 @@ def read_hf_config(config: Mapping[str, Any], generation: Mapping[str, Any] | No
             f"the checkpoint is quantised with {method!r}, which is not implemented; use the unquantised model"
             " (and quantization='int8' or 'int4') or a GGUF file"
         )
-    return family.read_hf(HFSource(family.name, architecture, config, generation or {}))
+    return family.read_hf(HFSource(family.name, architecture, config, generation or {}, context))
 
 
 def merge_hf_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -75,13 +83,14 @@ def read_gguf_config(
     metadata: Mapping[str, Any],
     shapes: Mapping[str, Sequence[int]],
     *,
-    freq_factors: tuple[float, ...] = (),
+    vectors: Mapping[str, tuple[float, ...]] | None = None,
     dtype: str = "bfloat16",
     overrides: Mapping[str, Any] | None = None,
+    context: int | None = None,
 ) -> ModelConfig:
     """From the metadata and the tensors' (rows, columns) of a GGUF file.
 
-    `freq_factors` is the content of `rope_freqs.weight`, if the file has it. `overrides` uses Hugging Face names.
+    vectors, context: as `GGUFSource` has them. `overrides` uses Hugging Face names.
     Raises ConfigError for an override that is not possible, and what `read_hf_config` raises.
     """
     name = metadata.get("general.architecture")
@@ -91,9 +100,10 @@ def read_gguf_config(
         if name in family.gguf and family.read_gguf is not None:
             _check_override_names(overrides or {}, GGUF_KEYS | family.gguf_keys, "a GGUF model")
             architecture = family.architectures[0]
-            return family.read_gguf(
-                GGUFSource(family.name, architecture, name, metadata, shapes, freq_factors, dtype, overrides or {})
+            source = GGUFSource(
+                family.name, architecture, name, metadata, shapes, vectors or {}, dtype, overrides or {}, context
             )
+            return family.read_gguf(source)
     raise _unknown_family(name, (known for family in FAMILIES.values() for known in family.gguf))
 
 

@@ -21,6 +21,9 @@ from mooli.models.fields import Fields, check_range, number, short
 HF_KEYS = frozenset(("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"))
 """What `hf_rope` reads of a config.json."""
 
+_HAVE_FACTORS = ("freq_factors", "longrope")
+"""Types with a factor for each frequency."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
@@ -30,9 +33,10 @@ class RopeScaling:
     (Llama 3.1). "freq_factors": each divided by its own entry of `freq_factors`, head_dim / 2 of them (GGUF). "yarn":
     divided by `factor` where fewer than `beta_slow` turns fit into the trained context, kept where more than
     `beta_fast` do, a ramp over the frequencies between, whose ends are whole numbers where `truncate` says so.
+    "longrope": as "freq_factors", but with an attention factor (`mooli.models.longrope`).
 
-    attention_factor: of "yarn", what cosines and sines are multiplied by. all_dim: DeepSeek's `mscale_all_dim`, from
-    which its models compute the scale of scores too (`mscale`); 0 where nothing is said.
+    attention_factor: of "yarn" and "longrope", what cosines and sines are multiplied by. all_dim: DeepSeek's
+    `mscale_all_dim`, from which its models compute the scale of scores too (`mscale`); 0 where nothing is said.
     """
 
     type: str
@@ -60,7 +64,8 @@ class RopeScaling:
             check_range("attention_factor", self.attention_factor, 1e-6, 1e6)
             check_range("mscale_all_dim", self.all_dim, 0.0, 1e6)
             check_range("original_max_position_embeddings", self.original_max_position_embeddings, 1, 2**28)
-        elif self.type == "freq_factors":
+        elif self.type in _HAVE_FACTORS:
+            check_range("attention_factor", self.attention_factor, 1e-6, 1e6)
             if len(self.freq_factors) != head_dim // 2:
                 raise CheckpointError(f"{len(self.freq_factors)} rope frequency factors for head_dim {head_dim}")
             for factor in self.freq_factors:
@@ -79,7 +84,7 @@ def inv_freq(head_dim: int, theta: float, scaling: RopeScaling | None = None) ->
     frequencies = theta**-exponents
     if scaling is None:
         return frequencies
-    if scaling.type == "freq_factors":
+    if scaling.type in _HAVE_FACTORS:
         return frequencies / np.asarray(scaling.freq_factors, np.float64)
     if scaling.type == "linear":
         return frequencies / scaling.factor
@@ -90,8 +95,7 @@ def inv_freq(head_dim: int, theta: float, scaling: RopeScaling | None = None) ->
 
 def rope_spec(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> RopeSpec:
     """The rotation of heads of `head_dim` values, or of as many values at the beginning of longer ones."""
-    factor = scaling.attention_factor if scaling is not None and scaling.type == "yarn" else 1.0
-    return RopeSpec(inv_freq(head_dim, theta, scaling), factor)
+    return RopeSpec(inv_freq(head_dim, theta, scaling), 1.0 if scaling is None else scaling.attention_factor)
 
 
 def mscale(factor: float, multiplier: float = 1.0) -> float:
@@ -131,12 +135,7 @@ def _yarn(frequencies: NDArray[np.float64], theta: float, scaling: RopeScaling) 
 
 def hf_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) of a config.json; `rope_parameters` is what `rope_scaling` and `rope_theta` became."""
-    rope: dict[str, Any] = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        part = config.get(key) or {}
-        if not isinstance(part, Mapping):
-            raise CheckpointError(f"config.json: {key} must be an object, got {short(part)}")
-        rope.update(part)
+    rope = hf_parameters(config)
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     partial = number(partial, "config.json: partial_rotary_factor")
@@ -144,6 +143,33 @@ def hf_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if partial != 1.0:
         raise UnsupportedModelError(f"partial_rotary_factor {partial} is not implemented: whole heads are rotated")
     return number(theta, "config.json: rope_theta"), scaling
+
+
+def hf_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Both objects of a config.json as one."""
+    rope: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        part = config.get(key) or {}
+        if not isinstance(part, Mapping):
+            raise CheckpointError(f"config.json: {key} must be an object, got {short(part)}")
+        rope.update(part)
+    return rope
+
+
+def without_partial(config: Mapping[str, Any], default: float = 1.0) -> tuple[float, dict[str, Any]]:
+    """Which part of a head is rotated, and the config.json without it, for a family that rotates parts."""
+    rope = hf_parameters(config)
+    partial = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or default
+    partial = number(partial, "config.json: partial_rotary_factor")
+    check_range("partial_rotary_factor", partial, 0.0, 1.0)
+    return partial, {**config, "rope_parameters": rope, "rope_scaling": None, "partial_rotary_factor": None}
+
+
+def rotary_dim(head_dim: int, partial: float) -> int:
+    """How many first values of a head are rotated; 0 for all. CheckpointError if there are none."""
+    count = int(head_dim * partial)
+    check_range("rotary values of a head", count, 2, head_dim)
+    return count % head_dim
 
 
 def read_scaling(rope: Any, max_position_embeddings: Any) -> RopeScaling | None:

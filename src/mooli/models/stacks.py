@@ -70,18 +70,47 @@ class Stacked:
         return slice(self.part * size, (self.part + 1) * size)
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where a tensor lies in the tensor `name` of a file, which has `num_rows` rows: its own begin at `first`."""
+
+    name: str
+    first: int
+    size: int
+    num_rows: int
+
+    def shape(self, whole: tuple[int, ...], wanted: int) -> tuple[int, ...]:
+        """As of `Stacked`; of a vector, rows are values."""
+        if len(whole) != wanted or whole[0] != self.num_rows:
+            raise CheckpointError(f"{self.name} has shape {list(whole)}, and it should have {self.num_rows} rows")
+        return (self.size, *whole[1:])
+
+    def cut(self, whole: RawTensor, name: str, wanted: int) -> RawTensor:
+        """The tensor, called `name`, of the file's, as a view. A vector must not be quantised."""
+        shape, end = self.shape(whole.shape, wanted), self.first + self.size
+        if wanted == 1:
+            size = BLOCK[whole.type][1]
+            if BLOCK[whole.type][0] != 1:
+                raise CheckpointError(f"{self.name} is {whole.type.name}, whose values do not stand alone")
+            return dataclasses.replace(
+                whole, name=name, shape=shape, data=whole.data[:, self.first * size : end * size]
+            )
+        scales = None if whole.scales is None else whole.scales[self.first : end]
+        return dataclasses.replace(whole, name=name, shape=shape, data=whole.data[self.first : end], scales=scales)
+
+
 class Places:
     """Which tensors of a file are which of a model's, under the model's names."""
 
     def __init__(
-        self, own: Mapping[str, str], stacks: Mapping[str, tuple[Stacked, ...]], in_file: Iterable[str]
+        self, own: Mapping[str, str], stacks: Mapping[str, tuple[Stacked | Rows, ...]], in_file: Iterable[str]
     ) -> None:
         """own: the name that a file has for each of the model's tensors, on its own. stacks: where else it may be. What
         has no place in the model keeps its name."""
         names = dict.fromkeys(in_file)
         self.files: dict[str, str] = {}
         """The file's name of the tensor that each is, or lies in."""
-        self.stacked: dict[str, Stacked] = {}
+        self.stacked: dict[str, Stacked | Rows] = {}
         for name, file_name in own.items():
             if file_name in names:
                 self.files[name] = file_name

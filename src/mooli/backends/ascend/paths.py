@@ -59,10 +59,10 @@ DECODE_ORDER = (FIA_DECODE, PAGED_ATTENTION)
 
 
 def fits(path: str, spec: AttentionSpec, dtype: str, release: Release, *, is_aligned: bool = True) -> bool:
-    """Whether the documents allow this path for such heads. Windows are left to plain torch in every case."""
+    """Whether the documents allow this path for such heads. Windows and soft caps are left to plain torch."""
     if path == GATHER:
         return True
-    if dtype not in HALF or spec.window > 0 or spec.head_dim % 16:
+    if dtype not in HALF or spec.window > 0 or spec.softcap > 0 or spec.head_dim % 16:
         return False
     if spec.num_heads > 256 or spec.num_heads > 64 * spec.num_kv_heads or spec.num_kv_heads * spec.head_dim > 65535:
         return False

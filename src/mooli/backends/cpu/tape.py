@@ -218,11 +218,20 @@ class TapeOps:
         return self._now().add(inputs, weight.native.n, emit, reusable=residual)
 
     def head_norm(self, qkv: Register, spec: AttentionSpec, q_weight: Any, k_weight: Any, eps: float) -> Register:
+        return self._norm_of_heads(qkv, spec, (q_weight, k_weight), eps, is_joint=False)
+
+    def projection_norm(self, qkv: Register, spec: AttentionSpec, q_weight: Any, k_weight: Any, eps: float) -> Register:
+        return self._norm_of_heads(qkv, spec, (q_weight, k_weight), eps, is_joint=True)
+
+    def _norm_of_heads(
+        self, qkv: Register, spec: AttentionSpec, weights: tuple[Any, Any], eps: float, is_joint: bool
+    ) -> Register:
         heads = _check_heads(qkv, spec)
+        q, k = (weight.native for weight in weights)
         return self._now().add(
             (qkv,),
             qkv.width,
-            lambda t, out: t.head_norm(qkv.address, q_weight.native, k_weight.native, eps, *heads, out.address),
+            lambda t, out: t.head_norm(qkv.address, q, k, eps, *heads, is_joint, out.address),
             reusable=qkv,
         )
 
@@ -247,7 +256,8 @@ class TapeOps:
         self.attentions.append((layer, spec))
 
         def emit(tape: Any, out: Register) -> None:
-            tape.attend(self.numbers[layer], qkv.address, spec.num_heads, spec.scale, spec.window, native, out.address)
+            how = (spec.num_heads, spec.scale, spec.window, spec.softcap)
+            tape.attend(self.numbers[layer], qkv.address, *how, native, out.address)
 
         return self._now().add((qkv,), spec.num_heads * spec.head_dim, emit)
 
@@ -380,6 +390,13 @@ class TapeOps:
 
         inputs = (x, routing) if residual is None else (x, routing, residual)
         return self._now().add(inputs, native.hidden, emit, reusable=None if residual is x else residual)
+
+    def soft_cap(self, x: Register, cap: float) -> Register:
+        if not cap > 0:
+            raise ConfigError(f"a soft cap of {cap}: it must be positive")
+        return self._now().add(
+            (x,), x.width, lambda t, out: t.soft_cap(x.address, cap, x.width, out.address), reusable=x
+        )
 
     def asked_rows(self, batch: Any, x: Register) -> Register:
         recording = self._now()

@@ -58,10 +58,11 @@ class PagedAttention:
         # The query heads that share a kv head stand in the place of query positions: nothing is repeated.
         grouped = q.reshape(len(q), spec.num_kv_heads, -1, spec.head_dim)
         k, v = (x.transpose(1, 2).to(q.dtype) for x in (k, v))
-        if sinks is None:
+        if sinks is None and not spec.softcap:
             mixed = self.kernel(grouped, k, v, visible, is_causal=False, scale=spec.scale)
         else:
-            mixed = attend_with_sinks(grouped, k, v, visible, sinks.view(spec.num_kv_heads, -1, 1), scale=spec.scale)
+            each = None if sinks is None else sinks.view(spec.num_kv_heads, -1, 1)
+            mixed = attend_laid_out(grouped, k, v, visible, each, spec)
         return mixed.reshape(len(q), -1)
 
     def attend_chunk(
@@ -83,7 +84,8 @@ class PagedAttention:
         # Kv heads are the batch, and each one's keys are seen by its query heads without being repeated.
         k, v = (x.to(q.dtype).transpose(0, 1).unsqueeze(1) for x in (k, v))
         queries = q.view(row.length, spec.num_kv_heads, -1, spec.head_dim).permute(1, 2, 0, 3)
-        at_a_time = self.scores_at_a_time if sinks is None else PagedAttention.scores_at_a_time
+        is_fused = sinks is None and not spec.softcap
+        at_a_time = self.scores_at_a_time if is_fused else PagedAttention.scores_at_a_time
         step = max(1, at_a_time // (spec.num_heads * k.shape[2]))
         blocks = []
         for begin in range(0, row.length, step):
@@ -92,14 +94,14 @@ class PagedAttention:
             first_key, end = first_key_of(first_query, spec.window), first_query + block.shape[2]
             seen = slice(first_key - first_gathered, end - first_gathered)
             is_triangle = first_key == first_query and (spec.window <= 0 or block.shape[2] <= spec.window)
-            is_masked = not is_triangle or sinks is not None
+            is_masked = not is_triangle or not is_fused
             visible = self._chunk_mask(batch, row, first_query, end, spec.window) if is_masked else None
             keys, values = (x[:, :, seen].expand(-1, block.shape[1], -1, -1) for x in (k, v))
-            if sinks is None:
+            if is_fused:
                 blocks.append(self.kernel(block, keys, values, visible, is_causal=is_triangle, scale=spec.scale))
             else:
-                each = sinks.view(spec.num_kv_heads, -1, 1, 1)
-                blocks.append(attend_with_sinks(block, keys, values, visible, each, scale=spec.scale))
+                each = None if sinks is None else sinks.view(spec.num_kv_heads, -1, 1, 1)
+                blocks.append(attend_laid_out(block, keys, values, visible, each, spec))
         mixed = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
         return mixed.permute(2, 0, 1, 3).reshape(row.length, -1)
 
@@ -120,18 +122,24 @@ class PagedAttention:
         return kept
 
 
-def attend_with_sinks(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sinks: Tensor, *, scale: float
+def attend_laid_out(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sinks: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
-    """`PagedAttention.kernel` where each row of scores has one more, of `sinks`, broadcast to (B, H, L, 1).
+    """`PagedAttention.kernel` where scores have a cap, or each row of them one more, of `sinks`, broadcast to
+    (B, H, L, 1).
 
-    In float32, all scores laid out: torch has no fused kernel for that.
+    In float32, all scores laid out: torch has no fused kernel for either.
     """
-    scores = q.float() @ k.float().transpose(-1, -2) * scale
+    scores = q.float() @ k.float().transpose(-1, -2) * spec.scale
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
-    logits = sinks.float().expand(*scores.shape[:-1], 1)
-    weights = torch.softmax(torch.cat([scores, logits], dim=-1), dim=-1)[..., :-1]
+    if sinks is None:
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        logits = sinks.float().expand(*scores.shape[:-1], 1)
+        weights = torch.softmax(torch.cat([scores, logits], dim=-1), dim=-1)[..., :-1]
     return (weights @ v.float()).to(q.dtype)
 
 

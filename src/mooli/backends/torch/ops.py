@@ -122,6 +122,13 @@ class TorchOps:
         normed = [self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps), v]
         return torch.cat(normed, dim=1).flatten(1)
 
+    def projection_norm(
+        self, qkv: Tensor, spec: AttentionSpec, q_weight: Tensor, k_weight: Tensor, eps: float
+    ) -> Tensor:
+        sizes = [heads * spec.head_dim for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
+        q, k, v = torch.split(qkv, sizes, dim=-1)
+        return torch.cat([self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps), v], dim=-1)
+
     def rope(self, batch: ForwardBatch, qkv: Tensor, spec: AttentionSpec, rope: RopeSpec) -> Tensor:
         turning = spec.num_heads + spec.num_kv_heads
         heads = qkv.view(len(qkv), -1, spec.head_dim)
@@ -291,6 +298,9 @@ class TorchOps:
     ) -> Tensor:
         total = mixed(x, routing, weight, lambda rows, gated: self.gated_linear(batch, rows, gated))
         return (total if residual is None else total + residual).to(x.dtype)
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        return (cap * torch.tanh(x.float() / cap)).to(x.dtype)
 
     def asked_rows(self, batch: ForwardBatch, x: Tensor) -> Tensor:
         """All rows: shapes stay those of the step, which graphs have captured."""
