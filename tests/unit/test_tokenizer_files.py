@@ -235,7 +235,7 @@ def test_a_broken_folder_is_an_error_that_names_the_file(tmp_path, name, content
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("present", [None, "tokenizer.model", "vocab.json"])
+@pytest.mark.parametrize("present", [None, "tekken.json", "vocab.json"])
 def test_a_folder_without_tokenizer_json_says_what_was_looked_for(tmp_path, present):
     if present:
         (tmp_path / present).write_text("x")

@@ -9,24 +9,24 @@ tokenizer.json files that llama.cpp's converter fingerprints under these names.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mooli.errors import TokenizerError
 from mooli.formats.gguf import StringArray
+from mooli.formats.sentencepiece import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from mooli.frontend.chat_template import ChatTemplate
+from mooli.frontend.own_templates import own_template
+from mooli.frontend.sentencepiece_tokenizer import add_typed_tokens, merges_by_score, whole_text_steps
 from mooli.frontend.tokenizer import END_OF_TURN_TOKENS, Tokenizer, tokenizer_errors, with_bos_and_eos
-from mooli.frontend.tokenizer_bounds import check_added_count, check_longest, text_bounds
+from mooli.frontend.tokenizer_bounds import check_longest, text_bounds
 
 if TYPE_CHECKING:
     import tokenizers
 
 _MAX_TOKENS = 1 << 22
 _MAX_TEMPLATES = 64
-
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -41,6 +41,12 @@ _TEKKEN_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O_SPLIT = (
+    _TEKKEN_SPLIT.replace(r"\p{M}]+|", rf"\p{{M}}]+{_CONTRACTION}|")
+    .replace(r"\p{M}]*|", rf"\p{{M}}]*{_CONTRACTION}|")
+    .replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class _PreTokenizer:
     adds_bos: bool = False
 
 
+_CL100K = _PreTokenizer(split=_LLAMA3_SPLIT)
 _LLAMA3 = _PreTokenizer(split=_LLAMA3_SPLIT, ignore_merges=True, adds_bos=True)
 _STARCODER = _PreTokenizer(single_digits=True)
 _PRE_TOKENIZERS = {
@@ -62,6 +69,10 @@ _PRE_TOKENIZERS = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "lfm2": _LLAMA3,
+    "dbrx": _CL100K,
+    "glm4": _CL100K,
+    "chatglm-bpe": _CL100K,
+    "gpt-4o": _PreTokenizer(split=_GPT4O_SPLIT),
     "qwen2": _PreTokenizer(split=_QWEN2_SPLIT, nfc=True),
     "qwen35": _PreTokenizer(split=_QWEN35_SPLIT, nfc=True),
     "smollm": _STARCODER,
@@ -79,7 +90,7 @@ _INFILL_KEYS = {
 }
 """The second are older names."""
 
-_SENTENCEPIECE_ARCHITECTURES = ("llama", "gemma3")
+_SENTENCEPIECE_ARCHITECTURES = ("llama", "gemma2", "gemma3", "phi3", "minicpm", "pangu-embedded")
 
 _END_ID_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -107,7 +118,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str = "the GGUF 
             f"the tokenizer model {_short(model)} (tokenizer.ggml.model in {source}) is not supported; supported are "
             "'gpt2' and 'llama'"
         )
-    _add_tokens(backend, vocabulary)
+    with tokenizer_errors(f"adding the control tokens of {source}"):
+        add_typed_tokens(backend, vocabulary.tokens, vocabulary.types, source)
     bos_id, eos_id = (vocabulary.named_id("bos_token_id"), vocabulary.named_id("eos_token_id"))
     adds_bos = vocabulary.flag("add_bos_token", default=adds_bos) and bos_id is not None
     adds_eos = vocabulary.flag("add_eos_token", default=False) and eos_id is not None
@@ -159,15 +171,15 @@ class _Vocabulary:
     def _types(self) -> list[int]:
         types = self.array("token_type")
         if types is None:
-            types = [_NORMAL] * len(self.tokens)
+            types = [NORMAL] * len(self.tokens)
             for key in (*_END_ID_KEYS, "bos_token_id"):
                 if (index := self.named_id(key)) is not None:
-                    types[index] = _CONTROL
+                    types[index] = CONTROL
         self._check_entries("token_type", types, int)
         # Some files mark the end of a turn as an ordinary added token. As such, a user could write it.
         for token in END_OF_TURN_TOKENS:
-            if (at := self.ids.get(token)) is not None and types[at] == _USER_DEFINED:
-                types[at] = _CONTROL
+            if (at := self.ids.get(token)) is not None and types[at] == USER_DEFINED:
+                types[at] = CONTROL
         return types
 
     def scores(self) -> list[float]:
@@ -287,10 +299,10 @@ def _model_size(types: list[int]) -> int:
     vocabulary (`ignore_merges`) would otherwise find them in a user's text. They must then follow without a gap.
     """
     used = len(types)
-    while used and types[used - 1] == _UNUSED:
+    while used and types[used - 1] == UNUSED:
         used -= 1
     size = used
-    while size and types[size - 1] in (_CONTROL, _USER_DEFINED):
+    while size and types[size - 1] in (CONTROL, USER_DEFINED):
         size -= 1
     return size
 
@@ -330,71 +342,25 @@ def _check_merges(vocabulary: _Vocabulary, merges: list[tuple[str, str]]) -> Non
 
 
 def _sentencepiece_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
-    """Llama 2's, Mistral's and Gemma's tokenizer: SentencePiece BPE with byte fallback, its merges recovered from the
-    scores. Gemma's runs of spaces and of line ends are user-defined tokens, which are found before all else.
-
-    SentencePiece merges the pair whose result scores best. As a list of merges: every way to cut every token in two,
-    best result first (Hugging Face's conversion of SentencePiece models does the same).
-    """
+    """Llama 2's, Mistral's, Gemma's and Phi-3's tokenizer: SentencePiece BPE with byte fallback. Gemma's runs of spaces
+    and of line ends are user-defined tokens."""
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers
+    from tokenizers import models
 
     architecture = vocabulary.metadata.get("general.architecture", "llama")
     if not isinstance(architecture, str) or architecture not in _SENTENCEPIECE_ARCHITECTURES:
         raise TokenizerError(
             f"the SentencePiece tokenizer of architecture {_short(architecture)} in {vocabulary.source} is not"
-            " supported; only those of Llama, Mistral and Gemma are"
+            f" supported; only those of {', '.join(_SENTENCEPIECE_ARCHITECTURES)} are"
         )
-    merging = {_NORMAL, _USER_DEFINED, _UNUSED}
-    ids = {token: i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] in merging}
-    scored = []
-    for (token, _), score in zip(vocabulary.ids.items(), vocabulary.scores(), strict=True):
-        if token not in ids:
-            continue
-        cuts = [(token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in ids and token[at:] in ids]
-        cuts.sort(key=lambda cut: (ids[cut[0]], ids[cut[1]]))
-        scored += [(-score, -len(left), -len(right), left, right) for left, right in cuts]
-    scored.sort(key=lambda merge: merge[:3])
-    unknown = next((t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == _UNKNOWN), None)
+    merges = merges_by_score(vocabulary.ids, vocabulary.types, vocabulary.scores())
+    unknown = next((t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == UNKNOWN), None)
     with tokenizer_errors(f"building the vocabulary of {vocabulary.source}"):
         backend = Backend(
-            models.BPE(
-                vocab=vocabulary.ids,
-                merges=[(left, right) for *_, left, right in scored],
-                unk_token=unknown,
-                fuse_unk=True,
-                byte_fallback=True,
-            )
+            models.BPE(vocab=vocabulary.ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
         )
-    with_space = vocabulary.flag("add_space_prefix", default=True)
-    prefix = [normalizers.Prepend("▁")] if with_space else []
-    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if with_space:
-        steps.append(decoders.Strip(" ", 1, 0))
-    backend.decoder = decoders.Sequence(steps)
+    whole_text_steps(backend, (), has_prefix=vocabulary.flag("add_space_prefix", default=True))
     return backend
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Control tokens as special ones, user-defined ones as plain ones; both are found in the text before all else."""
-    from tokenizers import AddedToken
-
-    special = {_CONTROL, _UNKNOWN}
-    added = [
-        (index, AddedToken(vocabulary.tokens[index], special=kind in special, normalized=False))
-        for index, kind in enumerate(vocabulary.types)
-        if kind in special or kind == _USER_DEFINED
-    ]
-    with tokenizer_errors(f"adding the control tokens of {vocabulary.source}"):
-        check_added_count(len(added))
-        for is_special, group in itertools.groupby((token for _, token in added), key=lambda token: token.special):
-            (backend.add_special_tokens if is_special else backend.add_tokens)(list(group))
-    for index, token in added:
-        if backend.token_to_id(token.content) != index:
-            raise TokenizerError(
-                f"the control token {_short(token.content)} of {vocabulary.source} cannot get its id {index}"
-            )
 
 
 def _chat_template(vocabulary: _Vocabulary) -> ChatTemplate | None:
@@ -409,6 +375,8 @@ def _chat_template(vocabulary: _Vocabulary) -> ChatTemplate | None:
             sources[str(name)] = named
     if (default := vocabulary.metadata.get("tokenizer.chat_template")) is not None:
         sources["default"] = default
+    if "default" not in sources and (own := own_template(vocabulary.metadata)) is not None:
+        sources["default"] = own
     if "default" not in sources:
         return None
     return ChatTemplate(sources, special_tokens=vocabulary.special_tokens())

@@ -1,7 +1,7 @@
 """Text to token ids and back.
 
-Owns `Tokenizer` and loading one from a Hugging Face folder; GGUF metadata is read in `gguf_tokenizer`. Produces the ids
-that Hugging Face `transformers` produces. Never downloads, never decides what a prompt is, and never changes after it
+Owns `Tokenizer`; folders are read in `folder_tokenizer`, GGUF metadata in `gguf_tokenizer`. Produces the ids that
+Hugging Face `transformers` produces. Never downloads, never decides what a prompt is, and never changes after it
 is made, so that one tokenizer serves all threads.
 
 `tokenizers` is imported inside functions: it is native code of several megabytes, and an engine that is given token ids
@@ -22,10 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mooli.errors import ChatTemplateError, CheckpointError, ModelNotFoundError, PromptError, TokenizerError
-from mooli.formats.files import parse_json, read_text_file
+from mooli.errors import ChatTemplateError, PromptError, TokenizerError
 from mooli.frontend.chat_template import ChatTemplate
-from mooli.frontend.tokenizer_bounds import TextBounds, byte_level_alphabet, check_added_count, check_file, text_bounds
+from mooli.frontend.tokenizer_bounds import TextBounds, byte_level_alphabet
 from mooli.types import TokenBytes
 
 if TYPE_CHECKING:
@@ -44,11 +43,8 @@ END_OF_TURN_TOKENS = (
 )
 """Tokens with which chat models end a turn or a text. Files often declare one of them where the model uses two."""
 
-_MAX_TOKENIZER_BYTES = 1 << 26
-_MAX_CONFIG_BYTES = 1 << 24
 MAX_TEMPLATE_BYTES = 1 << 20
 
-_MAX_EOS_IDS = 1024
 _MAX_REASON_CHARS = 500
 """What a library quotes of a file may be as long as the file."""
 
@@ -60,8 +56,6 @@ _MANY_IDS = 256
 
 _MARKERS = re.compile(r"think|tool|THINK|TOOL|ARGS|function_call|arg_key|arg_value|python_tag")
 """In the texts of special tokens that grammars write."""
-
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -362,9 +356,9 @@ class Tokenizer:
 
     def _refuse_control_ids(self, encoding: tokenizers.Encoding) -> None:
         """Raise if text became a special id; the begin and end tokens around it and unknown characters may be one."""
-        unknown = getattr(self._backend.model, "unk_token", None)
+        unknown = (getattr(self._backend.model, "unk_token", None), self.special_tokens.get("unk_token"))
         for token_id, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
-            if token_id in self.special_ids and not added and (token := self._piece(token_id)) != unknown:
+            if token_id in self.special_ids and not added and (token := self._piece(token_id)) not in unknown:
                 raise PromptError(
                     f"the prompt holds {token!r}, which this vocabulary cannot write as ordinary text; remove it from "
                     "the prompt",
@@ -381,13 +375,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
     path = Path(path)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # which the library asks for at every batch
     if path.is_dir():
-        return _load_folder(path)
-    if path.suffix.lower() == ".gguf" and path.is_file():
         # Here, because that module builds on this one.
+        from mooli.frontend.folder_tokenizer import tokenizer_from_folder
+
+        return tokenizer_from_folder(path)
+    if path.suffix.lower() == ".gguf" and path.is_file():
         from mooli.formats.gguf import read_gguf
         from mooli.frontend.gguf_tokenizer import tokenizer_from_gguf
 
-        with _no_garbage_collection():
+        with no_garbage_collection():
             return tokenizer_from_gguf(read_gguf(path).metadata, source=str(path))
     if path.exists():
         raise TokenizerError(f"{path} is neither a folder with a tokenizer.json nor a .gguf file")
@@ -395,7 +391,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Hundreds of thousands of objects that all stay would be looked through again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -426,172 +422,6 @@ def with_bos_and_eos(backend: tokenizers.Tokenizer, *, bos: str | None, eos: str
     names = [token for token in (bos, eos) if token is not None]
     ids = [(name, backend.token_to_id(name)) for name in dict.fromkeys(names)]
     backend.post_processor = processors.TemplateProcessing(single=pattern, pair=[*pattern, "$B:1"], special_tokens=ids)
-
-
-def _load_folder(folder: Path) -> Tokenizer:
-    from tokenizers import AddedToken
-    from tokenizers import Tokenizer as Backend
-
-    file = folder / "tokenizer.json"
-    if not os.path.lexists(file):
-        others = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (folder / name).is_file()]
-        hint = f"; {others[0]} alone is not supported, convert it with transformers' save_pretrained" if others else ""
-        raise TokenizerError(
-            f"there is no tokenizer.json in {folder}{hint}; put it there, give another place as tokenizer_path, or use"
-            " skip_tokenizer_init=True with input_ids"
-        )
-    data = _read(file, _MAX_TOKENIZER_BYTES, folder)
-    with tokenizer_errors(f"reading {file}"), _no_garbage_collection():
-        parsed = parse_json(data, file.name)
-        check_file(parsed)
-        backend = Backend.from_buffer(data)
-        vocabulary = parsed["model"]["vocab"]
-        size = 1 + max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary)
-        longest = max(
-            map(len, vocabulary if isinstance(vocabulary, dict) else (piece[0] for piece in vocabulary)), default=0
-        )
-    config = _read_json(folder / "tokenizer_config.json")
-    for key, value in _read_json(folder / "special_tokens_map.json").items():
-        config.setdefault(key, value)
-
-    _add_configured_tokens(backend, config, AddedToken)
-    with tokenizer_errors(f"reading {file}"):
-        added = backend.get_added_tokens_decoder()
-        size = max(size, 1 + max(added, default=-1))
-        bounds = text_bounds(backend, max(longest, *(len(token.content) for token in added.values()), 0))
-    names = {name: text for name in _NAMED_TOKENS if (text := _token_text(config.get(name))) is not None}
-    bos, eos = names.get("bos_token"), names.get("eos_token")
-    # add_bos_token and add_eos_token of the configuration are not looked at: where there is a tokenizer.json, its
-    # post-processor says what is added, and transformers leaves the two flags aside as well.
-    ends = _declared_eos_ids(folder)
-    if eos is not None and (eos_id := backend.token_to_id(eos)) is not None:
-        ends.add(eos_id)
-    source = _folder_chat_template(folder, config)
-    template = ChatTemplate(source, special_tokens=names) if source else None
-    bos_id = backend.token_to_id(bos) if bos is not None else None
-    return Tokenizer(
-        backend,
-        vocab_size=size,
-        bos_id=bos_id,
-        eos_ids=ends,
-        special_tokens=names,
-        chat_template=template,
-        bounds=bounds,
-        response_template=config.get("response_template"),
-    )
-
-
-def _add_configured_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], added_token: Any) -> None:
-    """Add what tokenizer_config.json declares beyond tokenizer.json, and mark the named tokens as special.
-
-    A named token that no file gives an id is left out: a new id would lie outside the model's embedding.
-    """
-    declared = config.get("added_tokens_decoder") or {}
-    if not isinstance(declared, dict) or not all(isinstance(token, dict) for token in declared.values()):
-        raise TokenizerError("added_tokens_decoder in tokenizer_config.json is not a table of tokens")
-    with tokenizer_errors("adding the tokens of tokenizer_config.json"):
-        check_added_count(len(declared))
-        new = []
-        for key, token in sorted(declared.items(), key=lambda item: int(item[0])):
-            flags = {
-                name: bool(token[name])
-                for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
-                if name in token
-            }
-            if backend.token_to_id(token["content"]) is None:
-                new.append((key, added_token(token["content"], **flags)))
-        # In groups, as each call builds anew what finds all of them in a text.
-        for is_special, group in itertools.groupby((token for _, token in new), key=lambda token: token.special):
-            (backend.add_special_tokens if is_special else backend.add_tokens)(list(group))
-        for key, token in new:
-            if backend.token_to_id(token.content) != int(key):
-                raise TokenizerError(
-                    f"tokenizer_config.json gives {token.content[:80]!r} the id {key[:20]}, which does not follow the"
-                    " ids of tokenizer.json; the two files do not belong together"
-                )
-        named = [config.get(name) for name in _NAMED_TOKENS]
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            extra = config.get(key) or []
-            named += list(extra.values()) if isinstance(extra, dict) else list(extra)
-        known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
-        texts = dict.fromkeys(text for text in map(_token_text, named) if text)
-        backend.add_special_tokens(
-            [
-                added_token(text, special=True, normalized=False)
-                for text in texts
-                if not known.get(text, False) and backend.token_to_id(text) is not None
-            ]
-        )
-
-
-def _declared_eos_ids(folder: Path) -> set[int]:
-    """End ids of generation_config.json, or of config.json where there is no such file, as transformers reads them."""
-    declared = _read_json(folder / "generation_config.json") or _read_json(folder / "config.json")
-    value = declared.get("eos_token_id")
-    values = value if isinstance(value, list) else [value]
-    if len(values) > _MAX_EOS_IDS:  # they go to the engine with every request
-        raise TokenizerError(
-            f"the files of {folder} declare {len(values)} eos_token_id; at most {_MAX_EOS_IDS} are read"
-        )
-    return {v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0}
-
-
-def _folder_chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
-    files = {"default": folder / "chat_template.jinja"}
-    files |= {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-    texts = {
-        name: _read_text(file, MAX_TEMPLATE_BYTES, folder) for name, file in files.items() if os.path.lexists(file)
-    }
-    if texts:
-        return texts
-    template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if template is None or isinstance(template, (str, dict)):
-        return template
-    try:
-        return {entry["name"]: entry["template"] for entry in template}
-    except (TypeError, KeyError) as exc:
-        raise TokenizerError(
-            f"the chat_template of {folder} is neither a string nor a list of named templates"
-        ) from exc
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The table in a JSON file; empty when there is no such file."""
-    if not os.path.lexists(file):
-        return {}
-    try:
-        value = json.loads(_read_text(file, _MAX_CONFIG_BYTES, file.parent))
-    except (ValueError, RecursionError) as exc:
-        if isinstance(exc, TokenizerError):
-            raise
-        raise TokenizerError(f"reading {file} failed: {str(exc)[:_MAX_REASON_CHARS]}") from exc
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{file} holds a {type(value).__name__}, not a table")
-    return value
-
-
-def _read_text(file: Path, max_bytes: int, folder: Path) -> str:
-    """The text of a file of a model's folder, lines ended by \\n alone."""
-    try:
-        text = _read(file, max_bytes, folder).decode("utf-8")
-    except UnicodeDecodeError as exc:
-        raise TokenizerError(f"reading {file} failed: {str(exc)[:_MAX_REASON_CHARS]}") from exc
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _read(file: Path, max_bytes: int, folder: Path) -> bytes:
-    """The contents of a file of a model's folder."""
-    try:
-        return read_text_file(file, max_bytes, root=folder)
-    except (CheckpointError, ModelNotFoundError) as exc:
-        raise TokenizerError(f"reading {file} failed: {str(exc)[:_MAX_REASON_CHARS]}") from exc
-
-
-def _token_text(token: Any) -> str | None:
-    """A token as the configuration files write it: its text, or a table with it."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) and token else None
 
 
 def _ignoring_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

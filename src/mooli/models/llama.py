@@ -1,5 +1,5 @@
-"""The Llama family: Llama (SmolLM2 too), Mistral, Qwen2 and Qwen2.5, Qwen3, SmolLM3, ERNIE 4.5. One decoder; each is a
-declaration below.
+"""The Llama family: Llama (SmolLM2 too), Mistral, Qwen2 and Qwen2.5, Qwen3, SmolLM3, ERNIE 4.5, openPangu-Embedded. One
+decoder; each is a declaration below.
 
 Owns their configuration, the names of their tensors in every kind of file, and the order of operations. What differs
 between them (biases, norms of queries and keys, a window, rope scaling, layers without rotation, a tied head) is a
@@ -286,6 +286,14 @@ def _hf_ernie(source: HFSource) -> LlamaConfig:
     return LlamaConfig(**read_hf(source, common, qkv_bias=bias, o_bias=bias, **own))
 
 
+def _hf_pangu(source: HFSource) -> LlamaConfig:
+    fields = source.fields
+    common = source.common(max_position_embeddings=32768, bos_id=1, eos_id=45892)
+    bias = fields.flag("bias") or fields.flag("attention_bias")
+    own: dict[str, Any] = {"rms_norm_eps": fields.number("rms_norm_eps", 1e-5), "mlp_bias": fields.flag("mlp_bias")}
+    return LlamaConfig(**read_hf(source, common, qkv_bias=bias, o_bias=bias, **own))
+
+
 def _hf_mistral(source: HFSource) -> LlamaConfig:
     fields = source.fields
     kv_heads = fields.optional_integer("num_key_value_heads", 8) or fields.integer("num_attention_heads")
@@ -464,5 +472,15 @@ ERNIE4_5 = Family(
     gguf_keys=GGUF_KEYS,
     read_hf=_hf_ernie,
     read_gguf=_gguf_paired,
+    model=LlamaModel,
+)
+PANGU_EMBEDDED = Family(
+    name="PanguEmbedded",
+    architectures=("PanguEmbeddedForCausalLM",),
+    gguf=("pangu-embedded",),
+    hf_keys=HF_KEYS | {"bias", "attention_bias", "mlp_bias"},
+    gguf_keys=GGUF_KEYS,
+    read_hf=_hf_pangu,
+    read_gguf=_gguf,
     model=LlamaModel,
 )

@@ -10,7 +10,21 @@ from typing import Any
 
 from mooli.backends.base import Backend
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from mooli.models import gemma, gemma2, glm, granite, hunyuan, lfm2, llama, minicpm3, olmo, phi, qwen3_5, qwen_moe
+from mooli.models import (
+    gemma,
+    gemma2,
+    glm,
+    granite,
+    hunyuan,
+    lfm2,
+    llama,
+    minicpm,
+    minicpm3,
+    olmo,
+    phi,
+    qwen3_5,
+    qwen_moe,
+)
 from mooli.models.checkpoint import Checkpoint
 from mooli.models.config import ModelConfig
 from mooli.models.family import Family, Model
@@ -26,6 +40,7 @@ FAMILIES: dict[str, Family] = {
         llama.QWEN3,
         llama.SMOLLM3,
         llama.ERNIE4_5,
+        llama.PANGU_EMBEDDED,
         gemma2.GEMMA2,
         gemma.GEMMA3,
         glm.GLM4,
@@ -33,6 +48,7 @@ FAMILIES: dict[str, Family] = {
         hunyuan.HUNYUAN,
         lfm2.LFM2,
         minicpm3.MINICPM3,
+        minicpm.MINICPM,
         olmo.OLMO2,
         olmo.OLMO3,
         phi.PHI3,
