@@ -217,10 +217,13 @@ NB_MODULE(_native, m) {
       })
       .def("wait_packed", [](Device& d, int64_t number) { return d.packing.wait(number); }, nb::call_guard<nb::gil_scoped_release>())
       .def("drop_packing", [](Device& d) { d.packing.drop(); }, nb::call_guard<nb::gil_scoped_release>())
-      .def("add_rope", [](Device& d, In<double> inv_freq, double factor) {
+      .def("add_rope", [](Device& d, In<double> inv_freq, double factor, double growth, int period) {
+        if (period < 1) throw std::invalid_argument("a period of queries' temperatures below 1");
         d.ropes.push_back(std::make_unique<RopeTable>());
         d.ropes.back()->inv_freq.assign(inv_freq.data(), inv_freq.data() + inv_freq.shape(0));
         d.ropes.back()->factor = factor;
+        d.ropes.back()->growth = growth;
+        d.ropes.back()->period = period;
         return d.ropes.back().get();
       }, nb::rv_policy::reference_internal)
       .def("allocate_kv", &Device::allocate_kv, nb::call_guard<nb::gil_scoped_release>())

@@ -538,6 +538,9 @@ void Device::prepare_rope(RopeTable& rope) const {
       rope.cosines.push_back(float(std::cos(angle) * rope.factor));
       rope.sines.push_back(float(std::sin(angle) * rope.factor));
     }
+  if (rope.growth == 0) return;
+  for (size_t position = rope.temperatures.size(); position < wanted; position++)
+    rope.temperatures.push_back(float(1 + rope.growth * std::log1p(double(position / size_t(rope.period)))));
 }
 
 // How many whole blocks from `from` on two members read from the same tiles.

@@ -67,7 +67,10 @@ struct Embedding {
 struct RopeTable {
   std::vector<double> inv_freq;
   double factor = 1;  // of cosines and sines
+  double growth = 0;  // where it is not 0, queries are multiplied by 1 + growth * ln(1 + floor(position / period))
+  int period = 1;
   std::vector<float> cosines, sines;  // (positions met so far, head_dim / 2)
+  std::vector<float> temperatures;    // of queries; (positions met so far) where there is a growth
 };
 
 // The keys and values of one layer. Of what all layers keep of a tile, its own begin at `offset`: kv_heads times tile_bytes, of

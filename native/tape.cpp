@@ -291,6 +291,10 @@ void Tape::compute(int stage, int thread) {
           if (op.code == HEAD_NORM) k.rms_norm(head, h < op.heads ? op.a : op.b, op.number, op.head_dim, nullptr, head);
           else k.rope(head, &op.rope->cosines[angles], &op.rope->sines[angles], half);
         }
+        if (op.code == ROPE && op.rope->growth != 0) {
+          const float temperature = op.rope->temperatures[size_t(device_.rope_positions[size_t(i)])];
+          for (int c = 0; c < op.heads * op.head_dim; c++) y[c] *= temperature;
+        }
       });
       break;
     case ATTEND:

@@ -1,4 +1,4 @@
-"""Norms over all heads together, and soft caps of scores and of logits, against their definitions in float64."""
+"""Norms over all heads together, soft caps, and queries that grow, against their definitions in float64."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from test_ops import (
     normed,
     random,
     raw,
+    run,
     run_op,
 )
 
-from mooli.backends.base import AttentionSpec, Backend
+from mooli.backends.base import AttentionSpec, Backend, RopeSpec
 from mooli.errors import ConfigError
 from steps import Pages, Row, step
 from variants import VARIANTS, Variant
@@ -100,3 +101,21 @@ def test_a_cap_that_is_none_is_refused_by_the_cpu() -> None:
         planned = backend.plan(step([Row([1], 0, [0])], backend.default_page_size))
         with pytest.raises(ConfigError, match="soft cap"):
             captured(planned)
+
+
+def test_queries_may_grow_by_their_position(backend: Backend, variant: Variant) -> None:
+    inv_freq = 10000.0 ** (-np.arange(0, SPEC.head_dim, 2) / SPEC.head_dim)
+    plain, growing = RopeSpec(inv_freq), RopeSpec(inv_freq, growth=0.5, period=7)
+    table = backend.load_embedding(raw(random(7, 30, QKV_SIZE)))
+    page_size = allocate(backend, variant)
+    batch = step([Row(range(30), 3, list(range(33 // page_size + 1)))], page_size)
+    before, after = (
+        run(backend, table, batch, lambda b, x, spec=spec: backend.ops.rope(b, x, SPEC, spec)).astype(np.float64)
+        for spec in (plain, growing)
+    )
+    num_queries = SPEC.num_heads * SPEC.head_dim
+    np.testing.assert_array_equal(after[:, num_queries:], before[:, num_queries:])
+    periods = np.arange(3, 33) // 7
+    assert periods[0] == 0 and periods[-1] == 4
+    expected = before[:, :num_queries] * (1 + 0.5 * np.log(1 + periods))[:, None]
+    assert_close(after[:, :num_queries], expected, max(1e-6, 2 * variant.embed))

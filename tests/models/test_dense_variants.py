@@ -61,6 +61,12 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
         attn_logit_softcapping=1.5,
         final_logit_softcapping=2.0,
     ),
+    "ministral3": transformers.Ministral3Config(
+        **SIZES,
+        head_dim=32,
+        rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
+        | {"original_max_position_embeddings": 12},
+    ),
     "pangu": transformers.LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=False),
     "minicpm": transformers.GraniteConfig(
         **SIZES,
@@ -207,6 +213,20 @@ def convert_pangu(writer: gguf.GGUFWriter, config: Any, tensors: Tensors) -> Ten
     return tensors
 
 
+def convert_ministral3(writer: gguf.GGUFWriter, config: Any, tensors: Tensors) -> Tensors:
+    rope = config.rope_parameters
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+    writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    return in_pairs(config, tensors)
+
+
 def convert_minicpm(writer: gguf.GGUFWriter, config: Any, tensors: Tensors) -> Tensors:
     writer.add_embedding_scale(12.0)
     writer.add_residual_scale(1.4 / math.sqrt(3))
@@ -227,8 +247,9 @@ CONVERTED: dict[str, Callable[[gguf.GGUFWriter, Any, Tensors], Tensors]] = {
     "gemma2": convert_gemma2,
     "pangu-embedded": convert_pangu,
     "minicpm": convert_minicpm,
+    "mistral3": convert_ministral3,
 }
-CALLED = {"olmo3": "olmo2", "PanguEmbedded": "pangu-embedded"}
+CALLED = {"olmo3": "olmo2", "PanguEmbedded": "pangu-embedded", "ministral3": "mistral3"}
 """Families whose GGUF files call themselves otherwise."""
 
 ARCHITECTURES = {gguf.MODEL_ARCH_NAMES[arch]: arch for arch in gguf.MODEL_ARCH}

@@ -43,17 +43,25 @@ class RopeSpec:
 
     inv_freq: float64, radians per position, scaling (Llama 3, linear) already applied. There are head_dim / 2, or n
     fewer: then only the first 2 n values of a head are rotated, as a head of that length. factor: what cosines and
-    sines are multiplied by, before they are rounded.
+    sines are multiplied by, before they are rounded. growth, period: whole queries at position p are multiplied by
+    `temperatures`, where growth is not 0 (Ministral 3 and Llama 4).
     Source: Su et al., RoFormer, arXiv 2104.09864; the factor: YaRN, arXiv 2309.00071.
     """
 
     inv_freq: NDArray[np.float64]
     factor: float = 1.0
+    growth: float = 0.0
+    period: int = 1
 
     @property
     def name(self) -> tuple[bytes, float]:
         """The same for rotations that are the same: tables are kept by it."""
         return self.inv_freq.tobytes(), self.factor
+
+    def temperatures(self, positions: NDArray[Any]) -> NDArray[np.float64]:
+        """1 + growth * ln(1 + floor(p / period)) of each position."""
+        found: NDArray[np.float64] = 1.0 + self.growth * np.log1p(positions // self.period)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

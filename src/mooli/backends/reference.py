@@ -236,6 +236,8 @@ class ReferenceOps:
         q, k, v = split_heads(qkv, spec)
         count = 2 * len(rope.inv_freq)
         q, k = (np.concatenate([rotate_half(x[..., :count], cos, sin), x[..., count:]], axis=-1) for x in (q, k))
+        if rope.growth:
+            q = q * rope.temperatures(batch.rope_positions)[:, None, None].astype(np.float32)
         return merge_heads(q, k, v)
 
     def attend(

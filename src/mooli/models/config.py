@@ -42,10 +42,10 @@ class TensorSpec:
     shape: (rows, columns) or (columns,). gguf: its name in a GGUF file. split: None for one that every rank has whole.
     gguf_paired_heads, hf_paired_heads: files of that kind have the rows of so many heads in pairs for interleaved
     rotation (2i, 2i + 1), which are put back, so that all models rotate halves (i, i + head_dim / 2). 0: the rows are
-    as they should be. paired_rows: only so many last rows of each of these heads are, or first ones where `pairs_begin`;
-    0 for all. hf_offset: safetensors files have the values less this. factor: of a vector, what the model multiplies
-    the values by before all else. hf_is_log: safetensors files have the logarithm of what the values are the negative
-    of, in GGUF files as in the model. hf_stacks, gguf_stacks: where else files of that kind may have it.
+    as they should be. paired_rows: only so many last rows of each of these heads are, or first ones if `pairs_begin`; 0
+    for all. hf_offset: safetensors files have the values less this. factor: of a vector, what the model multiplies the
+    values by before all else. hf_is_log: safetensors files have the logarithm of what the values are the negative of,
+    in GGUF files as in the model. hf_stacks, gguf_stacks: where else files of that kind may have it.
     """
 
     shape: tuple[int, ...]

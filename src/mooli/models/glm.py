@@ -48,7 +48,7 @@ class GlmModel:
         self._ops = ops
         eps = config.rms_norm_eps
         spec = llama.attention_spec(config, scale=config.head_dim**-0.5)
-        rotary = rope.rope_spec(config.rotary_dim or config.head_dim, config.rope_theta, config.rope_scaling)
+        rotary = config.rotation()
         self._embedding, self._head = llama.load_vocabulary(config, packer)
         self._layers = []
         for index in range(config.num_layers):

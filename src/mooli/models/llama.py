@@ -15,7 +15,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mooli.backends.base import Array, AttentionSpec, CacheLayer, Ops, PagedLayer, Weight
+from mooli.backends.base import Array, AttentionSpec, CacheLayer, Ops, PagedLayer, RopeSpec, Weight
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import rope
 from mooli.models.config import ModelConfig, TensorSpec
@@ -87,6 +87,10 @@ class LlamaConfig(ModelConfig):
             raise CheckpointError(f"{self.rotary_dim} rotary values of a head: rotary embedding needs pairs")
         if self.rope_scaling is not None:
             self.rope_scaling.check(self.rotary_dim or self.head_dim)
+
+    def rotation(self) -> RopeSpec:
+        """Of queries and keys, in the layers that have one."""
+        return rope.rope_spec(self.rotary_dim or self.head_dim, self.rope_theta, self.rope_scaling)
 
     def tensors(self) -> dict[str, TensorSpec]:
         hidden = self.hidden_size
@@ -174,7 +178,7 @@ class LlamaModel:
         self.config = config
         self._ops = ops
         spec = attention_spec(config, scale=config.head_dim**-0.5)
-        rotary = rope.rope_spec(config.rotary_dim or config.head_dim, config.rope_theta, config.rope_scaling)
+        rotary = config.rotation()
         self._embedding, self._head = load_vocabulary(config, packer)
         self._layers = []
         for index in range(config.num_layers):

@@ -20,6 +20,7 @@ from mooli.models import (
     llama,
     minicpm,
     minicpm3,
+    ministral,
     olmo,
     phi,
     qwen3_5,
@@ -36,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         llama.LLAMA,
         llama.MISTRAL,
+        ministral.MINISTRAL3,
         llama.QWEN2,
         llama.QWEN3,
         llama.SMOLLM3,

@@ -50,7 +50,7 @@ class AscendOps(TorchOps):
         cos, sin = self._rotations_in(qkv.dtype, batch, rope)
         heads = qkv.view(1, len(qkv), -1, spec.head_dim)
         turned = torch.ops.npu.npu_rotary_mul(heads[:, :, :turning].contiguous(), cos, sin)
-        return torch.cat([turned[0], heads[0, :, turning:]], dim=1).flatten(1)
+        return self.warmed(batch, torch.cat([turned[0], heads[0, :, turning:]], dim=1).flatten(1), spec, rope)
 
     def _rotations_in(self, dtype: torch.dtype, batch: ForwardBatch, rope: RopeSpec) -> tuple[Tensor, Tensor]:
         """Cosines and sines at the step's rotary positions, each half twice: (1, T, 1, head_dim) in the heads' type."""

@@ -131,7 +131,7 @@ class TapeOps:
     def __init__(self, device: Any) -> None:
         self._device = device
         self._recording: Recording | None = None
-        self._ropes: dict[tuple[bytes, float], Any] = {}
+        self._ropes: dict[tuple[bytes, float, float, int], Any] = {}
         self._shapes: dict[DeltaSpec, Any] = {}
         self._routes: dict[RouteSpec, Any] = {}
         self.numbers: tuple[int, ...] = ()
@@ -243,10 +243,11 @@ class TapeOps:
         )
 
     def _rope_table(self, rope: RopeSpec) -> Any:
-        if rope.name not in self._ropes:
+        key = (*rope.name, rope.growth, rope.period)
+        if key not in self._ropes:
             frequencies = np.ascontiguousarray(rope.inv_freq, dtype=np.float64)
-            self._ropes[rope.name] = self._device.add_rope(frequencies, rope.factor)
-        return self._ropes[rope.name]
+            self._ropes[key] = self._device.add_rope(frequencies, rope.factor, rope.growth, rope.period)
+        return self._ropes[key]
 
     def attend(self, batch: Any, layer: int, qkv: Register, spec: AttentionSpec, sinks: Any | None = None) -> Register:
         _check_heads(qkv, spec)

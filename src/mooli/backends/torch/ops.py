@@ -132,7 +132,20 @@ class TorchOps:
     def rope(self, batch: ForwardBatch, qkv: Tensor, spec: AttentionSpec, rope: RopeSpec) -> Tensor:
         turning = spec.num_heads + spec.num_kv_heads
         heads = qkv.view(len(qkv), -1, spec.head_dim)
-        return torch.cat([self.turned(batch, heads[:, :turning], rope), heads[:, turning:]], dim=1).flatten(1)
+        turned = torch.cat([self.turned(batch, heads[:, :turning], rope), heads[:, turning:]], dim=1).flatten(1)
+        return self.warmed(batch, turned, spec, rope)
+
+    def warmed(self, batch: ForwardBatch, qkv: Tensor, spec: AttentionSpec, rope: RopeSpec) -> Tensor:
+        """Rows whose queries are multiplied as `rope` says, by their positions."""
+        if not rope.growth:
+            return qkv
+        key = ("temperatures", rope.growth, rope.period)
+        if key not in batch.memo:
+            periods = torch.div(batch.rope_positions, rope.period, rounding_mode="floor")
+            batch.memo[key] = 1 + rope.growth * torch.log1p(periods.float())[:, None]
+        num_queries = spec.num_heads * spec.head_dim
+        queries = (qkv[:, :num_queries].float() * batch.memo[key]).to(qkv.dtype)
+        return torch.cat([queries, qkv[:, num_queries:]], dim=1)
 
     def turned(self, batch: ForwardBatch, heads: Tensor, rope: RopeSpec) -> Tensor:
         """Heads (T, heads, head_dim), of which all or the first values are rotated."""
