@@ -223,7 +223,9 @@ class Recorded(dict[str, Any]):
         return super().__contains__(key)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "PanguEmbedded", "toy"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "PanguEmbedded", "gpt_oss", "granitemoe", "toy"]
+)
 def test_a_family_declares_exactly_the_keys_that_it_reads(name: str) -> None:
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -1,8 +1,9 @@
-"""Granite, its dense models: Llama's layers with four multipliers.
+"""Granite 3, dense and with experts: Llama's layers with four multipliers.
 
 Owns the multipliers and where they go. With m the residual multiplier, what runs through the layers here is h / m:
 branches are then added as they are, the embedding is scaled by (embedding multiplier) / m, and every norm of h is that
-of h / m with eps / m^2. Logits are divided by scaling the gains of the last norm. So no operation is added.
+of h / m with eps / m^2. Logits are divided by scaling the gains of the last norm. So no operation is added. Folders
+have all experts of a layer in two tensors.
 
 Source: the Granite 3 models' configuration and code in Transformers.
 """
@@ -11,15 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mooli.backends.base import Array, Ops
+from mooli.backends.routing import MAX_EXPERTS, MAX_TOP_K, RouteSpec
+from mooli.errors import UnsupportedModelError
 from mooli.models import llama, rope
 from mooli.models.config import TensorSpec
+from mooli.models.experts import SparseMLP
 from mooli.models.family import Family
 from mooli.models.fields import GGUFSource, HFSource, check_range
-from mooli.models.layers import PAIRS_IN_GGUF, Attention
+from mooli.models.layers import MLP, PAIRS_IN_GGUF, Attention, Tensors
 from mooli.models.packer import Packer
+from mooli.models.stacks import Stacked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +61,12 @@ class GraniteModel:
         for index in range(config.num_layers):
             name = f"model.layers.{index}"
             attention = Attention.load(packer, f"{name}.self_attn", ops, spec, rotary, self._eps, qk_norm=False)
-            self._layers.append(llama.load_layer(name, attention, ops, packer))
+            self._layers.append(llama.load_layer(name, attention, ops, packer, self.load_mlp(packer, name)))
         self._norm = packer.vector("model.norm.weight")
+
+    def load_mlp(self, packer: Packer, name: str) -> MLP | None:
+        """Of the layer called `name`, where it is no gated MLP."""
+        return None
 
     def forward(self, batch: Any) -> Array:
         """The hidden states (T, H) of a planned step over the residual multiplier, before the final norm, of asked
@@ -77,19 +86,96 @@ class GraniteModel:
         return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, self._eps), self._head)
 
 
+class GraniteExperts(SparseMLP):
+    """Other names."""
+
+    __slots__ = ()
+    router_name: ClassVar[str] = "router.layer"
+
+    @classmethod
+    def hf_stacks(cls, name: str, kind: str, part: int, expert: int, num_experts: int) -> tuple[Stacked, ...]:
+        block = name.removesuffix(".experts")
+        if part == 2:
+            return (Stacked(f"{block}.output_linear.{kind}", expert, num_experts),)
+        return (Stacked(f"{block}.input_linear.{kind}", expert, num_experts, part, 2),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraniteMoeConfig(GraniteConfig):
+    """Of a decoder with experts of intermediate_size in every layer. CheckpointError for a number out of its
+    bounds."""
+
+    num_experts: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        GraniteConfig.__post_init__(self)
+        check_range("num_local_experts", self.num_experts, 1, MAX_EXPERTS)
+        check_range("num_experts_per_tok", self.top_k, 1, min(self.num_experts, MAX_TOP_K))
+
+    @property
+    def route(self) -> RouteSpec:
+        return RouteSpec(num_experts=self.num_experts, top_k=self.top_k, score="chosen_softmax")
+
+    def mlp_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
+        return GraniteExperts.tensors(
+            f"{name}.block_sparse_moe",
+            gguf,
+            hidden_size=self.hidden_size,
+            num_experts=self.num_experts,
+            width=self.intermediate_size,
+        )
+
+
+class GraniteMoeModel(GraniteModel):
+    """With experts."""
+
+    config: GraniteMoeConfig
+
+    def load_mlp(self, packer: Packer, name: str) -> MLP:
+        return GraniteExperts.load(packer, f"{name}.block_sparse_moe", self._ops, self.config.route)
+
+
 def _hf(source: HFSource) -> GraniteConfig:
+    return GraniteConfig(**_read_hf(source, mlp_bias=source.fields.flag("mlp_bias")))
+
+
+def _hf_moe(source: HFSource) -> GraniteMoeConfig:
+    fields = source.fields
+    num_experts = fields.optional_integer("num_experts") or fields.integer("num_local_experts", 8)
+    return GraniteMoeConfig(**_read_hf(source), num_experts=num_experts, top_k=fields.integer("num_experts_per_tok", 2))
+
+
+def _read_hf(source: HFSource, **own: Any) -> dict[str, Any]:
     fields, bias = source.fields, source.fields.flag("attention_bias")
     common = source.common(max_position_embeddings=2048, bos_id=1, eos_id=2)
     multipliers: dict[str, Any] = {name: fields.number(name, 1.0) for name in _MULTIPLIERS}
-    alike = llama.read_hf(source, common, qkv_bias=bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"))
-    return GraniteConfig(**alike, **multipliers, pairs=PAIRS_IN_GGUF)
+    alike = llama.read_hf(source, common, qkv_bias=bias, o_bias=bias, **own)
+    return {**alike, **multipliers, "pairs": PAIRS_IN_GGUF}
 
 
 def _gguf(source: GGUFSource) -> GraniteConfig:
+    return GraniteConfig(**_read_gguf(source))
+
+
+def _gguf_moe(source: GGUFSource) -> GraniteMoeConfig:
+    fields = source.fields
+    if "blk.0.ffn_up_shexp.weight" in source.shapes:
+        raise UnsupportedModelError(
+            "experts beside an MLP that all tokens go through (GraniteMoeShared) are not implemented"
+        )
+    return GraniteMoeConfig(
+        **_read_gguf(source, has_experts=True),
+        num_experts=fields.integer("expert_count"),
+        top_k=fields.integer("expert_used_count"),
+    )
+
+
+def _read_gguf(source: GGUFSource, *, has_experts: bool = False) -> dict[str, Any]:
     fields = source.fields
     changed = source.overridden({name: fields.number(key, 1.0) for name, key in _MULTIPLIERS.items()})
     multipliers: dict[str, Any] = {name: changed.number(name) for name in _MULTIPLIERS}
-    return GraniteConfig(**llama.read_gguf(source), **multipliers, pairs=PAIRS_IN_GGUF)
+    return {**llama.read_gguf(source, has_experts=has_experts), **multipliers, "pairs": PAIRS_IN_GGUF}
 
 
 _MULTIPLIERS = {
@@ -109,4 +195,16 @@ GRANITE = Family(
     read_hf=_hf,
     read_gguf=_gguf,
     model=GraniteModel,
+)
+GRANITE_MOE = Family(
+    name="granitemoe",
+    architectures=("GraniteMoeForCausalLM",),
+    gguf=("granitemoe",),
+    hf_keys=llama.HF_KEYS
+    | {"attention_bias", "num_experts", "num_local_experts", "num_experts_per_tok"}
+    | _MULTIPLIERS.keys(),
+    gguf_keys=llama.GGUF_KEYS | _MULTIPLIERS.keys(),
+    read_hf=_hf_moe,
+    read_gguf=_gguf_moe,
+    model=GraniteMoeModel,
 )

@@ -50,6 +50,8 @@ class LlamaConfig(ModelConfig):
     """
 
     attention: ClassVar[type[Attention]] = Attention
+    gguf_mlp_norm: ClassVar[str] = "ffn_norm"
+    """What GGUF files call the norm before the MLP."""
 
     intermediate_size: int
     num_heads: int
@@ -110,7 +112,7 @@ class LlamaConfig(ModelConfig):
                 qk_norm=self.qk_norm,
                 pairs=self.pairs,
             )
-            tensors |= norm_tensors(f"{name}.post_attention_layernorm", f"{gguf}.ffn_norm", hidden)
+            tensors |= norm_tensors(f"{name}.post_attention_layernorm", f"{gguf}.{self.gguf_mlp_norm}", hidden)
             tensors |= self.mlp_tensors(layer, name, gguf)
         tensors |= norm_tensors("model.norm", "output_norm", hidden)
         if not self.tie_word_embeddings:

@@ -35,6 +35,11 @@ class MoeConfig(llama.LlamaConfig):
     module: ClassVar[str] = "mlp"
     """What a layer calls its experts, in folders."""
 
+    shared_name: ClassVar[str] = "shared_expert"
+    shared_has_gate: ClassVar[bool] = True
+    has_correction: ClassVar[bool] = False
+    """Of the router: see `RouteSpec`."""
+
     num_experts: int
     top_k: int
     expert_width: int
@@ -62,10 +67,12 @@ class MoeConfig(llama.LlamaConfig):
             hidden_size=self.hidden_size,
             num_experts=self.num_experts,
             width=self.expert_width,
+            correction=self.has_correction,
         )
+        shared = f"{name}.{self.module}.{self.shared_name}"
         if self.shared_width:
-            shared = f"{name}.{self.module}.shared_expert"
             tensors |= shared_tensors(shared, gguf, hidden_size=self.hidden_size, width=self.shared_width)
+        if self.shared_width and self.shared_has_gate:
             tensors[f"{shared}_gate.weight"] = TensorSpec((1, self.hidden_size), f"{gguf}.ffn_gate_inp_shexp.weight")
         return tensors
 
@@ -99,13 +106,18 @@ class MoeModel(llama.LlamaModel):
         if layer in config.dense_layers:
             return llama.LlamaModel.load_mlp(self, packer, layer, name)
         name = f"{name}.{config.module}"
-        shared = load_shared(packer, f"{name}.shared_expert", self._ops) if config.shared_width else None
-        return config.sparse.load(packer, name, self._ops, config.route, shared=shared)
+        shared = None
+        if config.shared_width:
+            shared = load_shared(packer, f"{name}.{config.shared_name}", self._ops, has_gate=config.shared_has_gate)
+        return config.sparse.load(
+            packer, name, self._ops, config.route, correction=config.has_correction, shared=shared
+        )
 
 
-def load_shared(packer: Packer, name: str, ops: Ops) -> SharedMLP:
-    """With the gate `{name}_gate`."""
-    return SharedMLP(GatedMLP.load(packer, name, ops), packer.linear(f"{name}_gate"))
+def load_shared(packer: Packer, name: str, ops: Ops, *, has_gate: bool) -> SharedMLP:
+    """The gate is called `{name}_gate`."""
+    mlp = GatedMLP.load(packer, name, ops)
+    return SharedMLP(mlp, packer.linear(f"{name}_gate") if has_gate else None)
 
 
 class MixtralExperts(SparseMLP):

@@ -14,6 +14,7 @@ from mooli.models import (
     gemma,
     gemma2,
     glm,
+    gpt_oss,
     granite,
     hunyuan,
     lfm2,
@@ -47,6 +48,7 @@ FAMILIES: dict[str, Family] = {
         gemma.GEMMA3,
         glm.GLM4,
         granite.GRANITE,
+        granite.GRANITE_MOE,
         hunyuan.HUNYUAN,
         lfm2.LFM2,
         minicpm3.MINICPM3,
@@ -58,6 +60,7 @@ FAMILIES: dict[str, Family] = {
         qwen_moe.QWEN3_MOE,
         qwen_moe.QWEN2_MOE,
         qwen_moe.MIXTRAL,
+        gpt_oss.GPT_OSS,
     )
 }
 """By the name that `ModelConfig.family` has."""
