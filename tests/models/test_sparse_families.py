@@ -16,6 +16,8 @@ from test_llama_family import Golden
 from tiny_families import SIZES, assert_near, check, logits_of, save, stacked_experts, write_gguf
 
 from model_files import interleaved
+from mooli.errors import UnsupportedModelError
+from mooli.models.registry import read_hf_config
 from variants import VARIANTS, Variant, require
 
 Tensors = dict[str, NDArray[np.float32]]
@@ -51,7 +53,68 @@ CASES: dict[str, Case] = {
             "logit_scale": 3.0,
         },
     ),
+    "lfm2_moe": Case(
+        transformers.Lfm2MoeConfig(
+            **SIZES,
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            num_experts=8,
+            num_experts_per_tok=3,
+            num_dense_layers=1,
+            routed_scaling_factor=1.5,
+            layer_types=["conv", "full_attention", "conv"],
+        ),
+        gguf.MODEL_ARCH.LFM2MOE,
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.freq_base": 1e6,
+            "shortconv.l_cache": 3,
+            "leading_dense_block_count": 1,
+            "expert_feed_forward_length": 32,
+            "expert_gating_func": 2,
+            "expert_weights_scale": 1.5,
+        },
+    ),
+    "ernie4_5_moe": Case(
+        transformers.Ernie4_5_MoeConfig(
+            **SIZES, intermediate_size=96, moe_intermediate_size=32, moe_num_experts=8, moe_k=3
+        ),
+        gguf.MODEL_ARCH.ERNIE4_5_MOE,
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.freq_base": 5e5,
+            "expert_feed_forward_length": 32,
+        },
+    ),
+    "hunyuan_v1_moe": Case(
+        transformers.HunYuanMoEV1Config(
+            **SIZES,
+            head_dim=32,
+            intermediate_size=96,
+            num_experts=8,
+            moe_topk=3,
+            rope_parameters={"rope_type": "dynamic", "factor": 1.0, "alpha": 50.0, "rope_theta": 10000.0},
+        ),
+        gguf.MODEL_ARCH.HUNYUAN_MOE,
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.key_length": 32,
+            "attention.value_length": 32,
+            "rope.freq_base": 10000.0 * 50.0 ** (32 / 30),
+            "expert_feed_forward_length": 96,
+            "expert_shared_feed_forward_length": 96,
+        },
+    ),
 }
+
+
+FEW = [
+    variant
+    for variant in VARIANTS
+    if variant.backend == "reference" or (variant.kv_cache_dtype is None and variant.dtype != "float16")
+    if variant.quantization is None or variant.backend == "cpu"
+]
+"""One of each kind of arithmetic: what rounding does to experts, `test_gpt_oss.py` shows on all."""
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -64,7 +127,7 @@ def golden(name: str, tmp_path_factory: pytest.TempPathFactory) -> Golden:
     return save(CASES[name].config, tmp_path_factory.mktemp(name))
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", FEW, ids=str)
 def test_logits_agree_with_transformers(golden: Golden, variant: Variant) -> None:
     require(variant.backend)
     check(golden, variant)
@@ -76,6 +139,12 @@ def converted(name: str, tensors: Tensors) -> Iterator[tuple[str, NDArray[np.flo
         if "granite" in name and key.endswith(("q_proj.weight", "k_proj.weight")):
             heads = SIZES["num_attention_heads" if "q_proj" in key else "num_key_value_heads"]
             yield key, interleaved(values, heads)
+        elif key.endswith(("correction_bias", "expert_bias")):
+            yield (f"{key}.bias" if key.endswith("expert_bias") else key.replace("_bias", ".bias")), values.ravel()
+        elif ".feed_forward.experts." in key:
+            yield key.replace("feed_forward", "block_sparse_moe"), values
+        elif key.endswith("conv.conv.weight"):
+            yield key, values.squeeze(1)
         elif key.endswith("input_linear.weight"):
             for part, projection in enumerate(("gate_proj", "up_proj")):
                 stem = key.replace("block_sparse_moe.input_linear", f"mlp.experts.{projection}")
@@ -91,3 +160,41 @@ def test_a_gguf_file_gives_the_same_logits(tmp_path: Path, name: str, golden: Go
     write_gguf(tmp_path / "model.gguf", golden.folder, case.arch, GGUF_KEYS | case.keys, lambda it: converted(name, it))
     for actual, expected in zip(logits_of(tmp_path / "model.gguf", variant), golden.logits, strict=True):
         assert_near(actual, expected, variant)
+
+
+def test_ernie_divides_weights_by_no_less_than_its_minimum(tmp_path: Path) -> None:
+    config = transformers.Ernie4_5_MoeConfig(
+        **SIZES,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        moe_num_experts=8,
+        moe_k=1,
+        moe_norm_min=0.6,
+        moe_layer_start_index=0,
+        moe_layer_interval=2,
+        moe_num_shared_experts=0,
+    )
+    check(save(config, tmp_path), VARIANTS[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
+        ("hunyuan_v1_moe", {"moe_intermediate_size": [96, 96, 32]}, "layers with different moe_intermediate_size"),
+        ("hunyuan_v1_moe", {"moe_intermediate_size": 64}, "moe_intermediate_size 64 is not implemented"),
+        ("hunyuan_v1_moe", {"num_shared_expert": [2, 2, 2]}, "num_shared_expert"),
+        ("hunyuan_v1_moe", {"norm_topk_prob": False}, "norm_topk_prob=false"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(name: str, change: dict[str, Any], message: str) -> None:
+    config = {**CASES[name].config.to_dict(), "architectures": None}
+    read_hf_config(config)
+    with pytest.raises(UnsupportedModelError, match=message):
+        read_hf_config({**config, **change})
+
+
+def test_hunyuan_may_say_the_same_of_each_layer(tmp_path: Path) -> None:
+    config = {**CASES["hunyuan_v1_moe"].config.to_dict(), "architectures": None}
+    listed = {"moe_topk": [3] * 3, "num_shared_expert": [1] * 3, "moe_intermediate_size": [96] * 3}
+    assert read_hf_config({**config, **listed}) == read_hf_config(config)

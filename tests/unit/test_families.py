@@ -223,8 +223,11 @@ class Recorded(dict[str, Any]):
         return super().__contains__(key)
 
 
+MIXTURES = ("gpt_oss", "granitemoe", "ernie4_5_moe", "hunyuan_v1_moe")
+
+
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "PanguEmbedded", "gpt_oss", "granitemoe", "toy"]
+    "name", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "PanguEmbedded", *MIXTURES, "toy"]
 )
 def test_a_family_declares_exactly_the_keys_that_it_reads(name: str) -> None:
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

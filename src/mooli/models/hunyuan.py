@@ -1,8 +1,9 @@
-"""HunYuan, its dense models: Llama's layers, but queries and keys are normed after they are rotated.
+"""HunYuan, dense and with experts: Llama's layers, but queries and keys are normed after they are rotated.
 
-Owns that order and the names of the norms. A long context is reached by a larger rotary base, which `alpha` gives.
+Owns that order and the names of norms and experts. A long context is reached by a larger rotary base, which `alpha`
+gives. Beside the experts of each layer stands an MLP of the same width.
 
-Source: the HunYuan dense models' configuration and code in Transformers; NTK-aware scaling.
+Source: the HunYuan models' configuration and code in Transformers; NTK-aware scaling; Hunyuan-Large, arXiv 2411.02265.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mooli.backends.base import Array
-from mooli.errors import CheckpointError
+from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import llama
+from mooli.models.experts import SparseMLP
 from mooli.models.family import Family
 from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, equal_heads, short
 from mooli.models.layers import Attention
+from mooli.models.qwen_moe import MoeConfig, MoeModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,54 @@ class HunyuanConfig(llama.LlamaConfig):
     attention: ClassVar[type[Attention]] = HunyuanAttention
 
 
+class HunyuanExperts(SparseMLP):
+    """Another name."""
+
+    __slots__ = ()
+    router_name: ClassVar[str] = "gate.wg"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HunyuanMoeConfig(MoeConfig):
+    """Of a decoder with experts in every layer."""
+
+    attention: ClassVar[type[Attention]] = HunyuanAttention
+    sparse: ClassVar[type[SparseMLP]] = HunyuanExperts
+    shared_name: ClassVar[str] = "shared_mlp"
+    shared_has_gate: ClassVar[bool] = False
+
+
 def _hf(source: HFSource) -> HunyuanConfig:
+    return HunyuanConfig(**_read_hf(source))
+
+
+def _hf_moe(source: HFSource) -> HunyuanMoeConfig:
+    fields, values = source.fields, source.values
+    width = fields.integer("intermediate_size")
+    for name, expected in (("moe_intermediate_size", width), ("num_shared_expert", 1)):
+        if _of_all_layers(values.get(name), name, expected) != expected:
+            raise UnsupportedModelError(f"{name} {short(values[name])} is not implemented for HunYuan: {expected} is")
+    if not fields.flag("norm_topk_prob", True):
+        raise UnsupportedModelError("norm_topk_prob=false is not implemented for HunYuan")
+    return HunyuanMoeConfig(
+        **_read_hf(source),
+        num_experts=_of_all_layers(values.get("num_experts"), "num_experts", 1),
+        top_k=_of_all_layers(values.get("moe_topk", values.get("num_experts_per_tok")), "moe_topk", 1),
+        expert_width=width,
+        shared_width=width,
+        normalise=True,
+    )
+
+
+def _of_all_layers(value: Any, name: str, default: int) -> int:
+    """A number, or a list of one for each layer, which must agree. UnsupportedModelError where they do not."""
+    entries = value if isinstance(value, list) and value else [value]
+    if any(entry != entries[0] for entry in entries):
+        raise UnsupportedModelError(f"layers with different {name} are not implemented")
+    return Fields({name: entries[0]}, "config.json").integer(name, default) if entries[0] is not None else default
+
+
+def _read_hf(source: HFSource) -> dict[str, Any]:
     fields, bias = source.fields, source.fields.flag("attention_bias")
     common = source.common(max_position_embeddings=2048, bos_id=1, eos_id=2)
     num_heads = fields.integer("num_attention_heads")
@@ -49,7 +99,7 @@ def _hf(source: HFSource) -> HunyuanConfig:
         "head_dim": head_dim,
         "qk_norm": True,
     }
-    return HunyuanConfig(**llama.read_hf(source, common, qkv_bias=bias, o_bias=bias, **own))
+    return llama.read_hf(source, common, qkv_bias=bias, o_bias=bias, **own)
 
 
 def _with_stretched_base(values: Mapping[str, Any], head_dim: int) -> Mapping[str, Any]:
@@ -76,6 +126,20 @@ def _gguf(source: GGUFSource) -> HunyuanConfig:
     return HunyuanConfig(**llama.read_gguf(source))
 
 
+def _gguf_moe(source: GGUFSource) -> HunyuanMoeConfig:
+    fields = source.fields
+    width = fields.optional_integer("expert_feed_forward_length")
+    alike = llama.read_gguf(source, has_experts=True)
+    return HunyuanMoeConfig(
+        **alike,
+        num_experts=fields.integer("expert_count"),
+        top_k=fields.integer("expert_used_count"),
+        expert_width=width or alike["intermediate_size"],
+        shared_width=fields.integer("expert_shared_feed_forward_length", alike["intermediate_size"]),
+        normalise=True,
+    )
+
+
 HUNYUAN = Family(
     name="hunyuan_v1_dense",
     architectures=("HunYuanDenseV1ForCausalLM",),
@@ -85,4 +149,18 @@ HUNYUAN = Family(
     read_hf=_hf,
     read_gguf=_gguf,
     model=llama.LlamaModel,
+)
+HUNYUAN_MOE = Family(
+    name="hunyuan_v1_moe",
+    architectures=("HunYuanMoEV1ForCausalLM",),
+    gguf=("hunyuan-moe",),
+    hf_keys=llama.HF_KEYS
+    | {
+        *("attention_bias", "num_experts", "moe_topk", "num_experts_per_tok", "moe_intermediate_size"),
+        *("num_shared_expert", "norm_topk_prob"),
+    },
+    gguf_keys=llama.GGUF_KEYS,
+    read_hf=_hf_moe,
+    read_gguf=_gguf_moe,
+    model=MoeModel,
 )

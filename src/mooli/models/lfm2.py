@@ -19,7 +19,7 @@ from mooli.models import llama, rope
 from mooli.models.config import TensorSpec
 from mooli.models.family import Family
 from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, equal_heads, short
-from mooli.models.layers import Attention, GatedMLP, Tensors, norm_tensors, vocabulary_tensors
+from mooli.models.layers import MLP, Attention, GatedMLP, Tensors, norm_tensors, vocabulary_tensors
 from mooli.models.packer import Packer
 
 ATTENTION, CONVOLUTION = "full_attention", "conv"
@@ -115,13 +115,16 @@ class LFM2Config(llama.LlamaConfig):
             else:
                 tensors |= ShortConv.tensors(f"{name}.conv", gguf, hidden, self.num_columns, bias=self.conv_bias)
             tensors |= norm_tensors(f"{name}.ffn_norm", f"{gguf}.ffn_norm", hidden)
-            tensors |= LFM2MLP.tensors(
-                f"{name}.feed_forward", gguf, hidden_size=hidden, width=self.intermediate_size, bias=False
-            )
+            tensors |= self.mlp_tensors(layer, name, gguf)
         tensors |= norm_tensors("model.embedding_norm", "token_embd_norm", hidden)
         if not self.tie_word_embeddings:
             tensors |= vocabulary_tensors("lm_head", "output", self.vocab_size, hidden)
         return tensors
+
+    def mlp_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
+        return LFM2MLP.tensors(
+            f"{name}.feed_forward", gguf, hidden_size=self.hidden_size, width=self.intermediate_size, bias=False
+        )
 
     def cache_layers(self) -> tuple[CacheLayer, ...]:
         paged = PagedLayer(self.num_kv_heads, self.head_dim)
@@ -136,7 +139,7 @@ class LFM2Layer:
     operator_norm: Weight
     operator: LFM2Attention | ShortConv
     ffn_norm: Weight
-    mlp: GatedMLP
+    mlp: MLP
 
 
 class LFM2Model:
@@ -160,9 +163,13 @@ class LFM2Model:
             else:
                 operator = ShortConv.load(packer, f"{name}.conv", ops)
             ffn_norm = packer.vector(f"{name}.ffn_norm.weight")
-            mlp = LFM2MLP.load(packer, f"{name}.feed_forward", ops)
+            mlp = self.load_mlp(packer, index, f"{name}.feed_forward")
             self._layers.append(LFM2Layer(operator_norm, operator, ffn_norm, mlp))
         self._norm = packer.vector("model.embedding_norm.weight")
+
+    def load_mlp(self, packer: Packer, layer: int, name: str) -> MLP:
+        """Of layer `layer`; name: its own."""
+        return LFM2MLP.load(packer, name, self._ops)
 
     def forward(self, batch: Any) -> Array:
         """The hidden states (T, H) of a planned step, before the final norm, of asked tokens. Stores the KV of all, and
@@ -183,25 +190,29 @@ class LFM2Model:
 
 
 def _hf(source: HFSource) -> LFM2Config:
+    return LFM2Config(**read_hf(source), intermediate_size=_width(source.fields))
+
+
+def read_hf(source: HFSource) -> dict[str, Any]:
+    """What dense models and those with experts read alike."""
     fields, values = source.fields, source.values
     common = source.common(max_position_embeddings=128_000, bos_id=1, eos_id=2)
     num_layers, num_heads = common["num_layers"], fields.integer("num_attention_heads")
     theta, scaling = rope.hf_rope({"rope_theta": 1e6, **values})
-    return LFM2Config(
+    return {
         **common,
-        intermediate_size=_width(fields),
-        num_heads=num_heads,
-        num_kv_heads=fields.optional_integer("num_key_value_heads") or num_heads,
-        head_dim=fields.optional_integer("head_dim") or equal_heads(common["hidden_size"], num_heads),
-        rms_norm_eps=fields.number("norm_eps", 1e-5),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=fields.flag("tie_embedding", fields.flag("tie_word_embeddings", True)),
-        qk_norm=True,
-        attends=_attends(fields, num_layers),
-        num_columns=fields.integer("conv_L_cache", 3),
-        conv_bias=fields.flag("conv_bias"),
-    )
+        "num_heads": num_heads,
+        "num_kv_heads": fields.optional_integer("num_key_value_heads") or num_heads,
+        "head_dim": fields.optional_integer("head_dim") or equal_heads(common["hidden_size"], num_heads),
+        "rms_norm_eps": fields.number("norm_eps", 1e-5),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": fields.flag("tie_embedding", fields.flag("tie_word_embeddings", True)),
+        "qk_norm": True,
+        "attends": _attends(fields, num_layers),
+        "num_columns": fields.integer("conv_L_cache", 3),
+        "conv_bias": fields.flag("conv_bias"),
+    }
 
 
 def _width(fields: Fields) -> int:
@@ -231,6 +242,11 @@ def _attends(fields: Fields, num_layers: int) -> tuple[bool, ...]:
 
 
 def _gguf(source: GGUFSource) -> LFM2Config:
+    return LFM2Config(**read_gguf(source))
+
+
+def read_gguf(source: GGUFSource) -> dict[str, Any]:
+    """The same of GGUF metadata."""
     fields, shapes = source.fields, source.shapes
     common = source.common()
     num_heads = fields.per_layer("attention.head_count")
@@ -246,34 +262,35 @@ def _gguf(source: GGUFSource) -> LFM2Config:
             "norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         }
     )
-    return LFM2Config(
+    return {
         **common,
-        intermediate_size=fields.per_layer("feed_forward_length"),
-        num_heads=num_heads,
-        num_kv_heads=counts.pop(),
-        head_dim=fields.optional_integer("attention.key_length") or equal_heads(common["hidden_size"], num_heads),
-        rms_norm_eps=changed.number("norm_eps"),
-        rope_theta=changed.number("rope_theta"),
-        tie_word_embeddings="output.weight" not in shapes,
-        qk_norm=True,
-        attends=tuple(f"blk.{index}.attn_q.weight" in shapes for index in range(min(common["num_layers"], 1024))),
-        num_columns=fields.integer("shortconv.l_cache"),
-    )
+        "intermediate_size": fields.per_layer("feed_forward_length"),
+        "num_heads": num_heads,
+        "num_kv_heads": counts.pop(),
+        "head_dim": fields.optional_integer("attention.key_length") or equal_heads(common["hidden_size"], num_heads),
+        "rms_norm_eps": changed.number("norm_eps"),
+        "rope_theta": changed.number("rope_theta"),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "qk_norm": True,
+        "attends": tuple(f"blk.{index}.attn_q.weight" in shapes for index in range(min(common["num_layers"], 1024))),
+        "num_columns": fields.integer("shortconv.l_cache"),
+    }
 
+
+HF_KEYS = rope.HF_KEYS | frozenset(
+    (
+        *("num_attention_heads", "num_key_value_heads", "head_dim", "norm_eps", "intermediate_size"),
+        *("tie_embedding", "tie_word_embeddings", "layer_types", "full_attn_idxs", "conv_L_cache", "conv_bias"),
+    )
+)
+GGUF_KEYS = frozenset(("rope_theta", "norm_eps"))
 
 LFM2 = Family(
     name="lfm2",
     architectures=("Lfm2ForCausalLM",),
     gguf=("lfm2",),
-    hf_keys=rope.HF_KEYS
-    | frozenset(
-        (
-            *("intermediate_size", "block_ff_dim", "block_auto_adjust_ff_dim", "block_multiple_of"),
-            *("block_ffn_dim_multiplier", "num_attention_heads", "num_key_value_heads", "head_dim", "norm_eps"),
-            *("tie_embedding", "tie_word_embeddings", "layer_types", "full_attn_idxs", "conv_L_cache", "conv_bias"),
-        )
-    ),
-    gguf_keys=frozenset(("rope_theta", "norm_eps")),
+    hf_keys=HF_KEYS | {"block_ff_dim", "block_auto_adjust_ff_dim", "block_multiple_of", "block_ffn_dim_multiplier"},
+    gguf_keys=GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
     model=LFM2Model,

@@ -11,6 +11,7 @@ from typing import Any
 from mooli.backends.base import Backend
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from mooli.models import (
+    ernie_moe,
     gemma,
     gemma2,
     glm,
@@ -18,6 +19,7 @@ from mooli.models import (
     granite,
     hunyuan,
     lfm2,
+    lfm2_moe,
     llama,
     minicpm,
     minicpm3,
@@ -45,12 +47,15 @@ FAMILIES: dict[str, Family] = {
         llama.ERNIE4_5,
         llama.PANGU_EMBEDDED,
         gemma2.GEMMA2,
+        ernie_moe.ERNIE4_5_MOE,
         gemma.GEMMA3,
         glm.GLM4,
         granite.GRANITE,
         granite.GRANITE_MOE,
         hunyuan.HUNYUAN,
+        hunyuan.HUNYUAN_MOE,
         lfm2.LFM2,
+        lfm2_moe.LFM2_MOE,
         minicpm3.MINICPM3,
         minicpm.MINICPM,
         olmo.OLMO2,
