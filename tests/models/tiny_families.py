@@ -55,7 +55,9 @@ def save(
         for name, tensor in tensors:
             # Fresh gains are all ones, and biases zeros, which would hide that they are used.
             if tensor.dim() == 1 or "bias" in name:
-                tensor.normal_(1.0 if "norm" in name else 0.0, 0.3)
+                is_less_by_one = "Qwen3_5" in type(model).__name__ or "Qwen3Next" in type(model).__name__
+                is_gain = "norm" in name and (not is_less_by_one or "linear_attn" in name)
+                tensor.normal_(1.0 if is_gain else 0.0, 0.3)
                 continue
             # Of experts (outputs, inputs) or, in gpt-oss, the other way about: inputs are known by the hidden size.
             inputs = tensor.shape[-2] if "gpt_oss" in config.model_type and tensor.dim() == 3 else tensor.shape[-1]

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mooli.backends.base import Activation, Backend, Weight
 from mooli.backends.latent import LatentSpec
@@ -88,6 +89,13 @@ class Packer:
         tensors = self._weights(modules)
         keys, values = keys_and_values(tensors[0], spec) if len(tensors) == 1 else tensors
         return self._packed(self._backend.load_latent(keys, values, spec), *tensors)
+
+    def linears_of(self, module: str, *rows: NDArray[np.int64]) -> tuple[Weight, ...]:
+        """A linear layer whose rows are several layers' in turn, as those: of each its rows, in their order."""
+        (whole,) = self._weights((module,))
+        made = [self._packed(self._backend.load_linear([whole.take_rows(part)])) for part in rows[:-1]]
+        last = self._packed(self._backend.load_linear([whole.take_rows(rows[-1])]), whole)
+        return (*made, last)
 
     def conv(self, module: str) -> Weight:
         """The weight of `Ops.short_conv` and `Ops.causal_conv`."""

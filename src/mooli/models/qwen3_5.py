@@ -20,7 +20,7 @@ from mooli.models import llama, rope
 from mooli.models.config import TensorSpec
 from mooli.models.family import Family
 from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, short
-from mooli.models.layers import Attention, GatedMLP, Tensors, norm_tensors, vocabulary_tensors
+from mooli.models.layers import MLP, Attention, GatedMLP, Tensors, norm_tensors, vocabulary_tensors
 from mooli.models.packer import Packer
 
 ATTENTION, DELTA_NET = "full_attention", "linear_attention"
@@ -84,9 +84,7 @@ class Qwen35Config(llama.LlamaConfig):
             tensors |= _offset_norm(f"{name}.input_layernorm", f"{gguf}.attn_norm", hidden)
             tensors |= self._attention(f"{name}.self_attn", gguf) if attends else self._net(f"{name}.linear_attn", gguf)
             tensors |= _offset_norm(f"{name}.post_attention_layernorm", f"{gguf}.post_attention_norm", hidden)
-            tensors |= GatedMLP.tensors(
-                f"{name}.mlp", gguf, hidden_size=hidden, width=self.intermediate_size, bias=False
-            )
+            tensors |= self.mlp_tensors(layer, name, gguf)
         tensors |= _offset_norm(f"{self.prefix}norm", "output_norm", hidden)
         if not self.tie_word_embeddings:
             tensors |= vocabulary_tensors("lm_head", "output", self.vocab_size, hidden)
@@ -117,6 +115,11 @@ class Qwen35Config(llama.LlamaConfig):
             **norm_tensors(f"{name}.norm", f"{gguf}.ssm_norm", self.value_dim),
             f"{name}.out_proj.weight": TensorSpec((hidden, values), f"{gguf}.ssm_out.weight"),
         }
+
+    def load_projections(self, packer: Packer, name: str) -> tuple[Weight, Weight, Weight]:
+        """Of the DeltaNet of this name: to queries, keys and values; to z; to b and a."""
+        qkv = packer.linear(f"{name}.in_proj_qkv")
+        return qkv, packer.linear(f"{name}.in_proj_z"), packer.linear(f"{name}.in_proj_b", f"{name}.in_proj_a")
 
     def may_ignore(self, name: str) -> bool:
         # What sees, and what guesses tokens ahead: in GGUF files blocks behind the others.
@@ -172,15 +175,16 @@ class GatedDeltaNet:
 
     @classmethod
     def load(cls, packer: Packer, name: str, ops: Ops, config: Qwen35Config) -> GatedDeltaNet:
+        qkv, z, gates = config.load_projections(packer, name)
         return cls(
             ops,
             config.delta,
             config.rms_norm_eps,
-            qkv=packer.linear(f"{name}.in_proj_qkv"),
+            qkv=qkv,
             conv=packer.conv(f"{name}.conv1d"),
-            gates=packer.linear(f"{name}.in_proj_b", f"{name}.in_proj_a"),
+            gates=gates,
             decay=packer.delta(f"{name}.A_log", f"{name}.dt_bias"),
-            z=packer.linear(f"{name}.in_proj_z"),
+            z=z,
             norm=packer.vector(f"{name}.norm.weight"),
             out=packer.linear(f"{name}.out_proj"),
         )
@@ -203,7 +207,7 @@ class Qwen35Layer:
     input_norm: Weight
     mixer: GatedAttention | GatedDeltaNet
     post_attention_norm: Weight
-    mlp: GatedMLP
+    mlp: MLP
 
 
 class Qwen35Model:
@@ -228,9 +232,12 @@ class Qwen35Model:
             else:
                 mixer = GatedDeltaNet.load(packer, f"{name}.linear_attn", ops, config)
             post_attention_norm = packer.vector(f"{name}.post_attention_layernorm.weight")
-            mlp = GatedMLP.load(packer, f"{name}.mlp", ops)
-            self._layers.append(Qwen35Layer(input_norm, mixer, post_attention_norm, mlp))
+            self._layers.append(Qwen35Layer(input_norm, mixer, post_attention_norm, self.load_mlp(packer, index, name)))
         self._norm = packer.vector(f"{config.prefix}norm.weight")
+
+    def load_mlp(self, packer: Packer, layer: int, name: str) -> MLP:
+        """Of layer `layer`, called `name`."""
+        return GatedMLP.load(packer, f"{name}.mlp", self._ops)
 
     def forward(self, batch: Any) -> Array:
         """The hidden states (T, H) of a planned step, before the final norm, of asked tokens. Stores the KV of all, and
@@ -251,13 +258,22 @@ class Qwen35Model:
 
 
 def _hf(source: HFSource) -> Qwen35Config:
+    return Qwen35Config(**read_hf(text_source(source)))
+
+
+def text_source(source: HFSource) -> HFSource:
+    """The text part's values laid over those of a model that sees."""
     text = source.values.get("text_config", {})
     if not isinstance(text, dict):
         raise CheckpointError(f"config.json: text_config must be an object, got {short(text)}")
-    source = dataclasses.replace(source, values={**source.values, **text})
+    return dataclasses.replace(source, values={**source.values, **text}) if text else source
+
+
+def read_hf(source: HFSource) -> dict[str, Any]:
+    """What dense models and those with experts read alike."""
     fields, values = source.fields, dict(source.values)
     if fields.flag("attention_bias"):
-        raise UnsupportedModelError("biases of attention are not implemented for qwen3_5 models")
+        raise UnsupportedModelError(f"biases of attention are not implemented for {source.family} models")
     common = source.common(max_position_embeddings=32768)
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
     factor = values.get("partial_rotary_factor", 0.25)
@@ -284,9 +300,9 @@ def _hf(source: HFSource) -> Qwen35Config:
         "key_dim": fields.integer("linear_key_head_dim", 128),
         "value_dim": fields.integer("linear_value_head_dim", 128),
         "num_columns": fields.integer("linear_conv_kernel_dim", 4),
-        "prefix": "model.language_model." if source.architecture == _SEES else "model.",
+        "prefix": "model.language_model." if source.architecture.endswith("ForConditionalGeneration") else "model.",
     }
-    return Qwen35Config(**llama.read_hf(dataclasses.replace(source, values=values), common, **own))
+    return llama.read_hf(dataclasses.replace(source, values=values), common, **own)
 
 
 def _attends(fields: Fields, num_layers: int) -> tuple[bool, ...]:
@@ -304,6 +320,11 @@ def _attends(fields: Fields, num_layers: int) -> tuple[bool, ...]:
 
 
 def _gguf(source: GGUFSource) -> Qwen35Config:
+    return Qwen35Config(**read_gguf(source, source.fields.per_layer("feed_forward_length")))
+
+
+def read_gguf(source: GGUFSource, intermediate_size: int) -> dict[str, Any]:
+    """The same of GGUF metadata."""
     fields, shapes = source.fields, source.shapes
     common = source.common()
     num_layers = common["num_layers"] - fields.integer("nextn_predict_layers", 0)
@@ -324,42 +345,45 @@ def _gguf(source: GGUFSource) -> Qwen35Config:
             "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         }
     )
-    return Qwen35Config(
-        **{**common, "num_layers": num_layers},
-        intermediate_size=fields.per_layer("feed_forward_length"),
-        num_heads=num_heads,
-        num_kv_heads=counts.pop(),
-        head_dim=head_dim,
-        rms_norm_eps=changed.number("rms_norm_eps"),
-        rope_theta=changed.number("rope_theta"),
-        rope_scaling=rope.gguf_scaling(fields, source.freq_factors),
-        tie_word_embeddings="output.weight" not in shapes,
-        qk_norm=True,
-        attends=tuple(f"blk.{index}.attn_q.weight" in shapes for index in range(num_layers)),
-        rotary_dim=fields.integer("rope.dimension_count", head_dim),
-        num_key_heads=fields.integer("ssm.group_count"),
-        num_value_heads=num_value_heads,
-        key_dim=fields.integer("ssm.state_size"),
-        value_dim=inner // num_value_heads,
-        num_columns=fields.integer("ssm.conv_kernel"),
-        is_tiled=True,
-        num_extra_blocks=common["num_layers"] - num_layers,
-    )
+    return {
+        **common,
+        "num_layers": num_layers,
+        "intermediate_size": intermediate_size,
+        "num_heads": num_heads,
+        "num_kv_heads": counts.pop(),
+        "head_dim": head_dim,
+        "rms_norm_eps": changed.number("rms_norm_eps"),
+        "rope_theta": changed.number("rope_theta"),
+        "rope_scaling": rope.gguf_scaling(fields, source.freq_factors),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "qk_norm": True,
+        "attends": tuple(f"blk.{index}.attn_q.weight" in shapes for index in range(num_layers)),
+        "rotary_dim": fields.integer("rope.dimension_count", head_dim),
+        "num_key_heads": fields.integer("ssm.group_count"),
+        "num_value_heads": num_value_heads,
+        "key_dim": fields.integer("ssm.state_size"),
+        "value_dim": inner // num_value_heads,
+        "num_columns": fields.integer("ssm.conv_kernel"),
+        "is_tiled": True,
+        "num_extra_blocks": common["num_layers"] - num_layers,
+    }
 
+
+HF_KEYS = llama.HF_KEYS | frozenset(
+    (
+        *("text_config", "attention_bias", "partial_rotary_factor", "layer_types", "full_attention_interval"),
+        *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+        "linear_conv_kernel_dim",
+    )
+)
+GGUF_KEYS = frozenset(("rope_theta", "rms_norm_eps"))
 
 QWEN3_5 = Family(
     name="qwen3_5_text",
     architectures=("Qwen3_5ForCausalLM", _SEES),
     gguf=("qwen35",),
-    hf_keys=llama.HF_KEYS
-    | frozenset(
-        (
-            *("text_config", "attention_bias", "partial_rotary_factor", "layer_types", "full_attention_interval"),
-            *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
-            "linear_conv_kernel_dim",
-        )
-    ),
-    gguf_keys=frozenset(("rope_theta", "rms_norm_eps")),
+    hf_keys=HF_KEYS,
+    gguf_keys=GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
     model=Qwen35Model,

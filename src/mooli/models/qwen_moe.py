@@ -135,7 +135,7 @@ class MixtralConfig(MoeConfig):
     module: ClassVar[str] = "block_sparse_moe"
 
 
-def _dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
+def dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
     """Of Qwen's: those listed, and those that are no multiple of the step."""
     check_range("num_layers", num_layers, 1, 1024)
     step = fields.integer("decoder_sparse_step", 1)
@@ -153,7 +153,7 @@ def _hf_qwen(source: HFSource, **own: Any) -> MoeConfig:
         raise UnsupportedModelError(f"a sliding window is not implemented for {source.family} models")
     common = source.common(max_position_embeddings=32768)
     own["normalise"] = fields.flag("norm_topk_prob")
-    own["dense_layers"] = _dense_layers(fields, common["num_layers"])
+    own["dense_layers"] = dense_layers(fields, common["num_layers"])
     return MoeConfig(**llama.read_hf(source, common, **own))
 
 

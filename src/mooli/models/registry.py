@@ -27,6 +27,7 @@ from mooli.models import (
     olmo,
     phi,
     qwen3_5,
+    qwen3_5_moe,
     qwen_moe,
 )
 from mooli.models.checkpoint import Checkpoint
@@ -62,6 +63,8 @@ FAMILIES: dict[str, Family] = {
         olmo.OLMO3,
         phi.PHI3,
         qwen3_5.QWEN3_5,
+        qwen3_5_moe.QWEN3_5_MOE,
+        qwen3_5_moe.QWEN3_NEXT,
         qwen_moe.QWEN3_MOE,
         qwen_moe.QWEN2_MOE,
         qwen_moe.MIXTRAL,
