@@ -45,6 +45,14 @@ def open_folder(files: Files, path: Path) -> None:
     """Have the folder there. Raises StoreError where it cannot be used, or others can write to it."""
     try:
         files.make_folder(path)
+    except OSError as exc:
+        raise StoreError(f"the KV cache cannot be kept in {path}: {exc.strerror or exc}") from exc
+    check_folder(files, path)
+
+
+def check_folder(files: Files, path: Path) -> None:
+    """Raise StoreError where a folder cannot be used, or others can write to it."""
+    try:
         found = files.status(path)
     except OSError as exc:
         raise StoreError(f"the KV cache cannot be kept in {path}: {exc.strerror or exc}") from exc

@@ -128,9 +128,10 @@ class PageIndex:
             entry.segment = None
 
     def drop(self, entries: Iterable[PageEntry]) -> list[Place]:
-        """These count no more, nor do those that continue them. Where they were."""
+        """These count no more, nor do those that continue them. Where they were, each behind the page before it."""
         places = []
         waiting = [entry for entry in entries if self._entries.get(entry.digest) is entry]
+        waiting.sort(key=lambda entry: -entry.position)
         parents = {entry.parent.digest: entry.parent for entry in waiting if entry.parent is not None}
         while waiting:
             entry = waiting.pop()

@@ -35,7 +35,7 @@ _SEGMENT = struct.Struct("<8sIIII32sIQId")
 """Magic, checksum of what follows, format, bytes before the first record, bytes of ingredients, namespace, page_tokens,
 page_bytes, slots, created."""
 _SEGMENT_MAGIC = b"MooliKVs"
-_HEADER_UNIT = 4096
+_HEADER_UNIT = 512
 MAX_HEADER_BYTES = 1 << 20
 
 _HEAD = struct.Struct("<4sIIId32s32s40x")

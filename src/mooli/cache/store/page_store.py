@@ -24,7 +24,7 @@ from mooli.cache.store.files import Files
 from mooli.cache.store.folder import LOCK, Limits, Lock, open_folder, room_name, writer_of
 from mooli.cache.store.index import PageEntry, PageIndex, Place
 from mooli.cache.store.layout import DIGEST_BYTES, Body, PageShape
-from mooli.cache.store.segment_set import CHECK_BYTES, SegmentSet
+from mooli.cache.store.segment_set import SegmentSet
 from mooli.cache.store.segments import SegmentWriter
 from mooli.errors import StoreError
 
@@ -34,6 +34,8 @@ _LOOK_AGAIN_S = 30.0
 """After which one that may only read looks what the writer has added, and whether it has ended."""
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What says nothing of the file: another time it may go well."""
 
 
 class StoredPage(NamedTuple):
@@ -244,7 +246,7 @@ class PageStore:
         need not begin with the first page of a chain.
         """
         with self._memory_lock:
-            found = self._index.leading(digests, self._oldest_use())
+            found = self._index.leading(digests[: len(tokens)], self._oldest_use())
             places = [(entry.segment, entry.slot) for entry in found if entry.segment is not None]
         payloads: list[memoryview] = []
         for piece in segments.pieces(self._shape, places):
@@ -256,8 +258,9 @@ class PageStore:
                 break
             except OSError as exc:
                 self._tell("read", "pages of %s cannot be read, and are left out: %s", piece.segment.path, exc)
-                self._count(pages_wrong=len(piece.wanted))
-                self._drop(found[len(payloads) : len(payloads) + len(piece.wanted)])
+                if exc.errno not in _PASSING:
+                    self._count(pages_wrong=len(piece.wanted))
+                    self._drop(found[len(payloads) : len(payloads) + len(piece.wanted)])
                 break
             good = self._check(found, len(payloads), piece, bodies, tokens)
             payloads += good
@@ -306,7 +309,7 @@ class PageStore:
                 self._bury()
                 waiting = [page for page in pages if self._index.get(page.digest) is None]
                 while waiting and (writer := self._segments.writer()) is not None:
-                    count = min(writer.num_left, max(CHECK_BYTES // self._shape.record_bytes, 1))
+                    count = min(writer.num_left, max(self._segments.check_bytes // self._shape.record_bytes, 1))
                     written += self._write(writer, waiting[:count])
                     waiting = waiting[count:]
                 self._count(pages_refused=len(waiting))
@@ -361,9 +364,12 @@ class PageStore:
     def _bury(self) -> None:
         with self._memory_lock:
             places, self._to_bury = self._to_bury, []
-        self._segments.bury((place.segment, place.slot) for place in places)
+        self._segments.bury([(place.segment, place.slot) for place in places])
 
     def _stop_writing(self, error: OSError) -> None:
+        if error.errno in _PASSING:
+            self._tell("passing", "pages were not written to the KV cache in %s: %s", self.folder, error)
+            return
         self._fault = error.strerror or str(error)
         self._segments.abandon()
         logger.error("the KV cache in %s cannot be written, and is only read from now on: %s", self.folder, error)

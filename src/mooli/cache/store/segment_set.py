@@ -10,6 +10,7 @@ One thread at a time calls any of this, with the store's lock for the disk. All 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,8 +36,8 @@ from mooli.cache.store.segments import SegmentWriter, full_bytes
 
 logger = logging.getLogger(__name__)
 
-CHECK_BYTES = 4 << 20
-"""Between two looks at how much of the disk is free."""
+_CHECK_BYTES = 4 << 20
+"""Between two looks at how much of the disk is free, of a segment that is not smaller."""
 
 _CARRIED_SHARE = 0.75
 """Of a new segment may be pages that come from others: what is left must be worth writing one."""
@@ -80,6 +81,8 @@ class SegmentSet:
         self._start = len(layout.header_bytes(shape, 0, 0.0, ingredients))
         self.slots = segments.slots_of(shape, self._start, limits.max_bytes)
         """Records that a new segment has room for; 0 where the limits allow none."""
+        self.check_bytes = min(_CHECK_BYTES, full_bytes(shape, self._start, self.slots))
+        """Between two looks at how much of the disk is free."""
         self._by_name: dict[str, SegmentEntry] = {}
         self._writer: SegmentWriter | None = None
         self._unrolled: dict[str, int] = {}
@@ -179,9 +182,9 @@ class SegmentSet:
         if self._writer is None:
             return self._next_writer()
         # What the segment may become is counted already: only the disk can be short.
-        if self._files.free_bytes(self._folder) < self._limits.min_free_bytes + CHECK_BYTES:
+        if self._files.free_bytes(self._folder) < self._limits.min_free_bytes + self.check_bytes:
             with making_room(self._files, self._folder) as is_alone:
-                if not is_alone or not self._make_room(CHECK_BYTES, None):
+                if not is_alone or not self._make_room(self.check_bytes, None):
                     return None
         return self._writer
 
@@ -306,18 +309,18 @@ class SegmentSet:
         for segment in [one for one in self._by_name.values() if one.is_rolled and one.was_used]:
             segments.write_index(self._files, self._shape, segment, sync=False)
 
-    def bury(self, places: Iterable[tuple[SegmentEntry, int]]) -> None:
-        """Overwrite what must not be found again."""
-        slots: dict[str, list[int]] = {}
-        for segment, slot in places:
-            if self._by_name.get(segment.path.name) is segment:
-                slots.setdefault(segment.path.name, []).append(slot)
-        for name, of_one in slots.items():
-            segment = self._by_name[name]
-            with contextlib.suppress(FileNotFoundError):
-                segments.bury(self._files, self._shape, segment, of_one)
-                if segment.is_rolled:
-                    segments.write_index(self._files, self._shape, segment, sync=False)
+    def bury(self, places: Sequence[tuple[SegmentEntry, int]]) -> None:
+        """Overwrite what must not be found again, the last first: none is left that could continue a page that comes
+        again."""
+        changed: list[SegmentEntry] = []
+        for segment, group in itertools.groupby(reversed(places), key=lambda place: place[0]):
+            if segment in self._by_name.values():
+                with contextlib.suppress(FileNotFoundError):
+                    segments.bury(self._files, self._shape, segment, [slot for _, slot in group])
+                    changed.append(segment)
+        for segment in dict.fromkeys(changed):
+            if segment.is_rolled:
+                segments.write_index(self._files, self._shape, segment, sync=False)
 
     # -- going ---------------------------------------------------------------------------------------------------------
     def expire(self) -> None:
