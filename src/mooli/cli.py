@@ -221,6 +221,18 @@ def _bench(args: argparse.Namespace) -> int:
     return status
 
 
+def _cache(args: argparse.Namespace) -> int:
+    from mooli.cache_flags import CACHE_COMMANDS
+
+    command = CACHE_COMMANDS[args.kind]
+    parser = CommandParser(
+        prog=f"mooli cache {args.kind}", description=f"{command.text[:1].upper()}{command.text[1:]}."
+    )
+    command.add_args(parser)
+    status: int = _function(command.run)(parser.parse_args(args.words))
+    return status
+
+
 def _candidates(args: argparse.Namespace) -> int:
     """Print what may stand where the cursor is: the line behind `mooli` is one word of ours."""
     words = " ".join(args.typed).split(" ")
@@ -301,6 +313,11 @@ _COMMANDS = {
         "compare an NPU's operations with plain torch",
         _add_selftest_args,
         "mooli.backends.ascend.command:run_selftest_command",
+    ),
+    "cache": _Command(
+        "what of prompts is kept on disk: which, whether it is right, and away with it",
+        _flags("mooli.cache_flags:add_cache_args"),
+        f"{__name__}:_cache",
     ),
     "bench": _Command("measure a server, or an engine in this process", _add_bench_args, f"{__name__}:_bench"),
     "completion": _Command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cache_files import NAMESPACE, chain, digests, found, open_store, page_after, total_bytes
+from mooli import cli
 from mooli.cache.store.page_store import PageStore
 from mooli.errors import ConfigError, StoreError
 
@@ -250,3 +252,49 @@ def _die(store: PageStore) -> None:
     lock.release()
     if writer is not None:
         os.close(writer._descriptor)
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+def _cache(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = cli.main(["cache", *words])
+    return status, *capsys.readouterr()
+
+
+def test_the_command_lists_what_is_kept(folder: Path, capsys) -> None:
+    assert _cache(capsys, "ls", "--dir", str(folder))[0] == 0
+    with open_store(folder, ingredients={"model": "tiny", "dtype": "bf16"}) as store:
+        store.append(chain("a", 5))
+        (kept,) = json.loads(_cache(capsys, "ls", "--json", "--dir", str(folder))[1])
+        assert kept["writer"] == os.getpid() and kept["num_pages"] == 5
+    status, out, _ = _cache(capsys, "ls", "--dir", str(folder))
+    assert status == 0 and "tiny" in out and "writes" not in out
+    (kept,) = json.loads(_cache(capsys, "ls", "--json", "--dir", str(folder))[1])
+    assert kept["name"] == store.room.name and kept["num_pages"] == 5 and kept["num_bytes"] == total_bytes(folder)
+    assert kept["ingredients"] == {"model": "tiny", "dtype": "bf16"}
+
+
+def test_the_command_finds_what_is_not_right(folder: Path, capsys) -> None:
+    with open_store(folder) as store:
+        store.append(chain("a", 5))
+    assert _cache(capsys, "verify", "--dir", str(folder))[:2] == (0, f"{store.room.name}: 5 pages are right\n")
+    (path,) = folder.rglob("*.pages")
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    status, out, _ = _cache(capsys, "verify", store.room.name[:6], "--dir", str(folder))
+    assert status == 1 and "4 pages are right, 1 are not" in out and str(path) in out
+    assert path.read_bytes() == data
+
+
+def test_the_command_removes_what_nobody_writes(folder: Path, capsys) -> None:
+    with open_store(folder) as store:
+        store.append(chain("a", 5))
+        status, _, err = _cache(capsys, "rm", store.room.name, "--yes", "--dir", str(folder))
+        assert status == 2 and f"process {os.getpid()} writes" in err
+    assert _cache(capsys, "rm", "--dir", str(folder))[0] == 2
+    assert _cache(capsys, "rm", "nothing", "--yes", "--dir", str(folder))[0] == 2
+    assert _cache(capsys, "rm", store.room.name, "--dir", str(folder))[0] == 2, "nobody was asked"
+    with open_store(folder) as store:
+        assert found(store, chain("a", 5)) == 5
+    assert _cache(capsys, "rm", "--all", "--yes", "--dir", str(folder))[0] == 0
+    assert not store.room.exists()
