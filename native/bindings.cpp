@@ -344,7 +344,7 @@ NB_MODULE(_native, m) {
       .def("gated_linear_down", [](Tape& t, uintptr_t x, const Linear& gated, FloatBuffer* norm, float eps, const Linear& down,
                                    uintptr_t residual, uintptr_t out) {
         if (norm && norm->count != size_t(gated.k)) throw std::invalid_argument("norm weight of another width");
-        if (!gated.gated || down.gated || gated.n != down.k || gated.kind > Q4M || down.kind > Q4M)
+        if (!gated.gated || down.gated || gated.n != down.k || !is_integer(gated.kind) || !is_integer(down.kind))
           throw std::invalid_argument("not a gated weight and one that takes its outputs, both of integer kinds");
         t.gated_linear_down((const float*)x, &gated, norm ? norm->buffer.as<float>() : nullptr, eps, &down, (const float*)residual, (float*)out);
       }, nb::arg("x"), nb::arg("gated"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("down"), nb::arg("residual"), nb::arg("out"),

@@ -90,6 +90,49 @@ void block_codes(Format format, const uint8_t* b, uint64_t added, uint8_t* code)
 // What a code of 0 stands for, below zero, in the formats whose blocks have a scale alone; 0 for the others.
 int zero_code(Format format) { return format == kQ4_0 ? 8 : format == kQ5_0 ? 16 : format == kQ8_0 ? 128 : 0; }
 
+// The scale of MXFP4's doubled values: 2^(code - 128), which is subnormal for the two lowest.
+float mx_scale(uint8_t code) {
+  const uint32_t bits = code < 2 ? 0x00200000u << code : uint32_t(code - 1) << 23;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+bool has_chosen_values(Format format) { return format == kIQ4_NL || format == kIQ4_XS || format == kMXFP4; }
+Kind chosen_kind(Format format) { return format == kMXFP4 ? FP4 : IQ4; }
+
+// Group g of a row whose codes of four bits choose among sixteen values; returns its scale.
+float chosen_codes(Format format, const uint8_t* row, int g, uint8_t* code) {
+  const uint8_t* q;
+  float scale;
+  if (format == kIQ4_XS) {
+    const uint8_t* b = row + size_t(g / 8) * 136;
+    const int j = g % 8, low = (b[4 + j / 2] >> 4 * (j % 2)) & 15, high = (half_bits(b + 2) >> 2 * j) & 3;
+    scale = half_at(b) * float((low | high << 4) - 32);
+    q = b + 8 + 16 * j;
+  } else {
+    const uint8_t* b = row + row_bytes(format, 32 * g);
+    scale = format == kMXFP4 ? mx_scale(b[0]) : half_at(b);
+    q = b + (format == kMXFP4 ? 1 : 2);
+  }
+  for (int i = 0; i < 16; i += 8) {
+    store8(code + i, load8(q + i) & kLow);
+    store8(code + 16 + i, (load8(q + i) >> 4) & kLow);
+  }
+  return scale;
+}
+
+// Q3_K: 32 values of -4 to 3, and a scale of -32 to 31 for each half of them.
+void q3_k_codes(const uint8_t* row, int g, int8_t* code, int* scales) {
+  const uint8_t *b = row + size_t(g / 8) * 110, *s = b + 96;
+  const int j = g % 8;
+  for (int i = 0; i < 32; i++) code[i] = int8_t(((b[32 + j / 4 * 32 + i] >> 2 * (j % 4)) & 3) - ((b[i] >> j) & 1 ? 0 : 4));
+  for (int half = 0; half < 2; half++) {
+    const int p = 2 * j + half, low = p < 8 ? s[p] & 15 : s[p - 8] >> 4;
+    scales[half] = (low | ((s[8 + p % 4] >> p / 4 * 2) & 3) << 4) - 32;
+  }
+}
+
 // Integer codes of 32 values with value = scale * code + minimum, for the formats that have them per 32.
 struct Group { uint8_t code[32]; float scale, minimum; };
 
@@ -198,16 +241,39 @@ void quantize_q8(const float* x, float& scale, uint8_t* code) {
   for (int i = 0; i < 32; i++) code[i] = uint8_t(whole[i] + 128);
 }
 
+// To the nearest of sixteen values, the largest at that of largest size and its sign: no file asks for it, tests and measures do.
+void quantize_chosen(const int8_t* values, const float* x, float& scale, uint8_t* code) {
+  float extreme = 0.f, most = 0.f;
+  for (int i = 0; i < 32; i++) if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
+  for (int c = 0; c < 16; c++) if (std::fabs(float(values[c])) > std::fabs(most)) most = float(values[c]);
+  scale = half_to_float(float_to_half(extreme / most));
+  if (!all_finite(x) || !(std::fabs(scale) <= kLargestHalf)) scale = kBadScale;
+  for (int i = 0; i < 32; i++) {
+    int best = 0;
+    if (scale == scale)
+      for (int c = 1; c < 16; c++)
+        if (std::fabs(x[i] - scale * float(values[c])) < std::fabs(x[i] - scale * float(values[best]))) best = c;
+    code[i] = uint8_t(best);
+  }
+}
+
 }  // namespace
 
 bool known_format(int f) {
   switch (f) {
-    case kF32: case kF16: case kBF16: case kQ4_0: case kQ4_1: case kQ5_0: case kQ5_1: case kQ8_0: case kQ4_K: case kQ5_K: case kQ6_K: return true;
+    case kF32: case kF16: case kBF16: case kQ4_0: case kQ4_1: case kQ5_0: case kQ5_1: case kQ8_0: case kQ2_K: case kQ3_K: case kQ4_K: case kQ5_K:
+    case kQ6_K: case kIQ4_NL: case kIQ4_XS: case kMXFP4: return true;
     default: return false;
   }
 }
 
-int block_values(Format f) { return f == kF32 || f == kF16 || f == kBF16 ? 1 : f >= kQ4_K ? 256 : 32; }
+int block_values(Format f) {
+  switch (f) {
+    case kF32: case kF16: case kBF16: return 1;
+    case kQ2_K: case kQ3_K: case kQ4_K: case kQ5_K: case kQ6_K: case kIQ4_XS: return 256;
+    default: return 32;
+  }
+}
 
 size_t row_bytes(Format f, int columns) {
   size_t n = size_t(columns);
@@ -219,6 +285,11 @@ size_t row_bytes(Format f, int columns) {
     case kQ5_0: return n / 32 * 22;
     case kQ5_1: return n / 32 * 24;
     case kQ8_0: return n / 32 * 34;
+    case kIQ4_NL: return n / 32 * 18;
+    case kMXFP4: return n / 32 * 17;
+    case kQ2_K: return n / 256 * 84;
+    case kQ3_K: return n / 256 * 110;
+    case kIQ4_XS: return n / 256 * 136;
     case kQ4_K: return n / 256 * 144;
     case kQ5_K: return n / 256 * 176;
     default: return n / 256 * 210;
@@ -246,6 +317,32 @@ void decode_row(Format format, const uint8_t* row, int columns, float* out) {
             store8(code + i, ((load8(low + i) >> low_shift) & kLow) | ((load8(high + i) >> high_shift) & (3 * kOnes)) << 4);
           for (int i = 0; i < 16; i++) out[s * 256 + part * 16 + i] = scale * float(int(code[i]) - 32);
         }
+      }
+      return;
+    case kQ2_K:
+      for (int part = 0; part < columns / 16; part++) {  // 16 values with one scale and one minimum
+        const uint8_t* b = row + size_t(part / 16) * 84;
+        const int p = part % 16, shift = p % 8 / 2 * 2;
+        const uint8_t* q = b + 16 + p / 8 * 32 + p % 2 * 16;
+        const float scale = half_at(b + 80) * float(b[p] & 15), minimum = half_at(b + 82) * float(b[p] >> 4);
+        for (int i = 0; i < 16; i++) out[part * 16 + i] = scale * float((q[i] >> shift) & 3) - minimum;
+      }
+      return;
+    case kQ3_K:
+      for (int g = 0; g < columns / 32; g++) {
+        int8_t code[32];
+        int scales[2];
+        q3_k_codes(row, g, code, scales);
+        const float d = half_at(row + size_t(g / 8) * 110 + 108);
+        for (int i = 0; i < 32; i++) out[g * 32 + i] = d * float(scales[i / 16]) * float(code[i]);
+      }
+      return;
+    case kIQ4_NL: case kIQ4_XS: case kMXFP4:
+      for (int g = 0; g < columns / 32; g++) {
+        uint8_t code[32];
+        const float scale = chosen_codes(format, row, g, code);
+        const int8_t* values = code_values(chosen_kind(format));
+        for (int i = 0; i < 32; i++) out[g * 32 + i] = scale * float(values[code[i]]);
       }
       return;
     default: {
@@ -282,6 +379,28 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
       uint8_t code[32];
       block_codes(format, b, 0, code);
       put_q4(panel, column, g + i, kind == Q4M, half_bits(b), half_bits(b + 2), code);
+    }
+    return;
+  }
+  if (has_chosen_values(format) && (kind == Q8 || kind == chosen_kind(format))) {
+    const int8_t* values = code_values(chosen_kind(format));
+    for (int i = 0; i < groups; i++) {
+      uint8_t code[32];
+      const uint16_t scale = float_to_half(chosen_codes(format, row, i, code));
+      if (kind != Q8) { put_q4(panel, column, g + i, false, scale, 0, code); continue; }
+      for (uint8_t& c : code) c = uint8_t(values[c] + 128);
+      put_q8(panel, column, g + i, scale, code);
+    }
+    return;
+  }
+  if (kind == Q8 && format == kQ3_K) {  // products of code and scale reach from -124 to 128: they fit with the other sign
+    for (int i = 0; i < groups; i++) {
+      int8_t code[32];
+      int scales[2];
+      q3_k_codes(row, i, code, scales);
+      uint8_t out[32];
+      for (int j = 0; j < 32; j++) out[j] = uint8_t(128 - scales[j / 16] * code[j]);
+      put_q8(panel, column, g + i, uint16_t(half_bits(row + size_t(i / 8) * 110 + 108) ^ 0x8000), out);
     }
     return;
   }
@@ -331,6 +450,10 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
         put_q4(panel, column, g + i, true, float_to_half(scale), float_to_half(minimum), code);
         break;
       }
+      case IQ4: case FP4:
+        quantize_chosen(code_values(kind), v, scale, code);
+        put_q4(panel, column, g + i, false, float_to_half(scale), 0, code);
+        break;
       case BF16:
         for (int j = 0; j < 32; j++) {
           const uint16_t h = float_to_bf16(v[j]);
@@ -383,6 +506,11 @@ void unpack_column(Kind kind, const char* panel, int k, int column, float* out) 
       case Q4: {
         uint8_t c = uint8_t(*q4_code(p, column, i, 576, 64, high));
         out[i] = half_at((const uint8_t*)p + size_t(g) * 576 + column * 2) * float((high ? c >> 4 : c & 15) - 8);
+        break;
+      }
+      case IQ4: case FP4: {
+        uint8_t c = uint8_t(*q4_code(p, column, i, 576, 64, high));
+        out[i] = half_at((const uint8_t*)p + size_t(g) * 576 + column * 2) * float(code_values(kind)[high ? c >> 4 : c & 15]);
         break;
       }
       case Q4M: {

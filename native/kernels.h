@@ -6,10 +6,11 @@
 //   Q4   per 32 of K: [32 x f16 scale][2 halves][4 lines][16 columns][4 bytes: low nibble k-step 2j,
 //                     high nibble k-step 2j+1, value + 8]                                                576 bytes
 //   Q4M  as Q4 with [32 x f16 scale][32 x f16 minimum], value = scale * code + minimum                   640 bytes
+//   IQ4, FP4  as Q4, value = scale * one of sixteen, which the code chooses                            576 bytes
 //   BF16 per 2 of K: [32 columns][2];  F16 / F32 per 1 of K: [32 columns]
 // Activations of a block of R rows:
 //   int  per 32 of K: [R x f32 scale][R x i32 -zero * sum; Q4M: R x f32 scale * sum][8 k-steps][R][4 x s8];
-//        Q4: [R x f32 c][R x bits of c - 8 * sum] and the same codes, c as in kernels.inc
+//        IQ4, FP4: as Q8; Q4: [R x f32 c][R x bits of c - 8 * sum] and the same codes, c as in kernels.inc
 //   BF16 per 2 of K: [R][2], without a dot product for it as float;  float per 1 of K: [R] as f32
 // With AMX they lie as its tiles do, and integers are widened to bfloat16: kernels_amx.inc.
 #pragma once
@@ -18,7 +19,13 @@
 
 namespace mooli {
 
-enum Kind : int { Q8 = 0, Q4 = 1, Q4M = 2, BF16 = 3, F16 = 4, F32 = 5, kNumKinds = 6 };
+enum Kind : int { Q8 = 0, Q4 = 1, Q4M = 2, IQ4 = 3, FP4 = 4, BF16 = 5, F16 = 6, F32 = 7, kNumKinds = 8 };
+inline bool is_integer(Kind kind) { return kind < BF16; }
+
+// What codes stand for: of IQ4 (ggml's formats of that name) and, doubled, of FP4 (E2M1 of OCP's Microscaling Formats 1.0).
+constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int8_t kFp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+constexpr const int8_t* code_values(Kind kind) { return kind == IQ4 ? kIq4Values : kFp4Values; }
 
 // What a gated linear makes of its two products: silu(gate) * up, gelu_tanh(gate) * up, or with g = min(gate, 7) and u = up
 // between -7 and 7, g * sigmoid(1.702 g) * (u + 1).
@@ -35,7 +42,7 @@ constexpr int kBlock = kTile * kBlockTiles;
 inline size_t panel_bytes(Kind kind, int padded_k) {
   switch (kind) {
     case Q8: return size_t(padded_k / kGroup) * (64 + 1024);
-    case Q4: return size_t(padded_k / kGroup) * (64 + 512);
+    case Q4: case IQ4: case FP4: return size_t(padded_k / kGroup) * (64 + 512);
     case Q4M: return size_t(padded_k / kGroup) * (128 + 512);
     case BF16: case F16: return size_t(padded_k) * kPanel * 2;
     default: return size_t(padded_k) * kPanel * 4;

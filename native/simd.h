@@ -66,6 +66,10 @@ MOOLI_INLINE WeightLine low_nibbles(const char* p) { return {_mm512_and_si512(_m
 MOOLI_INLINE WeightLine high_nibbles(const char* p) {
   return {_mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15))};
 }
+// The weights that codes choose in a table of sixteen.
+MOOLI_INLINE WeightLine look_up(WeightLine codes, const uint8_t* table) {
+  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), codes.w)};
+}
 MOOLI_INLINE vi dot4(vi acc, WeightLine w, const int* a) { return dot4(acc, w.w, a); }
 // One four-byte activation in all lanes, for several weight lines: a load each would keep the dot units waiting.
 struct Activation { vi x; };
@@ -144,6 +148,9 @@ MOOLI_INLINE WeightLine low_nibbles(const char* p) { return {_mm256_and_si256(ld
 MOOLI_INLINE WeightLine high_nibbles(const char* p) {
   return {_mm256_and_si256(_mm256_srli_epi16(ld_weights(p).w, 4), _mm256_set1_epi8(15))};
 }
+MOOLI_INLINE WeightLine look_up(WeightLine codes, const uint8_t* table) {
+  return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table)), codes.w)};
+}
 MOOLI_INLINE vi dot4(vi acc, WeightLine w, Activation a) {
   __asm__("%{vex%} vpdpbusd %2,%1,%0" : "+x"(acc) : "x"(w.w), "x"(a.x));
   return acc;
@@ -171,6 +178,10 @@ MOOLI_INLINE NibbleLine low_nibbles(const char* p) {
 }
 MOOLI_INLINE NibbleLine high_nibbles(const char* p) {
   return {_mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256((const vi*)p), 4), _mm256_set1_epi8(15))};
+}
+MOOLI_INLINE WeightLine look_up(NibbleLine codes, const uint8_t* table) {
+  const vi value = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table)), codes.w);
+  return {value, _mm256_abs_epi8(value)};
 }
 MOOLI_INLINE vi dot4(vi acc, NibbleLine w, Activation a) {
   vi t;
@@ -267,6 +278,7 @@ struct WeightLine { uint8_t b[16]; };
 MOOLI_INLINE WeightLine ld_weights(const char* p) { WeightLine w; memcpy(w.b, p, 16); return w; }
 MOOLI_INLINE WeightLine low_nibbles(const char* p) { WeightLine w = ld_weights(p); for (auto& x : w.b) x &= 15; return w; }
 MOOLI_INLINE WeightLine high_nibbles(const char* p) { WeightLine w = ld_weights(p); for (auto& x : w.b) x >>= 4; return w; }
+MOOLI_INLINE WeightLine look_up(WeightLine codes, const uint8_t* table) { for (auto& x : codes.b) x = table[x]; return codes; }
 // not inlined: unrolled by the callers it would only bloat the slowest level
 __attribute__((noinline, unused)) vi dot4(vi acc, const WeightLine& w, const int* a) {
   int8_t v[4]; memcpy(v, a, 4);

@@ -67,6 +67,9 @@ MOOLI_INLINE WeightLine low_nibbles(const char* p) {
   return {vreinterpretq_s8_u8(vandq_u8(vld1q_u8((const uint8_t*)p), vdupq_n_u8(15)))};
 }
 MOOLI_INLINE WeightLine high_nibbles(const char* p) { return {vreinterpretq_s8_u8(vshrq_n_u8(vld1q_u8((const uint8_t*)p), 4))}; }
+MOOLI_INLINE WeightLine look_up(WeightLine codes, const uint8_t* table) {
+  return {vqtbl1q_s8(vld1q_s8((const int8_t*)table), vreinterpretq_u8_s8(codes.w))};
+}
 MOOLI_INLINE vi dot4(vi acc, WeightLine w, const int* a) { return vdotq_s32(acc, w.w, vreinterpretq_s8_s32(vld1q_dup_s32(a))); }
 MOOLI_INLINE int quantize16(const float* x, vf inverse, int8_t* q) {
   vi v[4];

@@ -25,11 +25,16 @@ class TensorType(IntEnum):
     Q5_0 = 6
     Q5_1 = 7
     Q8_0 = 8
+    Q2_K = 10
+    Q3_K = 11
     Q4_K = 12
     Q5_K = 13
     Q6_K = 14
+    IQ4_NL = 20
+    IQ4_XS = 23
     I8 = 24
     BF16 = 30
+    MXFP4 = 39
 
 
 BLOCK: dict[TensorType, tuple[int, int]] = {
@@ -42,9 +47,14 @@ BLOCK: dict[TensorType, tuple[int, int]] = {
     TensorType.Q5_0: (32, 22),
     TensorType.Q5_1: (32, 24),
     TensorType.Q8_0: (32, 34),
+    TensorType.IQ4_NL: (32, 18),
+    TensorType.MXFP4: (32, 17),
+    TensorType.Q2_K: (256, 84),
+    TensorType.Q3_K: (256, 110),
     TensorType.Q4_K: (256, 144),
     TensorType.Q5_K: (256, 176),
     TensorType.Q6_K: (256, 210),
+    TensorType.IQ4_XS: (256, 136),
 }
 """(values per block, bytes per block)."""
 

@@ -15,6 +15,7 @@ if "amx" not in LEVELS:
     pytest.skip("this processor has no AMX", allow_module_level=True)
 
 K = 608  # two chunks and a part of one
+INTEGERS = [TensorType.Q8_0, TensorType.Q4_0, TensorType.Q4_1, TensorType.IQ4_NL, TensorType.MXFP4]
 
 
 def rounded(values: Floats) -> Floats:
@@ -46,7 +47,7 @@ def through_linear(level: str, tensor: RawTensor, x: Floats, rows: range) -> Flo
 
 
 @pytest.mark.parametrize("count", [1, 16, 17, 40])
-@pytest.mark.parametrize("storage", [TensorType.Q8_0, TensorType.Q4_0, TensorType.Q4_1, TensorType.BF16], ids=str)
+@pytest.mark.parametrize("storage", [*INTEGERS, TensorType.BF16], ids=str)
 def test_a_linear_is_the_sum_of_products_in_bfloat16(storage: TensorType, count: int) -> None:
     """Weights are scale * code (+ minimum), rounded once; all of these are exact in float32."""
     tensor = random_tensor(storage, 48, K, seed=1)
@@ -55,7 +56,7 @@ def test_a_linear_is_the_sum_of_products_in_bfloat16(storage: TensorType, count:
     assert_same_bits(actual, product(x, np.asarray(dequantize(tensor), np.float32)))
 
 
-@pytest.mark.parametrize("storage", [TensorType.Q8_0, TensorType.Q4_0, TensorType.Q4_1], ids=str)
+@pytest.mark.parametrize("storage", INTEGERS, ids=str)
 def test_it_is_nearer_to_the_exact_product_than_activations_of_eight_bits(storage: TensorType) -> None:
     tensor = random_tensor(storage, 48, K, seed=3)
     x = random(4, 40, K, scale=3)

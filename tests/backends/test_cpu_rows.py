@@ -18,6 +18,8 @@ KINDS = {
     "Q8": (TensorType.Q8_0, "float32"),
     "Q4": (TensorType.Q4_0, "float32"),
     "Q4M": (TensorType.Q4_1, "float32"),
+    "IQ4": (TensorType.IQ4_NL, "float32"),
+    "FP4": (TensorType.MXFP4, "float32"),
     "BF16": (TensorType.BF16, "bfloat16"),
     "F16": (TensorType.F16, "float16"),
     "F32": (TensorType.F32, "float32"),

@@ -104,6 +104,8 @@ def linears(level: str, storage: TensorType, quantization: str | None) -> list[F
         (TensorType.Q4_0, None),
         (TensorType.Q4_1, None),
         (TensorType.Q4_K, None),
+        (TensorType.IQ4_XS, None),
+        (TensorType.MXFP4, None),
         (TensorType.Q6_K, None),
         (TensorType.F32, "int8"),
         (TensorType.F32, "int4"),
@@ -133,7 +135,10 @@ def test_scalar_linear_agrees_but_for_the_rounding_of_float_sums(storage: Tensor
 @pytest.mark.parametrize("level", ALL_LEVELS)
 @pytest.mark.parametrize(
     "storage",
-    [TensorType.Q8_0, TensorType.Q4_0, TensorType.Q4_1, TensorType.BF16, TensorType.F16, TensorType.F32],
+    [
+        *(TensorType.Q8_0, TensorType.Q4_0, TensorType.Q4_1, TensorType.IQ4_NL, TensorType.MXFP4),
+        *(TensorType.BF16, TensorType.F16, TensorType.F32),
+    ],
     ids=str,
 )
 def test_a_row_has_the_same_bits_in_any_number_of_rows(level: str, storage: TensorType) -> None:

@@ -166,19 +166,29 @@ def test_the_head_may_have_any_number_of_outputs(backend: Backend, variant: Vari
     assert_close(actual, x @ matrix.T.astype(np.float64), variant.head)
 
 
+SCALES = {
+    TensorType.Q2_K: (80, 2),
+    TensorType.Q3_K: (108, 1),
+    TensorType.Q4_K: (0, 2),
+    TensorType.Q5_K: (0, 2),
+    TensorType.Q6_K: (208, 1),
+    TensorType.IQ4_NL: (0, 1),
+    TensorType.IQ4_XS: (0, 1),
+}
+"""Types that the gguf package cannot write: where a block has float16 scales, and how many."""
+
+
 def block_tensor(kind: TensorType, rows: int, columns: int, seed: int) -> tuple[RawTensor, Floats]:
     """A tensor of a GGUF storage type, and its values by the gguf package."""
     quant = gguf.GGMLQuantizationType(int(kind))
     values = random(seed, rows, columns)
-    if kind in (TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K):
-        # The gguf package cannot write these: random codes under sane scales are as good.
+    if kind in SCALES:
+        # Random codes under sane scales are as good.
         block, block_bytes = gguf.GGML_QUANT_SIZES[quant]
         data = np.random.default_rng(seed).integers(0, 256, (rows, columns // block, block_bytes), dtype=np.uint8)
         scales = random(seed + 1, rows, columns // block, 2, scale=0.01).astype(np.float16).view(np.uint8)
-        if kind is TensorType.Q6_K:
-            data[..., -2:] = scales[..., :2]
-        else:
-            data[..., :4] = scales
+        begin, count = SCALES[kind]
+        data[..., begin : begin + 2 * count] = scales[..., : 2 * count]
         data = data.reshape(rows, -1)
     else:
         data = np.ascontiguousarray(gguf.quants.quantize(values, quant)).view(np.uint8).reshape(rows, -1)
@@ -195,7 +205,14 @@ def test_linear_takes_every_storage_type(backend: Backend, variant: Variant, kin
     bound = variant.blocks
     if kind in (TensorType.F32, TensorType.F16, TensorType.BF16):
         bound = variant.linear
-    elif kind in (TensorType.Q4_0, TensorType.Q4_1, TensorType.Q5_0, TensorType.Q8_0):
+    elif kind in (
+        TensorType.Q4_0,
+        TensorType.Q4_1,
+        TensorType.Q5_0,
+        TensorType.Q8_0,
+        TensorType.IQ4_NL,
+        TensorType.MXFP4,
+    ):
         bound = variant.lossless
         if kind == TensorType.Q4_0 and variant.backend == "cpu":
             bound *= 2  # beside four bits the scales of activations are powers of two

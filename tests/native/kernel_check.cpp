@@ -20,8 +20,7 @@ using namespace check;
 
 namespace {
 
-const char* const kKindNames[] = {"q8", "q4", "q4m", "bf16", "f16", "f32"};
-bool is_integer(int kind) { return kind <= Q4M; }
+const char* const kKindNames[] = {"q8", "q4", "q4m", "iq4", "fp4", "bf16", "f16", "f32"};
 
 Bytes prepare(const Kernels& k, int kind, const Floats& x, int first, int rows, int columns) {
   const int padded = (columns + kGroup - 1) / kGroup * kGroup;
@@ -63,7 +62,7 @@ void check_rows(const Kernels& k) {
   x[kColumns + 64] = -127.f;
   x[2 * kColumns + 7] = std::nanf("");
   x[3 * kColumns + 40] = INFINITY;
-  for (int kind : {Q8, Q4, Q4M}) {
+  for (int kind : {Q8, Q4, Q4M, IQ4, FP4}) {
     const std::string name = std::string("exact/quantised/") + kKindNames[kind];
     Bytes actual = prepare(k, kind, x, 0, kRows, kColumns), expected = prepare(scalar, kind, x, 0, kRows, kColumns), digested;
     for (int r = 0; r < kRows; r++)
@@ -74,7 +73,7 @@ void check_rows(const Kernels& k) {
         expect(bad || a.scale == e.scale, k.name, name + ": scale");
         expect(memcmp(a.q, e.q, kGroup) == 0, k.name, name + ": codes");
         // Q8 may be prepared for signed or for unsigned weights
-        expect(a.start == e.start || (kind == Q8 && a.start == 0), k.name, name + ": start of the sum");
+        expect(a.start == e.start || (kind != Q4 && kind != Q4M && a.start == 0), k.name, name + ": start of the sum");
         digested.insert(digested.end(), a.q, a.q + kGroup);
       }
     print_digest(k.name, name, digested.data(), digested.size());
@@ -139,14 +138,15 @@ void check_integer_sums(const Kernels& k, int kind) {
   Random random(4);
   Bytes panel(panel_bytes(Kind(kind), kColumns) + 64);
   Floats weights(size_t(kPanel) * kColumns), x(size_t(kMaxRows) * kColumns);
-  const Format format = kind == Q8 ? kQ8_0 : kind == Q4 ? kQ4_0 : kQ4_1;
+  const Format formats[] = {kQ8_0, kQ4_0, kQ4_1, kIQ4_NL, kMXFP4}, format = formats[kind];
   const size_t block = row_bytes(format, kGroup), header = kind == Q4M ? 4 : 2;
   for (int column = 0; column < kPanel; column++) {
     std::vector<uint8_t> row(row_bytes(format, kColumns));
     for (size_t i = 0; i < row.size(); i++) row[i] = column == 0 ? 0x80 : column == 1 ? 0x7f : column == 2 ? 0xff : uint8_t(random.bits());
     for (size_t i = 0; i < row.size(); i += block) {
       const uint16_t one = float_to_half(1.f), minimum = float_to_half(-5.f);
-      memcpy(&row[i], &one, 2);
+      if (kind == FP4) row[i] = 128;
+      else memcpy(&row[i], &one, 2);
       if (header == 4) memcpy(&row[i + 2], &minimum, 2);
     }
     decode_row(format, row.data(), kColumns, &weights[size_t(column) * kColumns]);
@@ -446,7 +446,7 @@ void check_table(const Kernels& k) {
   check_rows(k);
   for (int kind = 0; kind < kNumKinds; kind++) {
     check_linear(k, kind);
-    if (is_integer(kind)) check_integer_sums(k, kind);
+    if (is_integer(Kind(kind))) check_integer_sums(k, kind);
   }
   check_store(k);
   check_quantize(k);

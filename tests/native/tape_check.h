@@ -39,7 +39,7 @@ class Layer {
     tape_.attend(0, qkv_.data(), kHeads, 0.2f, 0, nullptr, attended_.data());
     tape_.linear(attended_.data(), out_weight_.get(), nullptr, 0.f, x_.data(), x_.data());
     tape_.rms_norm(x_.data(), gain_.data(), 1e-5f, kHidden, nullptr, normed_.data());
-    if (kind <= mooli::Q4M) {
+    if (mooli::is_integer(kind)) {
       tape_.gated_linear_down(normed_.data(), gated_.get(), nullptr, 0.f, down_.get(), x_.data(), x_.data());
     } else {
       tape_.linear(normed_.data(), gated_.get(), nullptr, 0.f, nullptr, wide_.data());
@@ -179,7 +179,7 @@ inline void check_choosing(const std::string& level, const std::string& name, La
 
 inline void check_tape(const std::string& level) {
   using namespace mooli;
-  const std::pair<Kind, KvType> variants[] = {{Q8, KV_F32}, {Q4, KV_F16}, {Q4M, KV_BF16}, {BF16, KV_BF16}, {F16, KV_F16}, {F32, KV_F32}, {F32, KV_INT8}};
+  const std::pair<Kind, KvType> variants[] = {{Q8, KV_F32}, {Q4, KV_F16}, {Q4M, KV_BF16}, {IQ4, KV_F32}, {FP4, KV_F16}, {BF16, KV_BF16}, {F16, KV_F16}, {F32, KV_F32}, {F32, KV_INT8}};
   std::vector<int32_t> ids;
   Random random(21);
   for (int i = 0; i < 150; i++) ids.push_back(random.below(Layer::kVocabulary));

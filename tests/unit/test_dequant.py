@@ -20,6 +20,11 @@ HALF_OFFSETS = {
     TensorType.Q4_K: [0, 2],
     TensorType.Q5_K: [0, 2],
     TensorType.Q6_K: [208],
+    TensorType.Q2_K: [80, 82],
+    TensorType.Q3_K: [108],
+    TensorType.IQ4_NL: [0],
+    TensorType.IQ4_XS: [0],
+    TensorType.MXFP4: [],
 }
 """Where a block keeps its float16 numbers."""
 
@@ -35,6 +40,8 @@ def random_tensor(kind: TensorType, rows: int, columns: int, seed: int = 0) -> R
     for offset in HALF_OFFSETS[kind]:
         scales = (rng.standard_normal(len(blocks)) * 0.01).astype(np.float16)
         blocks[:, offset : offset + 2] = scales.view(np.uint8).reshape(-1, 2)
+    if kind == TensorType.MXFP4:
+        blocks[:, 0] = rng.integers(112, 126, len(blocks))  # an exponent, and 127 more
     return RawTensor("t", kind, (rows, columns), blocks.reshape(rows, row_bytes(kind, columns)))
 
 

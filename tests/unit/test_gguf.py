@@ -198,7 +198,7 @@ UNSUPPORTED = {
     "big endian": (gguf_bytes(version=struct.pack(">I", 3)), "big-endian"),
     "version one": (gguf_bytes(version=struct.pack("<I", 1)), "version 1"),
     "version four": (gguf_bytes(version=struct.pack("<I", 4)), "version 4"),
-    "a known other tensor type": (gguf_bytes([], [("blk.0.x", (256,), 10, 0, bytes(84))]), "blk.0.x has type Q2_K"),
+    "a known other tensor type": (gguf_bytes([], [("blk.0.x", (256,), 16, 0, bytes(66))]), "blk.0.x has type IQ2_XXS"),
     "an unknown tensor type": (gguf_bytes([], [("blk.0.x", (256,), 77, 0, bytes(84))]), "number 77"),
     "four dimensions": (gguf_bytes([], [("t", (2, 2, 2, 2), 0, 0, VECTOR)]), "4 dimensions"),
 }

@@ -127,13 +127,65 @@ def _q6_k(b: NDArray[np.uint8]) -> NDArray[np.float32]:
     return (_half(b, 208) * scales)[:, :, None] * quants
 
 
+def _quarters(quants: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(blocks, 64) bytes to (blocks, 16, 16) codes of two bits."""
+    shifts = np.array([0, 2, 4, 6], np.uint8)[None, None, :, None]
+    codes: NDArray[np.uint8] = (quants.reshape(-1, 2, 1, 32) >> shifts & np.uint8(3)).reshape(-1, 16, 16)
+    return codes
+
+
+def _q2_k(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    factors = _half(b, 80) * (b[:, :16] & 15).astype(np.float32)
+    offsets = _half(b, 82) * (b[:, :16] >> 4).astype(np.float32)
+    return factors[:, :, None] * _quarters(b[:, 16:80]).astype(np.float32) - offsets[:, :, None]
+
+
+def _q3_k(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    low = _nibbles(b[:, 96:104])
+    high = (b[:, None, 104:108] >> np.array([0, 2, 4, 6], np.uint8)[None, :, None]).reshape(-1, 16) & 3
+    factors = _half(b, 108) * ((low | high << 4).astype(np.float32) - 32)
+    third = b[:, None, :32] >> np.arange(8, dtype=np.uint8)[None, :, None] & 1
+    codes = _quarters(b[:, 32:96]).astype(np.float32) - (4 - 4 * third.reshape(-1, 16, 16).astype(np.float32))
+    return factors[:, :, None] * codes
+
+
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+FP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+"""What codes of four bits choose among: those of IQ4 formats, and twice those of FP4 (E2M1)."""
+
+
+def _iq4_nl(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return _half(b, 0) * IQ4_VALUES[_nibbles(b[:, 2:])]
+
+
+def _iq4_xs(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    low = np.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], axis=-1).reshape(-1, 8)
+    high = np.ascontiguousarray(b[:, 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    factors = _half(b, 0) * ((low | high << 4).astype(np.float32) - 32)
+    values: NDArray[np.float32] = factors[:, :, None] * IQ4_VALUES[_nibbles(b[:, 8:].reshape(-1, 8, 16))]
+    return values
+
+
+def _mxfp4(b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The scale is half of 2^(code - 127), as the values are doubled; subnormal for the two lowest codes."""
+    exponent = b[:, :1].astype(np.uint32)
+    bits = np.where(exponent < 2, np.uint32(0x00200000) << exponent, (np.maximum(exponent, 1) - 1) << 23)
+    values: NDArray[np.float32] = bits.astype(np.uint32).view(np.float32) * FP4_VALUES[_nibbles(b[:, 1:])]
+    return values
+
+
 _FORMULAS: dict[TensorType, Callable[[NDArray[np.uint8]], NDArray[np.float32]]] = {
     TensorType.Q4_0: _q4_0,
     TensorType.Q4_1: _q4_1,
     TensorType.Q5_0: _q5_0,
     TensorType.Q5_1: _q5_1,
     TensorType.Q8_0: _q8_0,
+    TensorType.Q2_K: _q2_k,
+    TensorType.Q3_K: _q3_k,
     TensorType.Q4_K: _q4_k,
     TensorType.Q5_K: _q5_k,
     TensorType.Q6_K: _q6_k,
+    TensorType.IQ4_NL: _iq4_nl,
+    TensorType.IQ4_XS: _iq4_xs,
+    TensorType.MXFP4: _mxfp4,
 }

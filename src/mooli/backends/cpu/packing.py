@@ -29,22 +29,33 @@ class Kind(IntEnum):
     Q8 = 0
     Q4 = 1
     Q4M = 2
-    BF16 = 3
-    F16 = 4
-    F32 = 5
+    IQ4 = 3
+    FP4 = 4
+    BF16 = 5
+    F16 = 6
+    F32 = 7
 
 
 FLOAT_KINDS = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16}
-_BLOCK_KINDS = {TensorType.Q4_0: Kind.Q4, TensorType.Q4_1: Kind.Q4M, TensorType.Q4_K: Kind.Q4M}
+_BLOCK_KINDS = {
+    TensorType.Q4_0: Kind.Q4,
+    TensorType.Q4_1: Kind.Q4M,
+    TensorType.Q4_K: Kind.Q4M,
+    TensorType.IQ4_NL: Kind.IQ4,
+    TensorType.IQ4_XS: Kind.IQ4,
+    TensorType.MXFP4: Kind.FP4,
+}
 _EXACT_TYPES = {
-    Kind.Q8: {TensorType.Q8_0, TensorType.Q5_0, TensorType.Q4_0},
+    Kind.Q8: {TensorType.Q8_0, TensorType.Q5_0, TensorType.Q4_0, TensorType.IQ4_NL},
     Kind.Q4: {TensorType.Q4_0},
     Kind.Q4M: {TensorType.Q4_1},
+    Kind.IQ4: {TensorType.IQ4_NL},
+    Kind.FP4: set(),
     Kind.BF16: {TensorType.BF16},
     Kind.F16: {TensorType.F16},
     Kind.F32: {TensorType.F32},
 }
-"""What each kind packs without changing a value."""
+"""What each kind packs without changing a value or the sign of a zero, whatever its scales."""
 
 _FLOAT_TYPES = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16: "bfloat16"}
 
