@@ -35,6 +35,39 @@ def test_one_of_several_gguf_files_is_asked_for_by_its_name(fetch: Pull, hub: Hu
         fetch("a/b:c.gguf", source=source)
 
 
+def test_all_parts_of_a_gguf_model_are_fetched_whichever_is_named(fetch: Pull, hub: HubServer, source: str) -> None:
+    parts = {f"q4/b-{part:05d}-of-00003.gguf": b"GGUF" + bytes([part]) for part in (1, 2, 3)}
+    hub.models["a/b"] = {"b-Q8.gguf": b"GGUF8", **parts}
+    with pytest.raises(CheckpointError, match=r"GGUF files: b-Q8\.gguf \(0\.00 GB\), q4/b-00001-of-00003\.gguf \(0"):
+        fetch("a/b", source=source)
+    second = "a/b:q4/b-00002-of-00003.gguf"
+    first = fetch(second, source=source)
+    assert first.name == "b-00001-of-00003.gguf"
+    assert sorted(hub.files_sent()) == sorted(parts)
+    assert resolve(second) == first
+    assert fetch(second, source=source) == first
+    assert sorted(hub.files_sent()) == sorted(parts)
+    first.with_name("b-00003-of-00003.gguf").unlink()
+    with pytest.raises(ModelNotFoundError, match=r"unfinished: 1 files of weights are missing, b-00003-of-00003\.gguf"):
+        resolve(second)
+    assert fetch(second, source=source) == first
+    assert resolve(second) == first
+
+
+def test_a_repository_of_one_model_in_parts_gives_all_of_them(fetch: Pull, hub: HubServer, source: str) -> None:
+    hub.models["a/b"] = {f"b-{part:05d}-of-00002.gguf": b"GGUF" + bytes([part]) for part in (1, 2)}
+    first = fetch("a/b", source=source)
+    assert resolve("a/b") == first and first.name == "b-00001-of-00002.gguf"
+    assert first.with_name("b-00002-of-00002.gguf").read_bytes() == b"GGUF\x02"
+
+
+def test_a_repository_that_lacks_a_part_is_refused(fetch: Pull, hub: HubServer, source: str) -> None:
+    hub.models["a/b"] = {"b-00001-of-00002.gguf": b"GGUF1"}
+    with pytest.raises(ModelNotFoundError, match=r"lacks 1 of the 2 parts of .*b-00002-of-00002\.gguf is one"):
+        fetch("a/b:b-00001-of-00002.gguf", source=source)
+    assert hub.files_sent() == []
+
+
 def test_a_repository_of_pickles_is_refused(fetch: Pull, hub: HubServer, source: str) -> None:
     hub.models["a/b"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
     with pytest.raises(UnsupportedModelError, match=r"only pytorch_model\.bin .* never opens"):

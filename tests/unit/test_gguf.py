@@ -25,7 +25,8 @@ from model_files import (
     u32,
 )
 from mooli.errors import CheckpointError, ModelError, ModelNotFoundError, UnsupportedModelError
-from mooli.formats.gguf import gguf_in_folder, is_gguf, read_gguf
+from mooli.formats.gguf import is_gguf, read_gguf
+from mooli.formats.gguf_parts import gguf_in_folder
 from mooli.tensor import TensorType
 
 HUGE = (1 << 63) - 1

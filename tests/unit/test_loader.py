@@ -321,28 +321,6 @@ def test_a_bad_config_file_is_a_checkpoint_error(qwen2_folder: Path) -> None:
         open_model(qwen2_folder)
 
 
-def test_one_part_of_a_split_gguf_file_is_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    config = tiny_model("llama").config
-    for key, value in {
-        "block_count": 2,
-        "context_length": 128,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": 96,
-        "attention.head_count": 4,
-    }.items():
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_uint16("split.count", 3)
-    writer.add_tensor("token_embd.weight", np.zeros((96, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(UnsupportedModelError, match="one of 3 parts"):
-        open_model(tmp_path / "m.gguf")
-
-
 DUMMY = LlamaConfig(
     family="qwen3",
     architecture="Qwen3ForCausalLM",

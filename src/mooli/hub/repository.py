@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mooli.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from mooli.formats.gguf_parts import first_parts, part_names
 
 if TYPE_CHECKING:
     from mooli.hub.locate import RepositoryName
@@ -52,7 +53,7 @@ class Repository:
 
 
 def choose_files(repository: Repository, wanted: RepositoryName) -> tuple[RemoteFile, ...]:
-    """The files to fetch: weights as safetensors with tokenizer and configuration, or one GGUF file.
+    """The files to fetch: weights as safetensors with tokenizer and configuration, or one GGUF file, all of its parts.
 
     Only the top folder is looked at, but for a GGUF file that is asked for by its path. Never pickle, never code.
     Raises ModelNotFoundError where the file asked for is not there, UnsupportedModelError where there are no weights
@@ -63,9 +64,9 @@ def choose_files(repository: Repository, wanted: RepositoryName) -> tuple[Remote
         if not _is_safe(file.path) and _is_kind_of_ours(file.path):
             raise CheckpointError(f"{repository.hub} lists a file named {file.path[:200]!r} in {wanted}: refused")
     if wanted.file is not None:
-        chosen = tuple(file for file in repository.files if file.path == wanted.file)
+        chosen = _parts(repository, wanted.file)
         if not chosen:
-            there = ", ".join(file.path for file in _ggufs(repository.files)) or "none"
+            there = ", ".join(first_parts(file.path for file in _ggufs(repository.files))) or "none"
             raise ModelNotFoundError(
                 f"{wanted.repository} on {repository.hub} has no file {wanted.file}; its GGUF files: {there}"
             )
@@ -76,17 +77,36 @@ def choose_files(repository: Repository, wanted: RepositoryName) -> tuple[Remote
         # Mistral's repositories hold the weights a second time, in a layout of their own.
         usual = [file for file in weights if not file.path.startswith("consolidated")]
         return tuple(usual or weights) + tuple(file for file in top if _is_text_side(file.path))
-    return (_only_gguf(repository, wanted),)
+    return _only_gguf(repository, wanted)
 
 
-def _only_gguf(repository: Repository, wanted: RepositoryName) -> RemoteFile:
+def _parts(repository: Repository, name: str) -> tuple[RemoteFile, ...]:
+    """The GGUF file of that name, with all others where it is a part of several; none if it is not there."""
+    by_path = {file.path: file for file in repository.files}
+    if name not in by_path:
+        return ()
+    names = part_names(name)
+    missing = [part for part in names if part not in by_path]
+    if missing:
+        raise ModelNotFoundError(
+            f"{repository.name} on {repository.hub} lacks {len(missing)} of the {len(names)} parts of {name},"
+            f" {missing[0]} is one: ask its owner, or choose another file"
+        )
+    return tuple(by_path[part] for part in names)
+
+
+def _only_gguf(repository: Repository, wanted: RepositoryName) -> tuple[RemoteFile, ...]:
     ggufs = _ggufs(repository.files)
-    if len(ggufs) == 1:
-        return ggufs[0]
+    firsts = first_parts(file.path for file in ggufs)
+    if len(firsts) == 1:
+        return _parts(repository, ggufs[0].path)
     if ggufs:
-        listed = ", ".join(f"{file.path} ({file.size / 1e9:.2f} GB)" for file in ggufs)
+        sizes = dict.fromkeys(firsts, 0)
+        for file in ggufs:
+            sizes[part_names(file.path)[0]] += file.size
+        listed = ", ".join(f"{name} ({size / 1e9:.2f} GB)" for name, size in sizes.items())
         raise CheckpointError(
-            f"{wanted} on {repository.hub} has several GGUF files: {listed}. Name one: {wanted}:{ggufs[0].path}"
+            f"{wanted} on {repository.hub} has several GGUF files: {listed}. Name one: {wanted}:{firsts[0]}"
         )
     pickles = [file.path for file in repository.files if file.path.endswith(_PICKLES)]
     held = f", only {pickles[0]} and the like, which Mooli never opens" if pickles else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mooli.config import DEMO
 from mooli.errors import ModelNotFoundError
+from mooli.formats.gguf_parts import first_parts, missing_parts, part_paths
 from mooli.hub.locate import (
     hugging_face_folders,
     hugging_face_root,
@@ -84,19 +85,20 @@ def remove(model: KeptModel) -> int:
 
 def _has_other_weights(model: KeptModel) -> bool:
     """Whether its repository has other files of weights here, by content."""
-    own = model.path.resolve()
+    own = {path.resolve() for path in part_paths(model.path)}
     kinds = ("*.gguf", "*.safetensors")
-    return any(file.resolve() != own for kind in kinds for file in model.home.rglob(kind))
+    return any(file.resolve() not in own for kind in kinds for file in model.home.rglob(kind))
 
 
 def _remove_file(model: KeptModel) -> None:
-    """One GGUF file of several: its links in all snapshots, and its content."""
-    content = model.path.resolve()
+    """One GGUF file of several, all parts of it: its links in all snapshots, and its content."""
+    contents = {path.resolve() for path in part_paths(model.path)}
     for file in list(model.home.rglob("*.gguf")):
-        if file.resolve() == content and file != content:
+        if file.resolve() in contents and file not in contents:
             file.unlink()
-    if model.home.resolve() in content.parents:
-        content.unlink(missing_ok=True)
+    for content in contents:
+        if model.home.resolve() in content.parents:
+            content.unlink(missing_ok=True)
 
 
 def _demo() -> Iterator[KeptModel]:
@@ -140,15 +142,15 @@ def _in_folder(name: str, folder: Path, hub: str, home: Path) -> Iterator[KeptMo
             if has_weights and not missing_shards(folder):
                 yield _kept(name, folder, hub, home)
             return
-        for file in files:
-            if file.suffix == ".gguf":
-                yield _kept(f"{name}:{file.name}", file, hub, home)
+        for first in first_parts(file.name for file in files if file.suffix == ".gguf"):
+            if not missing_parts(folder / first):
+                yield _kept(f"{name}:{first}", folder / first, hub, home)
     except OSError:  # another user's
         return
 
 
 def _kept(name: str, path: Path, hub: str, home: Path) -> KeptModel:
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else part_paths(path)
     states = [file.stat() for file in files]
     size = sum(state.st_size for state in states)
     return KeptModel(name, path, hub, home, size, max((state.st_mtime for state in states), default=0.0))

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli.backends.dequant import dequantize
-from mooli.errors import CheckpointError, UnsupportedModelError
+from mooli.errors import CheckpointError
 from mooli.formats.gguf import GGUFFile
+from mooli.formats.gguf_parts import GGUFParts
 from mooli.formats.safetensors import SafetensorsFolder
 from mooli.models.config import ModelConfig, TensorSpec
 from mooli.models.stacks import Places
@@ -143,14 +144,9 @@ def gguf_places(tensors: Mapping[str, TensorSpec], in_file: Iterable[str]) -> Pl
 
 
 class GGUFCheckpoint:
-    """An open GGUF file. Takes over the file and closes it. A tensor that has no name in the model keeps its own."""
+    """An open GGUF model. Takes over the file and closes it. A tensor that has no name in the model keeps its own."""
 
-    def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
-        splits = file.metadata.get("split.count", 1)
-        if splits not in (0, 1):
-            raise UnsupportedModelError(
-                f"{file.path.name} is one of {splits} parts, which are not read; join them by llama-gguf-split --merge"
-            )
+    def __init__(self, file: GGUFFile | GGUFParts, config: ModelConfig) -> None:
         self._file = file
         self._tensors = config.tensors()
         self._places = gguf_places(self._tensors, file.tensors)

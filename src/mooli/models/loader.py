@@ -13,7 +13,8 @@ from typing import Any
 
 from mooli.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
 from mooli.formats.files import read_json
-from mooli.formats.gguf import GGUFFile, gguf_in_folder, is_gguf
+from mooli.formats.gguf import GGUFFile, is_gguf
+from mooli.formats.gguf_parts import GGUFParts, gguf_in_folder, open_gguf
 from mooli.models.checkpoint import (
     Checkpoint,
     DummyCheckpoint,
@@ -88,7 +89,7 @@ def _gguf_path(path: Path, load_format: str) -> Path | None:
 def _open_gguf(
     path: Path, load_format: str, overrides: Mapping[str, Any] | None, seed: int, context: int | None
 ) -> tuple[ModelConfig, Checkpoint]:
-    file = GGUFFile(path)
+    file = open_gguf(path)
     try:
         shapes = {name: info.shape for name, info in file.tensors.items()}
         embedding = file.tensors.get("token_embd.weight")
@@ -107,7 +108,7 @@ def _open_gguf(
     return config, checkpoint
 
 
-def _rope_vectors(file: GGUFFile) -> dict[str, tuple[float, ...]]:
+def _rope_vectors(file: GGUFFile | GGUFParts) -> dict[str, tuple[float, ...]]:
     vectors = {}
     for name in ROPE_VECTORS:
         if name not in file.tensors:
@@ -163,7 +164,7 @@ def stored_types(path: Path, config: ModelConfig) -> dict[str, TensorType] | Non
     if path.is_dir():
         description = find_description(path)
         return None if description is None else described_types(description)
-    with GGUFFile(path) as file:
+    with open_gguf(path) as file:
         places = gguf_places(config.tensors(), file.tensors)
         return {name: file.tensors[file_name].type for name, file_name in places.files.items()}
 

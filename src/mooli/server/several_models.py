@@ -23,6 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from mooli.config import EngineConfig
 from mooli.errors import BusyError, ConfigError, MooliError, OutOfMemoryError
+from mooli.formats.gguf_parts import part_paths
 from mooli.link.client import EngineClient
 from mooli.server import page_files
 from mooli.server.app import API_ROUTES, LONG_BODIES, ROUTES, make_route, protected
@@ -48,7 +49,8 @@ def named_models(models: str, engine_config: EngineConfig) -> dict[str, EngineCo
         paths = {
             entry.stem if entry.is_file() else entry.name: str(entry)
             for entry in sorted(folder.iterdir())
-            if (entry.is_file() and entry.suffix == ".gguf") or (entry / "config.json").is_file()
+            if (entry.is_file() and entry.suffix == ".gguf" and entry == part_paths(entry)[0])
+            or (entry / "config.json").is_file()
         }
     else:
         given = [item.strip() for item in models.split(",") if item.strip()]
@@ -67,6 +69,11 @@ def named_models(models: str, engine_config: EngineConfig) -> dict[str, EngineCo
         name: replace(engine_config, model_path=path, served_model_name=None if name == path else name)
         for name, path in paths.items()
     }
+
+
+def _is_gguf_model(entry: Path) -> bool:
+    """Whether it is a GGUF file, and the first where a model is in several."""
+    return entry.suffix == ".gguf" and entry.is_file() and entry == part_paths(entry)[0]
 
 
 Start = Callable[[str], Awaitable[tuple[Service, EngineClient]]]
