@@ -122,7 +122,7 @@ def test_a_chat_template_that_does_not_compile_is_named(folder):
     [
         {"architectures": ["DeepseekV3ForCausalLM"]},
         {"torch_dtype": "float8_e4m3fn"},
-        {"quantization_config": {"quant_method": "gptq"}},
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
     ],
 )
 def test_a_model_that_is_not_implemented_is_refused_once(folder, changes):

@@ -182,7 +182,6 @@ UNSUPPORTED = {
     "a table for a name": ({**LLAMA, "architectures": [{"a": 1}]}, "'a': 1"),
     "dynamic": ({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic'"),
     "half a head rotated": ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-    "awq": ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "'awq'"),
     "gelu": ({**LLAMA, "hidden_act": "gelu"}, "activation 'gelu'"),
     "float8": ({**LLAMA, "dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
     "a window in some layers": (

@@ -19,6 +19,8 @@ from mooli.hub import resolve
 from mooli.models.config import DTYPES, ModelConfig
 from mooli.models.loader import open_model
 from mooli.models.modelslim import find_description
+from mooli.models.quantized.folder import KEYS as QUANTIZATION_KEYS
+from mooli.models.quantized.folder import take_format
 from mooli.models.registry import read_hf_config
 from mooli.plan import auto_dtype, read_model, weight_bytes
 from mooli.plan_flags import DEVICE_NAMES
@@ -29,6 +31,9 @@ PARTIAL = (".incomplete", ".part", ".aria2", ".tmp", ".crdownload", ".download",
 READ_TYPES = ("F32", "F16", "BF16")
 MODELSLIM_TYPES = ("I8", "I32", "I64")
 """Types read besides where msmodelslim's description says what they mean."""
+
+QUANTISED_TYPES = ("I8", "U8", "I32", "I64", "F8_E4M3")
+"""Types read besides where config.json says what they mean, in a format that is read."""
 
 
 _POINTER = b"version https://git-lfs"
@@ -108,7 +113,9 @@ def config_findings(folder: Path, section: Section) -> list[Finding]:
         raw = read_json(folder / "config.json")
         section.facts["architecture"] = ", ".join(map(str, raw.get("architectures") or [raw.get("model_type")]))
         if find_description(folder) is not None:
-            raw.pop("quantization_config", None)  # as the loader does
+            for key in QUANTIZATION_KEYS:  # as the loader does
+                raw.pop(key, None)
+        take_format(raw)
         read_hf_config(raw)
     except UnsupportedModelError as exc:
         return [_refused(exc)]
@@ -233,6 +240,8 @@ def weight_findings(folder: Path, names: list[str], shards: list[str]) -> list[F
             )
     if any(name.startswith("quant_model_description") for name in names):
         types -= set(MODELSLIM_TYPES)
+    elif _is_quantised(folder):
+        types -= set(QUANTISED_TYPES)
     other = sorted(types - set(READ_TYPES))
     if other:
         findings.append(
@@ -244,6 +253,14 @@ def weight_findings(folder: Path, names: list[str], shards: list[str]) -> list[F
             )
         )
     return findings
+
+
+def _is_quantised(folder: Path) -> bool:
+    """In a format that is read. What is wrong with config.json is found elsewhere."""
+    try:
+        return take_format(read_json(folder / "config.json")) is not None
+    except ModelError:
+        return False
 
 
 def dtype_findings(config: ModelConfig, backend: str) -> list[Finding]:

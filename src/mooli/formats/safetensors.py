@@ -32,7 +32,7 @@ _OTHER_BYTES = {
     4: ("U32", "I32"),
     8: ("U64", "I64", "F64"),
 }
-_NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "I32": "<i4", "I64": "<i8"}
+_NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8"}
 _OTHER_SIZES = {name: num_bytes for num_bytes, names in _OTHER_BYTES.items() for name in names}
 
 
@@ -90,6 +90,13 @@ class SafetensorsFile(TensorFile[SafetensorInfo]):
             )
         return data.view(_NUMPY_TYPES[info.dtype]).reshape(info.shape)
 
+    def codes(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a tensor of numbers of one byte, in its shape. UnsupportedModelError for other dtypes."""
+        info = self._place(name)
+        if info.dtype not in _OTHER_BYTES[1]:
+            raise UnsupportedModelError(f"tensor {name} has dtype {info.dtype[:40]}, not one of one byte")
+        return self._view(info).reshape(info.shape)
+
 
 class SafetensorsFolder:
     """All tensors of a folder: `model.safetensors`, else the shards its index names, else every `*.safetensors`."""
@@ -118,6 +125,9 @@ class SafetensorsFolder:
 
     def array(self, name: str) -> NDArray[Any]:
         return self._owner(name).array(name)
+
+    def codes(self, name: str) -> NDArray[np.uint8]:
+        return self._owner(name).codes(name)
 
     def release(self, name: str) -> None:
         self._owner(name).release(name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +18,6 @@ from mooli.backends.dequant import dequantize
 from mooli.errors import CheckpointError
 from mooli.formats.gguf import GGUFFile
 from mooli.formats.gguf_parts import GGUFParts
-from mooli.formats.safetensors import SafetensorsFolder
 from mooli.models.config import ModelConfig, TensorSpec
 from mooli.models.stacks import Places
 from mooli.tensor import RawTensor, TensorType, row_bytes
@@ -66,12 +64,35 @@ def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"the weights do not fit the configuration: {'; '.join(wrong[:5])}{more}")
 
 
-class SafetensorsCheckpoint:
-    """A Hugging Face folder of safetensors."""
+class TensorHeader(Protocol):
+    """What a folder says of a tensor without touching its data; see `SafetensorInfo`."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, TensorSpec]) -> None:
+    @property
+    def matrix_shape(self) -> tuple[int, ...]: ...
+
+    def readable_type(self) -> TensorType: ...
+
+
+class TensorFolder(Protocol):
+    """An open folder of tensors; see `SafetensorsFolder`."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def info(self, name: str) -> TensorHeader: ...
+
+    def tensor(self, name: str) -> RawTensor: ...
+
+    def release(self, name: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face folder of safetensors. Takes over the folder and closes it."""
+
+    def __init__(self, folder: TensorFolder, tensors: Mapping[str, TensorSpec]) -> None:
         self._tensors = tensors
-        self._folder = SafetensorsFolder(folder)
+        self._folder = folder
         stacks = {name: spec.hf_stacks for name, spec in tensors.items()}
         self._places = Places({name: name for name in tensors}, stacks, self._folder.names())
 

@@ -15,17 +15,22 @@ from mooli.errors import CheckpointError, ConfigError, ModelNotFoundError, Unsup
 from mooli.formats.files import read_json
 from mooli.formats.gguf import GGUFFile, is_gguf
 from mooli.formats.gguf_parts import GGUFParts, gguf_in_folder, open_gguf
+from mooli.formats.safetensors import SafetensorsFolder
 from mooli.models.checkpoint import (
     Checkpoint,
     DummyCheckpoint,
     GGUFCheckpoint,
     SafetensorsCheckpoint,
+    TensorFolder,
     check_tensors,
     gguf_places,
 )
 from mooli.models.config import ModelConfig
 from mooli.models.fields import ROPE_VECTORS
 from mooli.models.modelslim import ModelslimCheckpoint, described_types, find_description
+from mooli.models.quantized.folder import KEYS as QUANTIZATION_KEYS
+from mooli.models.quantized.folder import QuantizedFolder, take_format
+from mooli.models.quantized.weights import WeightFormat
 from mooli.models.registry import merge_hf_overrides, read_gguf_config, read_hf_config
 from mooli.tensor import TensorType
 
@@ -129,7 +134,9 @@ def _open_folder(
     description = find_description(path)
     if description is not None:
         # The description says it tensor by tensor; some versions of the tool repeat it here.
-        raw.pop("quantization_config", None)
+        for key in QUANTIZATION_KEYS:
+            raw.pop(key, None)
+    weight_format = take_format(raw)
     generation_path = path / "generation_config.json"
     # An override of the ending ids must win over the generation config, not be joined with it.
     overridden = "eos_token_id" in (overrides or {})
@@ -143,7 +150,7 @@ def _open_folder(
             raise _pickle_error(pickles[0])
         raise ModelNotFoundError(f"{path} has config.json but no .safetensors file; download the weights too")
     checkpoint = (
-        SafetensorsCheckpoint(path, config.tensors())
+        SafetensorsCheckpoint(_tensor_folder(path, config, weight_format), config.tensors())
         if description is None
         else ModelslimCheckpoint(path, description, config.tensors())
     )
@@ -158,15 +165,34 @@ def _open_folder(
     return config, checkpoint
 
 
+def _tensor_folder(path: Path, config: ModelConfig, weight_format: WeightFormat | None) -> TensorFolder:
+    folder = SafetensorsFolder(path)
+    return folder if weight_format is None else QuantizedFolder(folder, weight_format, config.tensors())
+
+
 def stored_types(path: Path, config: ModelConfig) -> dict[str, TensorType] | None:
-    """Types by the model's names, as they are stored at `path`: all tensors of a GGUF file, the int8 ones of a folder;
-    None for a folder without such. Raises any ModelError."""
+    """Types by the model's names, as they are stored at `path` or read from it: all tensors of a GGUF file, the
+    quantised ones of a folder; None for a folder without such. Raises any ModelError."""
     if path.is_dir():
         description = find_description(path)
-        return None if description is None else described_types(description)
+        if description is not None:
+            return described_types(description)
+        weight_format = take_format(read_json(path / "config.json", _MAX_CONFIG_BYTES))
+        return None if weight_format is None else _expected_types(config, weight_format)
     with open_gguf(path) as file:
         places = gguf_places(config.tensors(), file.tensors)
         return {name: file.tensors[file_name].type for name, file_name in places.files.items()}
+
+
+def _expected_types(config: ModelConfig, weight_format: WeightFormat) -> dict[str, TensorType]:
+    """Of all matrices but the embedding, which comes first."""
+    _, *others = config.tensors().items()
+    return {
+        name: kind
+        for name, spec in others
+        if len(spec.shape) == 2
+        and (kind := weight_format.expected(name.removesuffix(".weight"), spec.shape[1])) is not None
+    }
 
 
 def _pickle_error(name: str) -> UnsupportedModelError:

@@ -83,13 +83,6 @@ def read_hf_config(
     Raises UnsupportedModelError for a family or feature that is not implemented, CheckpointError for bad values.
     """
     family, architecture = _hf_family(config)
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedModelError(
-            f"the checkpoint is quantised with {method!r}, which is not implemented; use the unquantised model"
-            " (and quantization='int8' or 'int4') or a GGUF file"
-        )
     return family.read_hf(HFSource(family.name, architecture, config, generation or {}, context))
 
 
