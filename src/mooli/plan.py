@@ -14,20 +14,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mooli.arguments import parse_size
-from mooli.backends.base import Backend
-from mooli.backends.sizes import AscendSizes, CudaSizes, Sizes, TorchSizes
 from mooli.config import DTYPES
 from mooli.engine.pool_size import DRAFT_STEP_TOKENS, GIB, PoolNeeds, context_for, kv_type, num_pool_pages, state_room
+from mooli.engine.weight_sizes import loaded_bytes, sizes_of
 from mooli.errors import ConfigError, OutOfMemoryError
 from mooli.hub import resolve
-from mooli.models.checkpoint import ShapesCheckpoint
 from mooli.models.config import ModelConfig
 from mooli.models.loader import open_model, stored_types
-from mooli.models.registry import create_model
-from mooli.models.sharding import Place, check_size, part_checkpoint
+from mooli.models.sharding import check_size
 from mooli.plan_flags import DEVICE_NAMES
 from mooli.tensor import TensorType
 
@@ -113,7 +110,7 @@ def plan_memory(
     check_tp(config, tp)
     sizes = sizes_of(device, dtype, quantization)
     stored_types = stored_types or {}
-    weights = _loaded_bytes(config, sizes, tp, stored_types)
+    weights = loaded_bytes(config, sizes, tp, stored_types)
     kv_dtype = kv_type(kv_cache_dtype, dtype, sizes.auto_dtype)
     page_size = sizes.default_page_size
     spec = config.part(tp).cache_spec(page_size, kv_dtype)
@@ -181,24 +178,7 @@ def weight_bytes(
 ) -> int:
     """Bytes of the weights on the first of `tp` devices, as its backend would have them: it is asked, and the model.
     `stored_types` as `plan_memory` takes it."""
-    return _loaded_bytes(config, sizes_of(device, dtype, quantization), tp, stored_types or {})
-
-
-def sizes_of(device: str, dtype: str, quantization: str | None) -> Sizes:
-    """What knows how the backend of a device holds weights. Raises ConfigError for what that cannot quantise to."""
-    if device == "cpu":
-        from mooli.backends.cpu.packing import CpuSizes  # here: importing the native module is for who asks
-
-        return CpuSizes(dtype, quantization)
-    return {"torch": TorchSizes, "cuda": CudaSizes, "ascend": AscendSizes}[device](dtype, quantization)
-
-
-def _loaded_bytes(config: ModelConfig, sizes: Sizes, tp: int, types: Mapping[str, TensorType]) -> int:
-    place = Place(0, tp)
-    checkpoint = part_checkpoint(config, ShapesCheckpoint(config, types), place)
-    # Of a backend, loading a model uses no more than what `Sizes` has.
-    create_model(config.part(tp), checkpoint, cast(Backend, sizes))
-    return sizes.weight_bytes()
+    return loaded_bytes(config, sizes_of(device, dtype, quantization), tp, stored_types or {})
 
 
 def auto_dtype(config: ModelConfig, device: str) -> str:

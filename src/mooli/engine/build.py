@@ -30,6 +30,7 @@ from mooli.engine.pool_size import (
     num_pool_pages,
     state_room,
 )
+from mooli.engine.weight_sizes import check_weights_fit
 from mooli.errors import ConfigError, EngineDeadError
 from mooli.grammar.compiler import Grammars
 from mooli.hub import model_digest
@@ -162,6 +163,7 @@ def _build(
         _check_context(config, model_config)
         check_size(model_config, config.tp_size)
         available_bytes = team.meet(backend)
+        check_weights_fit(config, model_config, model_path, available_bytes)
         place = Place(0, config.tp_size)
         own_config = model_config.part(config.tp_size)
         kv_dtype = kv_type(config.kv_cache_dtype, config.dtype, backend.describe().get("dtype"))

@@ -20,6 +20,7 @@ from typing import Any
 
 from mooli.config import EngineConfig
 from mooli.engine.pool_size import kv_type
+from mooli.engine.weight_sizes import sizes_of
 from mooli.errors import ConfigError, ModelNotFoundError, MooliError
 from mooli.frontend.tokenizer import load_tokenizer
 from mooli.frontend.wire_formats.choice import open_wire_format
@@ -27,7 +28,7 @@ from mooli.hub.locate import resolve
 from mooli.hub.shelf import KeptModel, kept_model, kept_models, remove
 from mooli.hub.short_names import expand, short_names
 from mooli.models.loader import open_model
-from mooli.plan import sizes_of, weight_bytes
+from mooli.plan import weight_bytes
 from mooli.server.running_servers import RunningServer, running_servers, servers_folder
 
 _CONTEXT = 4096
