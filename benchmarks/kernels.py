@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -174,12 +175,12 @@ FORMATS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each line")
-    parser.add_argument("--models", default="smollm2,qwen")
+    parser.add_argument("--models", default="smollm2,qwen", help="and GGUF files, as random_gguf.py writes them")
     parser.add_argument("--formats", default="file,int8,int4")
     arguments = parser.parse_args()
     models = {"smollm2": ("SmolLM2-135M", demo_model), "qwen": ("Qwen2.5-Coder-0.5B", compared_model)}
     for key in arguments.models.split(","):
-        name, find = models[key]
+        name, find = models.get(key) or (Path(key).name, lambda path=Path(key): path)
         for entry in arguments.formats.split(","):
             label, dtype, quantization = FORMATS[entry]
             bench(name, find(), label, dtype, quantization, arguments.seconds)

@@ -350,6 +350,7 @@ def test_experts_of_mxfp4_are_rows_of_one_tensor_with_nothing_rounded(tmp_path: 
     info, raw = folder.info(name + "_blocks"), folder.tensor(name + "_blocks")
     assert (info.matrix_shape, info.readable_type()) == ((192, 96), TensorType.MXFP4)
     np.testing.assert_array_equal(dequantize(raw), written.values.reshape(192, 96))
+    assert folder.tensor(name + "_blocks") is raw  # each expert asks for all
     second = raw.take_rows(np.arange(64, 128))
     np.testing.assert_array_equal(dequantize(second), written.values[1])
     assert np.corrcoef(written.values.ravel(), experts.ravel())[0, 1] > 0.98

@@ -22,6 +22,9 @@ from mooli.models.quantized.packed import AWQ, GPTQ
 from mooli.models.quantized.weights import QuantizedWeight, WeightFormat
 from mooli.tensor import RawTensor, TensorType
 
+_STACKS_KEPT = 2
+"""Of a layer of experts, whose inner and outer weights are asked for in turn."""
+
 KEYS = ("quantization_config", "compression_config")
 _FORMATS: dict[str, Callable[[Mapping[str, Any]], WeightFormat]] = {
     "awq": AWQ,
@@ -76,8 +79,8 @@ class QuantizedFolder:
         """
         self._folder, self._format = folder, weight_format
         self.path = folder.path
-        self._last: RawTensor | None = None
-        """What was read last: of matrices that are stacked in one tensor, each is asked for by itself."""
+        self._stacks: dict[str, RawTensor] = {}
+        """Those that were read last."""
         try:
             self._weights = {weight.name: weight for weight in weight_format.find(folder)}
             if not self._weights:
@@ -110,17 +113,20 @@ class QuantizedFolder:
         weight = self._weights.get(name)
         if weight is None:
             return self._folder.tensor(name)
-        if self._last is None or self._last.name != name:
-            self._last = None  # not both at a time
-            self._last = self._format.read(self._folder, weight)
-        return self._last
+        if not weight.is_stack:
+            return self._format.read(self._folder, weight)
+        if name not in self._stacks:
+            while len(self._stacks) >= _STACKS_KEPT:
+                del self._stacks[next(iter(self._stacks))]
+            self._stacks[name] = self._format.read(self._folder, weight)
+        return self._stacks[name]
 
     def release(self, name: str) -> None:
         for each in self._parts(name):
             self._folder.release(each)
 
     def close(self) -> None:
-        self._last = None
+        self._stacks.clear()
         self._folder.close()
 
     def _parts(self, name: str) -> Iterable[str]:

@@ -63,7 +63,8 @@ def _weight(tensors: Tensors, stored: frozenset[str], name: str) -> QuantizedWei
             " codes of four bits for each scale"
         )
     rows = int(np.prod(shape[:-2], dtype=np.int64))
-    return QuantizedWeight(name, {"blocks": name, "scales": scales}, (rows, shape[-2] * GROUP), TensorType.MXFP4)
+    parts = {"blocks": name, "scales": scales}
+    return QuantizedWeight(name, parts, (rows, shape[-2] * GROUP), TensorType.MXFP4, is_stack=len(shape) > 3)
 
 
 def in_halves(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

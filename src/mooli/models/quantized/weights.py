@@ -33,12 +33,14 @@ class Tensors(Protocol):
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
     """A weight as it lies in a folder. name: what a folder that is not quantised would call it. parts: names of the
-    tensors that make it, by what each is. shape: (rows, columns). type: what it is given out as."""
+    tensors that make it, by what each is. shape: (rows, columns). type: what it is given out as. is_stack: it is
+    several matrices one behind the other, each of which is asked for by itself."""
 
     name: str
     parts: Mapping[str, str]
     shape: tuple[int, int]
     type: TensorType
+    is_stack: bool = False
 
 
 class WeightFormat(ABC):
