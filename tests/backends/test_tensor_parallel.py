@@ -27,6 +27,7 @@ from mooli.models import registry
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
 from mooli.models.llama import LlamaConfig
+from mooli.models.qwen_moe import MoeConfig
 from mooli.models.registry import create_model
 from mooli.models.sharding import Place, part_checkpoint
 from mooli.runner.model_runner import ModelRunner
@@ -58,6 +59,14 @@ FAMILIES: dict[str, tuple[ModelConfig, int]] = {
     "qwen2": (config("qwen2", qkv_bias=True), 2),
     "qwen3": (config("qwen3", qk_norm=True, num_kv_heads=4, num_layers=1), 4),
     "qwen2, key heads on two ranks each": (config("qwen2", qkv_bias=True, num_layers=1), 4),
+    "qwen2 with experts and one that is shared": (
+        MoeConfig(
+            family="qwen2_moe", architecture="Qwen2MoeForCausalLM", vocab_size=121, hidden_size=32,
+            intermediate_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=512,
+            qkv_bias=True, num_experts=6, top_k=2, expert_width=16, shared_width=48, dense_layers=(1,),
+        ),
+        2,
+    ),
     "a family that the package does not know": (
         ToyConfig(
             family="toy", architecture="ToyLM", vocab_size=121, hidden_size=32, num_layers=2, num_queries=4,

@@ -189,16 +189,14 @@ void check_store(const Kernels& k) {
         expect(memcmp(actual, expected, sizeof actual) == 0, k.name, "stream");
       }
   for (int columns : {3, 16}) {
-    Floats actual(kRows * kStride), expected(kRows * kStride);
-    k.store_silu_mul(tile.data(), kRows, columns, bias.data(), actual.data(), kStride);
-    kernels_scalar().store_silu_mul(tile.data(), kRows, columns, bias.data(), expected.data(), kStride);
-    expect(close(actual, expected, 1e-6f), k.name, "store_silu_mul");
-    print_digest(k.name, "fused/silu/" + std::to_string(columns), actual);
-
-    k.store_gelu_mul(tile.data(), kRows, columns, bias.data(), actual.data(), kStride);
-    kernels_scalar().store_gelu_mul(tile.data(), kRows, columns, bias.data(), expected.data(), kStride);
-    expect(close(actual, expected, 1e-6f), k.name, "store_gelu_mul");
-    print_digest(k.name, "fused/gelu/" + std::to_string(columns), actual);
+    const char* const names[kNumGates] = {"silu", "gelu", "clamped"};
+    for (int gate = 0; gate < kNumGates; gate++) {
+      Floats actual(kRows * kStride), expected(kRows * kStride);
+      k.store_gated[gate](tile.data(), kRows, columns, bias.data(), actual.data(), kStride);
+      kernels_scalar().store_gated[gate](tile.data(), kRows, columns, bias.data(), expected.data(), kStride);
+      expect(close(actual, expected, 1e-6f), k.name, std::string("store_gated, ") + names[gate]);
+      print_digest(k.name, std::string("fused/") + names[gate] + "/" + std::to_string(columns), actual);
+    }
   }
 }
 

@@ -16,7 +16,8 @@ struct Sequence {
 
 class Layer {
  public:
-  static constexpr int kHidden = 32, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kWide = 40, kVocabulary = 50, kTokens = 200;
+  static constexpr int kHidden = 32, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kWide = 40, kVocabulary = 50, kTokens = 200,
+                       kExperts = 6;
   static constexpr int kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
 
   Layer(const std::string& level, int threads, mooli::Kind kind, mooli::KvType kv) : device_(threads, {}, level), tape_(device_), head_tape_(device_) {
@@ -29,10 +30,19 @@ class Layer {
     gated_ = weight(random, kind, kWide, kHidden, true);
     down_ = weight(random, kind, kHidden, kWide, false);
     head_ = weight(random, kind, kVocabulary, kHidden, false);
+    router_ = weight(random, mooli::F32, kExperts, kHidden, false);
+    correction_ = random.numbers(kExperts, 0.1f);
+    for (int i = 0; i < kExperts; i++) {
+      each_.push_back(weight(random, kind, kWide, kHidden, true));
+      experts_.gated.push_back(each_.back().get());
+      each_.push_back(weight(random, kind, kHidden, kWide, false));
+      experts_.down.push_back(each_.back().get());
+    }
     for (int i = 0; i < kHeadDim / 2; i++) rope_.inv_freq.push_back(std::pow(0.6, i));
     device_.allocate_kv(kv, {kKvHeads}, {kHeadDim}, 32, 30);
     device_.allocate_scratch(kTokens, 128, kHeads, kHeadDim);
-    for (Floats* buffer : {&x_, &normed_, &qkv_, &attended_, &wide_, &hidden_, &logits_}) buffer->assign(size_t(kTokens) * kQkv, 0.f);
+    device_.allocate_experts(kTokens, shape_.slots, kHidden, kWide);
+    for (Floats* buffer : {&scores_, &routing_, &x_, &normed_, &qkv_, &attended_, &wide_, &hidden_, &logits_}) buffer->assign(size_t(kTokens) * kQkv, 0.f);
     tape_.embed(&table_, 1.f, x_.data());
     tape_.linear(x_.data(), qkv_weight_.get(), gain_.data(), 1e-5f, nullptr, qkv_.data());
     tape_.rope(qkv_.data(), &rope_, kHeads, kKvHeads, kHeadDim, qkv_.data());
@@ -45,6 +55,9 @@ class Layer {
       tape_.linear(normed_.data(), gated_.get(), nullptr, 0.f, nullptr, wide_.data());
       tape_.linear(wide_.data(), down_.get(), nullptr, 0.f, x_.data(), x_.data());
     }
+    tape_.linear(x_.data(), router_.get(), gain_.data(), 1e-5f, nullptr, scores_.data());
+    tape_.route(scores_.data(), &shape_, &correction_, routing_.data());
+    tape_.experts(x_.data(), routing_.data(), shape_.slots, &experts_, x_.data(), x_.data());
     tape_.linear(x_.data(), head_.get(), nullptr, 0.f, nullptr, logits_.data());
     head_tape_.linear(hidden_.data(), head_.get(), nullptr, 0.f, nullptr, logits_.data());
   }
@@ -104,8 +117,11 @@ class Layer {
   mooli::Tape tape_, head_tape_;
   mooli::Embedding table_{mooli::kF32, kVocabulary, kHidden};
   mooli::RopeTable rope_;
-  std::unique_ptr<mooli::Linear> qkv_weight_, out_weight_, gated_, down_, head_;
-  Floats gain_, x_, normed_, qkv_, attended_, wide_, hidden_, logits_;
+  std::unique_ptr<mooli::Linear> qkv_weight_, out_weight_, gated_, down_, head_, router_;
+  std::vector<std::unique_ptr<mooli::Linear>> each_;
+  mooli::RouteShape shape_{kExperts, 3, mooli::RouteShape::SIGMOID, 3, 2, 2, true, 1e-20f, 0.f, 2.5f};
+  mooli::Experts experts_;
+  Floats correction_, scores_, routing_, gain_, x_, normed_, qkv_, attended_, wide_, hidden_, logits_;
 };
 
 // What the other threads have begun with gives what computing anew gives, and what was wrong about it leaves no trace.

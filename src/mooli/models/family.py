@@ -35,7 +35,8 @@ class Family:
     """A family: what files call it, how they are read, and its model.
 
     name: the `model_type` of its config.json. architectures: its Hugging Face class names; the first is its own.
-    gguf: `general.architecture` of its GGUF files; () where none are read, and `read_gguf` is then None.
+    gguf: `general.architecture` of its GGUF files; () where none are read, and `read_gguf` is then None. gguf_with: a
+    number that such a file has besides, where another family has the same architecture without it.
     hf_keys: what `read_hf` reads of a config.json besides `fields.HF_KEYS`. gguf_keys: what may be overridden of a GGUF
     file besides `fields.GGUF_KEYS`, by its Hugging Face name. Overriding another key is an error.
     read_hf, read_gguf: raise UnsupportedModelError for a feature that is not implemented, CheckpointError for a value
@@ -49,5 +50,6 @@ class Family:
     read_hf: Callable[[HFSource], ModelConfig]
     model: Callable[[Any, Ops, Packer], Model]
     gguf: tuple[str, ...] = ()
+    gguf_with: str | None = None
     gguf_keys: frozenset[str] = frozenset()
     read_gguf: Callable[[GGUFSource], ModelConfig] | None = None

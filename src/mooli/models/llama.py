@@ -376,7 +376,7 @@ def read_gguf(
         raise UnsupportedModelError("partial rotary embedding is not implemented: whole heads are rotated")
     trained = fields.integer("context_length")
     window = fields.optional_integer("attention.sliding_window") or None
-    if not has_window and window is not None and window < trained:
+    if not (has_window or source.name == LLAMA.name) and window is not None and window < trained:
         raise UnsupportedModelError(f"a sliding window in a {source.family} GGUF file is not implemented")
     changed = source.overridden(
         {

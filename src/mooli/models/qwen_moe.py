@@ -209,19 +209,27 @@ def _gguf_qwen2(source: GGUFSource) -> MoeConfig:
     return _gguf(source, normalise=False, shared_width=int(shared))
 
 
+def _gguf_mixtral(source: GGUFSource) -> MixtralConfig:
+    return MixtralConfig(**_read_gguf(source, normalise=True), pairs=PAIRS_IN_GGUF)
+
+
 def _gguf(source: GGUFSource, **own: Any) -> MoeConfig:
-    """The files say neither whether weights are normalised, nor which layers have no experts but by their tensors."""
+    return MoeConfig(**_read_gguf(source, **own))
+
+
+def _read_gguf(source: GGUFSource, **own: Any) -> dict[str, Any]:
+    """Most files do not say whether weights are normalised; which layers have no experts is seen by their tensors."""
     fields, shapes = source.fields, source.shapes
     alike = llama.read_gguf(source, has_experts=True)
     own["normalise"] = fields.flag("expert_weights_norm", own["normalise"])
-    return MoeConfig(
+    return {
         **alike,
-        num_experts=fields.integer("expert_count"),
-        top_k=fields.integer("expert_used_count"),
-        expert_width=fields.integer("expert_feed_forward_length"),
-        dense_layers=tuple(i for i in range(alike["num_layers"]) if f"blk.{i}.ffn_gate_inp.weight" not in shapes),
+        "num_experts": fields.integer("expert_count"),
+        "top_k": fields.integer("expert_used_count"),
+        "expert_width": fields.integer("expert_feed_forward_length", alike["intermediate_size"]),
+        "dense_layers": tuple(i for i in range(alike["num_layers"]) if f"blk.{i}.ffn_gate_inp.weight" not in shapes),
         **own,
-    )
+    }
 
 
 _ROUTER_KEYS = frozenset(("num_experts", "num_local_experts", "num_experts_per_tok"))
@@ -252,7 +260,11 @@ QWEN2_MOE = Family(
 MIXTRAL = Family(
     name="mixtral",
     architectures=("MixtralForCausalLM",),
+    gguf=("llama",),  # with experts
+    gguf_with="expert_count",
     hf_keys=llama.HF_KEYS | _ROUTER_KEYS | {"sliding_window"},
+    gguf_keys=llama.GGUF_KEYS,
     read_hf=_hf_mixtral,
+    read_gguf=_gguf_mixtral,
     model=MoeModel,
 )

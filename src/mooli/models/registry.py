@@ -118,8 +118,10 @@ def read_gguf_config(
     name = metadata.get("general.architecture")
     if not isinstance(name, str):
         raise CheckpointError("the GGUF file has no general.architecture: it is not a language model")
-    for family in FAMILIES.values():
-        if name in family.gguf and family.read_gguf is not None:
+    # Those that ask for something besides come first.
+    for family in sorted(FAMILIES.values(), key=lambda family: family.gguf_with is None):
+        has_more = family.gguf_with is None or metadata.get(f"{name}.{family.gguf_with}")
+        if name in family.gguf and has_more and family.read_gguf is not None:
             _check_override_names(overrides or {}, GGUF_KEYS | family.gguf_keys, "a GGUF model")
             architecture = family.architectures[0]
             source = GGUFSource(
