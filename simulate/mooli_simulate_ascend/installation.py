@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.utils.backend_registration as registration
 
-from mooli_simulate_ascend import atb_attention, cache_writes, elementwise, fused_attention, quantised
+from mooli_simulate_ascend import atb_attention, cache_writes, elementwise, fused_attention, grouped, quantised
 from mooli_simulate_ascend.device import register_operators, simulation
 from mooli_simulate_ascend.errors import SimulationError
 from mooli_simulate_ascend.formats import format_of
@@ -20,7 +20,7 @@ from mooli_simulate_ascend.profiles import PROFILES, Profile
 from mooli_simulate_ascend.schemas import schemas
 from mooli_simulate_ascend.tasks import OPERATIONS
 
-SIMULATED = (atb_attention, cache_writes, elementwise, fused_attention, quantised)
+SIMULATED = (atb_attention, cache_writes, elementwise, fused_attention, grouped, quantised)
 """Modules that register operations."""
 
 

@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mooli.backends import create_backend
+from mooli.backends.ascend.paths import Switches
 from mooli.backends.base import Activation, Backend
 from mooli.backends.routing import RouteSpec
 from mooli.errors import ConfigError
@@ -148,10 +149,10 @@ Build = Callable[[Any, Any], Any]
 class Bench:
     """Rows of a table through captured operations."""
 
-    def __init__(self, backend: Backend, variant: Variant, inputs: NDArray[np.float32]) -> None:
+    def __init__(self, backend: Backend, kv_dtype: str, inputs: NDArray[np.float32]) -> None:
         self.backend, self.page_size = backend, backend.default_page_size
         self._table = backend.load_embedding(raw(inputs))
-        backend.allocate(uniform_cache(1, 1, 32, self.page_size, variant.kv_dtype), NUM_PAGES, LIMITS)
+        backend.allocate(uniform_cache(1, 1, 32, self.page_size, kv_dtype), NUM_PAGES, LIMITS)
 
     def run(self, build: Build, ids: list[int]) -> NDArray[np.float32]:
         def function(batch: Any) -> Any:
@@ -185,7 +186,7 @@ def test_rows_are_computed_by_the_experts_that_the_router_chooses(
 ) -> None:
     spec, mixture = SPECS[name], Mixture.random(correction="group" in name or name == "sigmoid")
     router, experts = mixture.loaded(backend)
-    bench, ops = Bench(backend, variant, random(0, NUM_ROWS, HIDDEN)), backend.ops
+    bench, ops = Bench(backend, variant.kv_dtype, random(0, NUM_ROWS, HIDDEN)), backend.ops
     x = bench.run(lambda _, x: x, ALL).astype(np.float64)
     actual = bench.run(lambda b, x: ops.experts(b, x, ops.route(b, x, router, spec), experts), ALL)
     assert_close(actual, mixture.mixed(x, spec), bound_of(variant))
@@ -195,7 +196,7 @@ def test_rows_are_computed_by_the_experts_that_the_router_chooses(
 def test_biases_activations_and_a_residual(backend: Backend, variant: Variant, activation: Activation) -> None:
     mixture, spec = Mixture.random(biases=True, activation=activation), SPECS["normalised"]
     router, experts = mixture.loaded(backend)
-    bench, ops = Bench(backend, variant, random(0, NUM_ROWS, HIDDEN)), backend.ops
+    bench, ops = Bench(backend, variant.kv_dtype, random(0, NUM_ROWS, HIDDEN)), backend.ops
     x = bench.run(lambda _, x: x, ALL).astype(np.float64)
     actual = bench.run(lambda b, x: ops.experts(b, x, ops.route(b, x, router, spec), experts, residual=x), ALL)
     assert_close(actual, mixture.mixed(x, spec) + x, bound_of(variant))
@@ -205,7 +206,7 @@ def test_of_equal_experts_the_lower_one_is_chosen(backend: Backend, variant: Var
     mixture = Mixture.random()
     mixture.router[[3, 7, 9]] = mixture.router[1]
     router, experts = mixture.loaded(backend)
-    bench, ops = Bench(backend, variant, random(0, NUM_ROWS, HIDDEN)), backend.ops
+    bench, ops = Bench(backend, variant.kv_dtype, random(0, NUM_ROWS, HIDDEN)), backend.ops
     x = bench.run(lambda _, x: x, ALL).astype(np.float64)
     for top_k in (1, 2, 3):
         spec = RouteSpec(num_experts=NUM_EXPERTS, top_k=top_k)
@@ -219,7 +220,7 @@ def test_a_row_with_nan_is_nan_and_no_other(backend: Backend, variant: Variant) 
     inputs = random(0, NUM_ROWS, HIDDEN)
     inputs[5, 17] = np.nan
     router, experts = Mixture.random(correction=True).loaded(backend)
-    bench, ops = Bench(backend, variant, inputs), backend.ops
+    bench, ops = Bench(backend, variant.kv_dtype, inputs), backend.ops
     for spec in SPECS.values():
         actual = bench.run(lambda b, x, s=spec: ops.experts(b, x, ops.route(b, x, router, s), experts), ALL)
         assert np.isnan(actual[5]).all()
@@ -229,7 +230,7 @@ def test_a_row_with_nan_is_nan_and_no_other(backend: Backend, variant: Variant) 
 def test_one_gate_may_be_of_a_whole_row(backend: Backend, variant: Variant) -> None:
     gate = random(9, 1, HIDDEN, scale=HIDDEN**-0.5)
     loaded = backend.load_linear([raw(gate)])
-    bench, ops = Bench(backend, variant, random(0, NUM_ROWS, HIDDEN)), backend.ops
+    bench, ops = Bench(backend, variant.kv_dtype, random(0, NUM_ROWS, HIDDEN)), backend.ops
     x = bench.run(lambda _, x: x, ALL).astype(np.float64)
     actual = bench.run(lambda b, x: ops.sigmoid_mul(x, ops.linear(b, x, loaded)), ALL)
     assert_close(actual, x / (1 + np.exp(-(x @ gate.T.astype(np.float64)))), 2 * variant.linear + variant.embed)
@@ -248,11 +249,10 @@ def test_on_the_cpu_a_row_has_the_same_bits_beside_any_others(kind: str, num_thr
     require("cpu")
     dtype, quantization, stored = EXACT_KINDS[kind]
     backend = create_backend("cpu", dtype=dtype, quantization=quantization, num_threads=num_threads)
-    variant = Variant("cpu", dtype, quantization, *(0.0,) * 7, True, "float32")
     mixture = Mixture.random(biases=True)
     router, experts = mixture.loaded(backend, stored)
     spec, ops = SPECS["normalised"], backend.ops
-    bench = Bench(backend, variant, random(0, NUM_ROWS, HIDDEN))
+    bench = Bench(backend, "float32", random(0, NUM_ROWS, HIDDEN))
 
     def build(b: Any, x: Any) -> Any:
         return ops.experts(b, x, ops.route(b, x, router, spec), experts, residual=x)
@@ -276,3 +276,25 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
         given: Any = {"num_experts": NUM_EXPERTS, "top_k": 1, **numbers}
         with pytest.raises(ConfigError, match=words):
             RouteSpec(**given)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_on_the_npu_all_experts_are_one_grouped_product(monkeypatch: pytest.MonkeyPatch, biases: bool) -> None:
+    require("ascend")
+    sim = pytest.importorskip("mooli_simulate_ascend")
+    monkeypatch.setenv("MOOLI_SIMULATE_ASCEND", "8.2")
+    monkeypatch.setenv("MOOLI_SELFTEST", "0")
+    spec, inputs, results = SPECS["normalised"], random(0, NUM_ROWS, HIDDEN), []
+    for is_on in (True, False):
+        backend: Any = create_backend("ascend", dtype="bfloat16")
+        if not is_on:
+            monkeypatch.setattr(backend, "_switches", Switches({"npu_grouped_matmul": "for the test"}))
+        router, experts = Mixture.random(biases=biases).loaded(backend)
+        bench, ops = Bench(backend, "bfloat16", inputs), backend.ops
+        sim.operations.reset()
+        results.append(bench.run(lambda b, x: ops.experts(b, x, ops.route(b, x, router, spec), experts), ALL))  # noqa: B023
+        assert sim.operations.by_name["npu_grouped_matmul.default"] == (2 if is_on else 0)
+        # A product for each expert needs to know on the host how many rows it has.
+        assert sim.operations.device_to_host == (1 if is_on else 2)
+        backend.close()
+    assert_close(results[0], results[1].astype(np.float64), 0.01)

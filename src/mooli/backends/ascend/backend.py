@@ -20,22 +20,33 @@ from torch import Tensor
 from mooli.backends.ascend.attention import AscendAttention
 from mooli.backends.ascend.bring_up import Npu
 from mooli.backends.ascend.defaults import MAX_RUNNING_REQUESTS, chunked_prefill_size
+from mooli.backends.ascend.experts import grouped
 from mooli.backends.ascend.graphs import DecodeGraphs, StaticSteps
 from mooli.backends.ascend.kv_pool import AscendKVPool
 from mooli.backends.ascend.ops import AscendOps
-from mooli.backends.ascend.paths import DECODE_ORDER, GRAPHS, PAGE_SIZE, W8A8, Paths, Switches, extend_order
+from mooli.backends.ascend.paths import (
+    DECODE_ORDER,
+    GRAPHS,
+    GROUPED_PRODUCT,
+    PAGE_SIZE,
+    W8A8,
+    Paths,
+    Switches,
+    extend_order,
+)
 from mooli.backends.ascend.quant import load_w8a8
 from mooli.backends.ascend.sampler import AscendSampler
 from mooli.backends.ascend.step import AscendStep, cut, plan_rows
-from mooli.backends.base import CacheSpec, Limits, MemoryInfo
+from mooli.backends.base import CacheSpec, Limits, MemoryInfo, Weight
 from mooli.backends.latent import LatentLayer
 from mooli.backends.parallel import RankGroup
 from mooli.backends.sizes import AscendSizes, is_w8a8, no_w8a8_in_float32
 from mooli.backends.torch.backend import TorchBackend
 from mooli.backends.torch.communicator import Communicator, DeviceCommunicator, GlooCommunicator
+from mooli.backends.torch.experts import ExpertsWeight
 from mooli.backends.torch.graphed_backend import GRAPHS_SWITCH
 from mooli.backends.torch.step_plan import ForwardBatch
-from mooli.backends.torch.weights import LinearWeight, check_type, load_vector
+from mooli.backends.torch.weights import GatedLinear, LinearWeight, check_type, load_vector
 from mooli.batch import ScheduleBatch
 from mooli.errors import ConfigError
 from mooli.tensor import RawTensor
@@ -168,6 +179,11 @@ class AscendBackend(TorchBackend):
             return super().pack_linear(tensors, biases, head=head)
         finally:
             self._quantization = wanted
+
+    def load_experts(self, gated: Sequence[GatedLinear], down: Sequence[LinearWeight]) -> Weight:
+        weight: ExpertsWeight = super().load_experts(gated, down)
+        in_groups = grouped(weight, self._dtype) if self._switches.is_on(GROUPED_PRODUCT) else None
+        return weight if in_groups is None else in_groups
 
     def load_vector(self, vector: RawTensor) -> Tensor:
         """Gains of norms in the type of the activations, which the fused norm wants of them."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mooli.backends.ascend.experts import GroupedExperts, mixed_in_groups
 from mooli.backends.ascend.paths import RMS_NORM, ROTARY, SWIGLU, Switches
-from mooli.backends.base import AttentionSpec, RopeSpec
+from mooli.backends.base import Activation, AttentionSpec, RopeSpec
+from mooli.backends.torch.experts import ExpertsWeight, Routing, activate
 from mooli.backends.torch.ops import TorchOps, rotary_table
 from mooli.backends.torch.step_plan import ForwardBatch
 from mooli.backends.torch.weights import GatedLinear
@@ -36,9 +38,26 @@ class AscendOps(TorchOps):
         return normed if residual is None else normed + residual
 
     def gated_linear(self, batch: ForwardBatch, x: Tensor, weight: GatedLinear) -> Tensor:
-        if not self._is_on(SWIGLU) or weight.activation != "silu":
-            return super().gated_linear(batch, x, weight)
-        gated: Tensor = torch.ops.npu.npu_swiglu(weight.stacked.matmul(x).contiguous(), -1)
+        return self._gated(weight.stacked.matmul(x), weight.activation)
+
+    def experts(
+        self,
+        batch: ForwardBatch,
+        x: Tensor,
+        routing: Routing,
+        weight: ExpertsWeight | GroupedExperts,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if isinstance(weight, ExpertsWeight):
+            return super().experts(batch, x, routing, weight, residual)
+        total = mixed_in_groups(x, routing, weight, self._gated)
+        return (total if residual is None else total + residual).to(x.dtype)
+
+    def _gated(self, products: Tensor, activation: Activation) -> Tensor:
+        if not self._is_on(SWIGLU) or activation != "silu":
+            gate, up = products.chunk(2, dim=-1)
+            return activate(gate, up, activation)
+        gated: Tensor = torch.ops.npu.npu_swiglu(products.contiguous(), -1)
         return gated
 
     def rope(self, batch: ForwardBatch, qkv: Tensor, spec: AttentionSpec, rope: RopeSpec) -> Tensor:

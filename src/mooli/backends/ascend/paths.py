@@ -28,6 +28,7 @@ FIA_DECODE, PAGED_ATTENTION = "fia_decode", "paged_attention"
 
 RMS_NORM, ROTARY, SWIGLU = "npu_rms_norm", "npu_rotary_mul", "npu_swiglu"
 STORE, W8A8, GRAPHS = "_npu_reshape_and_cache", "w8a8", "graphs"
+GROUPED_PRODUCT = "npu_grouped_matmul"
 PAGE_REUSE, TOKEN_REUSE = "page_reuse", "token_reuse"
 
 HALF = ("float16", "bfloat16")

@@ -3,9 +3,9 @@
 Owns the checks and their bounds. Never decides what follows from a failure but its name: `paths.Switches` says what is
 not to be used, and `selftest_record` keeps it. It has run on the simulated device only.
 
-In this order: norm, rotation, gate, quantised product, store, each attention path at lengths around a page's edge with
-and without a cached prefix, whole decode steps from a graph with changing lengths, and a prompt behind a cached prefix
-against the same prompt cold. Later checks use what earlier ones left on.
+In this order: norm, rotation, gate, quantised and grouped product, store, each attention path at lengths around a
+page's edge with and without a cached prefix, whole decode steps from a graph with changing lengths, and a prompt behind
+a cached prefix against the same prompt cold. Later checks use what earlier ones left on.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mooli.backends.ascend.paths import (
     DECODE_ORDER,
     FIA_BSH,
     GRAPHS,
+    GROUPED_PRODUCT,
     HALF,
     PAGE_REUSE,
     PAGE_SIZE,
@@ -86,7 +87,7 @@ def run_selftest(npu: Npu) -> list[Outcome]:
     outcomes: list[Outcome] = []
     with torch.no_grad():
         for dtype in HALF:
-            for check in (_norm, _rotary, _swiglu, _w8a8, _store):
+            for check in (_norm, _rotary, _swiglu, _w8a8, _grouped, _store):
                 outcomes.append(_outcome(*check(npu, dtype)))
             outcomes += [_outcome(*check) for check in _attention_checks(npu, dtype)]
         for dtype in HALF:
@@ -177,6 +178,20 @@ def _w8a8(npu: Npu, dtype: str) -> Check:
         return row_error(load_w8a8([raw], None, npu.device).matmul(x_there), x @ matrix.T)
 
     return W8A8, dtype, W8A8_BOUND, measure
+
+
+def _grouped(npu: Npu, dtype: str) -> Check:
+    def measure() -> float:
+        numbers = _Numbers(npu, dtype)
+        (x, x_there), (matrices, matrices_there) = numbers.pair(7, 64), numbers.pair(4, 64, 96)
+        ends = torch.tensor([3, 3, 6, 7])  # one group has no rows
+        products = torch.ops.npu.npu_grouped_matmul(
+            [x_there], [matrices_there], group_list=ends.to(npu.device), split_item=2, group_type=0, group_list_type=0
+        )
+        expected = torch.cat([x[:3] @ matrices[0], x[3:6] @ matrices[2], x[6:] @ matrices[3]])
+        return row_error(products[0], expected)
+
+    return GROUPED_PRODUCT, dtype, BOUNDS[dtype], measure
 
 
 def _store(npu: Npu, dtype: str) -> Check:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mooli.backends.base import Activation, CacheSpec, Limits, MemoryInfo, SampleResult
+from mooli.backends.base import Activation, CacheSpec, Limits, MemoryInfo, SampleResult, Weight
 from mooli.backends.host_memory import host_memory
 from mooli.backends.latent import LatentSpec
 from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
@@ -26,7 +26,7 @@ from mooli.backends.sizes import TorchSizes, cannot_quantise, page_bytes
 from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.communicator import Communicator, GlooCommunicator
 from mooli.backends.torch.dtypes import DTYPES, torch_dtype
-from mooli.backends.torch.experts import ExpertsWeight, RouterWeight, experts_weight
+from mooli.backends.torch.experts import RouterWeight, experts_weight
 from mooli.backends.torch.kv_pool import KVPool
 from mooli.backends.torch.latent import LatentWeight
 from mooli.backends.torch.ops import ConvWeight, DeltaWeight, ScanWeight, TorchOps
@@ -269,7 +269,7 @@ class TorchBackend:
         )
         return RouterWeight(values, *vectors)
 
-    def load_experts(self, gated: Sequence[GatedLinear], down: Sequence[LinearWeight]) -> ExpertsWeight:
+    def load_experts(self, gated: Sequence[GatedLinear], down: Sequence[LinearWeight]) -> Weight:
         self.has_experts = True
         return experts_weight(gated, down)
 
