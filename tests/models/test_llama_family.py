@@ -169,6 +169,7 @@ class Runnable:
         self.page_size = backend.default_page_size
         spec = config.cache_spec(self.page_size, kv_dtype)
         self.has_states = bool(spec.state_layers)
+        self.has_experts = any(".experts." in name for name in config.tensors())
         backend.allocate(spec, 32, replace(LIMITS, num_states=34 if self.has_states else 0))
         self.pages = Pages(32, self.page_size)
         self._forward = backend.capture(model.forward)

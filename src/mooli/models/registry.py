@@ -11,6 +11,7 @@ from typing import Any
 from mooli.backends.base import Backend
 from mooli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from mooli.models import (
+    deepseek,
     ernie_moe,
     gemma,
     gemma2,
@@ -25,6 +26,7 @@ from mooli.models import (
     minicpm3,
     ministral,
     olmo,
+    pangu,
     phi,
     qwen3_5,
     qwen3_5_moe,
@@ -62,6 +64,10 @@ FAMILIES: dict[str, Family] = {
         olmo.OLMO2,
         olmo.OLMO3,
         phi.PHI3,
+        deepseek.DEEPSEEK_V2,
+        deepseek.DEEPSEEK_V3,
+        deepseek.GLM4_MOE_LITE,
+        pangu.PANGU_ULTRA_MOE,
         qwen3_5.QWEN3_5,
         qwen3_5_moe.QWEN3_5_MOE,
         qwen3_5_moe.QWEN3_NEXT,

@@ -1,0 +1,108 @@
+"""openPangu-Ultra-MoE: DeepSeek-V3's decoder with a norm before and one behind each half of a layer, and no groups.
+
+Owns what is different: the norms, and the keys of its config.json, which has two spellings.
+
+Source: Pangu Ultra MoE, arXiv 2505.04519, and the model's code at gitcode.com/ascend-tribe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mooli.backends.base import Array, Ops
+from mooli.errors import CheckpointError, UnsupportedModelError
+from mooli.models import mla
+from mooli.models.deepseek import (
+    HF_KEYS,
+    DeepseekConfig,
+    DeepseekLayer,
+    DeepseekModel,
+    check_sigmoid,
+    read_hf,
+)
+from mooli.models.family import Family
+from mooli.models.fields import HFSource, check_range
+from mooli.models.layers import ALWAYS_PAIRS
+
+_SPELLINGS = {
+    "attention_q_lora_dim": "q_lora_rank",
+    "attention_kv_lora_dim": "kv_lora_rank",
+    "attention_qk_dim": "qk_nope_head_dim",
+    "attention_qk_rope_dim": "qk_rope_head_dim",
+    "attention_v_dim": "v_head_dim",
+    "num_routed_experts": "n_routed_experts",
+    "num_shared_experts": "n_shared_experts",
+    "num_dense_layers": "first_k_dense_replace",
+    "num_mtp_layers": "num_nextn_predict_layers",
+}
+"""Its own keys, and DeepSeek's for the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PanguUltraConfig(DeepseekConfig):
+    """With four norms in each layer."""
+
+    norm_names: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "post_attention_norm"),
+        ("pre_mlp_layernorm", "ffn_norm"),
+        ("post_mlp_layernorm", "post_ffw_norm"),
+    )
+
+
+class SandwichLayer(DeepseekLayer):
+    """A norm before and one behind each half."""
+
+    __slots__ = ()
+
+    def after_attention(self, ops: Ops, batch: Any, mixed: Array, hidden: Array) -> Array:
+        _, behind_attention, before_mlp, behind_mlp = self.norms
+        hidden = ops.rms_norm(self.attention.output(batch, mixed), behind_attention, self.eps, residual=hidden)
+        computed = self.mlp.output(batch, ops.rms_norm(hidden, before_mlp, self.eps))
+        return ops.rms_norm(computed, behind_mlp, self.eps, residual=hidden)
+
+
+class PanguUltraModel(DeepseekModel):
+    """DeepSeek's, of other layers."""
+
+    layer: ClassVar[type[DeepseekLayer]] = SandwichLayer
+
+
+def _hf(source: HFSource) -> PanguUltraConfig:
+    values = dict(source.values)
+    for own, usual in _SPELLINGS.items():
+        if own in values and values.setdefault(usual, values[own]) != values[own]:
+            raise CheckpointError(f"config.json: {own} is {values[own]!r}, and {usual} is {values[usual]!r}")
+    source = dataclasses.replace(source, values=values)
+    fields = source.fields
+    common = source.common(max_position_embeddings=131072, bos_id=0, eos_id=1)
+    check_sigmoid(source)
+    if not fields.flag("sandwich_norm", True):
+        raise UnsupportedModelError("sandwich_norm false is not implemented: layers have four norms")
+    num_layers, dense = common["num_layers"], fields.integer("first_k_dense_replace", 0)
+    check_range("num_hidden_layers", num_layers, 1, 1024)
+    return PanguUltraConfig(
+        **read_hf(source, common, rms_norm_eps=fields.number("rms_norm_eps", 1e-5), groups=1, kept_groups=1),
+        heads=mla.hf_heads(fields, ALWAYS_PAIRS),
+        dense_layers=tuple(range(min(dense, num_layers))),
+        normalise=fields.flag("norm_topk_prob", True),
+        correction=fields.flag("router_enable_expert_bias"),
+    )
+
+
+PANGU_ULTRA_MOE = Family(
+    name="pangu_ultra_moe",
+    architectures=("PanguUltraMoEForCausalLM",),
+    hf_keys=HF_KEYS
+    | _SPELLINGS.keys()
+    | frozenset(
+        (
+            *("first_k_dense_replace", "scoring_func", "topk_method", "norm_topk_prob", "sandwich_norm"),
+            "router_enable_expert_bias",
+        )
+    ),
+    read_hf=_hf,
+    model=PanguUltraModel,
+)
