@@ -26,6 +26,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # A name that is not on this machine is an error: no test may reach the real hubs.
 os.environ.setdefault("MOOLI_OFFLINE", "1")
 
+# Servers leave nothing in the folder of whoever runs the tests, and no test finds what another has computed.
+os.environ["MOOLI_KV_CACHE_DIR"] = "none"
+
 # No proxy stands between a test and its own servers, and no terminal decides how help and errors are broken.
 for _name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
     os.environ.pop(_name, None)

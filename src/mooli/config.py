@@ -97,6 +97,9 @@ GRAMMAR_BACKENDS = ("llguidance", "xgrammar", "outlines", "none")
 NGRAM_DRAFT_TOKENS, NGRAM_MIN_MATCH, NGRAM_MAX_MATCH = 4, 2, 12
 """Defaults of `speculative_num_draft_tokens` and of the `speculative_ngram_*_match_window_size`."""
 
+KV_CACHE_AUTO, KV_CACHE_NONE = "auto", "none"
+"""Values of `kv_cache_dir`: the user's cache folder, and nowhere."""
+
 _SPECULATIVE = (
     "speculative_num_draft_tokens",
     "speculative_ngram_min_match_window_size",
@@ -244,6 +247,29 @@ class EngineConfig(Arguments):
     enable_priority_scheduling: bool = argument(
         False, "bool", "Let requests of larger priority go first; those that wait make up for it with time."
     )
+    kv_cache_dir: str | None = argument(
+        None,
+        "str",
+        "Folder to keep the KV cache in, so that it survives a restart; auto: in the user's cache folder; none:"
+        " nowhere. Default: none, and auto of servers.",
+        subject="KV cache on disk",
+    )
+    kv_cache_max_bytes: int = argument(
+        16 * 2**30, "size", "Bytes in that folder at most, of all models together.", low=2**20
+    )
+    kv_cache_min_free_bytes: int = argument(
+        4 * 2**30, "size", "Bytes of the disk that stay free for others: with fewer, nothing is added.", low=0
+    )
+    kv_cache_ttl: int = argument(
+        7 * 24 * 3600, "int", "Seconds after its last use that something is kept there; 0: for ever.", low=0
+    )
+    hicache_storage_backend: str | None = argument(
+        None,
+        "str",
+        "SGLang's name for a KV cache on disk: file is kv_cache_dir, auto unless that is given.",
+        choices=(None, "file"),
+        choices_hint=" The others of SGLang are not supported by Mooli yet.",
+    )
     speculative_algorithm: str | None = argument(
         None,
         "str",
@@ -330,6 +356,7 @@ class EngineConfig(Arguments):
                 f"tp_size={self.tp_size} is not possible on device {self.backend_name!r}, where one process already"
                 " uses every core (see num_threads): use tp_size=1, or device='cuda' or 'npu' with several cards"
             )
+        self._check_kv_cache_dir()
         if self.chunked_prefill_size == 0:
             raise ConfigError("chunked_prefill_size=0 computes nothing: use a positive number, or -1 for no chunking")
         self._check_speculation()
@@ -344,6 +371,19 @@ class EngineConfig(Arguments):
                 raise ConfigError(f"{name}='ascend' needs device='npu', not device={self.device!r}")
         if self.served_model_name is not None and ":" in self.served_model_name:
             raise ConfigError(f"served_model_name={self.served_model_name!r} must not contain ':'")
+
+    def _check_kv_cache_dir(self) -> None:
+        if self.kv_cache_dir in (None, KV_CACHE_AUTO, KV_CACHE_NONE):
+            return
+        if self.disable_radix_cache:
+            raise ConfigError(
+                f"kv_cache_dir={self.kv_cache_dir!r} has no effect with disable_radix_cache: give one of them"
+            )
+        if self.tp_size > 1:
+            raise ConfigError(
+                f"kv_cache_dir={self.kv_cache_dir!r} is not possible with tp_size={self.tp_size} yet, as each process"
+                " has pages of its own: leave it out"
+            )
 
     def _check_speculation(self) -> None:
         if self.speculative_algorithm in (None, "none"):

@@ -22,6 +22,7 @@ _ONE_KERNEL = "each device has one implementation"
 _NO_GRAPHS = "a CPU has no graphs, and on other devices MOOLI_GRAPHS=0 in the environment switches them off"
 _NO_PORT = "the processes of --tp meet through a file on this machine, and one that dies is noticed at once"
 _MIXED = "a step always takes running requests first and fills up with prompts; see --chunked-prefill-size"
+_ONE_TIER = "below the KV cache there is the disk and nothing between; see --kv-cache-dir"
 _NO_HOST_TIME = "there is no such step to tune"
 _GONE = "SGLang has dropped it too"
 
@@ -47,6 +48,10 @@ _HINTS_BY_REASON = {
     "text is handled in the one process that speaks HTTP": "tokenizer_worker_num detokenizer_worker_num",
     "NaN in the logits always ends its request with an error": "enable_nan_detection",
     "an answer on the CPU never depends on what is computed beside it": "enable_deterministic_inference",
+    _ONE_TIER: """
+        enable_hierarchical_cache enable_hicache hicache_ratio hicache_size hicache_write_policy hicache_io_backend
+        hicache_mem_layout hicache_storage_prefetch_policy
+    """,
     "the engine always sleeps while there is nothing to do": "sleep_on_idle",
     "there is one watchdog, see --watchdog-timeout": "soft_watchdog_timeout",
     "/metrics has the times": "show_time_cost",
@@ -86,11 +91,10 @@ REFUSED = _words("""
 abort_on_priority_when_disabled attn_dp_size base_gpu_id completion_template
 constrained_json_disable_any_whitespace constrained_json_whitespace_pattern cpu_offload_gb crash_dump_folder
 default_priority_value disaggregation_bootstrap_port disaggregation_mode
-disaggregation_transfer_backend dist_init_addr download_dir enable_dp_attention enable_flexkv enable_hicache
-enable_hierarchical_cache enable_http2 enable_lmcache enable_lora enable_memory_saver enable_multimodal
+disaggregation_transfer_backend dist_init_addr download_dir enable_dp_attention enable_flexkv
+enable_http2 enable_lmcache enable_lora enable_memory_saver enable_multimodal
 enable_trace ep ep_size expert_parallel_size extra_metric_labels gpu_id_step grpc_port
-hf_chat_template_name hicache_io_backend hicache_mem_layout hicache_ratio hicache_size hicache_storage_backend
-hicache_storage_backend_extra_config hicache_storage_prefetch_policy hicache_write_policy is_embedding
+hf_chat_template_name hicache_storage_backend_extra_config is_embedding
 log_requests_target lora_backend lora_eviction_policy lora_paths lora_target_modules max_loaded_loras max_lora_rank
 max_loras_per_batch model_impl model_loader_extra_config model_type nccl_init_addr nnodes node_rank otlp_traces_endpoint
 pipeline_parallel_size pp pp_size revision
@@ -152,7 +156,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ep": (1,),
     "ep_size": (1,),
     "expert_parallel_size": (1,),
-    "hicache_size": (0,),
     "model_impl": ("auto",),
     "gpu_id_step": (1,),
     "model_type": ("auto", "llm"),

@@ -187,6 +187,7 @@ class Request:
     priority: larger goes first, where priorities count (`enable_priority_scheduling`).
     client: whose it is, in the words of whoever took it in; the queue is shared fairly among clients. "" for nobody's.
     is_background: it has time, and others never wait for it longer than a step.
+    no_store: nothing of it is to be kept outside the memory of the engine.
     """
 
     rid: str
@@ -202,6 +203,7 @@ class Request:
     priority: int = 0
     client: str = ""
     is_background: bool = False
+    no_store: bool = False
 
 
 @dataclass(slots=True)
@@ -244,7 +246,8 @@ class RequestOutput:
 
     new_token_ids: appended since the last output, a matched stop token included.
     prompt_logprobs: complete list, sent once, with the output that carries the first token (or the finish).
-    cached_tokens: prompt tokens whose KV came from the tree at first admission.
+    cached_tokens: prompt tokens whose KV came from the tree at first admission. loaded_tokens: those of them that were
+        loaded from disk for it.
     drafts: None where the engine guesses no tokens.
     """
 
@@ -258,3 +261,4 @@ class RequestOutput:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
     drafts: DraftCounts | None = None
+    loaded_tokens: int = 0

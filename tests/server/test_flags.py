@@ -122,8 +122,14 @@ def test_the_line_of_the_documentation_works(start, command):
     )
     assert started.server == ServerConfig(host="0.0.0.0", port=30000)
     assert started.engine == EngineConfig(
-        model_path="M", device="cpu", dtype="float16", mem_fraction_static=0.9, log_level="info"
+        model_path="M", device="cpu", dtype="float16", mem_fraction_static=0.9, log_level="info", kv_cache_dir="auto"
     )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_sglangs_name_of_a_cache_on_disk_is_taken(start, command):
+    started = start("--hicache-storage-backend file --enable-hierarchical-cache --hicache-ratio 2.0", command)
+    assert started.engine.hicache_storage_backend == "file" and started.engine.kv_cache_dir == "auto"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from mooli.engine.core import EngineCore
 from mooli.errors import PromptError
 from mooli.runner.fake import FakeRunner, fake_logits, logprob_row, recurrent_states, sample, stored_values
 from mooli.scheduler.constraint import ConstraintMaker
+from mooli.scheduler.disk_tier import DiskTier
 from mooli.scheduler.drafts import DraftSettings, ForcedSettings
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.scheduler import Scheduler
@@ -73,7 +75,10 @@ class Setting:
         return StateRoom(num_running, num_tried, self.num_snapshots, self.snapshot_pages * self.page_size)
 
     def engine(
-        self, runner: FakeRunner, constraints: ConstraintMaker | None = None
+        self,
+        runner: FakeRunner,
+        constraints: ConstraintMaker | None = None,
+        disk: Callable[[KVCache], DiskTier] | None = None,
     ) -> tuple[EngineCore, Scheduler, KVCache]:
         granularity = self.page_size if self.whole_pages else 1
         cache = KVCache(
@@ -92,6 +97,8 @@ class Setting:
             priorities=self.priorities,
             constraints=constraints,
         )
+        if disk is not None:
+            scheduler.attach_disk(disk(cache))
         return EngineCore(scheduler, runner), scheduler, cache
 
 
@@ -277,6 +284,9 @@ def _sampling_of(params: SamplingParams, prompt: list[int], output: list[int], b
 class Trial:
     """One engine, some requests, and everything they put out."""
 
+    disk: Callable[[KVCache], DiskTier] | None = None
+    """Makes a place for pages outside the pool; None for none."""
+
     def __init__(self, seed: int, setting: Setting | None = None) -> None:
         self.rng = random.Random(seed)
         self.setting = setting or replace(
@@ -304,7 +314,7 @@ class Trial:
         self.rules: dict[str, Rule | None] = {}
         self.seed = seed
         maker = self._constraint if self.setting.constrained else None
-        self.core, self.scheduler, self.cache = self.setting.engine(self.runner, maker)
+        self.core, self.scheduler, self.cache = self.setting.engine(self.runner, maker, self.disk)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.ended_early: set[str] = set()

@@ -330,8 +330,8 @@ def test_help_is_as_clean_as_the_servers_and_shows_only_what_works(run, capsys, 
     headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
     assert headings == [
         *(["positional arguments"] if takes_words else []),
-        *("options", "sampling", "model", "weights and numbers", "device", "memory and batching", "guessed tokens"),
-        *("answers", "logs"),
+        *("options", "sampling", "model", "weights and numbers", "device", "memory and batching"),
+        *("KV cache on disk", "guessed tokens", "answers", "logs"),
     ]
     hidden = {words[0] for words in (*IN_EVERY_COMMAND, *(IN_A_CONVERSATION if command != "generate" else ()))}
     shown = {f"--{name.replace('_', '-')}" for name in EngineConfig.names()} - hidden - {"--trust-remote-code"}

@@ -72,6 +72,7 @@ BAD_CALLS = {
         RequestError,
     ),
     "a salt of the wrong type": ({"prompt": "a", "cache_salt": 3}, RequestError),
+    "no_store of the wrong type": ({"prompt": "a", "no_store": 1}, RequestError),
     "a priority of the wrong type": ({"prompt": "a", "priority": "high"}, RequestError),
 }
 
@@ -196,7 +197,8 @@ def test_every_argument_that_is_refused_says_why_and_no_other_is_in_the_list(mak
     names = [item.name for item in fields(GenerateCall)]
     known = {
         "prompt", "sampling_params", "input_ids", "return_logprob", "logprob_start_len", "top_logprobs_num",
-        "token_ids_logprob", "stream", "rid", "priority", "cache_salt", "require_reasoning",
+        "token_ids_logprob", "stream", "rid", "priority", "cache_salt", "no_store",
+        "require_reasoning",
     }  # fmt: skip
     assert set(names) - known == set(names_of(Api.ENGINE))
     engine = make_engine(says("x"))

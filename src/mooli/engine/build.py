@@ -20,6 +20,7 @@ from mooli.backends.base import NUMERIC_VERSION, Backend, CacheSpec, Limits
 from mooli.cache.kv_cache import KVCache
 from mooli.config import NGRAM_DRAFT_TOKENS, EngineConfig
 from mooli.engine.core import EngineCore
+from mooli.engine.disk import open_disk
 from mooli.engine.facts import CacheNamespace, EngineFacts, device_words
 from mooli.engine.pool_size import (
     DRAFT_STEP_TOKENS,
@@ -213,14 +214,15 @@ def _build(
     vocab_size = min(model_config.vocab_size, tokenizer_vocab_size() or model_config.vocab_size)
     mixed_tokens = None if step_tokens == -1 else -(-step_tokens // backend.mixed_step_parts)
     grammars = Grammars(vocab_size)
+    cache = KVCache(
+        num_pages,
+        page_size,
+        enabled=not config.disable_radix_cache,
+        match_granularity_tokens=backend.match_granularity_tokens,
+        states=states,
+    )
     scheduler = Scheduler(
-        KVCache(
-            num_pages,
-            page_size,
-            enabled=not config.disable_radix_cache,
-            match_granularity_tokens=backend.match_granularity_tokens,
-            states=states,
-        ),
+        cache,
         max_batch_tokens=step_tokens,
         # A request holds at least one page, and one state where there are some.
         max_running_requests=min(
@@ -251,6 +253,9 @@ def _build(
     own_runner = ModelRunner(model, backend, vocab_size)
     runner = team.runner(own_runner)
     namespace = cache_namespace(config, model_path, model_config, backend, kv_spec)
+    disk = open_disk(config, cache, backend, kv_spec, namespace, scheduler.max_batch_tokens)
+    if disk is not None:
+        scheduler.attach_disk(disk)
     facts = EngineFacts(
         resolved_model_path=str(model_path),
         architecture=model_config.architecture,
@@ -291,6 +296,7 @@ def _build(
     core = EngineCore(scheduler, runner, pace, grammars)
 
     def close() -> None:
+        core.close_disk()
         # The core outlives this, for who asks a closed engine; the device must not.
         core.release_runner()
         team.stop()

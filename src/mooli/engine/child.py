@@ -33,6 +33,9 @@ SERVER_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
 """A terminal's Ctrl-C and a service manager's SIGTERM go to all processes of a service. When the engine ends is the
 server's decision: it has requests to finish first."""
 
+CLOSE_DISK_S = 5.0
+"""How long the end of an engine may take for pages that are not on disk yet."""
+
 EXIT_WAIT_S = 2.0
 """How long a process whose link has ended may take to leave an exit status, and a stopped one to stop."""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mooli.batch import ScheduleBatch, StepOutput
+from mooli.engine.child import CLOSE_DISK_S
 from mooli.errors import EngineDeadError, EngineError
 from mooli.grammar.compiler import Grammars
 from mooli.runner.base import Runner, check_output
@@ -38,6 +39,7 @@ class EngineCore:
         """pace: how long steps with prompts may become beside streams; None leaves the scheduler's own number.
         grammars: what the scheduler's constraints are made by, if they are made at all."""
         self._scheduler = scheduler
+        self._disk = scheduler.disk
         self._runner: Runner = runner
         self._pace = pace
         self._grammars = grammars
@@ -49,9 +51,11 @@ class EngineCore:
         If the runner raises, the requests of that step end with finish reason `error` and all others go on; but
         EngineDeadError, which says that no step can follow, is raised here.
         """
+        if self._disk is not None:
+            self._disk.move()
         batch = self._scheduler.schedule()
+        self._is_held = batch is None
         if batch is None:
-            self._is_held = True
             return self._scheduler.take_outputs()
         started = time.perf_counter()
         try:
@@ -66,9 +70,12 @@ class EngineCore:
         except BaseException as exc:  # Ctrl-C in a notebook: the caller sees it, and the engine can still be used
             self._scheduler.fail(batch, exc)
             raise
+        seconds = time.perf_counter() - started
         if self._pace is not None:
-            self._pace.learn(self._scheduler.last_step, time.perf_counter() - started)
+            self._pace.learn(self._scheduler.last_step, seconds)
             self._scheduler.mixed_prefill_tokens = self._pace.prefill_tokens
+        if self._disk is not None:
+            self._disk.learn(self._scheduler.last_step, seconds)
         return self._scheduler.update(batch, output)
 
     def add(self, request: Request) -> None:
@@ -96,8 +103,20 @@ class EngineCore:
         if self._grammars is not None:
             self._grammars.bind(token_bytes, wake)
 
+    def bind_disk(self, wake: Callable[[], None]) -> None:
+        """wake: as for grammars; called when pages have come from disk, or there is room for more to write. To be bound
+        before the first step."""
+        if self._disk is not None:
+            self._disk.on_change(wake)
+
+    def close_disk(self) -> None:
+        """Write what is warm, for the next engine. Called when nothing steps any more."""
+        if self._disk is not None:
+            self._disk.close(CLOSE_DISK_S)
+
     def look_again(self) -> None:
-        """A grammar is ready, or will never be: requests that waited for it can begin, or end with `error`."""
+        """Something is there that no step brings. A grammar is ready, or will never be: requests that waited for it can
+        begin, or end with `error`. Or pages have come from disk."""
         self._is_held = False
         if self._grammars is not None:
             for rid, error in self._grammars.take_failures():
@@ -105,8 +124,11 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """`step` has something to compute or to hand out. False while all requests wait for what no step brings."""
-        return (self._scheduler.has_requests and not self._is_held) or self._scheduler.has_outputs
+        """`step` has something to compute, to move or to hand out. False while all requests wait for what no step
+        brings."""
+        scheduler, disk = self._scheduler, self._disk
+        has_steps = (scheduler.has_requests and not self._is_held) or scheduler.has_outputs
+        return has_steps or (disk is not None and disk.has_work)
 
     @property
     def last_step(self) -> StepStats:

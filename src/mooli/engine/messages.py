@@ -68,6 +68,7 @@ class WireShared(msgspec.Struct, array_like=True, frozen=True):
     priority: int
     client: str
     is_background: bool
+    no_store: bool
 
 
 class WireRequest(msgspec.Struct, array_like=True, frozen=True):
@@ -149,6 +150,7 @@ class Submit(Message, frozen=True):
             priority=shared.priority,
             client=shared.client,
             is_background=shared.is_background,
+            no_store=shared.no_store,
         )
 
 
@@ -171,6 +173,7 @@ def _shared(request: Request) -> WireShared:
         priority=request.priority,
         client=request.client,
         is_background=request.is_background,
+        no_store=request.no_store,
     )
 
 

@@ -186,6 +186,7 @@ def run(connection: socket.socket, build: Build) -> int:
             return _fail(wire, exc)
         built.bind_thread()
         built.watch(wire.interrupt)
+        built.core.bind_disk(functools.partial(wire.wake, built.core.look_again))
         try:
             wire.send(messages.Ready(built.facts.to_dict()))
             serve(wire, built.core)

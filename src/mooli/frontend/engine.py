@@ -127,8 +127,9 @@ class Engine:
         self._rules = input_rules(config, built.facts, tokenizer, self._wire_format)
         self._own_answers = None if tokenizer is None or config.disable_radix_cache else OwnAnswers(tokenizer)
         self._loop = EngineLoop(built.core, built.facts, on_thread_start=built.bind_thread)
+        wake = functools.partial(self._loop.wake, built.core.look_again)
+        self._loop.wake(lambda: built.core.bind_disk(wake))
         if tokenizer is not None and config.grammar_backend != "none":
-            wake = functools.partial(self._loop.wake, built.core.look_again)
             vocabulary = functools.partial(token_bytes, tokenizer, built.facts, self._wire_format)
             self._loop.wake(lambda: built.core.bind_grammars(vocabulary, wake))
         built.watch(self._loop.fail)

@@ -67,6 +67,11 @@ class Generation:
         return self.last.cached_tokens
 
     @property
+    def loaded_tokens(self) -> int:
+        """Those of them that were loaded from disk for it."""
+        return self.last.loaded_tokens
+
+    @property
     def prompt_tokens(self) -> int:
         return len(self.request.prompt_ids)
 

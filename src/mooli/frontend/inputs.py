@@ -55,6 +55,7 @@ class GenerateCall:
     rid: id of the request, or one for each; drawn if not given. priority: larger goes first, where
         `enable_priority_scheduling` is set.
     cache_salt: requests share cached prefixes only with requests of the same salt.
+    no_store: nothing of prompt and answer is kept on disk (`kv_cache_dir`).
 
     All others are for what Mooli does not have, and refused unless they have their default
     (`mooli.frontend.unsupported`).
@@ -92,16 +93,19 @@ class GenerateCall:
     priority: int | None = None
     session_id: Any = None
     cache_salt: str | None = field(default=None, kw_only=True)
+    no_store: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     """client: whose call it is, for its fair share of the queue. tenant: calls of different tenants share no cached
-    prefix, whatever their salts. is_background: nobody waits for its answer, and nobody is to wait for it."""
+    prefix, whatever their salts. is_background: nobody waits for its answer, and nobody is to wait for it. no_store:
+    nothing of it is to be kept."""
 
     client: str = ""
     tenant: str = ""
     is_background: bool = False
+    no_store: bool = False
 
 
 NOBODY = Caller()
@@ -149,6 +153,8 @@ class InputRules:
         self._check_reasoning(call.require_reasoning)
         if not isinstance(call.stream, bool):
             raise RequestError(f"stream must be True or False, not {call.stream!r}")
+        if not isinstance(call.no_store, bool):
+            raise RequestError(f"no_store must be True or False, not {call.no_store!r}", argument="no_store")
         prompts, is_batch = self._prompts(call.prompt, call.input_ids)
         size = len(prompts)
         given = _per_item("sampling_params", call.sampling_params, size, is_batch)
@@ -189,6 +195,7 @@ class InputRules:
                     priority=rank,
                     client=caller.client,
                     is_background=caller.is_background,
+                    no_store=call.no_store or caller.no_store,
                     **options,
                 )
                 requests.append(request)

@@ -131,7 +131,7 @@ class NativeAnswer:
             "completion_tokens": len(generation.output_ids),
             "reasoning_tokens": self._num_reasoning_tokens(),
             "cached_tokens": last.cached_tokens,
-            "cached_tokens_details": {"device": last.cached_tokens, "host": 0},
+            "cached_tokens_details": cached_details(last.cached_tokens, last.loaded_tokens),
             "weight_version": WEIGHT_VERSION,
             "num_retractions": last.num_preemptions,
         }
@@ -173,6 +173,13 @@ class NativeAnswer:
         if self._tokenizer is None or not self._shows_token_texts:
             return (logprob, token_id, None)
         return (logprob, token_id, self._tokenizer.token_text(token_id))
+
+
+def cached_details(cached: int, loaded: int) -> dict[str, Any]:
+    """Where so many cached tokens were, of which `loaded` came from disk: SGLang's names of tiers. `host` is for memory
+    between a device and the disk, which Mooli does not use."""
+    details: dict[str, Any] = {"device": cached - loaded, "host": 0}
+    return {**details, "storage": loaded, "storage_backend": "file"} if loaded else details
 
 
 def native_answers(

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 from mooli.engine import messages
-from mooli.engine.child import EXIT_WAIT_S, error_named, exit_words
+from mooli.engine.child import CLOSE_DISK_S, EXIT_WAIT_S, error_named, exit_words
 from mooli.engine.facts import EngineFacts
 from mooli.errors import EngineClosedError, EngineDeadError, EngineError, MooliError, RequestError
 from mooli.link.link import TAKER_FAILED, Sink, Sinks, copy_error
@@ -173,7 +173,7 @@ class EngineClient(asyncio.Protocol):
             self._transport.close()
         if self._ending is not None:
             await self._ending
-        await asyncio.to_thread(self._stop_process)
+        await asyncio.to_thread(self._stop_process, CLOSE_DISK_S)
 
     def kill(self, why: str) -> None:
         """End a process that does not answer. `why`, after "the engine process", is what open requests are told."""
@@ -277,10 +277,10 @@ class EngineClient(asyncio.Protocol):
             self._ready.exception()  # seen: whoever waited may have gone
         self._sinks.end(error)
 
-    def _stop_process(self) -> int | None:
-        """Its exit status; None if it had to be killed here."""
+    def _stop_process(self, more_s: float = 0.0) -> int | None:
+        """Its exit status; None if it had to be killed here. more_s: that it may take besides, for what it writes."""
         try:
-            return self._process.wait(EXIT_WAIT_S)
+            return self._process.wait(EXIT_WAIT_S + more_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -98,6 +98,15 @@ class FakeRunner:
             self._begin_next(batch)
         return StepOutput(np.array(token_ids, np.int32), logprobs, prompt_logprobs)
 
+    def read_pages(self, pages: Sequence[int]) -> NDArray[np.uint8]:
+        """See `Backend.read_pages`: 8 bytes a slot."""
+        taken: NDArray[np.uint64] = self._kv.reshape(-1, self.page_size)[list(pages)]
+        return taken.view(np.uint8)
+
+    def write_pages(self, pages: Sequence[int], data: bytes | memoryview) -> None:
+        """See `Backend.write_pages`."""
+        self._kv.reshape(-1, self.page_size)[list(pages)] = np.frombuffer(data, np.uint64).reshape(-1, self.page_size)
+
     def _recur(self, batch: ScheduleBatch) -> list[np.uint64]:
         for copy in batch.state_copies:
             self._states[copy.target] = self._states[copy.source]

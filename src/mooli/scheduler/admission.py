@@ -401,7 +401,7 @@ class AdmissionControl:
     background: Waiting
     running: Running
     counters: Counters
-    holds: Sequence[Hold]
+    holds: list[Hold]
 
     def add(self, state: RequestState) -> None:
         """It waits from now on."""

@@ -1,9 +1,8 @@
 """The second room of the scheduler: a step is planned.
 
 Owns how many tokens each running request gets, who gives way where pages are too few, what is computed before it is
-sampled (a run that a constraint forces, a guess), and the speed from which follows how long a step may be that streams
-wait for. Never ends a request and never sees what a step computed. The order in which a step is filled is that of
-`scheduler.py`.
+sampled (a run that a constraint forces, a guess), and how long a step may be that streams wait for. Never ends a
+request and never sees what a step computed. The order in which a step is filled is that of `scheduler.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from mooli.scheduler.batch_builder import Plan
 from mooli.scheduler.drafts import Drafts, ForcedSettings
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.running import Running
+from mooli.scheduler.speed import PromptSpeed
 from mooli.scheduler.stats import StepStats
 
 
@@ -218,13 +218,6 @@ BACKGROUND_PART = 8
 STEP_S = 0.15
 """How long a step may be that streams wait for: a slow reader's pace of seven tokens a second."""
 
-SHORTEST_SAMPLE_TOKENS = 64
-"""Steps with fewer prompt tokens say little about the speed of prompts: reading the weights dominates them."""
-
-SLOWER_MEMORY, FASTER_MEMORY = 0.5, 0.9
-"""Weight of the speed so far against a newest step that was slower, or faster. Tokens far back in a context take twice
-as long as first ones: beside short prompts of others a long one must not look fast."""
-
 
 class Pace:
     """How many prompt tokens a step may take while streams wait for it, from the measured speed of prompts.
@@ -236,18 +229,12 @@ class Pace:
 
     def __init__(self, least: int, most: int) -> None:
         self._least, self._most = least, most
-        self._tokens_per_s = 0.0
+        self._speed = PromptSpeed(most)
 
     def learn(self, step: StepStats, seconds: float) -> None:
         """A step has taken `seconds`."""
-        tokens = step.prefill_tokens
-        if tokens < min(SHORTEST_SAMPLE_TOKENS, self._most) or seconds <= 0:
-            return
-        speed = tokens / seconds
-        before = self._tokens_per_s or speed
-        memory = SLOWER_MEMORY if speed < before else FASTER_MEMORY
-        self._tokens_per_s = memory * before + (1 - memory) * speed
+        self._speed.learn(step, seconds)
 
     @property
     def prefill_tokens(self) -> int:
-        return max(self._least, min(self._most, int(self._tokens_per_s * STEP_S)))
+        return max(self._least, min(self._most, int(self._speed.tokens_per_s * STEP_S)))

@@ -40,6 +40,7 @@ from mooli.scheduler.admission import (
 )
 from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
 from mooli.scheduler.constraint import Constrained, ConstraintMaker
+from mooli.scheduler.disk_tier import DiskTier
 from mooli.scheduler.drafts import Drafts, DraftSettings, ForcedSettings
 from mooli.scheduler.landing import Acceptance, Landing
 from mooli.scheduler.planning import Planner
@@ -116,6 +117,7 @@ class Scheduler:
         self._running = Running(cache, self._builder, self.max_running_requests)
         waiting, background, running, counters = self._waiting, self._background, self._running, self.counters
         all_holds: list[Hold] = [ConstraintWaits(), PrefixWaits(cache), *holds]
+        self.disk: DiskTier | None = None
         admission = self._admission = AdmissionControl(cache, waiting, background, running, counters, all_holds)
         self.watching = Watching(cache, self._states, all_holds)
         guesses = None if drafts is None else Drafts(drafts, cache)
@@ -124,6 +126,11 @@ class Scheduler:
         self._landing = Landing(
             cache, running, admission, self._states, counters, acceptance, verifies_drafts=drafts is not None
         )
+
+    def attach_disk(self, disk: DiskTier) -> None:
+        """Keep pages there too: one more reason for which requests wait. Called once, before any request comes."""
+        self.disk = self._landing.disk = disk
+        self._admission.holds.append(disk)
 
     # -- requests come and go -----------------------------------------------------------------------------------------
     @property
@@ -263,7 +270,8 @@ class Scheduler:
             "used_pages": cache.num_pages - cache.num_available,
             "evicted_pages": cache.num_evicted_pages,
         }
-        return gauges | self.counters.as_dict()
+        disk = {} if self.disk is None else self.disk.stats()
+        return gauges | self.counters.as_dict() | disk
 
     def check(self) -> None:
         """Prove that pages, places and requests balance; raises EngineError otherwise. For tests."""

@@ -36,8 +36,12 @@ class FinishReason(_Shape):
 
 
 class CachedDetails(_Shape):
+    """Cached tokens by where they were. storage: of those that came from disk, where there are some."""
+
     device: int
     host: int
+    storage: int | UnsetType = UNSET
+    storage_backend: str | UnsetType = UNSET
 
 
 LogprobTriple = tuple[float | None, int, str | None]

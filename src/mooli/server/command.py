@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mooli.arguments import REDACTED, flags_of, group_titled
-from mooli.config import DEMO, EngineConfig
+from mooli.config import DEMO, KV_CACHE_AUTO, EngineConfig
 from mooli.entry import INTERRUPTED
 from mooli.errors import ConfigError, EngineError, MooliError, UnknownArgumentError
 from mooli.logs import report_error
@@ -33,12 +33,12 @@ from mooli.sglang_arguments import (
     is_sglang_argument,
 )
 
-DEFAULTS: dict[str, Any] = {"model_path": DEMO, "log_level": "info"}
+DEFAULTS: dict[str, Any] = {"model_path": DEMO, "log_level": "info", "kv_cache_dir": KV_CACHE_AUTO}
 """Defaults of engine arguments that a server has other than `Engine`."""
 
 _SUBJECTS = (
     "model", "several models", "address", "access", "TLS", "device", "weights and numbers", "memory and batching",
-    "limits", "answers", "batches", "logs", "metrics",
+    "KV cache on disk", "limits", "answers", "batches", "logs", "metrics",
 )  # fmt: skip
 """Order of the help."""
 

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
@@ -240,6 +241,9 @@ class _Exchange:
         stream = self._pieces() if self._route.reads_stream is not None else None
         if stream is None:
             self._has_come.set()
+        client = self._scope[CLIENT]
+        if "no-store" in headers.get("cache-control", "").lower():
+            client = replace(client, no_store=True)
         query = parse_qsl(self._scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
         return Incoming(
             body=body,
@@ -247,7 +251,7 @@ class _Exchange:
             query=dict(query),
             path_params=self._scope.get("path_params", {}),
             headers=headers,
-            client=self._scope[CLIENT],
+            client=client,
             stream=stream,
         )
 

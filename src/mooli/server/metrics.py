@@ -156,7 +156,7 @@ class _RequestCounts:
         self.prompt_lengths = _Histogram(LENGTH_BUCKETS)
         self.uncached_lengths = _Histogram(LENGTH_BUCKETS)
         self.answer_lengths = _Histogram(LENGTH_BUCKETS)
-        self.cached_tokens = 0
+        self.cached_tokens = self.loaded_tokens = 0
         self.decode_tokens = 0
         self.aborted = 0
         self.of_key: collections.defaultdict[str, _KeyCounts] = collections.defaultdict(_KeyCounts)
@@ -182,6 +182,7 @@ class _RequestCounts:
             self.prompt_tokens[is_stream] += prompt
             self.generated_tokens[is_stream] += num_generated
             self.cached_tokens += cached
+            self.loaded_tokens += generation.loaded_tokens
             self.prompt_lengths.observe(prompt)
             self.uncached_lengths.observe(prompt - cached)
             self.answer_lengths.observe(num_generated)
@@ -314,6 +315,21 @@ class _Exposition(Collector):
         yield self._counter("evicted_tokens", "Tokens dropped from the cache to make room.", evicted, self._rank)
         verified = engine.count("verify_steps")
         yield self._counter("spec_verify_calls", "Steps of requests that could verify guesses.", verified, self._rank)
+        for name, text, stat in (
+            ("prefetched_tokens", "Tokens of the KV cache loaded from disk.", "loaded_tokens"),
+            ("backuped_tokens", "Tokens of the KV cache handed to the disk.", "stored_tokens"),
+            (
+                "hicache_load_failures",
+                "Requests that began without what is on disk: it did not come, or not in time.",
+                "failed_loads",
+            ),
+            (
+                "hicache_load_skipped",
+                "Requests that began without what is on disk: loading would have taken longer.",
+                "slower_loads",
+            ),
+        ):
+            yield self._counter(name, text, engine.count(stat), self._rank)
         yield self._counter("num_retracted_requests", "Requests put back in the queue.", preempted, self._rank)
 
     def _request_counters(self) -> Iterator[Metric]:
@@ -327,10 +343,14 @@ class _Exposition(Collector):
             for is_stream, value in values.items():
                 family.add_metric([*self._model.values(), _word(is_stream)], value)
             yield family
-        cached: Labels = {**self._model, "cache_source": "device"}
-        yield self._counter(
-            "cached_tokens", "Tokens of prompts that came from the cache.", counts.cached_tokens, cached
+        cached = CounterMetricFamily(
+            "sglang:cached_tokens",
+            "Tokens of prompts that came from the cache, by where they were: in memory, or on disk.",
+            labels=[*self._model, "cache_source"],
         )
+        cached.add_metric([*self._model.values(), "device"], counts.cached_tokens - counts.loaded_tokens)
+        cached.add_metric([*self._model.values(), "storage"], counts.loaded_tokens)
+        yield cached
         yield self._counter(
             "num_aborted_requests",
             "Requests that were ended early, by their client or by an administrator.",

@@ -53,6 +53,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
+    no_store: bool = False
     log_metrics: bool = True
 
 
@@ -109,6 +110,7 @@ async def _prepare(service: Service, body: GenerateBody, client: Client) -> Call
         require_reasoning=body.require_reasoning,
         priority=body.priority,
         cache_salt=body.cache_salt or body.extra_key,
+        no_store=body.no_store,
         stream=body.stream,
     )
     return await service.prepare(call, client.caller)

@@ -19,7 +19,7 @@ import msgspec
 
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
-from mooli.frontend.native_answer import WEIGHT_VERSION
+from mooli.frontend.native_answer import WEIGHT_VERSION, cached_details
 from mooli.frontend.parts import PLAIN_TEXT, Parser, PartReader, WireFormat
 from mooli.frontend.response_format import response_format_params
 from mooli.frontend.tokenizer import Tokenizer
@@ -84,6 +84,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
+    no_store: bool | None = None
     max_thinking_tokens: int | None = None
     thinking_token_budget: int | None = None
     custom_params: dict[str, Any] | None = None
@@ -273,12 +274,18 @@ OpenChoice = Callable[[int, Generation], Choice]
 """From the place in the answer and the sequence."""
 
 
+def _prompts(choices: Sequence[Choice]) -> list[list[Generation]]:
+    """The samples of each prompt, which stand together."""
+    generations = [choice.reader.generation for choice in choices]
+    n = generations[0].request.sampling.n
+    return [generations[start : start + n] for start in range(0, len(generations), n)]
+
+
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:
     """Token counts of an answer. Samples of one prompt stand together, and their prompt counts once; as cached counts
     what was in the cache before the first of them."""
     generations = [choice.reader.generation for choice in choices]
-    n = generations[0].request.sampling.n
-    groups = [generations[start : start + n] for start in range(0, len(generations), n)]
+    groups = _prompts(choices)
     prompt_tokens = sum(group[0].prompt_tokens for group in groups)
     completion_tokens = sum(len(generation.output_ids) for generation in generations)
     return {
@@ -294,8 +301,13 @@ def usage(choices: Sequence[Choice]) -> dict[str, Any]:
 
 def cache_details(choices: Sequence[Choice]) -> dict[str, Any]:
     """SGLang's extension: where the cached tokens of `usage` came from."""
-    cached = usage(choices)["prompt_tokens_details"]["cached_tokens"]
-    return {"cached_tokens_details": {"device": cached, "host": 0}}
+    least = [min(group, key=_cached_tokens) for group in _prompts(choices)]
+    cached = sum(map(_cached_tokens, least))
+    return {"cached_tokens_details": cached_details(cached, sum(generation.loaded_tokens for generation in least))}
+
+
+def _cached_tokens(generation: Generation) -> int:
+    return generation.cached_tokens
 
 
 def finish_fields(finish: FinishReason | None, *, called: str | None = None) -> dict[str, Any]:

@@ -146,6 +146,7 @@ async def _prepare(
         rid=body.rid,
         priority=body.priority,
         cache_salt=cache_salt(body),
+        no_store=bool(body.no_store),
     )
     try:
         return await service.prepare(call, client.caller), opened.wire_format

@@ -106,6 +106,7 @@ async def _prepare(service: Service, body: CompletionBody, client: Client) -> Ca
         rid=body.rid,
         priority=body.priority,
         cache_salt=cache_salt(body),
+        no_store=bool(body.no_store),
     )
     inputs = await service.prepare(call, client.caller)
     if limit is not None:

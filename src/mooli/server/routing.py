@@ -80,11 +80,12 @@ LONG_VALUE = "(a long value)"
 @dataclass(frozen=True, slots=True)
 class Client:
     """Who sends a request. address: of the other end of its connection, "" where it has none. key: what it brought.
-    is_background: its requests have time, and others do not wait for them."""
+    is_background: its requests have time, and others do not wait for them. no_store: nothing of them is to be kept."""
 
     address: str = ""
     key: Key | None = None
     is_background: bool = False
+    no_store: bool = False
 
     @property
     def name(self) -> str:
@@ -94,7 +95,7 @@ class Client:
     @property
     def caller(self) -> Caller:
         """What `InputRules.prepare` is told of it."""
-        return Caller(self.name, "" if self.key is None else self.key.tenant, self.is_background)
+        return Caller(self.name, "" if self.key is None else self.key.tenant, self.is_background, self.no_store)
 
 
 @dataclass(frozen=True, slots=True)

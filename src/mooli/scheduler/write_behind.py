@@ -1,0 +1,152 @@
+"""Which pages of the tree are written to the store, and when: behind the steps, in small pieces, heads before tails.
+
+Owns the list of sequences that have pages to be written. It holds no page and no lock: what has left the tree when its
+turn comes is not written. Never decides when a request runs.
+
+Written are pages that were found by a later request, and sequences that are long enough that loading them pays. Of
+others it is noted that they are in the tree, and they are written at the end of the engine, if there is time. A
+sequence is only offered when its logits were numbers: what may hold NaN is never written.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.page_hash import PageChain
+from mooli.cache.page_moves import pages_there
+from mooli.cache.store.page_store import StoredPage
+from mooli.cache.store_io import StoreIO
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 2 << 20
+"""Copied out of the pool between two steps, so that no step begins a millisecond later than it would have."""
+
+LEAST_TOKENS = 128
+"""Shorter sequences are not written while the engine works: there are many of them, and little to gain."""
+
+MOST_SAVES = 1024
+"""Sequences with pages to be written; when there are more, they wait for the end with the short ones."""
+
+
+class PageBytes(Protocol):
+    """What of a backend moves pages: see `mooli.backends.base.Backend`."""
+
+    def read_pages(self, pages: Sequence[int]) -> Any: ...
+
+    def write_pages(self, pages: Sequence[int], data: Any) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Save:
+    """The first `num_pages` pages of a sequence. at: those before it are written or on their way; None before its
+    turn."""
+
+    namespace: str
+    key: bytes
+    chain: PageChain
+    num_pages: int
+    at: int | None = None
+
+
+class WriteBehind:
+    """pages: of the pool. is_worth: whether a sequence of so many tokens is written at once."""
+
+    def __init__(
+        self, cache: KVCache, io: StoreIO, pages: PageBytes, page_bytes: int, is_worth: Callable[[int], bool]
+    ) -> None:
+        self.num_written = 0
+        """Pages handed to the store."""
+        self._cache = cache
+        self._io = io
+        self._pages = pages
+        self._piece = max(1, PIECE_BYTES // page_bytes)
+        self._is_worth = is_worth
+        self._saves: deque[_Save] = deque()
+        self._warm: OrderedDict[bytes, _Save] = OrderedDict()
+        """By the name of the last page, the latest last."""
+        self._num_warm = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._saves) and self._io.has_room
+
+    def offer(self, namespace: str, key: bytes, chain: PageChain, num_pages: int, num_found: int) -> None:
+        """The tree has the first `num_pages` pages of `key`, of which `num_found` were there before."""
+        if not num_pages:
+            return
+        save = _Save(namespace, key, chain, num_pages)
+        if not self._is_worth(num_pages * self._cache.page_size):
+            self._keep_for_the_end(save)
+            if not num_found:
+                return
+            save = _Save(namespace, key, chain, num_found)
+        if len(self._saves) < MOST_SAVES:
+            self._saves.append(save)
+        else:
+            self._keep_for_the_end(save)
+
+    def _keep_for_the_end(self, save: _Save) -> None:
+        """As many as the pool could hold, were no two alike."""
+        name = save.chain.digests[save.num_pages - 1]
+        if name in self._warm:
+            self._warm.move_to_end(name)
+            return
+        for head in save.chain.digests[: save.num_pages - 1]:  # the same sequence before it went on
+            if (shorter := self._warm.pop(head, None)) is not None:
+                self._num_warm -= shorter.num_pages
+        self._warm[name] = save
+        self._num_warm += save.num_pages
+        while self._num_warm > self._cache.num_pages:
+            _, oldest = self._warm.popitem(last=False)
+            self._num_warm -= oldest.num_pages
+
+    def move(self) -> None:
+        """Hand one piece to the store, if it has room."""
+        while self._saves and self._io.has_room:
+            save = self._saves[0]
+            if self._send(save):
+                return
+            self._saves.popleft()
+
+    def _send(self, save: _Save) -> bool:
+        """The next piece of a sequence; False where there is none."""
+        if save.at is None:
+            save.at = self._io.known(save.chain.digests[: save.num_pages])
+        first, last = save.at, min(save.num_pages, save.at + self._piece)
+        if first >= last:
+            return False
+        pages = pages_there(self._cache, save.namespace, save.key, last)[first:]
+        if not pages:
+            return False
+        try:
+            data = self._pages.read_pages(pages)
+        except Exception as exc:  # of the device: the next step will tell who waits for it
+            logger.warning("pages cannot be read out of the pool, and are not written to disk: %s", exc)
+            return False
+        chain = save.chain
+        self._io.append(
+            [
+                StoredPage(chain.digests[at], chain.parent_of(at), at, chain.tokens[at], memoryview(payload))
+                for at, payload in enumerate(data, first)
+            ]
+        )
+        self.num_written += len(pages)
+        save.at = first + len(pages)
+        return True
+
+    def finish(self, end_s: float) -> None:
+        """Write everything that is worth it and still there, those used last first, until `end_s` of the monotonic
+        clock. Nothing steps any more."""
+        self._saves.extend(reversed(self._warm.values()))
+        self._warm.clear()
+        self._num_warm = 0
+        while self._saves and time.monotonic() < end_s:
+            if self._io.wait_for_room(end_s - time.monotonic()):
+                self.move()

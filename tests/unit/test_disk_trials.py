@@ -1,0 +1,129 @@
+"""Random trials of the scheduler with a disk below it that is late, fails, is cut and loses pages.
+
+Every output is that of the request run alone, pages and locks balance after every step, and nothing waits for ever: the
+checks are those of `core_trials`. Engines come one after another on one store, as after restarts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from core_trials import Trial, random_setting
+
+from disk_fakes import ChosenEven, ErraticIO, MemoryStore
+from mooli.cache.kv_cache import KVCache, MissReason
+from mooli.cache.store_io import Piece
+from mooli.scheduler.disk_tier import DiskTier
+from mooli.scheduler.drafts import ForcedSettings
+from mooli.scheduler.request_state import RequestState
+from mooli.types import Request
+
+TRIALS_PER_BLOCK = 60
+
+
+class WatchedTier(DiskTier):
+    """Knows for whom it puts pages into the pool."""
+
+    namespace = ""
+
+    def _put(self, state: RequestState, piece: Piece, last: int) -> int:
+        self.namespace = state.request.namespace
+        return super()._put(state, piece, last)
+
+
+class DiskTrial(Trial):
+    """A trial on a store that others may have written to."""
+
+    def __init__(self, seed: int, setting: Any, stores: dict[int, MemoryStore]) -> None:
+        rng = self.disk_rng = random.Random(f"disk {seed}")
+        store = stores.setdefault(setting.page_size, MemoryStore(setting.page_size))
+        self.io = ErraticIO(
+            store,
+            rng,
+            failure_rate=rng.choice([0.0, 0.0, 0.3]),
+            speed=rng.choice([0.2, 0.6, 1.0]),
+            loss_rate=rng.choice([0.0, 0.1]),
+        )
+        self.ends: Counter[MissReason] = Counter()
+        super().__init__(seed, setting)
+        self.scheduler._admission.holds.append(_Ends(self.ends))  # type: ignore[attr-defined]
+
+    def disk(self, cache: KVCache) -> DiskTier:  # type: ignore[override]
+        even = ChosenEven(self.disk_rng.choice([1.0, 1.0, 12.0]), self.disk_rng.choice([2.0, 10.0, 100.0]))
+        page_bytes = 8 * self.setting.page_size
+        self.tier = WatchedTier(cache, self.io, self, page_bytes, bytes(32), even, self.io.clock)  # type: ignore[arg-type]
+        self.tier.behind._is_worth = lambda num_tokens: num_tokens >= self.setting.page_size * 2
+        return self.tier
+
+    # What of a backend moves pages; now and then it fails.
+    def read_pages(self, pages: Sequence[int]) -> Any:
+        return self.runner.read_pages(pages)
+
+    def write_pages(self, pages: Sequence[int], data: Any) -> None:
+        if self.setting.failure_rate and self.disk_rng.random() < 0.1:
+            raise RuntimeError("planned failure of a write to the pool")
+        self.runner.write_pages(pages, data)
+        for page in pages:
+            self.page_namespace[page] = self.tier.namespace
+
+    def _add(self, rid: str) -> None:
+        super()._add(rid)
+        request: Request | None = self.requests.get(rid)
+        if request is not None:
+            request.no_store = self.disk_rng.random() < 0.2
+
+
+class _Ends:
+    """A `Hold` that holds nothing."""
+
+    reason = ""
+
+    def __init__(self, ends: Counter[MissReason]) -> None:
+        self._ends = ends
+
+    def begin_step(self, running: Any) -> None:
+        pass
+
+    def holds(self, state: RequestState) -> bool:
+        return False
+
+    def began(self, state: RequestState) -> None:
+        assert state.match_end is not None and 0 <= state.loaded_tokens <= max(state.cached_tokens, state.num_found)
+        if state.match_end.reason is not None:
+            self._ends[state.match_end.reason] += 1
+
+
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.slow) for block in range(1, 10))])
+def test_every_output_equals_the_request_run_alone_whatever_the_disk_does(block: int) -> None:
+    stores: dict[int, MemoryStore] = {}
+    stems: dict[int, list[list[int]]] = {}
+    total: Counter[str] = Counter()
+    ends: Counter[MissReason] = Counter()
+    for seed in range(block * TRIALS_PER_BLOCK, (block + 1) * TRIALS_PER_BLOCK):
+        rng = random.Random(seed)
+        setting = replace(
+            random_setting(rng),
+            page_size=rng.choice([1, 2, 4]),
+            enabled=True,
+            priorities=seed % 2 == 1,
+            num_clients=1 + seed % 3,
+            constrained=seed % 5 < 2,
+            forced=ForcedSettings(1 + seed % 7, 1 + seed % 11) if seed % 4 else None,
+            background=seed % 7 > 3,
+        )
+        setting = replace(setting, num_pages=max(2, setting.num_pages * 4 // setting.page_size))
+        trial = DiskTrial(seed, setting, stores)
+        trial.stems = stems.setdefault(setting.page_size, trial.stems)  # the same prompts come again
+        del trial.stems[:-12]
+        trial.run(num_requests=8 if setting.is_crowded else 6)
+        trial.tier.close(10.0)
+        total.update(trial.tier.stats(), loads=trial.io.num_loads, cancelled=trial.io.num_cancelled)
+        ends.update(trial.ends)
+    assert total["loaded_tokens"] > 150 and total["stored_tokens"] > 500, total
+    assert total["loads"] > 30 and total["cancelled"] > 3 and total["failed_loads"] > 3, total
+    assert ends[MissReason.LOAD_FAILED] and ends[MissReason.JUDGED_SLOWER], ends
