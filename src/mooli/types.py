@@ -188,6 +188,7 @@ class Request:
     client: whose it is, in the words of whoever took it in; the queue is shared fairly among clients. "" for nobody's.
     is_background: it has time, and others never wait for it longer than a step.
     no_store: nothing of it is to be kept outside the memory of the engine.
+    wants_cache_end: it is to be told what the cache had instead of its own tokens, and since when not.
     """
 
     rid: str
@@ -204,6 +205,7 @@ class Request:
     client: str = ""
     is_background: bool = False
     no_store: bool = False
+    wants_cache_end: bool = False
 
 
 @dataclass(slots=True)
@@ -240,6 +242,25 @@ class DraftCounts:
         return sum(i * count for i, count in enumerate(self.histogram))
 
 
+@dataclass(frozen=True, slots=True)
+class CacheEnd:
+    """Where a request ended in the cache when it first began to run, and why.
+
+    reason: a value of `mooli.cache.kv_cache.MissReason`; None where all was there that may be. num_tokens: so many
+    agree with what was there, of which `num_matched` were used. num_lost: so many more were known before. had: up to 16
+    ids that were there instead, where it diverged. evicted_s, unused_s: seconds since what is lost was evicted, and for
+    how long nobody had used it then; None where it was not.
+    """
+
+    reason: str | None
+    num_tokens: int
+    num_matched: int
+    num_lost: int = 0
+    had: tuple[int, ...] = ()
+    evicted_s: float | None = None
+    unused_s: float | None = None
+
+
 @dataclass(slots=True)
 class RequestOutput:
     """What one step added to one request. Sent whenever there is something new; the last one has `finish`.
@@ -247,8 +268,9 @@ class RequestOutput:
     new_token_ids: appended since the last output, a matched stop token included.
     prompt_logprobs: complete list, sent once, with the output that carries the first token (or the finish).
     cached_tokens: prompt tokens whose KV came from the tree at first admission. loaded_tokens: those of them that were
-        loaded from disk for it.
+        loaded from disk for it. written_tokens: those computed, and kept for others.
     drafts: None where the engine guesses no tokens.
+    cache_end: with the first output, if it ever began to run.
     """
 
     rid: str
@@ -257,8 +279,10 @@ class RequestOutput:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    written_tokens: int = 0
     num_preemptions: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
     drafts: DraftCounts | None = None
     loaded_tokens: int = 0
+    cache_end: CacheEnd | None = None

@@ -57,7 +57,7 @@ def test_an_answer_has_openai_s_shape(live):
             "prompt_tokens": 20,
             "completion_tokens": 6,
             "total_tokens": 26,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 20},
             "reasoning_tokens": 0,
         },
         "metadata": {"weight_version": "default"},
@@ -78,7 +78,10 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason(live):
         {**head, "choices": [entry({"content": "h", "reasoning_content": None})]},
         {**head, "choices": [entry({"reasoning_content": None}, "length")]},
     ]
-    assert (chunks[3]["choices"], chunks[3]["usage"]["prompt_tokens_details"]) == ([], {"cached_tokens": 0})
+    assert (chunks[3]["choices"], chunks[3]["usage"]["prompt_tokens_details"]) == (
+        [],
+        {"cached_tokens": 0, "cache_write_tokens": len("user: hi\nassistant: ")},
+    )
     assert len(chunks) == 4
 
 
@@ -177,8 +180,9 @@ def test_a_second_turn_reuses_the_first(live):
     history = [user("hi"), {"role": "assistant", "content": "hello"}, user("more")]
     reply = server.http.post(PATH, json={"messages": history}).json()
     shared = len("user: hi\nassistant: hello")
-    assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
-    assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": shared}
+    new = len("\nuser: more\nassistant: ")
+    assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 20}
+    assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": shared, "cache_write_tokens": new}
 
 
 # -- the conversation --------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def usage(prompt: int, completion: int, cached: int = 0) -> dict:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": cached, "cache_write_tokens": prompt - cached},
         "reasoning_tokens": 0,
     }
 
@@ -299,7 +299,8 @@ def test_continuous_usage_is_in_every_chunk(live):
     for chunk in chunks[:-1]:
         (choice,) = chunk["choices"]
         assert chunk["usage"]["prompt_tokens"] == 2 + choice["index"]
-        assert chunk["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+        written = chunk["usage"]["prompt_tokens"]
+        assert chunk["usage"]["prompt_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": written}
     last = [chunk["usage"]["completion_tokens"] for chunk in chunks[:-1] if chunk["choices"][0]["finish_reason"]]
     assert last == [3, 3]
     assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], usage(5, 6))

@@ -98,7 +98,7 @@ def test_a_text_is_answered(agent):
     assert (usage.input_tokens, usage.output_tokens) == (len("s:Be.\nu:plain\n|"), 6)
     assert usage.total_tokens == usage.input_tokens + 6
     assert usage.output_tokens_details.reasoning_tokens == 0
-    assert usage.input_tokens_details.cache_write_tokens == 0
+    assert usage.input_tokens_details.cache_write_tokens == usage.input_tokens
 
 
 def test_the_beginning_of_a_conversation_is_found_in_the_cache(agent):

@@ -197,7 +197,7 @@ def test_every_argument_that_is_refused_says_why_and_no_other_is_in_the_list(mak
     names = [item.name for item in fields(GenerateCall)]
     known = {
         "prompt", "sampling_params", "input_ids", "return_logprob", "logprob_start_len", "top_logprobs_num",
-        "token_ids_logprob", "stream", "rid", "priority", "cache_salt", "no_store",
+        "token_ids_logprob", "stream", "rid", "priority", "cache_salt", "no_store", "return_cache_report",
         "require_reasoning",
     }  # fmt: skip
     assert set(names) - known == set(names_of(Api.ENGINE))

@@ -292,7 +292,7 @@ def test_where_and_why_a_match_ends() -> None:
     assert _end_of(cache, *range(10, 20), 20, 21) == MatchEnd(10, MissReason.NEW), "nothing was there yet"
     assert _end_of(cache, *range(10, 16), 70, 71) == MatchEnd(6, MissReason.DIVERGED, 16), "inside a page"
     assert _end_of(cache, *range(10, 18), 70, 71) == MatchEnd(8, MissReason.DIVERGED, 18), "at the end of a page"
-    assert _end_of(cache, *range(10, 20), max_matched=7) == MatchEnd(7, MissReason.HELD_BACK)
+    assert _end_of(cache, *range(10, 20), max_matched=7) == MatchEnd(7, MissReason.HELD_BACK, num_lost=2)
     assert _end_of(cache, 10, 70, 71, max_matched=2) == MatchEnd(1, MissReason.DIVERGED, 11), "it came to differ first"
     finished(cache, *range(10, 18), *range(40, 50))
     assert _end_of(cache, *range(10, 18), 70, 71) == MatchEnd(8, MissReason.DIVERGED, 40), "of two, the one used last"
@@ -352,10 +352,12 @@ def test_a_match_ends_at_the_deepest_snapshot_whose_state_is_copied() -> None:
     assert longer.state_copies[0].source != longer.held.state, "copied, never shared"
     cache.discard(longer.held)
     again = begun(cache, *range(10))
-    assert (again.num_matched, again.end) == (8, MatchEnd(8, MissReason.NO_STATE))
+    assert (again.num_matched, again.end) == (8, MatchEnd(8, MissReason.NO_STATE, num_lost=1))
     cache.discard(again.held)
     other = begun(cache, *range(7), 60, 61)
-    assert (other.num_matched, other.end) == (0, MatchEnd(0, MissReason.NO_STATE)), "pages alone are of no use"
+    assert (other.num_matched, other.end) == (0, MatchEnd(0, MissReason.NO_STATE, num_lost=7)), (
+        "pages alone are of no use"
+    )
     assert computed(cache, other, *range(7), 60, 61) == [4, 8], "it keeps what it has in common with others"
     third = begun(cache, *range(5), 70)
     assert third.num_matched == 4

@@ -43,6 +43,8 @@ from itertools import takewhile
 import numpy as np
 
 from mooli.batch import PageCopy, StateCopy
+from mooli.cache.evicted import EvictedPages, Eviction
+from mooli.cache.node_digests import NodeDigests
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import TOKEN_BYTES, Match, Node, RadixTree
 from mooli.cache.tree_watch import TreeWatch
@@ -112,7 +114,11 @@ class MissReason(Enum):
     NAMESPACE = "namespace"
     """Nothing is cached in the request's namespace."""
     NEW = "new"
-    """The tree ends here. Whether it ever went on, and was evicted, is not known."""
+    """The tree ends here, and it is not known that it ever went on."""
+    EVICTED = "evicted"
+    """The tree went on as the request does, and lost it for want of room."""
+    IN_FLIGHT = "in flight"
+    """Another request that runs has the same tokens, and has not computed them yet."""
     DIVERGED = "diverged"
     """The tree goes on with another token."""
     HELD_BACK = "held back"
@@ -134,11 +140,15 @@ class MatchEnd:
 
     reason: None where all were there that may be: at least one token of a request is always computed.
     found: what the tree has at index `num_tokens`, where it has DIVERGED: an id of a token or of content.
+    num_lost: how many of the tokens behind were known before, or are to the tree. eviction: of the first of them, where
+    they were EVICTED.
     """
 
     num_tokens: int
     reason: MissReason | None
     found: int | None = None
+    num_lost: int = 0
+    eviction: Eviction | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +210,9 @@ class KVCache:
         self._tree = RadixTree(page_size)
         self.watch = TreeWatch(self._tree, page_size)
         """For who wants to see the tree; costs nothing before."""
+        self.digests = NodeDigests(page_size)
+        """Of the pages in the tree."""
+        self._evicted_pages = EvictedPages(self.digests)
         self._untrusted: set[int] = set()
         """Pages of the tree that leave it as soon as nobody uses them."""
 
@@ -270,7 +283,7 @@ class KVCache:
         agreeing = self.agreeing(namespace, key, max_matched)
         match, slot = self._usable(agreeing)
         # Before `open`, which may split a node.
-        end = self._end(agreeing, match, len(key) // TOKEN_BYTES, max_matched)
+        end = self._explained(self._end(agreeing, match, len(key) // TOKEN_BYTES, max_matched), agreeing, key)
         held = self.open(match, given)
         num_shared = held.num_shared
         num_matched = num_shared * self.page_size + match.head_tokens
@@ -339,6 +352,21 @@ class KVCache:
             return MatchEnd(agreeing, MissReason.NAMESPACE)
         found = self._tree.token_after(match)
         return MatchEnd(agreeing, MissReason.NEW if found is None else MissReason.DIVERGED, found)
+
+    def _explained(self, end: MatchEnd, match: Match, key: bytes) -> MatchEnd:
+        """With what more is known of the tokens behind `match`, of the whole `key`."""
+        most = len(key) // TOKEN_BYTES - 1
+        if end.reason is MissReason.HELD_BACK:
+            there = self._agreeing_tokens(self._tree.match(match.namespace, key, most)) if self.enabled else 0
+            return replace(end, num_lost=max(0, there - end.num_tokens))
+        if end.reason is MissReason.NO_STATE:
+            return replace(end, num_lost=self._agreeing_tokens(match) - end.num_tokens)
+        if end.reason in (MissReason.NEW, MissReason.DIVERGED, MissReason.NAMESPACE):
+            num_pages, eviction = self._evicted_pages.after(match, key) or (0, None)
+            num_lost = min(most, (len(match.pages) + num_pages) * self.page_size) - end.num_tokens
+            if eviction is not None and num_lost > 0:
+                return MatchEnd(end.num_tokens, MissReason.EVICTED, None, num_lost, eviction)
+        return end
 
     def find(self, namespace: str, key: bytes) -> tuple[MatchEnd, list[int]]:
         """Where the tokens of `key` stop agreeing with the tree, all of which may be there; and the nodes up to there,
@@ -551,7 +579,7 @@ class KVCache:
         return self._pool.num_free - before
 
     def _evict(self, num_pages: int) -> None:
-        dropped = self._tree.evict(num_pages)
+        dropped = self._tree.evict(num_pages, self._evicted_pages.note)
         self.num_evicted_pages += len(dropped)
         self._free(dropped)
 

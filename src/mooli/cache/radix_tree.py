@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Protocol
@@ -64,9 +64,10 @@ class Node:
     order: the keys of `children` (first page of each child's span) in sorted order.
     last_used: nanoseconds of the monotonic clock, later for each use. number: by which observers know it, 0 before.
     states: the slots of states, by how many tokens of this span they come after; None where there is none.
+    digests: of its first full pages, as many as somebody has asked for (`mooli.cache.node_digests`).
     """
 
-    __slots__ = ("children", "key", "last_used", "num_locks", "number", "order", "pages", "parent", "states")
+    __slots__ = ("children", "digests", "key", "last_used", "num_locks", "number", "order", "pages", "parent", "states")
 
     def __init__(self, key: bytes, pages: list[int], parent: Node | None) -> None:
         self.key = key
@@ -78,6 +79,7 @@ class Node:
         self.last_used = 0
         self.number = 0
         self.states: dict[int, int] | None = None
+        self.digests: list[bytes] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -352,6 +354,8 @@ class RadixTree:
         upper.num_locks, upper.last_used = node.num_locks, node.last_used
         parent.children[upper.key[: self._page_bytes]] = upper
         node.key, node.pages = node.key[cut:], node.pages[num_pages:]
+        if node.digests is not None:
+            upper.digests, node.digests = node.digests[:num_pages], node.digests[num_pages:]
         if node.states:
             states, node.states = node.states, None
             self._move_states(upper, {at: slot for at, slot in states.items() if at <= upper.num_tokens}, 0)
@@ -436,14 +440,20 @@ class RadixTree:
                 self._lost_states.append(slot)
 
     # -- shrinking ----------------------------------------------------------------------------------------------------
-    def evict(self, num_pages: int) -> list[int]:
-        """Drop up to `num_pages` unlocked pages, from the ends of the least recently used leaves, and return them."""
+    def evict(self, num_pages: int, note: Callable[[Node, int], None] | None = None) -> list[int]:
+        """Drop up to `num_pages` unlocked pages, from the ends of the least recently used leaves, and return them.
+
+        note: told of each node that loses so many of its last pages, before it does.
+        """
         dropped: list[int] = []
         while len(dropped) < num_pages and self._leaves:
             last_used, _, node = heapq.heappop(self._leaves)
             if node.last_used != last_used or not self._is_evictable_leaf(node):
                 continue
-            dropped += self._drop_end(node, min(num_pages - len(dropped), len(node.pages)))
+            count = min(num_pages - len(dropped), len(node.pages))
+            if note is not None:
+                note(node, count)
+            dropped += self._drop_end(node, count)
         return dropped
 
     def forget(self, node: Node, unwanted: Set[int]) -> list[int]:
@@ -473,6 +483,8 @@ class RadixTree:
             return dropped
         del node.pages[-count:]
         node.key = node.key[: len(node.pages) * self._page_bytes]
+        if node.digests is not None:
+            del node.digests[len(node.pages) :]
         if node.states:
             self._lose_states(node, node.num_tokens)
         self.num_pages -= count

@@ -69,6 +69,7 @@ class WireShared(msgspec.Struct, array_like=True, frozen=True):
     client: str
     is_background: bool
     no_store: bool
+    wants_cache_end: bool
 
 
 class WireRequest(msgspec.Struct, array_like=True, frozen=True):
@@ -151,6 +152,7 @@ class Submit(Message, frozen=True):
             client=shared.client,
             is_background=shared.is_background,
             no_store=shared.no_store,
+            wants_cache_end=shared.wants_cache_end,
         )
 
 
@@ -174,6 +176,7 @@ def _shared(request: Request) -> WireShared:
         client=request.client,
         is_background=request.is_background,
         no_store=request.no_store,
+        wants_cache_end=request.wants_cache_end,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mooli.errors import ChatTemplateError, RequestError
+from mooli.frontend.cache_report import Told
 from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.parts import WireFormat
 from mooli.frontend.response_format import response_format_params
@@ -76,6 +77,21 @@ def chat_call(
     return call, wire_format
 
 
+def told_of(messages: Any, options: ChatOptions) -> list[Told]:
+    """What the template is told of a conversation, or of each of a list of them, that `chat_call` has taken."""
+    tools = read_tools(options.tools, options.tool_choice, options.parallel_tool_calls)
+    is_batch = isinstance(messages[0], (list, tuple))
+    return [Told(item, tools, _template_arguments(options)) for item in (messages if is_batch else [messages])]
+
+
+def _template_arguments(options: ChatOptions) -> dict[str, Any]:
+    return {
+        **(options.chat_template_kwargs or {}),
+        "add_generation_prompt": options.add_generation_prompt and not options.continue_final_message,
+        "continue_final_message": options.continue_final_message,
+    }
+
+
 def _ids(
     tokenizer: Tokenizer, messages: Any, tools: ToolSet | None, options: ChatOptions, context_length: int
 ) -> list[int]:
@@ -89,11 +105,7 @@ def _ids(
         told,
         tools=shown,
         context_length=context_length,
-        **{
-            **(options.chat_template_kwargs or {}),
-            "add_generation_prompt": options.add_generation_prompt and not options.continue_final_message,
-            "continue_final_message": options.continue_final_message,
-        },
+        **_template_arguments(options),
     )
 
 

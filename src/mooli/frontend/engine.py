@@ -21,8 +21,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from mooli.config import EngineConfig
 from mooli.engine.build import Progress, build_engine
 from mooli.errors import ConfigError, PromptError
+from mooli.frontend.cache_report import CacheExplainer, Told
 from mooli.frontend.call import AsyncStream, Stream, run, run_async, stream_async, stream_sync
-from mooli.frontend.chat import ChatOptions, chat_call
+from mooli.frontend.chat import ChatOptions, chat_call, told_of
 from mooli.frontend.generation import Generation, generations_of
 from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.native_answer import NativeAnswer, model_info, native_answers
@@ -126,6 +127,7 @@ class Engine:
         self._wire_format = open_wire_format(config, tokenizer)
         self._rules = input_rules(config, built.facts, tokenizer, self._wire_format)
         self._own_answers = None if tokenizer is None or config.disable_radix_cache else OwnAnswers(tokenizer)
+        self._explainer = CacheExplainer(tokenizer, self._rules.namespace)
         self._loop = EngineLoop(built.core, built.facts, on_thread_start=built.bind_thread)
         wake = functools.partial(self._loop.wake, built.core.look_again)
         self._loop.wake(lambda: built.core.bind_disk(wake))
@@ -202,10 +204,10 @@ class Engine:
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
         )
-        call, wire_format = self._chat_call(
+        call, wire_format, told = self._chat_call(
             messages, options, {**arguments, "sampling_params": sampling_params, "stream": stream}
         )
-        return self._answer(call, wire_format)
+        return self._answer(call, wire_format, told)
 
     async def async_chat(
         self,
@@ -232,10 +234,10 @@ class Engine:
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
         )
-        call, wire_format = self._chat_call(
+        call, wire_format, told = self._chat_call(
             messages, options, {**arguments, "sampling_params": sampling_params, "stream": stream}
         )
-        return await self._answer_async(call, wire_format)
+        return await self._answer_async(call, wire_format, told)
 
     def flush_cache(self) -> FlushCacheResult:
         """Forget all cached prefixes. Without effect, and saying so, while requests are running."""
@@ -274,7 +276,8 @@ class Engine:
 
     def _chat_call(
         self, messages: Any, options: ChatOptions, arguments: dict[str, Any]
-    ) -> tuple[GenerateCall, WireFormat]:
+    ) -> tuple[GenerateCall, WireFormat, list[Told]]:
+        """Also what the template is told, where a report on the cache is wanted."""
         if self._tokenizer is None:
             raise PromptError(
                 "a conversation needs a tokenizer, and there is none here: give input_ids to generate",
@@ -293,19 +296,22 @@ class Engine:
             context_length,
             take_up=list if own is None else functools.partial(own.taken_up, owner),
         )
-        return GenerateCall(**call), wire_format
+        told = told_of(messages, options) if arguments.get("return_cache_report") else []
+        return GenerateCall(**call), wire_format, told
 
-    def _answer(self, call: GenerateCall, messages: WireFormat | None = None) -> Answer | list[Answer] | Stream:
-        answers, is_single = self._prepare(call, messages)
+    def _answer(
+        self, call: GenerateCall, messages: WireFormat | None = None, told: Sequence[Told] = ()
+    ) -> Answer | list[Answer] | Stream:
+        answers, is_single = self._prepare(call, messages, told)
         if call.stream:
             return stream_sync(self._loop, answers, owner=self)
         results = run(self._loop, answers)
         return results[0] if is_single else results
 
     async def _answer_async(
-        self, call: GenerateCall, messages: WireFormat | None = None
+        self, call: GenerateCall, messages: WireFormat | None = None, told: Sequence[Told] = ()
     ) -> Answer | list[Answer] | AsyncStream:
-        answers, is_single = self._prepare(call, messages)
+        answers, is_single = self._prepare(call, messages, told)
         if call.stream:
             return stream_async(self._loop, answers, owner=self)
         results = await run_async(self._loop, answers)
@@ -316,9 +322,11 @@ class Engine:
         if self._own_answers is not None:
             self._own_answers.add(generation.request, generation.output_ids)
 
-    def _prepare(self, call: GenerateCall, messages: WireFormat | None) -> tuple[list[NativeAnswer], bool]:
+    def _prepare(
+        self, call: GenerateCall, messages: WireFormat | None, told: Sequence[Told]
+    ) -> tuple[list[NativeAnswer], bool]:
         """The answers of a checked call, none submitted yet, and whether it is for a dict rather than a list. messages:
-        of a call of conversations, how their answers are read."""
+        of a call of conversations, how their answers are read; told: those conversations, for a report."""
         inputs = self._rules.prepare(call)
         reads = self._wire_format if messages is None else messages
         holds_behind = call.require_reasoning or messages is not None
@@ -336,6 +344,7 @@ class Engine:
             reasoning=self._wire_format if call.require_reasoning else None,
             messages=messages,
             on_end=self._remember,
+            inquiries=self._explainer.inquire_all(inputs.requests, told) if call.return_cache_report else None,
         )
         return answers, inputs.is_single
 

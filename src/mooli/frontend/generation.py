@@ -13,7 +13,7 @@ from mooli.errors import GrammarError, RequestError, RequestFailedError
 from mooli.frontend.detokenizer import IncrementalDetokenizer
 from mooli.frontend.stop import StopMatcher, StopStrings
 from mooli.frontend.tokenizer import Tokenizer
-from mooli.types import FinishReason, Request, RequestOutput, TokenLogprobs
+from mooli.types import CacheEnd, FinishReason, Request, RequestOutput, TokenLogprobs
 
 
 class Generation:
@@ -24,7 +24,8 @@ class Generation:
     Attributes are for readers. output_ids, text_lengths, logprobs: one entry for each token, log-probabilities only if
     the request wants them; text_lengths has how many characters of `text` came with the token. What was held back until
     the end is behind them all. prompt_logprobs: from the request's `logprob_start` on, empty until the first output.
-    last: the latest output. latency_s: from the start to the end, once there is a `finish`.
+    cache_end: once it has begun to run. last: the latest output. latency_s: from the start to the end, once there is a
+    `finish`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Generation:
         self.finish: FinishReason | None = None
         self.last = RequestOutput(request.rid, prompt_tokens=len(request.prompt_ids))
         self.latency_s = 0.0
+        self.cache_end: CacheEnd | None = None
         self._detokenizer: IncrementalDetokenizer | None = None
         if tokenizer is not None:
             self._detokenizer = IncrementalDetokenizer(
@@ -72,6 +74,11 @@ class Generation:
         return self.last.loaded_tokens
 
     @property
+    def written_tokens(self) -> int:
+        """Tokens of the prompt that were computed, and are in the cache since."""
+        return self.last.written_tokens
+
+    @property
     def prompt_tokens(self) -> int:
         return len(self.request.prompt_ids)
 
@@ -85,6 +92,8 @@ class Generation:
         self.last = output
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
+        if output.cache_end is not None:
+            self.cache_end = output.cache_end
         finish = output.finish
         stop_id = finish.matched if finish is not None and finish.type == "stop" else None
         if stop_id not in self.request.eos_ids and stop_id not in self.request.sampling.stop_token_ids:

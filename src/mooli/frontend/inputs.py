@@ -56,6 +56,7 @@ class GenerateCall:
         `enable_priority_scheduling` is set.
     cache_salt: requests share cached prefixes only with requests of the same salt.
     no_store: nothing of prompt and answer is kept on disk (`kv_cache_dir`).
+    return_cache_report: say in `meta_info` how much of the prompt was in the cache, and why no more.
 
     All others are for what Mooli does not have, and refused unless they have their default
     (`mooli.frontend.unsupported`).
@@ -94,6 +95,7 @@ class GenerateCall:
     session_id: Any = None
     cache_salt: str | None = field(default=None, kw_only=True)
     no_store: bool = field(default=False, kw_only=True)
+    return_cache_report: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,11 @@ class InputRules:
             raise RequestError(f"stream must be True or False, not {call.stream!r}")
         if not isinstance(call.no_store, bool):
             raise RequestError(f"no_store must be True or False, not {call.no_store!r}", argument="no_store")
+        if not isinstance(call.return_cache_report, bool):
+            raise RequestError(
+                f"return_cache_report must be True or False, not {call.return_cache_report!r}",
+                argument="return_cache_report",
+            )
         prompts, is_batch = self._prompts(call.prompt, call.input_ids)
         size = len(prompts)
         given = _per_item("sampling_params", call.sampling_params, size, is_batch)
@@ -196,6 +203,7 @@ class InputRules:
                     client=caller.client,
                     is_background=caller.is_background,
                     no_store=call.no_store or caller.no_store,
+                    wants_cache_end=call.return_cache_report,
                     **options,
                 )
                 requests.append(request)

@@ -13,6 +13,7 @@ from typing import Any
 
 from mooli.config import EngineConfig
 from mooli.engine.facts import EngineFacts
+from mooli.frontend.cache_report import Inquiry
 from mooli.frontend.chat_message import ChatMessage
 from mooli.frontend.generation import Generation
 from mooli.frontend.parts import PartReader, ReasoningCount, WireFormat
@@ -43,7 +44,8 @@ class NativeAnswer:
     tokenizer: None leaves out `text`. index: place in the call's list, shown in chunks of calls with several requests,
     None otherwise. incremental: chunks hold what is new instead of everything so far.
     shows_token_texts: in lists of log-probabilities. shows_prompt_ids: `prompt_token_ids` too. reasoning: the format by
-    which `reasoning_tokens` are counted; None counts none. message: of a conversation, what answers it.
+    which `reasoning_tokens` are counted; None counts none. message: of a conversation, what answers it. inquiry: makes
+    its report on the cache, which `cache_report` has.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class NativeAnswer:
         shows_prompt_ids: bool = False,
         reasoning: WireFormat | None = None,
         message: ChatMessage | None = None,
+        inquiry: Inquiry | None = None,
     ) -> None:
         self.generation = generation
         self._tokenizer = tokenizer
@@ -67,6 +70,8 @@ class NativeAnswer:
         self._shows_prompt_ids = shows_prompt_ids
         self._parts = PartReader(generation, stream_interval=stream_interval)
         self._message = message
+        self._inquiry = inquiry
+        self._cache_report: dict[str, Any] | None = None
         self._reasoning: ReasoningCount | None = None
         if reasoning is not None and tokenizer is not None:
             self._reasoning = ReasoningCount(generation, reasoning, tokenizer)
@@ -135,6 +140,8 @@ class NativeAnswer:
             "weight_version": WEIGHT_VERSION,
             "num_retractions": last.num_preemptions,
         }
+        if self._inquiry is not None:
+            meta["cache_report"] = self._report(self._inquiry, meta["reasoning_tokens"] > 0)
         if generation.finish is not None:
             meta["e2e_latency"] = generation.latency_s
             if last.drafts is not None:
@@ -142,6 +149,13 @@ class NativeAnswer:
         if generation.request.return_logprob:
             meta.update(self._logprob_info(shown))
         return meta
+
+    def _report(self, inquiry: Inquiry, has_reasoned: bool) -> dict[str, Any] | None:
+        """Made once, when it is known."""
+        if self._cache_report is None:
+            self._cache_report = inquiry.report(self.generation, has_reasoned=has_reasoned)
+        inquiry.note(self.generation, has_reasoned=has_reasoned)
+        return self._cache_report
 
     def _num_reasoning_tokens(self) -> int:
         if self._message is not None:
@@ -193,9 +207,11 @@ def native_answers(
     reasoning: WireFormat | None = None,
     messages: WireFormat | None = None,
     on_end: Callable[[Generation], None] = lambda _: None,
+    inquiries: Sequence[Inquiry] | None = None,
 ) -> list[NativeAnswer]:
     """One for each sequence of a call. is_single: of a single prompt, whose chunks have no index. messages: of a call
-    of conversations, the format by which their answers are read; on_end: called of each of those that has been."""
+    of conversations, the format by which their answers are read; on_end: called of each of those that has been.
+    inquiries: one for each sequence, where reports are wanted."""
     return [
         NativeAnswer(
             generation,
@@ -206,6 +222,7 @@ def native_answers(
             shows_token_texts=shows_token_texts,
             shows_prompt_ids=shows_prompt_ids,
             reasoning=reasoning,
+            inquiry=None if inquiries is None else inquiries[index],
             message=(
                 None if messages is None or tokenizer is None else ChatMessage(generation, messages, tokenizer, on_end)
             ),

@@ -39,6 +39,7 @@ import numpy as np
 from mooli.cache.kv_cache import KVCache
 from mooli.cache.radix_tree import token_key
 from mooli.errors import ConfigError, ContextLengthError, EngineError, PromptError, RequestError
+from mooli.scheduler import cache_ends
 from mooli.scheduler.batch_builder import Plan
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.running import Running
@@ -526,6 +527,8 @@ class AdmissionControl:
             state.cached_tokens = admission.num_matched
             self.counters.prompt_tokens += state.num_prompt_tokens
             self.counters.cached_tokens += admission.num_matched
+            end = cache_ends.with_running(admission.end, state, self.running.states, self.cache.page_size)
+            state.cache_end = cache_ends.account_of(end, state, self.cache)
         for hold in self.holds:
             hold.began(state)
         return True

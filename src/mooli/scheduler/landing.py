@@ -219,6 +219,8 @@ class Landing:
         self.end(state, state.pending_finish or finish, out, keep=False)
 
     def _output(self, state: RequestState, finish: FinishReason | None) -> RequestOutput:
+        num_prompt_computed = min(state.num_computed, state.num_prompt_tokens)
+        is_kept = self.cache.enabled and state.cached_tokens >= 0
         return RequestOutput(
             rid=state.rid,
             finish=finish,
@@ -226,7 +228,9 @@ class Landing:
             completion_tokens=state.num_output_tokens,
             cached_tokens=max(0, state.cached_tokens),
             loaded_tokens=max(0, state.loaded_tokens),
+            written_tokens=max(0, num_prompt_computed - state.cached_tokens) if is_kept else 0,
             num_preemptions=state.num_preemptions,
             prompt_logprobs=state.take_prompt_logprobs(),
             drafts=state.drafts.counts if self.verifies_drafts else None,
+            cache_end=state.take_cache_end(),
         )

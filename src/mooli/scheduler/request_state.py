@@ -13,7 +13,7 @@ from mooli.cache.kv_cache import Given, MatchEnd, RequestPages
 from mooli.cache.radix_tree import token_key
 from mooli.scheduler.constraint import Constrained
 from mooli.scheduler.drafts import DraftRecord
-from mooli.types import FinishReason, Request, TokenLogprobs
+from mooli.types import CacheEnd, FinishReason, Request, TokenLogprobs
 
 
 class RequestState:
@@ -29,7 +29,8 @@ class RequestState:
     loaded_tokens: of `cached_tokens`, those that came from disk for it; both are -1 before it first runs.
     drafts: how the guesses at its next tokens have fared.
     given: what it gave to the tree, preempted or not.
-    match_end: where it ended in the cache when it began to run, and why. waited_for: what held it last (see `Hold`).
+    match_end: where it ended in the cache when it began to run, and why. cache_end: the same of the first time, to be
+    said with its next output. waited_for: what held it last (see `Hold`).
     constrained: what its output must keep to; None for a request that is free. It stands after the last token.
     leader: the running request that now computes a prefix this one waits for, until it has `leader_pages` in the tree.
     """
@@ -39,6 +40,7 @@ class RequestState:
         "_key",
         "_key_buffer",
         "arrival",
+        "cache_end",
         "cached_tokens",
         "constrained",
         "drafts",
@@ -92,6 +94,7 @@ class RequestState:
         self.given = Given()
         self.req_index = -1
         self.match_end: MatchEnd | None = None
+        self.cache_end: CacheEnd | None = None
         self.waited_for: str | None = None
         self.leader: RequestState | None = None
         self.leader_pages = 0
@@ -190,4 +193,9 @@ class RequestState:
         if self.prompt_logprobs is None or self.next_prompt_logprob < self.num_prompt_tokens:
             return None
         taken, self.prompt_logprobs = self.prompt_logprobs, None
+        return taken
+
+    def take_cache_end(self) -> CacheEnd | None:
+        """Once."""
+        taken, self.cache_end = self.cache_end, None
         return taken

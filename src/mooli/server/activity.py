@@ -48,8 +48,8 @@ class Happened(msgspec.Struct, omit_defaults=True, kw_only=True):
 class Miss(msgspec.Struct, omit_defaults=True, kw_only=True):
     """Why no more of a prompt was in the cache, and how many of its tokens agreed with what is there.
 
-    reason: `new` (nobody had this before, or it was evicted), `diverged` (others went on with another token),
-    `namespace` (nothing is cached for this tenant or salt), `held back` (the request needs it computed),
+    reason: `new` (not known before), `evicted` (known, and gone for want of room), `diverged` (others went on with
+    another token), `namespace` (nothing is cached for this tenant or salt), `held back` (it must be computed),
     `judged slower` and `load failed` (more is on disk, and was not loaded), `disabled`.
     """
 

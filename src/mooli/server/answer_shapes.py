@@ -48,6 +48,22 @@ LogprobTriple = tuple[float | None, int, str | None]
 """Log-probability, token id, and its text where that was asked for."""
 
 
+class CacheReport(_Shape):
+    """Why no more of a prompt was in the cache. had, has: texts of a few tokens there, and here. divergence_index: of
+    the first token that was not there. message: the place, in words. previous_id: of the request that this one goes
+    on."""
+
+    reason: str
+    matched_tokens: int
+    lost_tokens: int
+    divergence_index: int | None
+    message: str | None
+    had: str | None
+    has: str | None
+    previous_id: str | None
+    advice: str | None
+
+
 class MetaInfo(_Shape):
     """finish_reason: null in a stream before its end. Log-probabilities are there where they were asked for."""
 
@@ -67,6 +83,7 @@ class MetaInfo(_Shape):
     input_top_logprobs: list[list[LogprobTriple] | None] | UnsetType = UNSET
     output_top_logprobs: list[list[LogprobTriple] | None] | UnsetType = UNSET
     spec_accept_length: float | UnsetType = UNSET
+    cache_report: CacheReport | UnsetType | None = UNSET
 
 
 class Generated(_Shape):
@@ -173,9 +190,10 @@ class ParsedCalls(_Shape):
 
 # -- OpenAI's ----------------------------------------------------------------------------------------------------------
 class PromptDetails(_Shape):
-    """cached_tokens: of the prompt, those that the cache had."""
+    """Of the prompt. cached_tokens: those that the cache had. cache_write_tokens: those computed, and in it since."""
 
     cached_tokens: int
+    cache_write_tokens: int
 
 
 class Usage(_Shape):
@@ -352,7 +370,7 @@ class BatchObject(_Shape):
 
 # -- Anthropic's -------------------------------------------------------------------------------------------------------
 class AnthropicUsage(_Shape):
-    """input_tokens: of the prompt, what had to be computed."""
+    """input_tokens: of the prompt, what had to be computed and is not counted as written to the cache."""
 
     input_tokens: int
     cache_creation_input_tokens: int
@@ -371,6 +389,7 @@ class AnthropicMessage(_Shape):
     stop_reason: str | None
     stop_sequence: str | None
     usage: AnthropicUsage
+    diagnostics: Details | UnsetType | None = UNSET
 
 
 class AnthropicEvent(_Shape):

@@ -6,7 +6,8 @@ bodies, which the HTTP layer does in this API's words.
 
 Usage has the API's meaning: `input_tokens` are the tokens of the prompt that had to be computed, and those from the
 cache are in `cache_read_input_tokens` alone; the whole prompt is their sum. Everything computed is cached, marked with
-`cache_control` or not, at no price, so `cache_creation_input_tokens` is 0.
+`cache_control` or not, at no price. Where a request marks something so, what was computed and kept of its prompt is
+`cache_creation_input_tokens`, as the API has it, and no part of `input_tokens`; otherwise that is 0.
 
 An answer that fills the context ends with `model_context_window_exceeded`; a `max_tokens` larger than the context has
 room for is no error. Both are the API's rules for its current models.
@@ -18,19 +19,22 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from mooli.frontend.cache_report import Inquiry
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part, PartKind, PartReader, WireFormat, parser_for
 from mooli.frontend.tool_messages import choose, make_tool
 from mooli.frontend.tools import ToolSet
 from mooli.frontend.unsupported import Api, asked, names_of
-from mooli.server.conversation import Conversation, open_conversation, prompt_ids
+from mooli.server.anthropic_blocks import PART_SEPARATOR, Block, add_turn, assistant_turn, results_of, texts_of
+from mooli.server.cache_diagnostics import Diagnostics, anthropic_diagnostics, anthropic_usage, has_cache_control
+from mooli.server.conversation import Conversation, open_conversation, prompt_ids, told_of
 from mooli.server.json_body import check_count
 from mooli.server.openai import require_tokenizer
 from mooli.server.openai_chat import effort_arguments, thinking_arguments
@@ -46,14 +50,6 @@ NAMES = {
 
 
 # -- bodies ----------------------------------------------------------------------------------------------------------
-Block = dict[str, Any]
-"""A content block: an object with a `type`. Texts are served; of the assistant's reasoning too (a signature is left
-aside, as none is given out) and calls (`tool_use`); of the user's what they returned (`tool_result`)."""
-
-PART_SEPARATOR = "\n"
-"""Between the blocks of a message, and between messages of one role that become one turn."""
-
-
 class InputMessage(msgspec.Struct, kw_only=True):
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]
@@ -82,7 +78,9 @@ class CountTokensBody(msgspec.Struct, kw_only=True):
 
 
 class MessagesBody(CountTokensBody, kw_only=True):
-    """A request for an answer. metadata and service_tier change nothing here, as their meaning has it."""
+    """A request for an answer. metadata and service_tier change nothing here, as their meaning has it. diagnostics: say
+    what of an earlier request's prompt is not the same any more, and remember this one's. cache_control: all of the
+    prompt is kept for later, as all prompts are."""
 
     max_tokens: Annotated[int, msgspec.Meta(ge=0)]
     stop_sequences: list[str] | None = None
@@ -93,6 +91,8 @@ class MessagesBody(CountTokensBody, kw_only=True):
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     output_format: dict[str, Any] | None = None
+    diagnostics: Diagnostics | None = None
+    cache_control: dict[str, Any] | None = None
 
     def sampling_params(self) -> dict[str, Any]:
         """What the body says of sampling, in Mooli's names; `max_tokens` is left to who knows the prompt's length."""
@@ -167,19 +167,19 @@ def conversation(body: CountTokensBody, service: Service) -> Conversation:
     check_count("messages", count, service.config.max_request_items)
     tools = tools_of(body)
     check_count("tools", 0 if tools is None else len(tools.for_template()), service.config.max_request_items)
-    system = [PART_SEPARATOR.join(_texts(body.system, "system", "text"))] if body.system else []
+    system = [PART_SEPARATOR.join(texts_of(body.system, "system", "text"))] if body.system else []
     turns: list[dict[str, Any]] = []
     for index, message in enumerate(body.messages):
         where = f"messages[{index}].content"
         if message.role == "system":
-            system += _texts(message.content, where, "text")
+            system += texts_of(message.content, where, "text")
         elif message.role == "assistant":
-            _add(turns, _assistant(message.content, where))
+            add_turn(turns, assistant_turn(message.content, where))
         else:
-            turns += _results(message.content, where)
-            said = _texts(message.content, where, "text", beside=("tool_result",))
+            turns += results_of(message.content, where)
+            said = texts_of(message.content, where, "text", beside=("tool_result",))
             if said or not isinstance(message.content, list) or not message.content:
-                _add(turns, {"role": "user", "content": PART_SEPARATOR.join(said)})
+                add_turn(turns, {"role": "user", "content": PART_SEPARATOR.join(said)})
     if not turns:
         raise HttpError(400, "messages has only messages of the system: one must be the user's.", param="messages")
     continues = turns[-1]["role"] == "assistant"
@@ -188,97 +188,6 @@ def conversation(body: CountTokensBody, service: Service) -> Conversation:
     told = [{"role": "system", "content": PART_SEPARATOR.join(system)}, *turns] if system else turns
     arguments = template_arguments(body)
     return Conversation(messages=told, tools=tools, template_arguments=arguments, continues=continues)
-
-
-def _add(turns: list[dict[str, Any]], turn: dict[str, Any]) -> None:
-    """As one with the last turn where both are of one role."""
-    last = turns[-1] if turns else None
-    if last is None or last["role"] != turn["role"]:
-        turns.append(turn)
-        return
-    for name in ("content", "reasoning_content"):
-        texts = [value[name] for value in (last, turn) if name in value]
-        if texts:
-            last[name] = PART_SEPARATOR.join(texts)
-    if "tool_calls" in turn:
-        last["tool_calls"] = [*last.get("tool_calls", ()), *turn["tool_calls"]]
-
-
-_OF_OTHERS = ("server_tool_use", "mcp_tool_use", "_tool_result")
-"""How types of blocks end that tell of tools which Anthropic's servers call."""
-
-
-def _assistant(content: str | Sequence[Block], where: str) -> dict[str, Any]:
-    """A turn. What Anthropic's own tools did, and returned, is left aside."""
-    blocks = content if isinstance(content, str) else [
-        block for block in content if not str(block.get("type")).endswith(_OF_OTHERS)
-    ]  # fmt: skip
-    turn: dict[str, Any] = {
-        "role": "assistant",
-        "content": PART_SEPARATOR.join(_texts(blocks, where, "text", beside=("thinking", "tool_use"))),
-    }
-    reasoning = [] if isinstance(blocks, str) else _texts(blocks, where, "thinking", beside=("text", "tool_use"))
-    if reasoning:
-        turn["reasoning_content"] = PART_SEPARATOR.join(reasoning)
-    calls = []
-    for index, block in enumerate(() if isinstance(content, str) else content):
-        if block.get("type") == "tool_use":
-            name, given, at = block.get("name"), block.get("input"), f"{where}[{index}]"
-            if not isinstance(name, str) or not name or not isinstance(given, (dict, type(None))):
-                raise HttpError(400, f"{at} must have a name and an input, which is an object.", param="messages")
-            function = {"name": name, "arguments": given or {}}
-            calls.append({"id": block.get("id"), "type": "function", "function": function})
-    if calls:
-        turn["tool_calls"] = calls
-    return turn
-
-
-def _results(content: str | Sequence[Block], where: str) -> list[dict[str, Any]]:
-    """What tools returned, each as a message. What is no text is a note: the model may know what it asked for."""
-    found = []
-    for index, block in enumerate(() if isinstance(content, str) else content):
-        if block.get("type") != "tool_result":
-            continue
-        said = block.get("content")
-        if isinstance(said, list):
-            texts = [_result_text(item, f"{where}[{index}].content[{i}]") for i, item in enumerate(said)]
-            said = PART_SEPARATOR.join(texts)
-        if not isinstance(said, (str, type(None))):
-            raise HttpError(400, f"{where}[{index}].content must be a string or blocks.", param="messages")
-        said = said or ""
-        if block.get("is_error") and "error" not in said[:20].lower():
-            said = f"Error: {said}"
-        found.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": said})
-    return found
-
-
-def _result_text(block: Any, where: str) -> str:
-    kind = block.get("type") if isinstance(block, dict) else None
-    if not isinstance(kind, str):
-        raise HttpError(400, f"{where} has no type: a text is {{'type': 'text', 'text': …}}.", param="messages")
-    if kind != "text":
-        return f"[{kind[:40]}]"
-    if not isinstance(block.get("text"), str):
-        raise HttpError(400, f"{where}.text must be a string.", param="messages")
-    return str(block["text"])
-
-
-def _texts(content: str | Sequence[Block], where: str, wanted: str, beside: Sequence[str] = ()) -> list[str]:
-    """The texts of the blocks of type `wanted`. Raises HttpError for a type that is neither that nor in `beside`."""
-    if isinstance(content, str):
-        return [content]
-    texts = []
-    for index, block in enumerate(content):
-        at, kind = f"{where}[{index}]", block.get("type")
-        if not isinstance(kind, str):
-            raise HttpError(400, f"{at} has no type: a text is {{'type': 'text', 'text': …}}.", param=at)
-        if kind == wanted:
-            if not isinstance(block.get(kind), str):
-                raise HttpError(400, f"{at}.{kind} must be a string.", param=at)
-            texts.append(block[kind])
-        elif kind not in beside:
-            raise HttpError(400, f"{at} is of type {kind[:40]!r}, but only text is supported yet.", param=at)
-    return texts
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -295,16 +204,31 @@ async def create_message(service: Service, request: Incoming) -> Reply | EventSt
     if room > 0:  # otherwise the rules refuse the prompt itself, with a better reason
         params["max_new_tokens"] = min(body.max_tokens, room)
     rid = f"msg_{uuid.uuid4().hex[:24]}"
-    call = GenerateCall(input_ids=ids, sampling_params=params, rid=rid, stream=bool(body.stream))
+    call = GenerateCall(
+        input_ids=ids,
+        sampling_params=params,
+        rid=rid,
+        stream=bool(body.stream),
+        return_cache_report=body.diagnostics is not None,
+    )
     inputs = await service.prepare(call, request.client.caller)
-    is_cut = 0 < room < body.max_tokens
-    model = body.model
+    inquiry = None
+    if body.diagnostics is not None:
+        inquiry = await service.inquire(
+            inputs,
+            request.client.caller,
+            told_of(service, told),
+            model=body.model,
+            previous_id=body.diagnostics.previous_message_id,
+        )
+    lists = [body.tools, body.system, *(message.content for message in body.messages)]
+    shape = _Shape(body.model, 0 < room < body.max_tokens, has_cache_control(body.cache_control, lists), inquiry)
     del request, body
     if inputs.is_stream:
-        return EventStream(_events(service, inputs, wire_format, model, is_cut))
+        return EventStream(_events(service, inputs, wire_format, shape))
     with service.start(inputs, wire_format=wire_format) as answering:
         await answering.wait()
-        return Reply(_Message(service, answering.generations[0], wire_format, model, is_cut).whole())
+        return Reply(_Message(service, answering.generations[0], wire_format, shape).whole())
 
 
 async def count_tokens(service: Service, request: Incoming) -> Reply:
@@ -314,13 +238,22 @@ async def count_tokens(service: Service, request: Incoming) -> Reply:
     return Reply({"input_tokens": len(ids)})
 
 
-async def _events(
-    service: Service, inputs: CallInputs, wire_format: WireFormat, model: str, is_cut: bool
-) -> AsyncIterator[bytes]:
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a body says of its answer. is_cut: the context had less room than `max_tokens`. counts_writes: what the
+    cache took in is told apart. inquiry: makes the diagnostics."""
+
+    model: str
+    is_cut: bool
+    counts_writes: bool
+    inquiry: Inquiry | None
+
+
+async def _events(service: Service, inputs: CallInputs, wire_format: WireFormat, shape: _Shape) -> AsyncIterator[bytes]:
     """The stream begins with the first token: by then it is known what of the prompt came from the cache, and an error
     until then has a status of its own."""
     with service.start(inputs, wire_format=wire_format) as call:
-        message = _Message(service, call.generations[0], wire_format, model, is_cut)
+        message = _Message(service, call.generations[0], wire_format, shape)
         async for _ in call.changes():
             call.generations[0].raise_if_failed()
             parts = message.reader.take()
@@ -340,19 +273,13 @@ _DELTAS: dict[PartKind, tuple[str, str]] = {
 
 
 class _Message:
-    """One sequence as the message that answers: blocks, each for a run of parts of one kind, whole or as events.
+    """One sequence as the message that answers: blocks, each for a run of parts of one kind, whole or as events."""
 
-    is_cut: the context had less room than `max_tokens`.
-    """
-
-    def __init__(
-        self, service: Service, generation: Generation, wire_format: WireFormat, model: str, is_cut: bool
-    ) -> None:
+    def __init__(self, service: Service, generation: Generation, wire_format: WireFormat, shape: _Shape) -> None:
         parser = parser_for(wire_format, generation.request, require_tokenizer(service))
         self.reader = PartReader(generation, parser, stream_interval=service.engine_config.stream_interval)
         self._generation = generation
-        self._model = model
-        self._is_cut = is_cut
+        self._shape = shape
         self._open: PartKind | None = None
         self._num_blocks = 0
         self._has_calls = False
@@ -371,13 +298,13 @@ class _Message:
                 blocks[-1][_DELTAS[part.kind][1]] += part.text
         for index, text in arguments.items():
             blocks[index]["input"] = _input(text)
-        generation = self._generation
-        return {**self._head(), "content": blocks, **self._stop(), "usage": _usage(generation)}
+        self._note()
+        return {**self._head(), "content": blocks, **self._stop(), "usage": self._usage()}
 
     def events(self, part: Part) -> bytes:
         """What a part adds to the stream; "" for one that says nothing."""
         if part.kind == "begin":
-            usage = {**_usage(self._generation), "output_tokens": 0}
+            usage = {**self._usage(), "output_tokens": 0}
             message = {**self._head(), "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
             return _event("message_start", message=message)
         said = b""
@@ -396,9 +323,10 @@ class _Message:
 
     def closing(self) -> bytes:
         """The last events."""
+        self._note()
         return (
             _event("content_block_stop", index=self._num_blocks - 1)
-            + _event("message_delta", delta=self._stop(), usage=_usage(self._generation))
+            + _event("message_delta", delta=self._stop(), usage=self._usage())
             + _event("message_stop")
         )
 
@@ -417,7 +345,25 @@ class _Message:
         return {"type": "text", "text": ""} if kind == "text" else {"type": "thinking", "thinking": ""}
 
     def _head(self) -> dict[str, Any]:
-        return {"id": self._generation.rid, "type": "message", "role": "assistant", "model": self._model}
+        shape = self._shape
+        head: dict[str, Any] = {
+            "id": self._generation.rid,
+            "type": "message",
+            "role": "assistant",
+            "model": shape.model,
+        }
+        if shape.inquiry is not None:
+            head["diagnostics"] = anthropic_diagnostics(shape.inquiry, self._generation)
+        return head
+
+    def _note(self) -> None:
+        """The answer is whole: what a later request may find of it."""
+        if self._shape.inquiry is not None:
+            has_reasoned = self.reader.num_reasoning_tokens > 0
+            self._shape.inquiry.report(self._generation, has_reasoned=has_reasoned)
+
+    def _usage(self) -> dict[str, int]:
+        return anthropic_usage(self._generation, counts_writes=self._shape.counts_writes)
 
     def _stop(self) -> dict[str, Any]:
         """Raises HttpError for an answer that was ended from outside: the API has no word for it."""
@@ -427,7 +373,7 @@ class _Message:
             raise HttpError(503, message)
         reason, sequence = "end_turn", None
         if finish.type == "length":
-            reason = "model_context_window_exceeded" if self._is_cut else "max_tokens"
+            reason = "model_context_window_exceeded" if self._shape.is_cut else "max_tokens"
         elif self._has_calls:
             reason = "tool_use"
         elif isinstance(finish.matched, str):
@@ -445,15 +391,6 @@ def _input(arguments: str) -> Any:
 
 def _event(kind: str, **fields: Any) -> bytes:
     return sse({"type": kind, **fields}, event=kind)
-
-
-def _usage(generation: Generation) -> dict[str, int]:
-    return {
-        "input_tokens": generation.prompt_tokens - generation.cached_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": generation.cached_tokens,
-        "output_tokens": len(generation.output_ids),
-    }
 
 
 _UNSUPPORTED = frozenset(names_of(Api.ANTHROPIC))

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from mooli.frontend.cache_report import Told
 from mooli.frontend.chat import with_calls
 from mooli.frontend.parts import WireFormat
 from mooli.frontend.tool_forcing import reasoning_ahead
@@ -88,10 +89,20 @@ async def open_conversation(
 
 async def prompt_ids(service: Service, conversation: Conversation) -> list[int]:
     """The ids of a conversation alone, up to where the assistant goes on. Raises as `open_conversation`."""
-    arguments = {
+    return await service.encode_chat(
+        conversation.messages, conversation.tools, **_template_arguments(service, conversation)
+    )
+
+
+def told_of(service: Service, conversation: Conversation) -> Told:
+    """What the template is told of it: for a report on the cache."""
+    return Told(conversation.messages, conversation.tools, _template_arguments(service, conversation))
+
+
+def _template_arguments(service: Service, conversation: Conversation) -> dict[str, Any]:
+    return {
         **service.config.chat_template_kwargs,
         "add_generation_prompt": not conversation.continues,
         **conversation.template_arguments,
         "continue_final_message": conversation.continues,
     }
-    return await service.encode_chat(conversation.messages, conversation.tools, **arguments)

@@ -157,6 +157,8 @@ class _RequestCounts:
         self.uncached_lengths = _Histogram(LENGTH_BUCKETS)
         self.answer_lengths = _Histogram(LENGTH_BUCKETS)
         self.cached_tokens = self.loaded_tokens = 0
+        self.cache_ends: collections.Counter[str] = collections.Counter()
+        self.lost_tokens: collections.Counter[str] = collections.Counter()
         self.decode_tokens = 0
         self.aborted = 0
         self.of_key: collections.defaultdict[str, _KeyCounts] = collections.defaultdict(_KeyCounts)
@@ -183,6 +185,10 @@ class _RequestCounts:
             self.generated_tokens[is_stream] += num_generated
             self.cached_tokens += cached
             self.loaded_tokens += generation.loaded_tokens
+            if (end := generation.cache_end) is not None:
+                reason = (end.reason or "none").replace(" ", "_")
+                self.cache_ends[reason] += 1
+                self.lost_tokens[reason] += end.num_lost
             self.prompt_lengths.observe(prompt)
             self.uncached_lengths.observe(prompt - cached)
             self.answer_lengths.observe(num_generated)
@@ -351,6 +357,18 @@ class _Exposition(Collector):
         cached.add_metric([*self._model.values(), "device"], counts.cached_tokens - counts.loaded_tokens)
         cached.add_metric([*self._model.values(), "storage"], counts.loaded_tokens)
         yield cached
+        for name, text, by_reason in (
+            ("cache_match_ends", "Requests by why no more of their prompt was in the cache.", counts.cache_ends),
+            (
+                "cache_lost_tokens",
+                "Tokens of prompts that the cache had, or nearly had, and that are computed again, by why.",
+                counts.lost_tokens,
+            ),
+        ):
+            family = CounterMetricFamily(f"mooli:{name}", text, labels=[*self._model, "reason"])
+            for reason, value in by_reason.items():
+                family.add_metric([*self._model.values(), reason], value)
+            yield family
         yield self._counter(
             "num_aborted_requests",
             "Requests that were ended early, by their client or by an administrator.",

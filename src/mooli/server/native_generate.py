@@ -55,6 +55,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     extra_key: str | None = None
     no_store: bool = False
     log_metrics: bool = True
+    return_cache_report: bool = False
 
 
 async def generate(service: Service, request: Incoming) -> Reply | EventStream:
@@ -70,6 +71,13 @@ async def generate(service: Service, request: Incoming) -> Reply | EventStream:
         shows_token_texts=body.return_text_in_logprobs,
         shows_prompt_ids=body.return_prompt_token_ids,
         reasoning=service.wire_format if body.require_reasoning else None,
+        inquiries=(
+            service.explainer.inquire_all(
+                inputs.requests, tenant=request.client.caller.tenant, model=service.model_name
+            )
+            if body.return_cache_report
+            else None
+        ),
     )
     del request, body
     if inputs.is_stream:
@@ -112,6 +120,7 @@ async def _prepare(service: Service, body: GenerateBody, client: Client) -> Call
         cache_salt=body.cache_salt or body.extra_key,
         no_store=body.no_store,
         stream=body.stream,
+        return_cache_report=body.return_cache_report,
     )
     return await service.prepare(call, client.caller)
 

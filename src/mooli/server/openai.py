@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from mooli.frontend.cache_report import Inquiry, Told
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs
 from mooli.frontend.native_answer import WEIGHT_VERSION, cached_details
@@ -24,7 +25,7 @@ from mooli.frontend.parts import PLAIN_TEXT, Parser, PartReader, WireFormat
 from mooli.frontend.response_format import response_format_params
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.unsupported import Api, asked, names_of
-from mooli.server.routing import SSE_DONE, EventStream, HttpError, ModelName, Reply, sse
+from mooli.server.routing import SSE_DONE, Client, EventStream, HttpError, ModelName, Reply, sse
 from mooli.server.service import Service
 from mooli.types import FinishReason
 
@@ -94,6 +95,8 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     structural_tag: str | dict[str, Any] | None = None
     return_token_ids: bool | None = None
     return_cached_tokens_details: bool | None = None
+    return_cache_report: bool | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     # What the answer is held to, in the words of OpenAI, vLLM and llama.cpp
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -195,6 +198,27 @@ def _choice(name: str, texts: Any) -> tuple[str, str]:
     return "ebnf", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
 
 
+async def inquiry_of(
+    service: Service, body: GenerationBody, inputs: CallInputs, client: Client, told: Told | None = None
+) -> Inquiry | None:
+    """Of a body that asks for a report on the cache; None of others. The request that it goes on may be named as
+    OpenAI's Responses have it: `prompt_cache_options.comparison_response_id`. Raises HttpError (400)."""
+    if not body.return_cache_report:
+        return None
+    previous_id = comparison_id(body.prompt_cache_options)
+    return await service.inquire(inputs, client.caller, told, model=body.model, previous_id=previous_id)
+
+
+def comparison_id(options: Mapping[str, Any] | None) -> str | None:
+    """Of `prompt_cache_options`. Raises HttpError (400) for what is no text."""
+    given = (options or {}).get("comparison_response_id")
+    if given is not None and not isinstance(given, str):
+        raise HttpError(
+            400, "prompt_cache_options.comparison_response_id must be a string", param="prompt_cache_options"
+        )
+    return given
+
+
 def cache_salt(body: GenerationBody) -> str | None:
     """What separates this request's cache from others'. SGLang's `extra_key` is another name for it.
 
@@ -216,7 +240,8 @@ class AnswerShape:
 
     has_usage_chunk, is_continuous: of a stream, whether usage comes at its end and in each chunk. returns_ids: token
     ids too. has_logprobs: log-probabilities too. returns_cache_details: where cached tokens came from, in SGLang's
-    `sglext`. streams_reasoning: otherwise it comes in one piece.
+    `sglext`. streams_reasoning: otherwise it comes in one piece. inquiry: makes the report on the cache of the first
+    prompt, which is in `sglext` too.
     """
 
     model: str
@@ -226,6 +251,7 @@ class AnswerShape:
     has_logprobs: bool
     returns_cache_details: bool
     streams_reasoning: bool = True
+    inquiry: Inquiry | None = None
 
     @classmethod
     def of(cls, service: Service, body: GenerationBody, *, has_logprobs: bool) -> AnswerShape:
@@ -293,17 +319,25 @@ def usage(choices: Sequence[Choice]) -> dict[str, Any]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {
-            "cached_tokens": sum(min(generation.cached_tokens for generation in group) for group in groups)
+            "cached_tokens": sum(min(generation.cached_tokens for generation in group) for group in groups),
+            "cache_write_tokens": sum(max(generation.written_tokens for generation in group) for group in groups),
         },
         "reasoning_tokens": sum(choice.reader.num_reasoning_tokens for choice in choices),
     }
 
 
-def cache_details(choices: Sequence[Choice]) -> dict[str, Any]:
-    """SGLang's extension: where the cached tokens of `usage` came from."""
-    least = [min(group, key=_cached_tokens) for group in _prompts(choices)]
-    cached = sum(map(_cached_tokens, least))
-    return {"cached_tokens_details": cached_details(cached, sum(generation.loaded_tokens for generation in least))}
+def cache_details(shape: AnswerShape, choices: Sequence[Choice]) -> dict[str, Any]:
+    """SGLang's extension: where the cached tokens of `usage` came from. Ours beside it: why there were no more. Empty
+    where neither was asked for."""
+    details: dict[str, Any] = {}
+    if shape.returns_cache_details:
+        least = [min(group, key=_cached_tokens) for group in _prompts(choices)]
+        cached = sum(map(_cached_tokens, least))
+        details["cached_tokens_details"] = cached_details(cached, sum(each.loaded_tokens for each in least))
+    if shape.inquiry is not None:
+        reader = choices[0].reader
+        details["cache_report"] = shape.inquiry.report(reader.generation, has_reasoned=reader.num_reasoning_tokens > 0)
+    return details
 
 
 def _cached_tokens(generation: Generation) -> int:
@@ -343,8 +377,8 @@ async def answer(
     entries = [await choice.whole() for choice in choices]
     metadata = {"weight_version": WEIGHT_VERSION}
     content = {**first_fields, "choices": entries, "usage": usage(choices), "metadata": metadata}
-    if shape.returns_cache_details:
-        content["sglext"] = cache_details(choices)
+    if details := cache_details(shape, choices):
+        content["sglext"] = details
     return Reply(content)
 
 
@@ -371,8 +405,8 @@ async def _stream(
             if events:
                 yield b"".join(events)
         last = []
-        if shape.returns_cache_details:
-            last.append(sse({**first_fields, "choices": [], "sglext": cache_details(choices)}))
+        if details := cache_details(shape, choices):
+            last.append(sse({**first_fields, "choices": [], "sglext": details}))
         if shape.has_usage_chunk:
             last.append(sse({**first_fields, "choices": [], "usage": usage(choices)}))
         yield b"".join([*last, SSE_DONE])

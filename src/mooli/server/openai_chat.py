@@ -14,13 +14,14 @@ from typing import Any, Literal
 import msgspec
 
 from mooli.errors import RequestError
+from mooli.frontend.cache_report import Told
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part, PartKind, WireFormat, parser_for
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tool_messages import read_tools, text_argument
 from mooli.frontend.tools import ToolSet
-from mooli.server.conversation import Conversation, open_conversation
+from mooli.server.conversation import Conversation, open_conversation, told_of
 from mooli.server.errors import in_names
 from mooli.server.json_body import check_count, num_entries
 from mooli.server.openai import (
@@ -32,6 +33,7 @@ from mooli.server.openai import (
     answer,
     cache_salt,
     finish_fields,
+    inquiry_of,
     refuse_unsupported,
     require_tokenizer,
     sampling_params,
@@ -114,9 +116,10 @@ async def chat_completions(service: Service, request: Incoming) -> Reply | Event
     refuse_unsupported(request.unsupported)
     require_tokenizer(service)
     tools = read_functions(body)
-    inputs, wire_format = await _prepare(service, body, tools, request.client)
+    inputs, wire_format, told = await _prepare(service, body, tools, request.client)
     shape = AnswerShape.of(service, body, has_logprobs=bool(body.logprobs))
-    shape = replace(shape, streams_reasoning=body.stream_reasoning is not False)
+    inquiry = await inquiry_of(service, body, inputs, request.client, told)
+    shape = replace(shape, streams_reasoning=body.stream_reasoning is not False, inquiry=inquiry)
     writer = _FunctionCalls() if body.functions else _ToolCalls(tools)
     del request, body
     kind = "chat.completion.chunk" if inputs.is_stream else "chat.completion"
@@ -126,8 +129,8 @@ async def chat_completions(service: Service, request: Incoming) -> Reply | Event
 
 async def _prepare(
     service: Service, body: ChatBody, tools: ToolSet | None, client: Client
-) -> tuple[CallInputs, WireFormat]:
-    """Raises HttpError."""
+) -> tuple[CallInputs, WireFormat, Told]:
+    """Also what the template was told. Raises HttpError."""
     length_name, max_tokens = _length(body)
     if body.top_logprobs and not body.logprobs:
         raise HttpError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
@@ -147,9 +150,11 @@ async def _prepare(
         priority=body.priority,
         cache_salt=cache_salt(body),
         no_store=bool(body.no_store),
+        return_cache_report=bool(body.return_cache_report),
     )
+    told = told_of(service, conversation)
     try:
-        return await service.prepare(call, client.caller), opened.wire_format
+        return await service.prepare(call, client.caller), opened.wire_format, told
     except RequestError as exc:
         raise in_names(exc, Dialect.OPENAI, {**NAMES, "max_new_tokens": length_name}) from exc
 

@@ -26,6 +26,7 @@ from mooli.server.openai import (
     answer,
     cache_salt,
     finish_fields,
+    inquiry_of,
     refuse_unsupported,
     require_tokenizer,
     sampling_params,
@@ -58,6 +59,7 @@ async def completions(service: Service, request: Incoming) -> Reply | EventStrea
     inputs = await _prepare(service, body, request.client)
     texts = await _echoed(service, tokenizer, body, inputs) if body.echo else None
     shape = AnswerShape.of(service, body, has_logprobs=body.logprobs is not None)
+    shape = replace(shape, inquiry=await inquiry_of(service, body, inputs, request.client))
     is_text = _given_texts(body) is not None
     del request, body
 
@@ -107,6 +109,7 @@ async def _prepare(service: Service, body: CompletionBody, client: Client) -> Ca
         priority=body.priority,
         cache_salt=cache_salt(body),
         no_store=bool(body.no_store),
+        return_cache_report=bool(body.return_cache_report),
     )
     inputs = await service.prepare(call, client.caller)
     if limit is not None:

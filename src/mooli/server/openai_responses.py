@@ -24,14 +24,16 @@ from typing import Any
 import msgspec
 
 from mooli.errors import BusyError, ContextLengthError
+from mooli.frontend.cache_report import Inquiry
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part, PartReader, WireFormat, parser_for
 from mooli.server import responses_kept
-from mooli.server.conversation import Conversation, OpenedConversation, open_conversation, prompt_ids
+from mooli.server.cache_diagnostics import openai_diagnostics
+from mooli.server.conversation import Conversation, OpenedConversation, open_conversation, prompt_ids, told_of
 from mooli.server.errors import CONTEXT_LENGTH_EXCEEDED, is_for_client, problem_of
 from mooli.server.json_body import check_count
-from mooli.server.openai import require_tokenizer
+from mooli.server.openai import comparison_id, require_tokenizer
 from mooli.server.openai_chat import chat_logprobs, effort_arguments
 from mooli.server.responses_events import ResponseWriter
 from mooli.server.responses_items import CalledTool, Item, read_messages, read_tools, without_oldest
@@ -89,6 +91,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     metadata: Any = None
     max_tool_calls: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: dict[str, Any] | None = None
     safety_identifier: Any = None
     user: Any = None
     # Extensions, as chats have them
@@ -179,9 +182,11 @@ async def _conversation(service: Service, request: Incoming) -> tuple[Conversati
     return conversation, offered.called
 
 
-async def _open(service: Service, body: ResponsesBody, conversation: Conversation) -> OpenedConversation:
-    """With `truncation` "auto" a conversation that is too long loses its oldest turns, so many that an answer has some
-    room. Raises as `open_conversation`."""
+async def _open(
+    service: Service, body: ResponsesBody, conversation: Conversation
+) -> tuple[OpenedConversation, Conversation]:
+    """Also the conversation as it was opened. With `truncation` "auto" one that is too long loses its oldest turns, so
+    many that an answer has some room. Raises as `open_conversation`."""
     params, context_length = {**_sampling(body), "n": 1}, service.facts.context_length
     for _ in range(MAX_CUTS if body.truncation == "auto" else 0):
         try:
@@ -190,19 +195,19 @@ async def _open(service: Service, body: ResponsesBody, conversation: Conversatio
         except ContextLengthError as exc:
             num_tokens = exc.prompt_tokens or 2 * context_length
         if num_tokens < context_length:
-            return opened
+            return opened, conversation
         shorter = without_oldest(conversation.messages, 1 - (1 - ROOM) * context_length / num_tokens)
         if shorter is None:
             break
         conversation = replace(conversation, messages=shorter)
-    return await open_conversation(service, conversation, params)
+    return await open_conversation(service, conversation, params), conversation
 
 
 async def create_response(service: Service, request: Incoming) -> Reply | EventStream:
     """Raises HttpError for a request that is wrong, RequestError, and what `Call.changes` raises."""
     body: ResponsesBody = request.body
     conversation, called = await _conversation(service, request)
-    opened = await _open(service, body, conversation)
+    opened, conversation = await _open(service, body, conversation)
     response_id = f"resp_{uuid.uuid4().hex}"
     call = GenerateCall(
         input_ids=opened.input_ids,
@@ -213,8 +218,18 @@ async def create_response(service: Service, request: Incoming) -> Reply | EventS
         rid=response_id,
         priority=body.priority,
         cache_salt=body.cache_salt,
+        return_cache_report=body.prompt_cache_options is not None,
     )
     inputs = await service.prepare(call, request.client.caller)
+    inquiry = None
+    if body.prompt_cache_options is not None:
+        inquiry = await service.inquire(
+            inputs,
+            request.client.caller,
+            told_of(service, conversation),
+            model=body.model,
+            previous_id=comparison_id(body.prompt_cache_options),
+        )
     as_summary = bool((body.reasoning or {}).get("summary") or (body.reasoning or {}).get("generate_summary"))
     writer = ResponseWriter(response_id, _echo(service, body, inputs), called, as_summary=as_summary)
     has_logprobs, wire_format, keep = body.has_logprobs, opened.wire_format, None
@@ -222,11 +237,11 @@ async def create_response(service: Service, request: Incoming) -> Reply | EventS
         keep = keeper(service, request.client, response_id, body.input, body.previous_response_id)
     del request, body, conversation, opened, call
     if inputs.is_stream:
-        return EventStream(_events(service, inputs, wire_format, writer, has_logprobs, keep))
+        return EventStream(_events(service, inputs, wire_format, writer, has_logprobs, keep, inquiry))
     with service.start(inputs, wire_format=wire_format) as answering:
         await answering.wait()
         answering.generations[0].raise_if_failed()
-        answer = _Answer(service, answering.generations[0], wire_format, writer, has_logprobs)
+        answer = _Answer(service, answering.generations[0], wire_format, writer, has_logprobs, inquiry)
         await answer.read()
         if keep is not None:
             keep(writer.response)
@@ -279,9 +294,15 @@ def _echo(service: Service, body: ResponsesBody, inputs: CallInputs) -> dict[str
         "service_tier": "default",
         "metadata": body.metadata or {},
         "prompt_cache_key": body.prompt_cache_key,
+        **({} if body.prompt_cache_options is None else {"prompt_cache_options": _cache_options(body)}),
         "safety_identifier": body.safety_identifier,
         "user": body.user,
     }
+
+
+def _cache_options(body: ResponsesBody) -> dict[str, Any]:
+    """As the API repeats them; how long anything is kept is the cache's own affair."""
+    return {"mode": "implicit", "ttl": "30m", **(body.prompt_cache_options or {})}
 
 
 async def _events(
@@ -291,11 +312,12 @@ async def _events(
     writer: ResponseWriter,
     has_logprobs: bool,
     keep: Keep | None,
+    inquiry: Inquiry | None,
 ) -> AsyncIterator[bytes]:
     """The stream begins with the first token: an error until then has a status of its own, one after that is an event
     of this API."""
     with service.start(inputs, wire_format=wire_format) as call:
-        answer = _Answer(service, call.generations[0], wire_format, writer, has_logprobs)
+        answer = _Answer(service, call.generations[0], wire_format, writer, has_logprobs, inquiry)
         try:
             async for _ in call.changes():
                 call.generations[0].raise_if_failed()
@@ -328,7 +350,9 @@ class _Answer:
         wire_format: WireFormat,
         writer: ResponseWriter,
         has_logprobs: bool,
+        inquiry: Inquiry | None,
     ) -> None:
+        self._inquiry = inquiry
         self._tokenizer = require_tokenizer(service)
         parser = parser_for(wire_format, generation.request, self._tokenizer)
         self._reader = PartReader(generation, parser, stream_interval=service.engine_config.stream_interval)
@@ -346,6 +370,9 @@ class _Answer:
         """Write what is new. Raises HttpError for a sequence ended from outside: the API has no word for that."""
         for part in self._reader.take():
             if part.kind == "begin":
+                if self._inquiry is not None:
+                    found = openai_diagnostics(self._inquiry, self._generation)
+                    self._writer.repeat(prompt_cache_diagnostics=found)
                 self._writer.begin()
                 self.has_begun = True
             elif part.kind == "end":
@@ -353,6 +380,9 @@ class _Answer:
                 if finish is None or finish.type in ("abort", "error"):
                     message = None if finish is None else finish.message
                     raise HttpError(503, message or "The request was aborted.")
+                if self._inquiry is not None:
+                    has_reasoned = self._reader.num_reasoning_tokens > 0
+                    self._inquiry.report(self._generation, has_reasoned=has_reasoned)
                 self._writer.end(self._usage(), is_cut=finish.type == "length")
             else:
                 self._writer.add(part, await self._logprobs(part))
@@ -380,8 +410,10 @@ class _Answer:
         generation = self._generation
         return {
             "input_tokens": generation.prompt_tokens,
-            # Everything computed is cached, at no price.
-            "input_tokens_details": {"cached_tokens": generation.cached_tokens, "cache_write_tokens": 0},
+            "input_tokens_details": {
+                "cached_tokens": generation.cached_tokens,
+                "cache_write_tokens": generation.written_tokens,
+            },
             "output_tokens": len(generation.output_ids),
             "output_tokens_details": {"reasoning_tokens": self._reader.num_reasoning_tokens},
             "total_tokens": generation.prompt_tokens + len(generation.output_ids),

@@ -55,6 +55,10 @@ class ResponseWriter:
         events, self._events = self._events, []
         return events
 
+    def repeat(self, **fields: Any) -> None:
+        """What else each `response` says from here on."""
+        self._echo = {**self._echo, **fields}
+
     def begin(self) -> None:
         for kind in ("response.created", "response.in_progress"):
             self._tell(kind, "in_progress", None)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from mooli.config import EngineConfig
 from mooli.engine.facts import EngineFacts
 from mooli.errors import KeyBusyError, QueueFullError, RequestError
+from mooli.frontend.cache_report import Asked, CacheExplainer, Inquiry, Told
 from mooli.frontend.call import Call, Listener
 from mooli.frontend.chat_encoding import encode_chat
 from mooli.frontend.generation import Generation, generations_of
@@ -108,6 +109,8 @@ class Service:
         )
         self.own_answers = None if tokenizer is None or engine_config.disable_radix_cache else OwnAnswers(tokenizer)
         """Of conversations, for their next turns; None where nothing is found again anyway."""
+        self.explainer = CacheExplainer(tokenizer, self.rules.namespace)
+        """Says of a request that asks what the cache had of it."""
         self.responses = ResponseStore(config.response_store_bytes) if config.enable_response_store else None
         """What was answered, for clients that ask again; None: nothing is kept."""
         self.batches = batches
@@ -183,6 +186,22 @@ class Service:
         """Whose conversations share what is computed for them, in the cache and in `own_answers`. None for one in the
         background, whose answers are not to depend on what was answered before."""
         return None if caller.is_background else self.rules.namespace_of(cache_salt, caller.tenant)
+
+    async def inquire(
+        self,
+        inputs: CallInputs,
+        caller: Caller,
+        told: Told | None = None,
+        *,
+        model: str | None = None,
+        previous_id: str | None = None,
+    ) -> Inquiry:
+        """What is to be told of the first request of a call, which asks for it. told: its conversation. previous_id: of
+        the request that it goes on; without one, that of the same conversation is looked for."""
+        request = inputs.requests[0]
+        asked = Asked(request.rid, request.namespace, caller.tenant, model or self.model_name, previous_id)
+        num = 0 if told is None else num_chars((told.messages, told.template_arguments))
+        return await self.text_threads.run(num, lambda: self.explainer.inquire(asked, len(request.prompt_ids), told))
 
     def chat_sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Sampling parameters of a chat: those given over the model's own; what the operator prefers goes between."""

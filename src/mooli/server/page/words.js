@@ -78,7 +78,8 @@ export const WORDS = {
   as_read: ["The prompt as the model read it", "模型读到的提示"],
   as_read_hint: ["Shaded: computed before, taken from the cache.", "带底色部分：此前已计算，取自缓存。"],
   cached_part: ["From the cache: {0} %", "来自缓存：{0} %"],
-  miss_new: ["New from here: nobody asked this before, or it was evicted.", "此处起为新内容：此前无人请求，或已被淘汰。"],
+  miss_new: ["New from here: it is not known that anybody asked this before.", "此处起为新内容：此前未见相同请求。"],
+  miss_gone: ["Known before, and evicted for want of room, from token {0} on.", "自第 {0} 个词元起此前已缓存，因空间不足被淘汰。"],
   miss_diverged: ["Earlier requests went on differently after token {0}.", "之前的请求在第 {0} 个词元后内容不同。"],
   miss_namespace: ["Nothing is cached yet for this key or salt.", "此密钥或盐值下尚无缓存。"],
   miss_held: ["Held back: log-probabilities of the prompt were asked for.", "未使用缓存：请求了提示的对数概率。"],
@@ -241,6 +242,6 @@ export function span(seconds) {
 /** Why no more of a prompt was found, in words. miss: {reason, tokens} of the engine, or null. */
 export function missWords(miss) {
   if (!miss) return t("miss_none");
-  const names = { new: "miss_new", diverged: "miss_diverged", namespace: "miss_namespace", "held back": "miss_held", disabled: "miss_disabled" };
+  const names = { new: "miss_new", evicted: "miss_gone", diverged: "miss_diverged", namespace: "miss_namespace", "held back": "miss_held", disabled: "miss_disabled" };
   return names[miss.reason] ? t(names[miss.reason], num(miss.tokens)) : miss.reason;
 }
