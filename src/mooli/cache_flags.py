@@ -48,8 +48,19 @@ def _add_rm_args(parser: argparse.ArgumentParser) -> None:
     _add_dir(parser)
 
 
+def _add_diff_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", metavar="A.json", help="The body of a chat request, of any API; - is standard input.")
+    parser.add_argument("second", metavar="B.json", help="That of a later one.")
+    parser.add_argument("--model", default="demo", help="Whose template and tokenizer. Default: demo.")
+    parser.add_argument("--chat-template", metavar="FILE", help="Another template. Default: the model's.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+
 CACHE_COMMANDS = {
     "ls": CacheCommand("what of prompts is kept on disk", _add_ls_args, "mooli.cache.store.command:ls"),
     "verify": CacheCommand("read all of it and check it", _add_verify_args, "mooli.cache.store.command:check"),
     "rm": CacheCommand("remove it", _add_rm_args, "mooli.cache.store.command:rm"),
+    "diff": CacheCommand(
+        "what of one request's prompt is lost in another, and why", _add_diff_args, "mooli.cache_diff:run_diff"
+    ),
 }

@@ -315,7 +315,7 @@ _COMMANDS = {
         "mooli.backends.ascend.command:run_selftest_command",
     ),
     "cache": _Command(
-        "what of prompts is kept on disk: which, whether it is right, and away with it",
+        "what of prompts is kept on disk, whether it is right, away with it; why a prompt was not found",
         _flags("mooli.cache_flags:add_cache_args"),
         f"{__name__}:_cache",
     ),
