@@ -21,7 +21,16 @@ from mooli.models.config import ModelConfig, TensorSpec
 from mooli.models.experts import SharedMLP, SparseMLP
 from mooli.models.family import Family
 from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, short
-from mooli.models.layers import ALWAYS_PAIRS, MLP, PAIRS_IN_GGUF, GatedMLP, Tensors, norm_tensors, vocabulary_tensors
+from mooli.models.layers import (
+    ALWAYS_PAIRS,
+    MLP,
+    PAIRS_IN_GGUF,
+    GatedMLP,
+    Pairs,
+    Tensors,
+    norm_tensors,
+    vocabulary_tensors,
+)
 from mooli.models.mla import LatentAttention, LatentHeads
 from mooli.models.packer import Packer
 from mooli.models.qwen_moe import shared_tensors
@@ -266,7 +275,7 @@ def _dense(fields: Fields, num_layers: int) -> tuple[int, ...]:
     return tuple(range(min(fields.integer("first_k_dense_replace", 0), num_layers)))
 
 
-def _pairs(fields: Fields) -> mla.Pairs:
+def _pairs(fields: Fields) -> Pairs:
     return ALWAYS_PAIRS if fields.flag("rope_interleave", True) else PAIRS_IN_GGUF
 
 

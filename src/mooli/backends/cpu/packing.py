@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from mooli import _native
+import mooli._native as _native
 from mooli.backends.base import Activation, CacheSpec, PagedLayer
 from mooli.backends.latent import LatentLayer, LatentSpec
 from mooli.backends.sizes import ITEM_BYTES, Sizes
