@@ -53,6 +53,75 @@ CASES: dict[str, Case] = {
             "logit_scale": 3.0,
         },
     ),
+    "glm4_moe": Case(
+        transformers.Glm4MoeConfig(
+            **SIZES,
+            head_dim=32,
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_shared_experts=2,
+            routed_scaling_factor=1.5,
+            attention_bias=True,
+            use_qk_norm=True,
+        ),
+        gguf.MODEL_ARCH.GLM4_MOE,
+        {
+            "block_count": 4,
+            "nextn_predict_layers": 1,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.key_length": 32,
+            "attention.value_length": 32,
+            "rope.dimension_count": 16,
+            "leading_dense_block_count": 1,
+            "expert_feed_forward_length": 32,
+            "expert_shared_count": 2,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 1.5,
+        },
+    ),
+    "glm4_moe, groups": Case(
+        transformers.Glm4MoeConfig(
+            **SIZES,
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_group=4,
+            topk_group=2,
+            norm_topk_prob=False,
+            first_k_dense_replace=2,
+        ),
+        gguf.MODEL_ARCH.GLM4_MOE,
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.dimension_count": 8,
+            "leading_dense_block_count": 2,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 32,
+            "expert_shared_count": 1,
+            "expert_weights_norm": False,
+            "expert_group_count": 4,
+            "expert_group_used_count": 2,
+        },
+    ),
+    "minimax_m2": Case(
+        transformers.MiniMaxM2Config(
+            **SIZES, head_dim=32, intermediate_size=32, num_local_experts=8, num_experts_per_tok=3, rotary_dim=16
+        ),
+        gguf.MODEL_ARCH.MINIMAXM2,
+        {
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "attention.key_length": 32,
+            "attention.value_length": 32,
+            "rope.dimension_count": 16,
+            "rope.freq_base": 5e6,
+            "expert_feed_forward_length": 32,
+            "expert_gating_func": 2,
+        },
+    ),
     "lfm2_moe": Case(
         transformers.Lfm2MoeConfig(
             **SIZES,
@@ -151,6 +220,8 @@ def converted(name: str, tensors: Tensors) -> Iterator[tuple[str, NDArray[np.flo
                 yield stem, np.split(values, 2, axis=1)[part]
         else:
             yield key, values
+    if name == "glm4_moe":  # a layer that guesses tokens ahead
+        yield "model.layers.3.eh_proj.weight", np.zeros((64, 128), np.float32)
 
 
 @pytest.mark.parametrize("backend_name", ["reference", "cpu"])
@@ -181,6 +252,9 @@ def test_ernie_divides_weights_by_no_less_than_its_minimum(tmp_path: Path) -> No
     ("name", "change", "message"),
     [
         ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
+        ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=false"),
+        ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type 'per_head'"),
+        ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
         ("hunyuan_v1_moe", {"moe_intermediate_size": [96, 96, 32]}, "layers with different moe_intermediate_size"),
         ("hunyuan_v1_moe", {"moe_intermediate_size": 64}, "moe_intermediate_size 64 is not implemented"),
         ("hunyuan_v1_moe", {"num_shared_expert": [2, 2, 2]}, "num_shared_expert"),

@@ -16,6 +16,7 @@ from mooli.models import (
     gemma,
     gemma2,
     glm,
+    glm4_moe,
     gpt_oss,
     granite,
     hunyuan,
@@ -24,6 +25,7 @@ from mooli.models import (
     llama,
     minicpm,
     minicpm3,
+    minimax,
     ministral,
     olmo,
     pangu,
@@ -75,6 +77,8 @@ FAMILIES: dict[str, Family] = {
         qwen_moe.QWEN2_MOE,
         qwen_moe.MIXTRAL,
         gpt_oss.GPT_OSS,
+        glm4_moe.GLM4_MOE,
+        minimax.MINIMAX_M2,
     )
 }
 """By the name that `ModelConfig.family` has."""
