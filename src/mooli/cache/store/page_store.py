@@ -11,6 +11,7 @@ others may take as long as a disk does. Readers do not wait for a writer.
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import threading
 import time
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mooli.cache.store import segments
-from mooli.cache.store.files import Files
+from mooli.cache.store.encryption import EXTRA_BYTES, PageKeys
+from mooli.cache.store.files import Buffer, Files
 from mooli.cache.store.folder import LOCK, Limits, Lock, open_folder, room_name, writer_of
 from mooli.cache.store.index import PageEntry, PageIndex, Place
 from mooli.cache.store.layout import DIGEST_BYTES, Body, PageShape
@@ -43,7 +45,7 @@ class StoredPage(NamedTuple):
 
     digest: 32 bytes, of the tokens up to its end. parent: the digest of the page before it; of a first page, whatever
     32 bytes its digest begins from. position: in its chain, from 0. tokens: of the page, 4 bytes each, as they are
-    compared. payload: the bytes of the page.
+    compared. payload: the bytes of the page. owner: where pages are encrypted, whose key this one gets.
     """
 
     digest: bytes
@@ -51,6 +53,7 @@ class StoredPage(NamedTuple):
     position: int
     tokens: bytes
     payload: bytes | memoryview
+    owner: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +87,16 @@ class PageStore:
         limits: Limits,
         *,
         ingredients: Mapping[str, Any],
+        keys: PageKeys | None,
         files: Files,
         clock: Callable[[], float],
     ) -> None:
+        """shape: of what is written, so that of encrypted pages where there are keys."""
         self.folder = folder
         self.room = folder / room_name(shape.namespace)
         self._shape = shape
+        self._keys = keys
+        self._page_bytes = shape.page_bytes - (EXTRA_BYTES if keys is not None else 0)
         self._limits = limits
         self._files = files
         self._clock = clock
@@ -130,6 +137,7 @@ class PageStore:
         min_free_bytes: int = 0,
         ttl_s: float | None = None,
         ingredients: Mapping[str, Any] | None = None,
+        keys: PageKeys | None = None,
         files: Files | None = None,
         clock: Callable[[], float] = time.time,
     ) -> PageStore:
@@ -137,8 +145,9 @@ class PageStore:
 
         max_bytes: of all namespaces in the folder together. min_free_bytes: of its disk, left for others. ttl_s: how
         long a page is kept after its last use; None: for ever. ingredients: what the namespace was made of, in words,
-        for who looks at the files. One process writes to a namespace; another reads what that has finished, and takes
-        over when it ends. Raises StoreError where the folder cannot be used.
+        for who looks at the files. keys: pages are encrypted by these; those of other keys, or of none, are another
+        namespace. One process writes to a namespace; another reads what that has finished, and takes over when it
+        ends. Raises StoreError where the folder cannot be used.
         """
         if len(namespace) != DIGEST_BYTES:
             raise StoreError(f"a namespace has {DIGEST_BYTES} bytes, not {len(namespace)}")
@@ -148,9 +157,14 @@ class PageStore:
             raise StoreError(f"pages cannot be kept for {ttl_s} s: give more than 0, or None for ever")
         files = files or Files()
         limits = Limits(max_bytes, min_free_bytes, ttl_s)
+        ingredients = dict(ingredients or {})
         shape = PageShape(namespace, page_tokens, page_bytes)
+        if keys is not None:
+            namespace = hashlib.sha256(namespace + keys.fingerprint).digest()
+            shape = PageShape(namespace, page_tokens, page_bytes + EXTRA_BYTES)
+            ingredients["encryption"] = "AES-256-GCM"
         folder = directory.absolute()
-        store = cls(folder, shape, limits, ingredients=dict(ingredients or {}), files=files, clock=clock)
+        store = cls(folder, shape, limits, ingredients=ingredients, keys=keys, files=files, clock=clock)
         if not store._segments.slots:
             raise StoreError(
                 f"a KV cache on disk of {max_bytes} bytes holds no page of {page_bytes} bytes. Allow more, or turn it"
@@ -239,11 +253,11 @@ class PageStore:
             logger.warning(message, *args)
 
     # -- reading -------------------------------------------------------------------------------------------------------
-    def read(self, digests: Sequence[bytes], tokens: Sequence[bytes]) -> list[memoryview]:
+    def read(self, digests: Sequence[bytes], tokens: Sequence[bytes], *, owner: bytes = b"") -> list[memoryview]:
         """The payloads of the leading run of a chain, up to the first that cannot be had as it was written.
 
-        tokens: of each page, as they were stored. Takes memory for all of it: ask for a long chain in parts. A part
-        need not begin with the first page of a chain.
+        tokens: of each page, as they were stored. owner: of all of them, likewise. Takes memory for all of it: ask for
+        a long chain in parts. A part need not begin with the first page of a chain.
         """
         with self._memory_lock:
             found = self._index.leading(digests[: len(tokens)], self._oldest_use())
@@ -262,11 +276,11 @@ class PageStore:
                     self._count(pages_wrong=len(piece.wanted))
                     self._drop(found[len(payloads) : len(payloads) + len(piece.wanted)])
                 break
-            good = self._check(found, len(payloads), piece, bodies, tokens)
+            good = self._check(found, len(payloads), piece, bodies, tokens, owner)
             payloads += good
             if len(good) < len(bodies):
                 break
-        self._count(pages_read=len(payloads), bytes_read=len(payloads) * self._shape.page_bytes)
+        self._count(pages_read=len(payloads), bytes_read=len(payloads) * self._page_bytes)
         return payloads
 
     def _check(
@@ -276,6 +290,7 @@ class PageStore:
         piece: segments.Piece,
         bodies: Sequence[Body | None],
         tokens: Sequence[bytes],
+        owner: bytes,
     ) -> list[memoryview]:
         """The payloads up to the first that is not right."""
         good: list[memoryview] = []
@@ -287,11 +302,31 @@ class PageStore:
                     self._tell("wrong", "a page of %s is not what was written, and is left out", piece.segment.path)
                     self._drop([entry], is_bad=True)
                 break
-            if body.tokens != tokens[number]:
-                self._tell("tokens", "a page of %s has other tokens than its digest says", piece.segment.path)
+            found_tokens, payload = self._opened(body, owner)
+            if found_tokens is None or bytes(found_tokens) != tokens[number]:
+                self._tell("tokens", "a page of %s has other tokens, or another owner", piece.segment.path)
                 break
-            good.append(body.payload)
+            good.append(payload)
         return good
+
+    def _opened(self, body: Body, owner: bytes) -> tuple[memoryview | None, memoryview]:
+        """Tokens and payload; no tokens where they are encrypted for somebody else."""
+        if self._keys is None:
+            return body.tokens, body.payload
+        plain = self._keys.unseal(owner, body.head.digest, b"".join((body.tokens, body.payload)))
+        if plain is None:
+            return None, memoryview(b"")
+        cut = self._shape.token_bytes
+        return memoryview(plain)[:cut], memoryview(plain)[cut:]
+
+    def _closed(self, page: StoredPage) -> tuple[Buffer, Buffer]:
+        """What is written of tokens and payload."""
+        payload = memoryview(page.payload).cast("B")
+        if self._keys is None:
+            return page.tokens, payload
+        sealed = memoryview(self._keys.seal(page.owner, page.digest, b"".join((page.tokens, payload))))
+        cut = self._shape.token_bytes
+        return sealed[:cut], sealed[cut:]
 
     # -- adding --------------------------------------------------------------------------------------------------------
     def append(self, pages: Sequence[StoredPage]) -> int:
@@ -321,9 +356,9 @@ class PageStore:
         num_bytes = memoryview(page.payload).nbytes
         if len(page.digest) != DIGEST_BYTES or len(page.parent) != DIGEST_BYTES or page.position < 0:
             raise StoreError("a page has a digest of 32 bytes, that of the page before it, and a place in its chain")
-        if len(page.tokens) != self._shape.token_bytes or num_bytes != self._shape.page_bytes:
+        if len(page.tokens) != self._shape.token_bytes or num_bytes != self._page_bytes:
             raise StoreError(
-                f"a page of this store has {self._shape.token_bytes} bytes of tokens and {self._shape.page_bytes} of"
+                f"a page of this store has {self._shape.token_bytes} bytes of tokens and {self._page_bytes} of"
                 f" payload, not {len(page.tokens)} and {num_bytes}"
             )
 
@@ -337,7 +372,7 @@ class PageStore:
                 self._count(pages_refused=1)
                 continue
             entry = PageEntry(page.digest, page.parent, page.position, now, now)
-            slot = writer.write(entry, page.tokens, memoryview(page.payload).cast("B"))
+            slot = writer.write(entry, *self._closed(page))
             with self._memory_lock:
                 is_added = self._index.add(entry, writer.entry, slot)
             written += is_added

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mooli.cache.store import layout
-from mooli.cache.store.files import Files, opened, read_all, write_all
+from mooli.cache.store.files import Buffer, Files, opened, read_all, write_all
 from mooli.cache.store.folder import INDEX, NEW, is_ours
 from mooli.cache.store.index import PageEntry, SegmentEntry
 from mooli.cache.store.layout import HEAD_BYTES, Header, Listed, PageShape
@@ -89,7 +89,7 @@ class SegmentWriter:
     def num_left(self) -> int:
         return self.slots - self.entry.num_used
 
-    def write(self, page: PageEntry, tokens: bytes | memoryview, payload: bytes | memoryview) -> int:
+    def write(self, page: PageEntry, tokens: Buffer, payload: Buffer) -> int:
         """The slot of the page. One that fails part of the way is lost."""
         slot = self.entry.num_used
         offset = self.entry.start + slot * self._shape.record_bytes
