@@ -138,6 +138,43 @@ def test_processes_that_are_killed_lose_nothing_that_was_appended(tmp_path: Path
     assert done.stdout == "30 killed\n"
 
 
+def test_a_torn_end_is_cut_at_the_next_start(folder: Path) -> None:
+    """Also where a machine has stopped, and what was written first has not come to the disk."""
+    pages = chain("a", 8)
+    files = DyingFiles(None)
+    store = open_store(folder, files=files)
+    store.append(pages)
+    files.bury()
+    (path,) = folder.rglob("*.pages")
+    data = path.read_bytes()
+    for page, start in ((pages[7], 0), (pages[6], 100)):
+        at = data.index(page.payload) + start
+        data = data[:at] + bytes(50) + data[at + 50 :]
+        path.write_bytes(data)
+    with open_store(folder) as store:
+        assert store.stats.num_pages == 6, "before anything is read"
+        assert store.append(pages) == 2 and found(store, pages) == 8
+    with open_store(folder) as store:
+        assert found(store, pages) == 8
+
+
+def test_what_a_disk_does_not_sync_is_used_no_more(folder: Path) -> None:
+    class Unsynced(QuickFiles):
+        def sync(self, descriptor: int) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with open_store(folder) as store:
+        store.append(CHAINS[0])
+    with open_store(folder, files=Unsynced()) as store:
+        count = store.append(CHAINS[1])
+        assert count and found(store, CHAINS[1]) == len(CHAINS[1])
+        store.flush()
+        assert store.stats.fault is not None and not store.stats.is_writer
+        assert found(store, CHAINS[1]) == 0
+        assert store.append(CHAINS[2]) == 0
+    assert not list(folder.rglob("*.pages"))
+
+
 def damage(data: bytes, draw: random.Random) -> bytes:
     at = draw.randrange(len(data))
     kind = draw.randrange(5)
