@@ -187,6 +187,26 @@ def test_a_page_that_nobody_uses_expires_with_its_bytes(folder: Path) -> None:
         assert found(store, used) == 0
 
 
+def test_uses_outlive_a_close_and_come_to_the_disk_now_and_then(folder: Path) -> None:
+    now = [1000.0]
+    pages = chain("a", 30)
+    with open_store(folder, ttl_s=2000.0, clock=lambda: now[0]) as store:
+        store.append(pages)
+    store = open_store(folder, ttl_s=2000.0, clock=lambda: now[0])
+    now[0] += 700
+    store.touch(digests(pages))
+    store.flush()
+    _die(store)
+    now[0] += 1500
+    with open_store(folder, ttl_s=2000.0, clock=lambda: now[0]) as store:
+        assert store.leading(digests(pages)) == 30, "used 1,500 s ago, and written 2,200 s ago"
+        now[0] += 400
+        store.touch(digests(pages))
+    now[0] += 1900
+    with open_store(folder, ttl_s=2000.0, clock=lambda: now[0]) as store:
+        assert store.leading(digests(pages)) == 30
+
+
 def test_namespaces_are_apart_and_those_nobody_writes_go_first(folder: Path) -> None:
     budget = 200_000
     other = bytes(reversed(NAMESPACE))

@@ -69,7 +69,7 @@ def _folder(args: argparse.Namespace) -> Path:
 def _row(one: KeptPages) -> Sequence[str]:
     changed = "" if one.changed is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(one.changed))
     state = f"process {one.writer} writes" if one.writer is not None else ""
-    return one.name[:12], one.model, f"{one.num_pages:,}", f"{one.num_bytes / 1e6:,.1f} MB", changed, state
+    return one.name[:12], one.model[:40], f"{one.num_pages:,}", f"{one.num_bytes / 1e6:,.1f} MB", changed, state
 
 
 def _agrees(name: str, folder: Path) -> bool:

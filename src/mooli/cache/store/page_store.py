@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 30.0
 """After which one that may only read looks what the writer has added, and whether it has ended."""
 
+_SAVE_USES_S = 600.0
+"""Between two times that the disk is told when pages were last used. A process that is killed forgets as much."""
+
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What says nothing of the file: another time it may go well."""
@@ -119,7 +122,7 @@ class PageStore:
         )
         self._lock: Lock | None = None
         self._to_bury: list[Place] = []
-        self._looked = clock()
+        self._looked = self._saved = clock()
         self._fault: str | None = None
         self._told: set[str] = set()
         self._is_closed = False
@@ -422,7 +425,9 @@ class PageStore:
                     self._bury()
                     self._segments.sync()
                     self._segments.tidy()
-                    self._segments.save_uses()
+                    if self._clock() - self._saved >= _SAVE_USES_S:
+                        self._saved = self._clock()
+                        self._segments.save_uses()
                 except OSError as exc:
                     self._stop_writing(exc)
 
