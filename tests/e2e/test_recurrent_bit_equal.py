@@ -66,6 +66,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 32,
     },
+    "granite 4": {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "shared_intermediate_size": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 
 

@@ -39,18 +39,55 @@ GRANITE = {
     "attention_multiplier": 0.3,
     "logits_scaling": 3.0,
 }
+GRANITE_KEYS: dict[str, Any] = {
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "attention.scale": 0.3,
+    "embedding_scale": 12.0,
+    "residual_scale": 0.22,
+    "logit_scale": 3.0,
+}
+MAMBA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "intermediate_size": 96,
+    "shared_intermediate_size": 80,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+}
+MAMBA_KEYS: dict[str, Any] = {
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 16,
+    "ssm.group_count": 1,
+    "ssm.inner_size": 128,
+    "ssm.time_step_rank": 8,
+    "rope.scaling.finetuned": False,
+    "expert_shared_feed_forward_length": 80,
+}
 CASES: dict[str, Case] = {
     "granitemoe": Case(
         transformers.GraniteMoeConfig(
             **SIZES, **GRANITE, intermediate_size=96, num_local_experts=8, num_experts_per_tok=3, rms_norm_eps=1e-3
         ),
         gguf.MODEL_ARCH.GRANITE_MOE,
+        {**GRANITE_KEYS, "attention.layer_norm_rms_epsilon": 1e-3},
+    ),
+    "granite 4": Case(
+        transformers.GraniteMoeHybridConfig(**SIZES, **GRANITE, **MAMBA, num_local_experts=8, num_experts_per_tok=3),
+        gguf.MODEL_ARCH.GRANITE_HYBRID,
+        {**GRANITE_KEYS, **MAMBA_KEYS},
+    ),
+    "granite 4, dense and rotated": Case(
+        transformers.GraniteMoeHybridConfig(
+            **SIZES, **GRANITE, **MAMBA, num_local_experts=0, position_embedding_type="rope"
+        ),
+        gguf.MODEL_ARCH.GRANITE_HYBRID,
         {
-            "attention.layer_norm_rms_epsilon": 1e-3,
-            "attention.scale": 0.3,
-            "embedding_scale": 12.0,
-            "residual_scale": 0.22,
-            "logit_scale": 3.0,
+            **GRANITE_KEYS,
+            **MAMBA_KEYS,
+            "expert_count": 0,
+            "expert_used_count": 0,
+            "feed_forward_length": 80,
+            "rope.scaling.finetuned": True,
         },
     ),
     "glm4_moe": Case(
@@ -212,6 +249,10 @@ def converted(name: str, tensors: Tensors) -> Iterator[tuple[str, NDArray[np.flo
             yield (f"{key}.bias" if key.endswith("expert_bias") else key.replace("_bias", ".bias")), values.ravel()
         elif ".feed_forward.experts." in key:
             yield key.replace("feed_forward", "block_sparse_moe"), values
+        elif ".mamba." in key:
+            yield from converted_mamba(key, values)
+        elif ".shared_mlp." in key:
+            yield from converted_shared(key, values, has_experts=name == "granite 4")
         elif key.endswith("conv.conv.weight"):
             yield key, values.squeeze(1)
         elif key.endswith("input_linear.weight"):
@@ -222,6 +263,31 @@ def converted(name: str, tensors: Tensors) -> Iterator[tuple[str, NDArray[np.flo
             yield key, values
     if name == "glm4_moe":  # a layer that guesses tokens ahead
         yield "model.layers.3.eh_proj.weight", np.zeros((64, 128), np.float32)
+
+
+def converted_mamba(key: str, values: NDArray[np.float32]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Numbers of heads are columns in files, and the norm has a row for each group."""
+    if key.endswith("A_log"):
+        yield key, -np.exp(values).reshape(-1, 1)
+    elif key.endswith(".D"):
+        yield key, values.reshape(-1, 1)
+    elif key.endswith("dt_bias"):
+        yield key.replace("dt_bias", "dt_proj.bias"), values
+    elif key.endswith("norm.weight"):
+        yield key, values.reshape(1, -1)
+    else:
+        yield key, values.squeeze(1) if values.ndim == 3 else values
+
+
+def converted_shared(
+    key: str, values: NDArray[np.float32], *, has_experts: bool
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    stem = key.split("shared_mlp.")[0] + ("mlp.shared_expert." if has_experts else "mlp.")
+    if key.endswith("output_linear.weight"):
+        yield f"{stem}down_proj.weight", values
+        return
+    for projection, rows in zip(("gate_proj", "up_proj"), np.split(values, 2), strict=True):
+        yield f"{stem}{projection}.weight", rows
 
 
 @pytest.mark.parametrize("backend_name", ["reference", "cpu"])
@@ -252,6 +318,10 @@ def test_ernie_divides_weights_by_no_less_than_its_minimum(tmp_path: Path) -> No
     ("name", "change", "message"),
     [
         ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
+        ("granite 4", {"mamba_n_groups": 2}, "states in 2 groups"),
+        ("granite 4", {"mamba_proj_bias": True}, "mamba_proj_bias"),
+        ("granite 4", {"time_step_limit": [0.0, 1.0]}, "time_step_limit"),
+        ("granite 4", {"position_embedding_type": "learned"}, "position_embedding_type 'learned'"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=false"),
         ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type 'per_head'"),
         ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func 'softmax'"),

@@ -52,6 +52,9 @@ class Sizes:
         """In float32, everywhere; with zeros where there is no bias."""
         self.num_bytes += 4 * weight.num_rows * (weight.num_columns + 1)
 
+    def load_scan(self, decay: RawTensor, dt_bias: RawTensor, skip: RawTensor) -> None:
+        self.num_bytes += 4 * sum(vector.num_columns for vector in (decay, dt_bias, skip))
+
     def load_delta(self, decay: RawTensor, dt_bias: RawTensor) -> None:
         self.num_bytes += 4 * (decay.num_columns + dt_bias.num_columns)
 

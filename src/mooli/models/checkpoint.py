@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -180,13 +181,22 @@ class GGUFCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape, place = self._file.tensors[self._gguf_name(name)].shape, self._places.stacked.get(name)
-        return shape if place is None else place.shape(shape, len(self._tensors[name].shape))
+        if place is not None:
+            return place.shape(shape, len(self._tensors[name].shape))
+        return (math.prod(shape),) if self._is_vector(name, shape) else shape
+
+    def _is_vector(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Some converters write vectors as a matrix of one row or of one column."""
+        spec = self._tensors.get(name)
+        return spec is not None and len(spec.shape) == 1 and len(shape) == 2 and 1 in shape
 
     def tensor(self, name: str) -> RawTensor:
         raw = dataclasses.replace(self._file.tensor(self._gguf_name(name)), name=name)
         spec, place = self._tensors.get(name), self._places.stacked.get(name)
         if spec is not None and place is not None:
             return place.cut(raw, name, len(spec.shape))
+        if self._is_vector(name, raw.shape):
+            raw = dataclasses.replace(raw, shape=(math.prod(raw.shape),), data=raw.data.reshape(1, -1))
         return raw if spec is None else _scaled(_in_halves(raw, spec.gguf_paired_heads, spec), 0.0, spec.factor)
 
     def release(self, name: str) -> None:

@@ -14,7 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mooli.backends.base import Array, Ops
+from mooli.backends.base import Array, Ops, RopeSpec
 from mooli.backends.routing import MAX_EXPERTS, MAX_TOP_K, RouteSpec
 from mooli.errors import UnsupportedModelError
 from mooli.models import llama, rope
@@ -22,7 +22,7 @@ from mooli.models.config import TensorSpec
 from mooli.models.experts import SparseMLP
 from mooli.models.family import Family
 from mooli.models.fields import GGUFSource, HFSource, check_range
-from mooli.models.layers import MLP, PAIRS_IN_GGUF, Attention, Tensors
+from mooli.models.layers import MLP, PAIRS_IN_GGUF, Attention, Mixer, Tensors
 from mooli.models.packer import Packer
 from mooli.models.stacks import Stacked
 
@@ -54,15 +54,22 @@ class GraniteModel:
         self.config = config
         self._ops = ops
         self._eps = config.rms_norm_eps / config.residual_multiplier**2
-        spec = llama.attention_spec(config, scale=config.attention_multiplier)
+        self._spec = llama.attention_spec(config, scale=config.attention_multiplier)
         rotary = rope.rope_spec(config.head_dim, config.rope_theta, config.rope_scaling)
         self._embedding, self._head = llama.load_vocabulary(config, packer)
         self._layers = []
         for index in range(config.num_layers):
             name = f"model.layers.{index}"
-            attention = Attention.load(packer, f"{name}.self_attn", ops, spec, rotary, self._eps, qk_norm=False)
-            self._layers.append(llama.load_layer(name, attention, ops, packer, self.load_mlp(packer, name)))
+            mixer = self.load_mixer(packer, index, rotary)
+            self._layers.append(llama.load_layer(name, mixer, ops, packer, self.load_mlp(packer, name)))
         self._norm = packer.vector("model.norm.weight")
+
+    def load_mixer(self, packer: Packer, index: int, rotary: RopeSpec) -> Mixer:
+        """What layer `index` takes from other tokens by."""
+        return self.load_attention(packer, f"model.layers.{index}.self_attn", rotary)
+
+    def load_attention(self, packer: Packer, name: str, rotary: RopeSpec | None) -> Attention:
+        return Attention.load(packer, name, self._ops, self._spec, rotary, self._eps, qk_norm=False)
 
     def load_mlp(self, packer: Packer, name: str) -> MLP | None:
         """Of the layer called `name`, where it is no gated MLP."""
@@ -137,19 +144,20 @@ class GraniteMoeModel(GraniteModel):
 
 
 def _hf(source: HFSource) -> GraniteConfig:
-    return GraniteConfig(**_read_hf(source, mlp_bias=source.fields.flag("mlp_bias")))
+    return GraniteConfig(**read_hf(source, mlp_bias=source.fields.flag("mlp_bias")))
 
 
 def _hf_moe(source: HFSource) -> GraniteMoeConfig:
     fields = source.fields
     num_experts = fields.optional_integer("num_experts") or fields.integer("num_local_experts", 8)
-    return GraniteMoeConfig(**_read_hf(source), num_experts=num_experts, top_k=fields.integer("num_experts_per_tok", 2))
+    return GraniteMoeConfig(**read_hf(source), num_experts=num_experts, top_k=fields.integer("num_experts_per_tok", 2))
 
 
-def _read_hf(source: HFSource, **own: Any) -> dict[str, Any]:
+def read_hf(source: HFSource, **own: Any) -> dict[str, Any]:
+    """What all of the family read of a config.json alike."""
     fields, bias = source.fields, source.fields.flag("attention_bias")
     common = source.common(max_position_embeddings=2048, bos_id=1, eos_id=2)
-    multipliers: dict[str, Any] = {name: fields.number(name, 1.0) for name in _MULTIPLIERS}
+    multipliers: dict[str, Any] = {name: fields.number(name, 1.0) for name in MULTIPLIERS}
     alike = llama.read_hf(source, common, qkv_bias=bias, o_bias=bias, **own)
     return {**alike, **multipliers, "pairs": PAIRS_IN_GGUF}
 
@@ -172,13 +180,16 @@ def _gguf_moe(source: GGUFSource) -> GraniteMoeConfig:
 
 
 def _read_gguf(source: GGUFSource, *, has_experts: bool = False) -> dict[str, Any]:
-    fields = source.fields
-    changed = source.overridden({name: fields.number(key, 1.0) for name, key in _MULTIPLIERS.items()})
-    multipliers: dict[str, Any] = {name: changed.number(name) for name in _MULTIPLIERS}
-    return {**llama.read_gguf(source, has_experts=has_experts), **multipliers, "pairs": PAIRS_IN_GGUF}
+    alike = llama.read_gguf(source, has_experts=has_experts)
+    return {**alike, **gguf_multipliers(source), "pairs": PAIRS_IN_GGUF}
 
 
-_MULTIPLIERS = {
+def gguf_multipliers(source: GGUFSource) -> dict[str, Any]:
+    changed = source.overridden({name: source.fields.number(key, 1.0) for name, key in MULTIPLIERS.items()})
+    return {name: changed.number(name) for name in MULTIPLIERS}
+
+
+MULTIPLIERS = {
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
@@ -190,8 +201,8 @@ GRANITE = Family(
     name="granite",
     architectures=("GraniteForCausalLM",),
     gguf=("granite",),
-    hf_keys=llama.HF_KEYS | {"attention_bias", "mlp_bias"} | _MULTIPLIERS.keys(),
-    gguf_keys=llama.GGUF_KEYS | _MULTIPLIERS.keys(),
+    hf_keys=llama.HF_KEYS | {"attention_bias", "mlp_bias"} | MULTIPLIERS.keys(),
+    gguf_keys=llama.GGUF_KEYS | MULTIPLIERS.keys(),
     read_hf=_hf,
     read_gguf=_gguf,
     model=GraniteModel,
@@ -202,8 +213,8 @@ GRANITE_MOE = Family(
     gguf=("granitemoe",),
     hf_keys=llama.HF_KEYS
     | {"attention_bias", "num_experts", "num_local_experts", "num_experts_per_tok"}
-    | _MULTIPLIERS.keys(),
-    gguf_keys=llama.GGUF_KEYS | _MULTIPLIERS.keys(),
+    | MULTIPLIERS.keys(),
+    gguf_keys=llama.GGUF_KEYS | MULTIPLIERS.keys(),
     read_hf=_hf_moe,
     read_gguf=_gguf_moe,
     model=GraniteMoeModel,

@@ -191,6 +191,18 @@ class Attention:
         return self.ops.linear(batch, mixed, self.o, residual=residual)
 
 
+class Mixer(Protocol):
+    """What gives each token something of those before it."""
+
+    def mix(self, batch: Any, layer: int, x: Array) -> Array:
+        """(T, H) to (T, F). Stores what the layer keeps."""
+        ...
+
+    def output(self, batch: Any, mixed: Array, residual: Array | None = None) -> Array:
+        """What `mix` returned, projected, and added where there is a residual: (T, H)."""
+        ...
+
+
 class MLP(Protocol):
     """What computes each token on its own."""
 

@@ -28,6 +28,7 @@ from mooli.models.layers import (
     PAIRS_IN_GGUF,
     Attention,
     GatedMLP,
+    Mixer,
     Pairs,
     Tensors,
     norm_tensors,
@@ -146,7 +147,7 @@ class LlamaLayer:
     """One decoder layer."""
 
     input_norm: Weight
-    attention: Attention
+    attention: Mixer
     post_attention_norm: Weight
     mlp: MLP
 
@@ -163,7 +164,7 @@ def load_vocabulary(config: LlamaConfig, packer: Packer) -> tuple[Weight, Weight
     return packer.embedding("model.embed_tokens"), packer.head("lm_head")
 
 
-def load_layer(name: str, attention: Attention, ops: Ops, packer: Packer, mlp: MLP | None = None) -> LlamaLayer:
+def load_layer(name: str, attention: Mixer, ops: Ops, packer: Packer, mlp: MLP | None = None) -> LlamaLayer:
     """The rest of a layer, after its attention. mlp: where it is another than `GatedMLP`."""
     return LlamaLayer(
         input_norm=packer.vector(f"{name}.input_layernorm.weight"),

@@ -6,6 +6,7 @@ so that no more of a file is in memory than keeps the backend busy. Never conver
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -97,15 +98,21 @@ class Packer:
         last = self._packed(self._backend.load_linear([whole.take_rows(rows[-1])]), whole)
         return (*made, last)
 
-    def conv(self, module: str) -> Weight:
-        """The weight of `Ops.short_conv` and `Ops.causal_conv`."""
-        (weight,), biases = self._weights((module,)), self._biases((module,))
-        return self._packed(self._backend.load_conv(weight, *biases), weight, *biases)
+    def conv(self, *modules: str) -> Weight:
+        """The weight of `Ops.short_conv` and `Ops.causal_conv`: of several, the channels of one after the other's."""
+        weights, biases = self._weights(modules), self._biases(modules)
+        both = (_joined(weights), _joined(biases)) if biases else (_joined(weights),)
+        return self._packed(self._backend.load_conv(*both), *weights, *biases)
 
     def delta(self, decay: str, dt_bias: str) -> Weight:
         """The weight of `Ops.delta_rule`, of two vectors."""
         vectors = self._checkpoint.tensor(decay), self._checkpoint.tensor(dt_bias)
         return self._packed(self._backend.load_delta(*vectors), *vectors)
+
+    def scan(self, decay: str, dt_bias: str, skip: str) -> Weight:
+        """The weight of `Ops.scan`, of three vectors."""
+        vectors = [self._checkpoint.tensor(name) for name in (decay, dt_bias, skip)]
+        return self._packed(self._backend.load_scan(*vectors), *vectors)
 
     def router(self, module: str, correction: str | None = None) -> Weight:
         """The weight of `Ops.route`; correction: the name of a vector, where the choice has one."""
@@ -157,3 +164,13 @@ class Packer:
     def _report(self) -> None:
         if self._progress is not None:
             self._progress(self._num_read, len(self._tensors))
+
+
+def _joined(tensors: Sequence[RawTensor]) -> RawTensor:
+    """Matrices or vectors of one type, one after the other."""
+    if len(tensors) == 1:
+        return tensors[0]
+    first = tensors[0]
+    is_vector = len(first.shape) == 1
+    data = np.concatenate([tensor.data for tensor in tensors], axis=1 if is_vector else 0)
+    return dataclasses.replace(first, shape=(sum(tensor.shape[0] for tensor in tensors), *first.shape[1:]), data=data)
