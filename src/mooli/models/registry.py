@@ -46,12 +46,12 @@ FAMILIES: dict[str, Family] = {
     for family in (
         llama.LLAMA,
         llama.MISTRAL,
-        ministral.MINISTRAL3,
         llama.QWEN2,
         llama.QWEN3,
         llama.SMOLLM3,
         llama.ERNIE4_5,
         llama.PANGU_EMBEDDED,
+        ministral.MINISTRAL3,
         gemma2.GEMMA2,
         ernie_moe.ERNIE4_5_MOE,
         gemma.GEMMA3,
