@@ -117,3 +117,13 @@ def test_files_that_are_replaced_are_another_model(folder: Path) -> None:
     first = facts_of(folder)
     (folder / "config.json").write_text(json.dumps(CONFIG) + " ")
     assert facts_of(folder).cache_namespace != first.cache_namespace
+
+
+def test_factors_of_rotations_are_chosen_by_the_context_length(folder: Path) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    own = {"architectures": ["Phi3ForCausalLM"], "original_max_position_embeddings": 64}
+    own["rope_scaling"] = {"type": "longrope", **factors}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **own}))
+    whole, short, shorter = facts_of(folder), facts_of(folder, context_length=64), facts_of(folder, context_length=32)
+    assert whole.cache_namespace != short.cache_namespace == shorter.cache_namespace
+    assert facts_of(folder, context_length=65).cache_namespace == whole.cache_namespace
