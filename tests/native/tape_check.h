@@ -46,7 +46,7 @@ class Layer {
     tape_.embed(&table_, 1.f, x_.data());
     tape_.linear(x_.data(), qkv_weight_.get(), gain_.data(), 1e-5f, nullptr, qkv_.data());
     tape_.rope(qkv_.data(), &rope_, kHeads, kKvHeads, kHeadDim, qkv_.data());
-    tape_.attend(0, qkv_.data(), kHeads, 0.2f, 0, nullptr, attended_.data());
+    tape_.attend(0, qkv_.data(), kHeads, 0.2f, 0, 0.f, nullptr, attended_.data());
     tape_.linear(attended_.data(), out_weight_.get(), nullptr, 0.f, x_.data(), x_.data());
     tape_.rms_norm(x_.data(), gain_.data(), 1e-5f, kHidden, nullptr, normed_.data());
     if (mooli::is_integer(kind)) {
