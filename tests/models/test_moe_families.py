@@ -27,6 +27,7 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
     "qwen2-moe": transformers.Qwen2MoeConfig(
         **MOE, num_experts=8, moe_intermediate_size=32, shared_expert_intermediate_size=96
     ),
+    "olmoe": transformers.OlmoeConfig(**{**MOE, "intermediate_size": 48}, num_experts=8, attention_bias=True),
     "mixtral": transformers.MixtralConfig(**MOE, num_local_experts=6, sliding_window=9),
 }
 

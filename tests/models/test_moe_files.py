@@ -20,7 +20,7 @@ from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models.loader import open_model, stored_types
 from mooli.models.qwen_moe import MoeConfig
 from mooli.models.registry import create_model, read_hf_config
-from mooli.models.stacks import Stacked
+from mooli.models.stacks import Places, Stacked
 from mooli.plan import plan_memory
 from mooli.tensor import RawTensor, TensorType
 from steps import LIMITS, Pages, Row, step
@@ -29,7 +29,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 PROMPT = np.random.default_rng(3).integers(0, 199, 21).tolist()
 
-ARCHITECTURES = {"qwen3-moe": "qwen3moe", "qwen2-moe": "qwen2moe", "mixtral": "llama"}
+ARCHITECTURES = {"qwen3-moe": "qwen3moe", "qwen2-moe": "qwen2moe", "mixtral": "llama", "olmoe": "olmoe"}
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -196,7 +196,7 @@ def test_gguf_files_have_the_same_model(folder: Path, name: str, tmp_path: Path)
     assert isinstance(config, MoeConfig) and isinstance(expected, MoeConfig)
     for field in ("family", "num_experts", "top_k", "expert_width", "shared_width", "dense_layers", "sliding_window"):
         assert getattr(config, field) == getattr(expected, field), field
-    if name == "qwen2-moe":  # whose files do not say it, and whose published models do not
+    if name in ("qwen2-moe", "olmoe"):  # whose files do not say it, and whose published models do not
         assert (config.normalise, expected.normalise) == (False, False)
     np.testing.assert_array_equal(logits_of(tmp_path / "m.gguf"), logits_of(folder))
 
@@ -275,6 +275,15 @@ def test_places_in_stacks() -> None:
     with pytest.raises(CheckpointError, match="s is Q8_0, whose values do not stand alone"):
         blocks = RawTensor("t", TensorType.Q8_0, (4, 32), np.zeros((4, 34), np.uint8))
         Stacked("s", 0, 2, is_transposed=True).cut(blocks, "x", 2)
+
+
+def test_a_stack_is_released_when_the_last_expert_of_it_is_packed() -> None:
+    stacks = {
+        f"expert {e} {part}": (Stacked("gate_up", e, 2, index, 2),) for e in (0, 1) for index, part in enumerate("gu")
+    }
+    places = Places({**{name: name for name in stacks}, "norm": "norm"}, stacks, ["gate_up", "norm", "other"])
+    assert places.files["other"] == "other"
+    assert [places.released(name) for name in (*stacks, "norm")] == [None, None, None, "gate_up", "norm"]
 
 
 def test_an_expert_that_is_missing_and_a_stack_of_another_number_are_named(folder: Path, tmp_path: Path) -> None:

@@ -116,8 +116,9 @@ class SafetensorsCheckpoint:
         return as_declared(self._folder.tensor(name), self._tensors.get(name))
 
     def release(self, name: str) -> None:
-        # The whole of a stack, of which what is still needed is mapped again when it is read.
-        self._folder.release(self._places.files.get(name, name))
+        file_name = self._places.released(name)
+        if file_name is not None:
+            self._folder.release(file_name)
 
     def close(self) -> None:
         self._folder.close()
@@ -200,7 +201,10 @@ class GGUFCheckpoint:
         return raw if spec is None else _scaled(_in_halves(raw, spec.gguf_paired_heads, spec), 0.0, spec.factor)
 
     def release(self, name: str) -> None:
-        self._file.release(self._gguf_name(name))
+        self._gguf_name(name)
+        file_name = self._places.released(name)
+        if file_name is not None:
+            self._file.release(file_name)
 
     def close(self) -> None:
         self._file.close()

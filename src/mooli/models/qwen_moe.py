@@ -210,14 +210,14 @@ def _gguf_qwen2(source: GGUFSource) -> MoeConfig:
 
 
 def _gguf_mixtral(source: GGUFSource) -> MixtralConfig:
-    return MixtralConfig(**_read_gguf(source, normalise=True), pairs=PAIRS_IN_GGUF)
+    return MixtralConfig(**read_gguf(source, normalise=True), pairs=PAIRS_IN_GGUF)
 
 
 def _gguf(source: GGUFSource, **own: Any) -> MoeConfig:
-    return MoeConfig(**_read_gguf(source, **own))
+    return MoeConfig(**read_gguf(source, **own))
 
 
-def _read_gguf(source: GGUFSource, **own: Any) -> dict[str, Any]:
+def read_gguf(source: GGUFSource, **own: Any) -> dict[str, Any]:
     """Most files do not say whether weights are normalised; which layers have no experts is seen by their tensors."""
     fields, shapes = source.fields, source.shapes
     alike = llama.read_gguf(source, has_experts=True)

@@ -7,6 +7,7 @@ file's order allows it. Never opens a file.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -119,5 +120,12 @@ class Places:
                 if place.name in names:
                     self.files[name], self.stacked[name] = place.name, place
                     break
-        used = set(self.files.values())
-        self.files |= {name: name for name in names if name not in used}
+        self._left = Counter(self.files.values())
+        """Of each of the file's tensors, how many of the model's have not been released."""
+        self.files |= {name: name for name in names if name not in self._left}
+
+    def released(self, name: str) -> str | None:
+        """This tensor has been packed: the file's tensor that is not needed any more, None while others in it are."""
+        file_name = self.files.get(name, name)
+        self._left[file_name] -= 1
+        return file_name if self._left[file_name] <= 0 else None
