@@ -8,6 +8,7 @@
 #include "formats.h"
 #include "inputs.h"
 #include "kernels.h"
+#include "latent_check.h"
 #include "sampler.h"
 #include "pool_check.h"
 #include "quantize_check.h"
@@ -247,7 +248,7 @@ class Attention {
       block.rows = rows;
       block.tiles = tiles;
       block.first = begin;
-      block.head_dim = head_dim_;
+      block.head_dim = block.value_dim = head_dim_;
       block.window = window_;
       block.scale_log2e = 0.3f;
       if (cap_ != 0.f) { block.inner = 0.2f / cap_; block.outer = cap_ / 0.2f; }
@@ -462,6 +463,7 @@ int main() {
     expect(k.name == level, level, "the table of another level");
     check_table(k);
     check_tape(level);
+    check_latents(level);
   }
 #if defined(MOOLI_AVX2_VNNI) && defined(__linux__)
   auto has = [&](const char* level) { return std::find(levels.begin(), levels.end(), level) != levels.end(); };
