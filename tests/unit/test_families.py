@@ -223,17 +223,23 @@ class Recorded(dict[str, Any]):
         return super().__contains__(key)
 
 
+LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+}  # fmt: skip
+WITH_LATENTS = ("minicpm3", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "pangu_ultra_moe")
 MIXTURES = ("gpt_oss", "granitemoe", "ernie4_5_moe", "hunyuan_v1_moe")
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "PanguEmbedded", *MIXTURES, "toy"]
+    "name", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "PanguEmbedded", *MIXTURES, *WITH_LATENTS, "toy"]
 )
 def test_a_family_declares_exactly_the_keys_that_it_reads(name: str) -> None:
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
-    config = Recorded({**(CONFIG if name == "toy" else sizes | heads | window), "model_type": name})
+    latent = LATENT if name in WITH_LATENTS else {}
+    config = Recorded({**(CONFIG if name == "toy" else sizes | heads | window | latent), "model_type": name})
     config["architectures"] = []
     read_hf_config(config)
     own = registry.FAMILIES[name].hf_keys

@@ -8,8 +8,9 @@ Source: Pangu Ultra MoE, arXiv 2505.04519, and the model's code at gitcode.com/a
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from mooli.backends.base import Array, Ops
 from mooli.errors import CheckpointError, UnsupportedModelError
@@ -23,7 +24,7 @@ from mooli.models.deepseek import (
     read_hf,
 )
 from mooli.models.family import Family
-from mooli.models.fields import HFSource, check_range
+from mooli.models.fields import HFSource, check_range, short
 from mooli.models.layers import ALWAYS_PAIRS
 
 _SPELLINGS = {
@@ -71,11 +72,14 @@ class PanguUltraModel(DeepseekModel):
 
 
 def _hf(source: HFSource) -> PanguUltraConfig:
-    values = dict(source.values)
-    for own, usual in _SPELLINGS.items():
-        if own in values and values.setdefault(usual, values[own]) != values[own]:
-            raise CheckpointError(f"config.json: {own} is {values[own]!r}, and {usual} is {values[usual]!r}")
-    source = dataclasses.replace(source, values=values)
+    values = source.values
+    usual = {_SPELLINGS[own]: values[own] for own in _SPELLINGS if own in values}
+    for own, name in _SPELLINGS.items():
+        if name in usual and name in values and values[name] != usual[name]:
+            raise CheckpointError(
+                f"config.json: {own} is {short(usual[name])}, and {name} is {short(values[name])}: leave one out"
+            )
+    source = dataclasses.replace(source, values=ChainMap(usual, cast(dict[str, Any], values)))
     fields = source.fields
     common = source.common(max_position_embeddings=131072, bos_id=0, eos_id=1)
     check_sigmoid(source)
