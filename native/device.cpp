@@ -611,7 +611,8 @@ const AttendPlan& Device::plan_attention(int num_heads, int kv_heads, int window
   // Rows together until they fill the kernels, but not so many that threads are left without any.
   const int most = std::max(1, count / (2 * threads));
   // few and uneven jobs: share the query heads of a group too, so that no thread waits for another
-  const int parts = count < 4 * threads && count % threads != 0 ? group : 1;
+  int parts = count < 4 * threads && count % threads != 0 ? group : 1;
+  if (kv_heads == 1) parts = std::min(parts, 2 * threads);  // each part reads all keys there are
   for (int first = 0, end = 0; first < int(members.size()); first = end) {
     int queries = members[first].tokens * group;
     for (end = first + 1; end < int(members.size()) && window == 0 && end - first < most; end++) {
