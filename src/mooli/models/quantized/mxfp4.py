@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mooli.errors import CheckpointError
 from mooli.models.quantized.blocks import GROUP
@@ -47,7 +46,9 @@ class MXFP4(WeightFormat):
         codes = tensors.codes(weight.parts["blocks"]).reshape(rows, columns // GROUP, GROUP // 2)
         blocks = np.empty((*codes.shape[:2], BLOCK[TensorType.MXFP4][1]), np.uint8)
         blocks[:, :, 0] = tensors.codes(weight.parts["scales"]).reshape(rows, -1)
-        blocks[:, :, 1:] = in_halves(codes)
+        first, last = codes[:, :, :8], codes[:, :, 8:]  # pairs of the first and of the last 16
+        blocks[:, :, 1::2] = first & 15 | last << 4
+        blocks[:, :, 2::2] = first >> 4 | last & 0xF0
         return RawTensor(weight.name, TensorType.MXFP4, weight.shape, blocks.reshape(rows, -1))
 
 
@@ -65,11 +66,3 @@ def _weight(tensors: Tensors, stored: frozenset[str], name: str) -> QuantizedWei
     rows = int(np.prod(shape[:-2], dtype=np.int64))
     parts = {"blocks": name, "scales": scales}
     return QuantizedWeight(name, parts, (rows, shape[-2] * GROUP), TensorType.MXFP4, is_stack=len(shape) > 3)
-
-
-def in_halves(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bytes (…, 16) of codes in pairs to bytes whose low halves have the first 16 and whose high halves the others."""
-    even, odd = codes & 15, codes >> 4
-    each = np.stack([even, odd], axis=-1).reshape(*codes.shape[:-1], 2, GROUP // 2)
-    halves: NDArray[np.uint8] = each[..., 0, :] | each[..., 1, :] << 4
-    return halves

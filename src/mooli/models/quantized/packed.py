@@ -34,6 +34,9 @@ from mooli.models.quantized.weights import (
 )
 from mooli.tensor import RawTensor, TensorType
 
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Outputs of a word, from its lowest bits on."""
+
 _WHAT_TO_DO = "take the model that is not quantised, with quantization='int4', or a GGUF file of it"
 
 
@@ -137,14 +140,17 @@ class AWQ(_PackedFormat):
         return words[1] * 8, words[0]
 
     def _codes(self, words: NDArray[np.int32]) -> NDArray[np.uint8]:
-        return per_row(self._in_order(words))
+        inputs, words_of = len(words), words.shape[1]
+        pairs = per_row(words).view(np.uint8).reshape(words_of, inputs, 4)
+        codes = np.empty((words_of, 8, inputs), np.uint8)
+        for byte in range(4):
+            codes[:, _AWQ_ORDER[2 * byte]] = pairs[:, :, byte] & 15
+            codes[:, _AWQ_ORDER[2 * byte + 1]] = pairs[:, :, byte] >> 4
+        return codes.reshape(8 * words_of, inputs)
 
     def _zeros(self, words: NDArray[np.int32]) -> NDArray[np.int16]:
-        return self._in_order(words).astype(np.int16)
-
-    def _in_order(self, words: NDArray[np.int32]) -> NDArray[np.uint8]:
-        codes = unpacked(words, 4).reshape(len(words), -1, 2, 4)
-        return np.ascontiguousarray(codes.swapaxes(2, 3)).reshape(len(words), -1)
+        zeros: NDArray[np.int16] = per_row(self._codes(words)).astype(np.int16)
+        return zeros
 
 
 class GPTQ(_PackedFormat):
