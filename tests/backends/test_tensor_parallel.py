@@ -27,6 +27,7 @@ from mooli.models import registry
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
 from mooli.models.deepseek import DeepseekConfig
+from mooli.models.gpt_oss import GptOssConfig
 from mooli.models.llama import LlamaConfig
 from mooli.models.mla import LatentHeads
 from mooli.models.qwen_moe import MoeConfig
@@ -75,6 +76,14 @@ FAMILIES: dict[str, tuple[ModelConfig, int]] = {
             intermediate_size=64, max_position_embeddings=512, num_experts=4, top_k=2, expert_width=16, shared_width=32,
             dense_layers=(0,), groups=2, kept_groups=1,
             heads=LatentHeads(num_heads=4, q_rank=24, rank=32, nope_dim=16, rope_dim=16, value_dim=24, bias=True),
+        ),
+        2,
+    ),
+    "gpt-oss: sinks, and experts with biases": (
+        GptOssConfig(
+            family="gpt_oss", architecture="GptOssForCausalLM", vocab_size=121, hidden_size=32, intermediate_size=16,
+            num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=512, qkv_bias=True,
+            o_bias=True, num_experts=6, top_k=2, expert_width=16, windows=(24, 0),
         ),
         2,
     ),

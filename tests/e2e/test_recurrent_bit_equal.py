@@ -1,4 +1,4 @@
-"""With recurrent layers and with experts too the answer depends neither on the cache nor on guesses, to the bit, on
+"""With recurrent layers, experts and sinks too the answer depends neither on the cache nor on guesses, to the bit, on
 the CPU.
 
 60 random mixes of each family, on tiny models with random weights: batch, chunk, cold and warm, preempted, guesses,
@@ -56,6 +56,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "mlp_only_layers": [1],
         "norm_topk_prob": True,
+    },
+    "gpt-oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 40,
     },
     "qwen3.5": {
         "architectures": ["Qwen3_5ForCausalLM"],

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import transformers
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 from test_llama_family import Golden
-from tiny_families import SIZES, assert_near, check, logits_of, save, write_gguf
+from tiny_families import SIZES, assert_near, check, logits_of, middle_error, save, write_gguf
 
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models.gpt_oss import GptOssConfig
 from mooli.models.registry import read_gguf_config, read_hf_config
 from variants import VARIANTS, Variant, require
+from weight_formats import mxfp4
 
 YARN = {
     "rope_type": "yarn",
@@ -139,3 +141,27 @@ def test_a_gguf_file_that_says_less_is_refused_by_key() -> None:
     del metadata["gpt-oss.expert_used_count"]
     with pytest.raises(CheckpointError, match=r"gpt-oss\.expert_used_count"):
         read_gguf_config(metadata, shapes)
+
+
+def test_experts_of_the_hub_are_in_four_bits(tmp_path: Path, golden: Golden) -> None:
+    """The same model in both layouts, its experts' weights rounded before: MXFP4, and as Transformers saves them."""
+    tensors, packed = load_file(golden.folder / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        written = mxfp4(np.ascontiguousarray(tensors[name].swapaxes(1, 2)))
+        packed |= {f"{name}{suffix}": np.asarray(part) for suffix, part in written.parts.items()}
+        tensors[name] = np.ascontiguousarray(written.values.reshape(8, -1, tensors[name].shape[1]).swapaxes(1, 2))
+    config = json.loads((golden.folder / "config.json").read_text())
+    kept = {name: values for name, values in tensors.items() if f"{name}_blocks" not in packed}
+    for folder, weights, more in (
+        ("plain", tensors, {}),
+        ("packed", kept | packed, {"quantization_config": {"quant_method": "mxfp4"}}),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(config | more))
+        save_file(weights, tmp_path / folder / "model.safetensors")
+    expected = logits_of(tmp_path / "plain", VARIANTS[0])[-1]
+    assert middle_error(expected, golden.logits[-1]) > 0.01
+    np.testing.assert_allclose(logits_of(tmp_path / "packed", VARIANTS[0])[-1], expected, atol=1e-5)
+    on_the_cpu = next(variant for variant in VARIANTS if variant.backend == "cpu")
+    require("cpu")
+    assert middle_error(logits_of(tmp_path / "packed", on_the_cpu)[-1], expected) < 0.05
