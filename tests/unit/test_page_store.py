@@ -11,6 +11,7 @@ import pytest
 
 from cache_files import NAMESPACE, chain, digests, found, open_store, page_after, total_bytes
 from mooli import cli
+from mooli.cache.store.folder import default_folder
 from mooli.cache.store.page_store import PageStore
 from mooli.errors import ConfigError, StoreError
 
@@ -318,3 +319,20 @@ def test_the_command_removes_what_nobody_writes(folder: Path, capsys) -> None:
         assert found(store, chain("a", 5)) == 5
     assert _cache(capsys, "rm", "--all", "--yes", "--dir", str(folder))[0] == 0
     assert not store.room.exists()
+
+
+def test_the_usual_folder_is_in_the_cache_of_the_user_or_named_by_the_environment(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MOOLI_KV_CACHE_DIR", raising=False)
+    assert default_folder() == tmp_path / "mooli" / "kv"
+    monkeypatch.setenv("MOOLI_KV_CACHE_DIR", "none")
+    assert default_folder() == tmp_path / "mooli" / "kv"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert default_folder() == Path.home() / ".cache" / "mooli" / "kv"
+    monkeypatch.setenv("MOOLI_KV_CACHE_DIR", str(folder))
+    assert default_folder() == folder
+    with open_store(folder) as store:
+        store.append(chain("a", 3))
+    assert _cache(capsys, "verify")[1] == f"{store.room.name}: 3 pages are right\n"

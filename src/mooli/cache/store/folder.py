@@ -35,8 +35,15 @@ NUMBERED = re.compile(r"([0-9a-f]{16})(\.pages|\.index|\.new)")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
+FOLDER_VARIABLE = "MOOLI_KV_CACHE_DIR"
+"""Of the environment: the folder where nothing else is said, or "none"."""
+
+
 def default_folder() -> Path:
-    """Where servers keep pages unless told: in this user's cache folder."""
+    """Where servers keep pages unless told: in this user's cache folder, if the environment names no other."""
+    given = os.environ.get(FOLDER_VARIABLE, "")
+    if given not in ("", "none"):
+        return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or ""
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "mooli" / "kv"
 
