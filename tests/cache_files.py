@@ -34,11 +34,11 @@ def payload_of(digest: bytes, page_bytes: int = PAGE_BYTES) -> bytes:
     return (digest * (page_bytes // len(digest) + 1))[:page_bytes]
 
 
-def chain(name: object, length: int, *, after: list[StoredPage] | None = None) -> list[StoredPage]:
+def chain(name: object, length: int, *, after: list[StoredPage] | None = None, root: bytes = ROOT) -> list[StoredPage]:
     """`length` pages; those of `after` come first."""
     pages = list(after or [])
     while len(pages) < length + len(after or []):
-        parent = pages[-1].digest if pages else ROOT
+        parent = pages[-1].digest if pages else root
         pages.append(page_after(parent, len(pages), f"{name} {len(pages)}"))
     return pages
 

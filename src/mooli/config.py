@@ -263,6 +263,11 @@ class EngineConfig(Arguments):
     kv_cache_ttl: int = argument(
         7 * 24 * 3600, "int", "Seconds after its last use that something is kept there; 0: for ever.", low=0
     )
+    kv_cache_key_file: str | None = argument(
+        None,
+        "str",
+        "File with a key of 32 bytes or more, by which what is kept there is encrypted. Default: it is not.",
+    )
     hicache_storage_backend: str | None = argument(
         None,
         "str",

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cache_files import BadReads, chain, digests, found, open_store
 from mooli.cache.store.encryption import EXTRA_BYTES, PageKeys
-from mooli.cache.store.page_store import PageStore, StoredPage
+from mooli.cache.store.page_store import PageStore
+from mooli.config import EngineConfig
+from mooli.engine.build import build_engine
 from mooli.errors import StoreError
 
 KEYS = PageKeys(bytes(range(32)))
+
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 1,
+    "vocab_size": 320,
+}
+SMALL_ENGINE: dict[str, Any] = {"load_format": "dummy", "device": "reference", "max_total_tokens": 1024}
 
 
 @pytest.fixture
@@ -20,29 +36,32 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "kv"
 
 
-def of(owner: bytes, pages: list[StoredPage]) -> list[StoredPage]:
-    return [page._replace(owner=owner) for page in pages]
-
-
-def read(store: PageStore, pages: list[StoredPage], owner: bytes) -> list[bytes]:
-    return [bytes(one) for one in store.read(digests(pages), [page.tokens for page in pages], owner=owner)]
-
-
-def test_only_the_owner_reads_a_page_before_and_after_a_restart(folder: Path) -> None:
-    pages = chain("a", 12)
+def test_pages_are_read_back_before_and_after_a_restart_whoever_they_are_of(folder: Path) -> None:
+    ours, theirs = chain("a", 12), chain("a", 12, root=bytes(32))
     for _ in range(2):
         with open_store(folder, keys=KEYS) as store:
-            store.append(of(b"one", pages))
-            assert read(store, pages, b"one") == [page.payload for page in pages]
-            assert read(store, pages, b"two") == [] == read(store, pages, b"")
-            assert store.leading(digests(pages)) == 12, "who asks wrongly takes nothing away"
-            assert store.stats.bytes_read == 12 * len(pages[0].payload)
+            store.append([*ours, *theirs])
+            store.append(chain("b", 3, after=ours[:5]))
+            assert found(store, ours) == found(store, theirs) == 12
+            assert found(store, ours[7:]) == 5
+            assert store.stats.bytes_read == 29 * len(ours[0].payload)
+
+
+def test_a_page_does_not_open_for_chains_of_another_root(folder: Path, caplog) -> None:
+    pages = chain("a", 12)
+    with open_store(folder, keys=KEYS) as store:
+        store.append(pages)
+        for entry in store._index:
+            if entry.position >= 4:
+                entry.root = bytes(32)
+        assert found(store, pages) == 4
+        assert len(caplog.records) == 1
 
 
 def test_neither_tokens_nor_payloads_are_in_the_files(folder: Path) -> None:
     pages = chain("a", 12)
     with open_store(folder, keys=KEYS) as store:
-        store.append(of(b"one", pages))
+        store.append(pages)
         data = b"".join(path.read_bytes() for path in store.room.iterdir())
     assert pages[0].digest in data
     assert not any(page.tokens in data or page.payload[40:] in data for page in pages)
@@ -75,16 +94,16 @@ def test_the_same_page_is_never_the_same_bytes(folder: Path) -> None:
 
 
 def test_encrypted_pages_are_carried_on_and_survive_bad_reads(folder: Path) -> None:
-    hot = of(b"one", chain("hot", 6))
+    hot = chain("hot", 6)
     with open_store(folder, keys=KEYS, max_bytes=100_000) as store:
         store.append(hot)
         for number in range(60):
             store.append(chain(number, 8))
             store.touch(digests(hot))
-        assert read(store, hot, b"one") == [page.payload for page in hot]
+        assert found(store, hot) == 6
         assert store.stats.pages_evicted > 100
         store._files = BadReads(0, for_good=True)
-        assert read(store, hot, b"one") == []
+        assert found(store, hot) == 0
 
 
 def test_a_key_file_is_for_its_user_alone(tmp_path: Path) -> None:
@@ -108,3 +127,37 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
     with pytest.raises(StoreError, match=r"mooli\[encryption\]"):
         PageKeys(bytes(32))
+
+
+def test_an_engine_that_is_given_a_key_file_encrypts_or_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, key = tmp_path / "model", tmp_path / "key"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(SMALL))
+    given: dict[str, Any] = {}
+
+    def opened(directory: Path, namespace: bytes, **arguments: Any) -> PageStore:
+        given.update(arguments)
+        raise StoreError("seen")
+
+    monkeypatch.setattr(PageStore, "open", opened)
+
+    def build(**arguments: Any) -> None:
+        build_engine(EngineConfig.from_kwargs(**SMALL_ENGINE, model_path=str(model), **arguments), model).close()
+
+    monkeypatch.setenv("MOOLI_KV_CACHE_DIR", str(tmp_path / "kv"))
+    with pytest.raises(StoreError, match="give kv_cache_dir too"):
+        build(kv_cache_key_file=str(key))
+    with pytest.raises(StoreError, match="head -c 32"):
+        build(kv_cache_dir="auto", kv_cache_key_file=str(key))
+    assert not given, "nothing was kept without encryption"
+    key.write_bytes(bytes(range(32)))
+    key.chmod(0o600)
+    with pytest.raises(StoreError, match="seen"):
+        build(kv_cache_dir=str(tmp_path / "kv"), kv_cache_key_file=str(key))
+    assert given["keys"].fingerprint == KEYS.fingerprint and given["ingredients"]["name"] == "model"
+    given.clear()
+    with pytest.raises(StoreError, match="seen"):
+        build(kv_cache_dir=str(tmp_path / "kv"))
+    assert given["keys"] is None

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mooli.backends.base import Backend, CacheSpec
 from mooli.cache.kv_cache import KVCache
-from mooli.cache.store.folder import default_folder
+from mooli.cache.store.encryption import PageKeys
+from mooli.cache.store.folder import FOLDER_VARIABLE, default_folder
 from mooli.cache.store.page_store import PageStore
 from mooli.cache.store_io import StoreIO
 from mooli.config import KV_CACHE_AUTO, KV_CACHE_NONE, EngineConfig
@@ -22,9 +23,6 @@ from mooli.scheduler.disk_tier import DiskTier
 from mooli.scheduler.speed import BreakEven
 
 logger = logging.getLogger(__name__)
-
-FOLDER_VARIABLE = "MOOLI_KV_CACHE_DIR"
-"""In the environment: the folder where an argument says `auto`; `none` for nowhere."""
 
 SGLANG_FOLDER_VARIABLE = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
 
@@ -45,16 +43,23 @@ def open_disk(
 ) -> DiskTier | None:
     """The store of an engine whose pool is allocated; None where nothing is kept.
 
-    Raises StoreError where a folder was named and cannot be used.
+    Raises StoreError where a folder or a key file was named and cannot be used.
     """
     folder = kv_cache_folder(config)
     if folder is None:
+        if config.kv_cache_key_file is not None:
+            raise StoreError(
+                f"kv_cache_key_file={config.kv_cache_key_file!r} encrypts nothing, as nothing is kept on disk: give"
+                " kv_cache_dir too, or leave it out"
+            )
         return None
     why = _obstacle(config, spec)
     if why is not None:
         logger.warning("the KV cache is not kept on disk: %s", why)
         return None
     page_bytes = backend.kv_bytes_per_page(spec)
+    # Never without encryption where it was asked for.
+    keys = None if config.kv_cache_key_file is None else PageKeys.read(Path(config.kv_cache_key_file).expanduser())
     try:
         store = PageStore.open(
             folder,
@@ -64,7 +69,8 @@ def open_disk(
             max_bytes=config.kv_cache_max_bytes,
             min_free_bytes=config.kv_cache_min_free_bytes,
             ttl_s=config.kv_cache_ttl or None,
-            ingredients=namespace.to_dict(),
+            ingredients={"name": Path(config.model_path).name, **namespace.to_dict()},
+            keys=keys,
         )
     except StoreError as exc:
         if config.kv_cache_dir not in (None, KV_CACHE_AUTO):

@@ -1,9 +1,9 @@
 """Pages that only the holder of a key file can read.
 
 Owns keys, and what they do to a page: AES-256 in Galois counter mode (NIST SP 800-38D), with a nonce that is drawn for
-each page, and the page's digest as associated data. Each owner, which is a tenant and its salt, has a key of its own,
-by HKDF-SHA-256 (RFC 5869) of the key file: pages of one owner do not open for another. Where the key file is gone, so
-are all pages. Never touches a file but that one.
+each page, and the page's digest as associated data. Each owner has a key of its own, by HKDF-SHA-256 (RFC 5869) of the
+key file: pages of one do not open for another. An owner is the root of chains of pages, which a tenant and its salt
+decide. Where the key file is gone, so are all pages. Never touches a file but that one.
 
 Digests are not hidden: who has the files and guesses all tokens up to the end of a page, salt included, can tell.
 """

@@ -28,8 +28,8 @@ class SegmentEntry:
 
 
 class PageEntry:
-    """One page. segment: None while it is on its way from one segment to another. was_reused: since it was written, or
-    found at the start."""
+    """One page. root: what the digest of its chain's first page begins from. segment: None while it is on its way from
+    one segment to another. was_reused: since it was written, or found at the start."""
 
     __slots__ = (
         "children",
@@ -37,6 +37,7 @@ class PageEntry:
         "parent",
         "parent_digest",
         "position",
+        "root",
         "segment",
         "slot",
         "used",
@@ -48,6 +49,7 @@ class PageEntry:
         self.digest = digest
         self.parent_digest = parent_digest
         self.position = position
+        self.root = parent_digest
         self.written = written
         self.used = used
         self.was_reused = False
@@ -98,6 +100,10 @@ class PageIndex:
         entry = self._entries.get(parent)
         return entry is not None and entry.position == position - 1
 
+    def root_of(self, parent: bytes, position: int) -> bytes:
+        """Of a page that can follow."""
+        return self._entries[parent].root if position else parent
+
     def add(self, entry: PageEntry, segment: SegmentEntry, slot: int) -> bool:
         """Whether it counts now: no page of its digest does, and the one before it does."""
         if entry.digest in self._entries or not self.can_follow(entry.parent_digest, entry.position):
@@ -105,6 +111,7 @@ class PageIndex:
         if entry.position:
             entry.parent = self._entries[entry.parent_digest]
             entry.parent.children.append(entry)
+            entry.root = entry.parent.root
         self.place(entry, segment, slot)
         self._entries[entry.digest] = entry
         return True

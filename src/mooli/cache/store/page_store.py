@@ -48,7 +48,7 @@ class StoredPage(NamedTuple):
 
     digest: 32 bytes, of the tokens up to its end. parent: the digest of the page before it; of a first page, whatever
     32 bytes its digest begins from. position: in its chain, from 0. tokens: of the page, 4 bytes each, as they are
-    compared. payload: the bytes of the page. owner: where pages are encrypted, whose key this one gets.
+    compared. payload: the bytes of the page.
     """
 
     digest: bytes
@@ -56,7 +56,6 @@ class StoredPage(NamedTuple):
     position: int
     tokens: bytes
     payload: bytes | memoryview
-    owner: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +147,10 @@ class PageStore:
 
         max_bytes: of all namespaces in the folder together. min_free_bytes: of its disk, left for others. ttl_s: how
         long a page is kept after its last use; None: for ever. ingredients: what the namespace was made of, in words,
-        for who looks at the files. keys: pages are encrypted by these; those of other keys, or of none, are another
-        namespace. One process writes to a namespace; another reads what that has finished, and takes over when it
-        ends. Raises StoreError where the folder cannot be used.
+        for who looks at the files. keys: pages are encrypted, with a key for each root of chains, which is the parent
+        of their first pages; those of other keys, or of none, are another namespace. One process writes to a
+        namespace; another reads what that has finished, and takes over when it ends. Raises StoreError where the folder
+        cannot be used.
         """
         if len(namespace) != DIGEST_BYTES:
             raise StoreError(f"a namespace has {DIGEST_BYTES} bytes, not {len(namespace)}")
@@ -256,11 +256,11 @@ class PageStore:
             logger.warning(message, *args)
 
     # -- reading -------------------------------------------------------------------------------------------------------
-    def read(self, digests: Sequence[bytes], tokens: Sequence[bytes], *, owner: bytes = b"") -> list[memoryview]:
+    def read(self, digests: Sequence[bytes], tokens: Sequence[bytes]) -> list[memoryview]:
         """The payloads of the leading run of a chain, up to the first that cannot be had as it was written.
 
-        tokens: of each page, as they were stored. owner: of all of them, likewise. Takes memory for all of it: ask for
-        a long chain in parts. A part need not begin with the first page of a chain.
+        tokens: of each page, as they were stored. Takes memory for all of it: ask for a long chain in parts. A part
+        need not begin with the first page of a chain.
         """
         with self._memory_lock:
             found = self._index.leading(digests[: len(tokens)], self._oldest_use())
@@ -279,7 +279,7 @@ class PageStore:
                     self._count(pages_wrong=len(piece.wanted))
                     self._drop(found[len(payloads) : len(payloads) + len(piece.wanted)])
                 break
-            good = self._check(found, len(payloads), piece, bodies, tokens, owner)
+            good = self._check(found, len(payloads), piece, bodies, tokens)
             payloads += good
             if len(good) < len(bodies):
                 break
@@ -293,7 +293,6 @@ class PageStore:
         piece: segments.Piece,
         bodies: Sequence[Body | None],
         tokens: Sequence[bytes],
-        owner: bytes,
     ) -> list[memoryview]:
         """The payloads up to the first that is not right."""
         good: list[memoryview] = []
@@ -305,29 +304,29 @@ class PageStore:
                     self._tell("wrong", "a page of %s is not what was written, and is left out", piece.segment.path)
                     self._drop([entry], is_bad=True)
                 break
-            found_tokens, payload = self._opened(body, owner)
+            found_tokens, payload = self._opened(body, entry.root)
             if found_tokens is None or bytes(found_tokens) != tokens[number]:
-                self._tell("tokens", "a page of %s has other tokens, or another owner", piece.segment.path)
+                self._tell("tokens", "a page of %s has other tokens than were asked for", piece.segment.path)
                 break
             good.append(payload)
         return good
 
-    def _opened(self, body: Body, owner: bytes) -> tuple[memoryview | None, memoryview]:
-        """Tokens and payload; no tokens where they are encrypted for somebody else."""
+    def _opened(self, body: Body, root: bytes) -> tuple[memoryview | None, memoryview]:
+        """Tokens and payload; no tokens where they were not encrypted for chains of this root."""
         if self._keys is None:
             return body.tokens, body.payload
-        plain = self._keys.unseal(owner, body.head.digest, b"".join((body.tokens, body.payload)))
+        plain = self._keys.unseal(root, body.head.digest, b"".join((body.tokens, body.payload)))
         if plain is None:
             return None, memoryview(b"")
         cut = self._shape.token_bytes
         return memoryview(plain)[:cut], memoryview(plain)[cut:]
 
-    def _closed(self, page: StoredPage) -> tuple[Buffer, Buffer]:
+    def _closed(self, page: StoredPage, root: bytes) -> tuple[Buffer, Buffer]:
         """What is written of tokens and payload."""
         payload = memoryview(page.payload).cast("B")
         if self._keys is None:
             return page.tokens, payload
-        sealed = memoryview(self._keys.seal(page.owner, page.digest, b"".join((page.tokens, payload))))
+        sealed = memoryview(self._keys.seal(root, page.digest, b"".join((page.tokens, payload))))
         cut = self._shape.token_bytes
         return sealed[:cut], sealed[cut:]
 
@@ -375,7 +374,7 @@ class PageStore:
                 self._count(pages_refused=1)
                 continue
             entry = PageEntry(page.digest, page.parent, page.position, now, now)
-            slot = writer.write(entry, *self._closed(page))
+            slot = writer.write(entry, *self._closed(page, self._index.root_of(page.parent, page.position)))
             with self._memory_lock:
                 is_added = self._index.add(entry, writer.entry, slot)
             written += is_added
