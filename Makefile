@@ -9,6 +9,7 @@
 # make bench-grammar   what constrained output costs and brings: masks, steps, forced runs, hostile grammars (3 minutes)
 # make check-grammar   500 schemas and 300 sets of tools, sampled and judged (some minutes)
 # make bench-server    what serving costs beside computing, and whether users hold each other up
+# make bench-restart   what a server finds again of 200,000 tokens after SIGTERM and kill -9, and how soon (15 minutes)
 # make sanitize    the native tests under the compiler's sanitizers: addresses, undefined behaviour, threads
 # make soak        20 minutes of a server under several times its capacity
 # make wheels      wheels for every Python and processor, compiled here, and each of them run (needs apt and QEMU for Arm)
@@ -21,7 +22,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test test-quick check accuracy bench-kernels bench-grammar check-grammar bench-server peers compare sanitize soak attack wheels release first-minute clean
+.PHONY: demo test test-quick check accuracy bench-kernels bench-grammar check-grammar bench-server bench-restart peers compare sanitize soak attack wheels release first-minute clean
 
 demo: $(VENV)/.installed $(VENV)/.demo
 	$(VENV)/bin/mooli demo
@@ -64,6 +65,9 @@ compare: $(VENV)/.installed $(VENV)/.demo .models/.fetched
 bench-server: $(VENV)/.installed $(VENV)/.demo
 	$(PY) benchmarks/serving_cost.py
 	$(PY) benchmarks/fairness.py
+
+bench-restart: $(VENV)/.installed .models/.fetched
+	$(PY) benchmarks/restart.py $(RESTART)
 
 sanitize:
 	$(PYTHON) tests/native/sanitize.py

@@ -155,7 +155,7 @@ def main() -> None:
             [
                 sys.executable, "-m", "mooli", "serve", "--model-path", arguments.model, "--port", str(PORT),
                 "--batch-dir", folder, "--max-batch-rows", str(arguments.rows), "--max-total-tokens", "16384",
-                "--log-level-http", "warning",
+                "--log-level-http", "warning", "--kv-cache-dir", "none",
             ],
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip

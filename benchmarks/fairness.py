@@ -32,7 +32,7 @@ def server(model: str, *flags: str) -> Any:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mooli.launch_server", "--model-path", model, "--port", str(port), *flags]
-    process = subprocess.Popen([*command, "--log-level", "warning"])
+    process = subprocess.Popen([*command, "--kv-cache-dir", "none", "--log-level", "warning"])
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):

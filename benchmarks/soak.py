@@ -321,6 +321,7 @@ def main() -> int:
         port = probe.getsockname()[1]
     flags = [str(word) for pair in FLAGS.items() for word in pair]
     command = [sys.executable, "-m", "mooli.launch_server", "--model-path", args.model, "--port", str(port), *flags]
+    command += ["--kv-cache-dir", "none"]
     process = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"
     try:

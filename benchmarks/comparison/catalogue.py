@@ -129,6 +129,7 @@ def mooli_variants(weights: Weights, num_threads: int) -> list[Variant]:
             port = free_port()
             command = [sys.executable, "-m", "mooli.launch_server", "--model-path", path, "--port", str(port)]
             command += ["--num-threads", str(num_threads), "--max-total-tokens", str(KV_TOKENS)]
+            command += ["--kv-cache-dir", "none"]
             command += ["--speculative-algorithm", "none"]  # as the peers: how fast a token is computed, not guessed
             command += ["--quantization", quantization] if quantization else []
             return start_server(command, port, Native(), log, {}, {})

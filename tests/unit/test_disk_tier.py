@@ -278,6 +278,17 @@ def test_several_that_need_the_same_pages_wait_for_one_load(store: MemoryStore) 
     assert sum(engine.last(rid).loaded_tokens for rid in engine.outputs) == 200
 
 
+def test_pages_that_others_have_computed_meanwhile_stay_and_the_rest_comes_behind_them(store: MemoryStore) -> None:
+    engine = Placed(store)
+    engine.add("a", LONG)
+    engine.step()
+    engine.run("b", LONG[:46], logprob_start=0)  # which must compute its prompt itself
+    assert engine.cache.num_tree_pages >= 11 and engine.state("a").pages is None
+    engine.io.deliver(1, 100)
+    engine.run()
+    assert engine.tokens("a") == COLD and engine.core.stats()["loaded_tokens"] == (50 - 11) * PAGE
+
+
 def test_a_request_that_is_aborted_while_it_waits_ends_at_once_and_others_load(store: MemoryStore) -> None:
     engine = Placed(store)
     engine.add("a", LONG)
@@ -385,8 +396,13 @@ def test_a_device_that_fails_in_between_ends_no_request(store: MemoryStore, capl
     engine.io.deliver(1, 100)
     engine.run()
     engine.run("b", [1, *LONG])
-    assert engine.tokens("a") == COLD and len(store.pages) == 51
-    assert sum("a device that fails" in record.message for record in caplog.records) >= 2
+    engine.run("c", [2, *LONG])
+    engine.cache.evict(100)
+    engine.run("d", LONG)
+    engine.tier.close(60.0)
+    assert engine.tokens("a") == engine.tokens("d") == COLD and len(store.pages) == 51
+    assert engine.io.num_loads == 1
+    assert sum("a device that fails" in record.message for record in caplog.records) == 2
 
 
 # -- with threads and files --------------------------------------------------------------------------------------------

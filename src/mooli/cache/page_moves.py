@@ -41,7 +41,7 @@ def put_pages(
     there = len(match.pages)
     if not first <= there < last:
         return there
-    match.head_tokens, match.source_page = 0, -1
+    match.head_tokens, match.source_page = 0, -1  # nothing is copied: a partly filled page may be replaced
     held = cache.open(match, given)
     try:
         if not cache.grow(held, last * cache.page_size):

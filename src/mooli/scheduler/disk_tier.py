@@ -42,7 +42,8 @@ class _Found:
     it was looked at.
 
     number: of the load that goes on; 0 for none. first, last: the pages that are loaded; come: up to which they are
-    there. late_s: of the clock, from when on it is not waited for. reason: why not all that is on disk was used.
+    there, num_put: so many of them through the load. late_s: of the clock, from when on it is not waited for. reason:
+    why not all that is on disk was used.
     behind: it waits for another's load. has_begun: it runs, or has run.
     """
 
@@ -52,6 +53,7 @@ class _Found:
     first: int = 0
     last: int = 0
     come: int = 0
+    num_put: int = 0
     late_s: float = 0.0
     reason: MissReason | None = None
     behind: _Found | None = None
@@ -97,6 +99,7 @@ class DiskTier:
         self._loading: dict[bytes, _Found] = {}
         """By each page that is loaded."""
         self._num_loads = 0
+        self._is_broken = False
         self._waited_for: list[_Found] = []
 
     def _is_worth(self, num_tokens: int) -> bool:
@@ -122,7 +125,7 @@ class DiskTier:
         found.has_begun = True
         page_size = self._cache.page_size
         if state.loaded_tokens < 0:
-            state.loaded_tokens = max(0, min(found.come * page_size, state.num_found) - found.first * page_size)
+            state.loaded_tokens = max(0, min(found.num_put * page_size, state.num_found - found.first * page_size))
         end = state.match_end
         is_less = end is not None and end.reason in _NOT_LOADED and end.num_tokens < found.num_on_disk * page_size
         if end is not None and is_less and found.reason is not None:
@@ -153,7 +156,7 @@ class DiskTier:
         if num_tokens < self.even.least_tokens:
             found.reason = MissReason.JUDGED_SLOWER
             return found
-        if self._io.is_stuck:
+        if self._io.is_stuck or self._is_broken:
             found.reason = MissReason.LOAD_FAILED
             return found
         found.late_s = found.late_s or self._clock() + self.even.patience_s(num_tokens)
@@ -228,9 +231,9 @@ class DiskTier:
         state, found = load
         last = piece.first + piece.num_pages
         if piece.num_pages:
-            before = found.come
+            num_before = self.num_loaded
             found.come = self._put(state, piece, last)
-            self.num_loaded += max(0, found.come - max(before, piece.first))
+            found.num_put += self.num_loaded - num_before
         if found.come < last or (piece.is_last and found.come < found.last):
             self._give_up(found)
         elif piece.is_last:
@@ -241,12 +244,15 @@ class DiskTier:
 
         def write(pages: list[int], num_before: int) -> None:
             self._pages.write_pages(pages, data[num_before * self._page_bytes :])
+            self.num_loaded += len(pages)
 
         try:
             namespace = state.request.namespace
             return put_pages(self._cache, namespace, state.key, piece.first, last, write, state.given)
         except Exception as exc:  # of the device: the next step will tell who waits for it
-            logger.warning("pages from disk cannot be put into the pool: %s: %s", type(exc).__name__, exc)
+            if not self._is_broken:
+                logger.warning("pages from disk cannot be put into the pool, and none are loaded from now on: %s", exc)
+            self._is_broken = True
             return piece.first
 
     def learn(self, step: StepStats, seconds: float) -> None:

@@ -72,6 +72,7 @@ class WriteBehind:
         self._warm: OrderedDict[bytes, _Save] = OrderedDict()
         """By the name of the last page, the latest last."""
         self._num_warm = 0
+        self._is_broken = False
 
     @property
     def has_work(self) -> bool:
@@ -79,7 +80,7 @@ class WriteBehind:
 
     def offer(self, namespace: str, key: bytes, chain: PageChain, num_pages: int, num_found: int) -> None:
         """The tree has the first `num_pages` pages of `key`, of which `num_found` were there before."""
-        if not num_pages:
+        if not num_pages or self._is_broken:
             return
         save = _Save(namespace, key, chain, num_pages)
         if not self._is_worth(num_pages * self._cache.page_size):
@@ -128,8 +129,10 @@ class WriteBehind:
         try:
             data = self._pages.read_pages(pages)
         except Exception as exc:  # of the device: the next step will tell who waits for it
-            logger.warning("pages cannot be read out of the pool, and are not written to disk: %s", exc)
-            return False
+            logger.warning("pages cannot be read out of the pool, and none are written to disk from now on: %s", exc)
+            self._is_broken = True
+            self._saves.clear()
+            return True
         chain = save.chain
         self._io.append(
             [
@@ -144,7 +147,8 @@ class WriteBehind:
     def finish(self, end_s: float) -> None:
         """Write everything that is worth it and still there, those used last first, until `end_s` of the monotonic
         clock. Nothing steps any more."""
-        self._saves.extend(reversed(self._warm.values()))
+        if not self._is_broken:
+            self._saves.extend(reversed(self._warm.values()))
         self._warm.clear()
         self._num_warm = 0
         while self._saves and time.monotonic() < end_s:
