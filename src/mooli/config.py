@@ -240,6 +240,9 @@ class EngineConfig(Arguments):
     )
     page_size: int | None = argument(None, "int", "Tokens in a KV cache page; default: by device.", low=1, high=1024)
     disable_radix_cache: bool = argument(False, "bool", "Share no computed prefix between requests.")
+    kv_events_config: str | None = argument(
+        None, "json", "JSON object: publish over ZMQ which pages the cache has, for routers; {} has the defaults."
+    )
     schedule_policy: str = argument(
         "fcfs", "str", "Order of waiting requests: arrival (fcfs) or longest cached prefix first (lpm).",
         choices=("fcfs", "lpm"),

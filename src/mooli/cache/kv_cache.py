@@ -35,7 +35,7 @@ to the slot of whoever begins there; so none is ever shared, or locked.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import takewhile
@@ -45,6 +45,7 @@ import numpy as np
 from mooli.batch import PageCopy, StateCopy
 from mooli.cache.evicted import EvictedPages, Eviction
 from mooli.cache.node_digests import NodeDigests
+from mooli.cache.page_events import PageEvent, PageEvents
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import TOKEN_BYTES, Match, Node, RadixTree
 from mooli.cache.tree_watch import TreeWatch
@@ -213,6 +214,7 @@ class KVCache:
         self.digests = NodeDigests(page_size)
         """Of the pages in the tree."""
         self._evicted_pages = EvictedPages(self.digests)
+        self._events: PageEvents | None = None
         self._untrusted: set[int] = set()
         """Pages of the tree that leave it as soon as nobody uses them."""
 
@@ -586,6 +588,12 @@ class KVCache:
     def flush(self) -> None:
         """Empty the tree of everything that nobody uses."""
         self._free(self._tree.evict(self._tree.num_pages))
+        if self._events is not None and not self._tree.num_pages:
+            self._events.cleared()
+
+    def tell(self, take: Callable[[PageEvent], None]) -> None:
+        """From here on `take` hears which full pages come into the tree, and which go."""
+        self._events = PageEvents(self._tree, self.digests, take)
 
     def check(self, holders: Collection[RequestPages]) -> None:
         """Prove that each page and each slot of a state has one owner: free, one of `holders`, or the tree, and that

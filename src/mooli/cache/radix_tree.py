@@ -137,6 +137,9 @@ class TreeObserver(Protocol):
     def changed(self, node: Node) -> None:
         """The span or the place of `node`: it has changed."""
 
+    def added(self, node: Node, num_pages: int) -> None:
+        """The last pages of `node`, of which one may be partly filled: they have come."""
+
     def dropping(self, node: Node, num_pages: int) -> None:
         """The last pages of a leaf, all of them perhaps: nobody is to find them any more."""
 
@@ -147,11 +150,11 @@ class TreeObserver(Protocol):
 class RadixTree:
     """Namespaces are separate trees with one common order of eviction (least recently used first).
 
-    observer: hears of every change while there is one.
+    observers: hear of every change; most of the time there are none.
     """
 
     def __init__(self, page_size: int) -> None:
-        self.observer: TreeObserver | None = None
+        self.observers: tuple[TreeObserver, ...] = ()
         self.num_pages = 0
         self.num_evictable = 0
         self.snapshots: dict[int, Node] = {}
@@ -257,8 +260,8 @@ class RadixTree:
     def lock(self, node: Node, below: Node | None = None) -> None:
         """Count one user on `node` and all above it, up to `below` (not included) or the root. Counts as use."""
         self._clock = max(self._clock + 1, time.monotonic_ns())
-        if self.observer is not None:
-            self.observer.used(node, below)
+        for observer in self.observers:
+            observer.used(node, below)
         step: Node | None = node
         while step is not below and step is not None:
             if step.num_locks == 0:
@@ -270,8 +273,8 @@ class RadixTree:
     def unlock(self, node: Node) -> None:
         """Take one user off `node` and all above it. Counts as use."""
         self._clock = max(self._clock + 1, time.monotonic_ns())
-        if self.observer is not None:
-            self.observer.used(node, None)
+        for observer in self.observers:
+            observer.used(node, None)
         step: Node | None = node
         while step is not None:
             step.num_locks -= 1
@@ -332,13 +335,17 @@ class RadixTree:
             node.pages += pages
             if node.num_locks == 0:
                 self.num_evictable += len(pages)
-            if self.observer is not None:
-                self.observer.changed(node)
+            for observer in self.observers:
+                observer.added(node, len(pages))
+            for observer in self.observers:
+                observer.changed(node)
             return node
         leaf = Node(key, pages, node)
         self._attach(leaf, node)
         self._num_nodes += 1
         self.num_evictable += len(pages)
+        for observer in self.observers:
+            observer.added(leaf, len(pages))
         return leaf
 
     def _split(self, node: Node, num_pages: int) -> Node:
@@ -364,9 +371,9 @@ class RadixTree:
             )
         self._attach(node, upper)
         self._num_nodes += 1
-        if self.observer is not None:
-            self.observer.changed(upper)
-            self.observer.changed(node)
+        for observer in self.observers:
+            observer.changed(upper)
+            observer.changed(node)
         return upper
 
     def _attach(self, child: Node, parent: Node) -> None:
@@ -475,8 +482,8 @@ class RadixTree:
 
     def _drop_end(self, node: Node, count: int) -> list[int]:
         """Take the last `count` pages off an unlocked leaf, the leaf itself with its first; return them, last first."""
-        if self.observer is not None:
-            self.observer.dropping(node, count)
+        for observer in self.observers:
+            observer.dropping(node, count)
         dropped = node.pages[: -count - 1 : -1]
         if count == len(node.pages):
             self._remove(node)
@@ -497,8 +504,8 @@ class RadixTree:
         parent, edge = node.parent, node.key[: self._page_bytes]
         if parent is None:
             raise EngineError("a root cannot be removed as a leaf")
-        if self.observer is not None:
-            self.observer.removing(node)
+        for observer in self.observers:
+            observer.removing(node)
         if node.states:
             self._lose_states(node, 0)
         del parent.children[edge]
@@ -517,8 +524,8 @@ class RadixTree:
         if not self._is_evictable_leaf(node):
             if isinstance(node, Root) and not node.children and node.num_locks == 0:
                 self._roots.pop(node.namespace, None)
-                if self.observer is not None:
-                    self.observer.removing(node)
+                for observer in self.observers:
+                    observer.removing(node)
             return
         if len(self._leaves) > 64 + 4 * self._num_nodes:  # mostly stale entries: keep one for each leaf that is due
             due = {id(n): (t, i, n) for t, i, n in self._leaves if t == n.last_used and self._is_evictable_leaf(n)}

@@ -84,7 +84,7 @@ class TreeWatch:
 
     @property
     def is_attached(self) -> bool:
-        return self._tree.observer is self
+        return self in self._tree.observers
 
     def begin(self) -> None:
         """The changes that are taken next are those from here on."""
@@ -99,12 +99,12 @@ class TreeWatch:
         for node in self._tree.nodes():
             self._give_number(node)
         self._nodes = dict(sorted(self._nodes.items()))
-        self._tree.observer = self
+        self._tree.observers += (self,)
 
     def detach(self) -> None:
         """Note nothing more, and forget what was noted: what comes later is not complete."""
         if self.is_attached:
-            self._tree.observer = None
+            self._tree.observers = tuple(one for one in self._tree.observers if one is not self)
         self._nodes = {}
         self._forget()
         self._is_complete = False
@@ -186,6 +186,9 @@ class TreeWatch:
         self._changed[node.number] = node
         if len(self._changed) > MOST_NOTES:
             self.detach()
+
+    def added(self, node: Node, num_pages: int) -> None:
+        """Who adds pages locks them: `used` tells of it."""
 
     def dropping(self, node: Node, num_pages: int) -> None:
         root, start = _place(node)

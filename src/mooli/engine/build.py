@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mooli.arguments import parse_object
 from mooli.backends import create_backend
 from mooli.backends.base import NUMERIC_VERSION, Backend, CacheSpec, Limits
 from mooli.cache.kv_cache import KVCache
@@ -46,6 +47,7 @@ from mooli.scheduler.planning import Pace
 from mooli.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
+    from mooli.engine.kv_events import KvEventPublisher
     from mooli.engine.ranks import RankTeam
 
 logger = logging.getLogger(__name__)
@@ -253,6 +255,7 @@ def _build(
     own_runner = ModelRunner(model, backend, vocab_size)
     runner = team.runner(own_runner)
     namespace = cache_namespace(config, model_path, model_config, backend, kv_spec)
+    cache.digests.engine = namespace.root
     disk = open_disk(config, cache, backend, kv_spec, namespace, scheduler.max_batch_tokens)
     if disk is not None:
         scheduler.attach_disk(disk)
@@ -294,16 +297,33 @@ def _build(
     # Where an answer depends on how a prompt is cut, the cut must not depend on a clock.
     pace = Pace(mixed_tokens, step_tokens) if backend.is_exact and mixed_tokens is not None else None
     core = EngineCore(scheduler, runner, pace, grammars)
+    publisher = _publisher(config, cache)
 
     def close() -> None:
         core.close_disk()
         # The core outlives this, for who asks a closed engine; the device must not.
         core.release_runner()
+        if publisher is not None:
+            publisher.close()
         team.stop()
         own_runner.close()
         team.close()
 
     return BuiltEngine(core, model_config, facts, backend.bind_thread, close, team.watch)
+
+
+def _publisher(config: EngineConfig, cache: KVCache) -> KvEventPublisher | None:
+    """Of what becomes of pages, where it is configured."""
+    if config.kv_events_config is None:
+        return None
+    from mooli.engine.kv_events import KvEventPublisher, KvEventsConfig  # here: hardly anybody needs it
+
+    wanted = KvEventsConfig.of(parse_object("kv_events_config", config.kv_events_config))
+    if not wanted.is_on:
+        return None
+    publisher = KvEventPublisher(wanted, cache.page_size)
+    cache.tell(publisher.take)
+    return publisher
 
 
 def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:
