@@ -359,6 +359,12 @@ def test_what_is_remembered_is_bounded_and_has_no_words(monkeypatch) -> None:
             heads.add(PromptHead(f"{tenant}{i}", tenant, "", "", b"", (), 1))
             assert len(heads) <= 12
     assert heads.find("d", "d8") and not heads.find("d", "d3") and not heads.find("a", "d8")
+    unit = prompt_heads.Unit("message", 0, "user", b"", b"", b"", b"", 1, False)
+    monkeypatch.setattr(prompt_heads, "MAX_UNITS_IN_ALL", 25)
+    for i in range(20):
+        heads.add(PromptHead(f"x{i}", "x", "", "", b"", (unit,) * 10, 1))
+        assert heads._num_units == sum(len(head.units) for head in heads._heads.values()) <= 25
+    assert len(heads) == 2
     monkeypatch.setattr(prompt_heads, "MAX_UNITS", 4)
     server = Server()
     server.ask(history())

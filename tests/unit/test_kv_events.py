@@ -228,7 +228,8 @@ def test_an_engine_publishes_where_it_is_configured_and_tells_of_wrong_values(co
     traffic = Traffic(random.Random(5))
 
     def publisher_of(text: str | None) -> KvEventPublisher | None:
-        return build._publisher(EngineConfig.from_kwargs(model_path="x", kv_events_config=text), traffic.cache)
+        config = EngineConfig.from_kwargs(model_path="x", kv_events_config=text)
+        return build._publisher(build._events_config(config), traffic.cache)
 
     assert publisher_of(None) is None and publisher_of('{"publisher": "null"}') is None
     assert publisher_of('{"enable_kv_cache_events": false}') is None and not traffic.cache._tree.observers
@@ -248,6 +249,9 @@ def test_an_engine_publishes_where_it_is_configured_and_tells_of_wrong_values(co
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=named):
             publisher_of(wrong)
+    off = EngineConfig.from_kwargs(model_path="x", kv_events_config="{}", disable_radix_cache=True)
+    with pytest.raises(ConfigError, match="disable_radix_cache"):
+        build._events_config(off)
 
 
 def test_which_addresses_are_this_machines() -> None:

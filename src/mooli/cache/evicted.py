@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from mooli.cache.node_digests import NodeDigests
-from mooli.cache.radix_tree import Match, Node
+from mooli.cache.radix_tree import Node
 
 MOST_PAGES = 16384
 """Remembered; those dropped first are forgotten first. About 200 bytes each."""
@@ -46,18 +46,16 @@ class EvictedPages:
         while len(self._pages) > self._most_pages:
             self._pages.popitem(last=False)
 
-    def after(self, match: Match, key: bytes) -> tuple[int, Eviction] | None:
-        """How many more full pages of `key` were there behind those of `match`, and when the first of them was dropped;
-        None where none is known."""
-        if not self._pages:
+    def after(self, node: Node, num_before: int, key: bytes) -> tuple[int, Eviction] | None:
+        """How many more full pages of `key` were there behind its first `num_before`, which end at the end of `node`,
+        and when the first of them was dropped; None where none is known."""
+        last = len(key) // self._digests.page_bytes
+        if not self._pages or num_before >= last:
             return None
-        first, last = len(match.pages), len(key) // self._digests.page_bytes
-        if first >= last:
-            return None
-        digest = self._digest_before(match)
+        digest = self._digests.after(node)
         found: Eviction | None = None
         count = 0
-        for index in range(first, last):
+        for index in range(num_before, last):
             digest = self._digests.page(digest, key, index)
             eviction = self._pages.get(digest)
             if eviction is None:
@@ -65,9 +63,3 @@ class EvictedPages:
             found = found or eviction
             count += 1
         return None if found is None else (count, found)
-
-    def _digest_before(self, match: Match) -> bytes:
-        """Of the last full page that was matched."""
-        if match.child is not None and match.child_pages:
-            return self._digests.of(match.child)[match.child_pages - 1]
-        return self._digests.after(match.node, match.namespace)

@@ -285,13 +285,15 @@ class KVCache:
         agreeing = self.agreeing(namespace, key, max_matched)
         match, slot = self._usable(agreeing)
         # Before `open`, which may split a node.
-        end = self._explained(self._end(agreeing, match, len(key) // TOKEN_BYTES, max_matched), agreeing, key)
+        end = self._end(agreeing, match, len(key) // TOKEN_BYTES, max_matched)
+        num_agreeing = self._agreeing_tokens(agreeing)
         held = self.open(match, given)
         num_shared = held.num_shared
         num_matched = num_shared * self.page_size + match.head_tokens
         if self.num_available < promised_pages + max(0, num_pages - num_shared):
             self.discard(held)
             return None
+        end = self._explained(end, held, namespace, key, num_agreeing)
         copied = match.head_tokens
         if copied and self.room(held, num_matched) <= 0:
             # Alone in a pool just large enough: the page to copy from is the one that is needed.
@@ -322,9 +324,7 @@ class KVCache:
             return Admission(held, num_matched, num_tokens, copies, end)
         (held.state,), held.state_tokens = self._slots.allocate(1), num_matched
         if self.enabled:
-            held.wanted = self._wanted(
-                self.states, num_matched, len(key) // TOKEN_BYTES, self._agreeing_tokens(agreeing)
-            )
+            held.wanted = self._wanted(self.states, num_matched, len(key) // TOKEN_BYTES, num_agreeing)
         if slot < 0:
             return Admission(held, num_matched, num_tokens, copies, end)
         self._tree.use_state(slot)
@@ -355,17 +355,18 @@ class KVCache:
         found = self._tree.token_after(match)
         return MatchEnd(agreeing, MissReason.NEW if found is None else MissReason.DIVERGED, found)
 
-    def _explained(self, end: MatchEnd, match: Match, key: bytes) -> MatchEnd:
-        """With what more is known of the tokens behind `match`, of the whole `key`."""
+    def _explained(self, end: MatchEnd, held: RequestPages, namespace: str, key: bytes, num_agreeing: int) -> MatchEnd:
+        """With what more is known of the tokens of `key` behind those that are held. num_agreeing: tokens whose pages
+        are in the tree, with states or without."""
         most = len(key) // TOKEN_BYTES - 1
         if end.reason is MissReason.HELD_BACK:
-            there = self._agreeing_tokens(self._tree.match(match.namespace, key, most)) if self.enabled else 0
+            there = self._agreeing_tokens(self._tree.match(namespace, key, most)) if self.enabled else 0
             return replace(end, num_lost=max(0, there - end.num_tokens))
         if end.reason is MissReason.NO_STATE:
-            return replace(end, num_lost=self._agreeing_tokens(match) - end.num_tokens)
-        if end.reason in (MissReason.NEW, MissReason.DIVERGED, MissReason.NAMESPACE):
-            num_pages, eviction = self._evicted_pages.after(match, key) or (0, None)
-            num_lost = min(most, (len(match.pages) + num_pages) * self.page_size) - end.num_tokens
+            return replace(end, num_lost=num_agreeing - end.num_tokens)
+        if held.node is not None and end.reason in (MissReason.NEW, MissReason.DIVERGED, MissReason.NAMESPACE):
+            num_pages, eviction = self._evicted_pages.after(held.node, held.num_shared, key) or (0, None)
+            num_lost = min(most, (held.num_shared + num_pages) * self.page_size) - end.num_tokens
             if eviction is not None and num_lost > 0:
                 return MatchEnd(end.num_tokens, MissReason.EVICTED, None, num_lost, eviction)
         return end

@@ -32,8 +32,10 @@ class NodeDigests:
             if step.digests is None:
                 step.digests = []
             known = step.digests
-            for index in range(len(known), len(step.key) // self.page_bytes):
-                known.append(self.page(known[-1] if known else parent, step.key, index))
+            first = len(known) * self.page_bytes
+            tokens = page_tokens(step.key[first:])
+            for at in range(0, len(tokens) - self.page_bytes + 1, self.page_bytes):
+                known.append(chain(known[-1] if known else parent, tokens[at : at + self.page_bytes]))
             parent = known[-1] if known else parent
         return node.digests or []
 
@@ -46,11 +48,9 @@ class NodeDigests:
             raise EngineError("nothing stands before the root of a radix tree")
         return self.of(above)[-1]
 
-    def after(self, node: Node | None, namespace: str) -> bytes:
-        """What a page right behind `node` follows; behind a root, or None, of that namespace."""
-        if node is None or node.parent is None:
-            return root_of(self.engine, namespace)
-        return self.of(node)[-1]
+    def after(self, node: Node) -> bytes:
+        """What a page right behind `node`, which may be a root, follows."""
+        return root_of(self.engine, node.namespace) if isinstance(node, Root) else self.of(node)[-1]
 
     def page(self, parent: bytes, key: bytes, index: int) -> bytes:
         """The digest of page `index` of `key`, which follows `parent`."""

@@ -47,7 +47,7 @@ from mooli.scheduler.planning import Pace
 from mooli.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from mooli.engine.kv_events import KvEventPublisher
+    from mooli.engine.kv_events import KvEventPublisher, KvEventsConfig
     from mooli.engine.ranks import RankTeam
 
 logger = logging.getLogger(__name__)
@@ -153,6 +153,7 @@ def _build(
     progress: Progress,
     started: float,
 ) -> BuiltEngine:
+    events = _events_config(config)
     page_size = config.page_size or backend.default_page_size
     backend.check_page_size(page_size)
     model_config, checkpoint = open_model(
@@ -297,7 +298,7 @@ def _build(
     # Where an answer depends on how a prompt is cut, the cut must not depend on a clock.
     pace = Pace(mixed_tokens, step_tokens) if backend.is_exact and mixed_tokens is not None else None
     core = EngineCore(scheduler, runner, pace, grammars)
-    publisher = _publisher(config, cache)
+    publisher = _publisher(events, cache)
 
     def close() -> None:
         core.close_disk()
@@ -312,15 +313,24 @@ def _build(
     return BuiltEngine(core, model_config, facts, backend.bind_thread, close, team.watch)
 
 
-def _publisher(config: EngineConfig, cache: KVCache) -> KvEventPublisher | None:
-    """Of what becomes of pages, where it is configured."""
+def _events_config(config: EngineConfig) -> KvEventsConfig | None:
+    """Of what is published of the cache, checked before any weight is read; None for nothing."""
     if config.kv_events_config is None:
         return None
-    from mooli.engine.kv_events import KvEventPublisher, KvEventsConfig  # here: hardly anybody needs it
+    from mooli.engine.kv_events import KvEventsConfig  # here: hardly anybody needs it
 
     wanted = KvEventsConfig.of(parse_object("kv_events_config", config.kv_events_config))
-    if not wanted.is_on:
+    if wanted.is_on and config.disable_radix_cache:
+        raise ConfigError("kv_events_config has no effect with disable_radix_cache: give one of them")
+    return wanted if wanted.is_on else None
+
+
+def _publisher(wanted: KvEventsConfig | None, cache: KVCache) -> KvEventPublisher | None:
+    """Of what becomes of pages, where it is wanted."""
+    if wanted is None:
         return None
+    from mooli.engine.kv_events import KvEventPublisher
+
     publisher = KvEventPublisher(wanted, cache.page_size)
     cache.tell(publisher.take)
     return publisher

@@ -24,7 +24,10 @@ MAX_HEADS_OF_TENANT = 64
 """Of one tenant."""
 
 MAX_UNITS = 1024
-"""Messages and tools of a head. What is behind them counts as one more."""
+"""Messages and tools of one head; of longer prompts the beginning is remembered."""
+
+MAX_UNITS_IN_ALL = 32768
+"""About 350 bytes each."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -123,6 +126,7 @@ class PromptHeads:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _heads: OrderedDict[tuple[str, str], PromptHead] = field(default_factory=OrderedDict)
     _counts: dict[str, int] = field(default_factory=dict)
+    _num_units: int = 0
 
     def __len__(self) -> int:
         return len(self._heads)
@@ -134,7 +138,8 @@ class PromptHeads:
             self._counts[head.tenant] = self._counts.get(head.tenant, 0) + 1
             if self._counts[head.tenant] > MAX_HEADS_OF_TENANT:
                 self._drop(next(key for key in self._heads if key[0] == head.tenant))
-            if len(self._heads) > MAX_HEADS:
+            self._num_units += len(head.units)
+            while len(self._heads) > MAX_HEADS or (self._num_units > MAX_UNITS_IN_ALL and len(self._heads) > 1):
                 self._drop(next(iter(self._heads)))
 
     def find(self, tenant: str, rid: str) -> PromptHead | None:
@@ -164,7 +169,9 @@ class PromptHeads:
             return best
 
     def _drop(self, key: tuple[str, str]) -> None:
-        if self._heads.pop(key, None) is not None:
+        head = self._heads.pop(key, None)
+        if head is not None:
+            self._num_units -= len(head.units)
             self._counts[key[0]] -= 1
             if not self._counts[key[0]]:
                 del self._counts[key[0]]
