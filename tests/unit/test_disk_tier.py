@@ -346,6 +346,9 @@ def test_a_load_that_would_take_longer_than_computing_is_not_begun(store: Memory
     ends = engine.ends()
     assert engine.run("a", LONG) == COLD
     assert engine.io.num_loads == 0 and ends["a"] is MissReason.JUDGED_SLOWER
+    told = engine.outputs["a"][0].cache_end
+    assert told is not None and (told.reason, told.num_tokens) == ("judged slower", 0)
+    assert told.num_lost == len(LONG) // PAGE * PAGE, "of what is on disk"
     assert engine.core.stats()["slower_loads"] == 1
 
 

@@ -523,14 +523,16 @@ class AdmissionControl:
         plan.state_copies += admission.state_copies
         plan.add(state, admission.num_tokens)
         plan.num_cached_tokens += admission.num_matched
-        if state.cached_tokens < 0:
+        is_first = state.cached_tokens < 0
+        if is_first:
             state.cached_tokens = admission.num_matched
             self.counters.prompt_tokens += state.num_prompt_tokens
             self.counters.cached_tokens += admission.num_matched
-            end = cache_ends.with_running(admission.end, state, self.running.states, self.cache.page_size)
-            state.cache_end = cache_ends.account_of(end, state, self.cache)
         for hold in self.holds:
             hold.began(state)
+        if is_first and state.match_end is not None:  # of which a hold may have known more
+            end = cache_ends.with_running(state.match_end, state, self.running.states, self.cache.page_size)
+            state.cache_end = cache_ends.account_of(end, state, self.cache)
         return True
 
     # -- and stops running ---------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 ALARM_S = 0.001
 """How long after a request is late it is looked at again."""
 
-_NOT_LOADED = (MissReason.NEW, MissReason.NAMESPACE, MissReason.DIVERGED)
+_NOT_LOADED = (MissReason.NEW, MissReason.NAMESPACE, MissReason.DIVERGED, MissReason.EVICTED)
 """Of the tree alone; where the store has more, why that was not used says more."""
 
 
@@ -129,7 +129,8 @@ class DiskTier:
         end = state.match_end
         is_less = end is not None and end.reason in _NOT_LOADED and end.num_tokens < found.num_on_disk * page_size
         if end is not None and is_less and found.reason is not None:
-            state.match_end = replace(end, reason=found.reason)
+            num_lost = min(found.num_on_disk * page_size, state.match_limit) - end.num_tokens
+            state.match_end = replace(end, reason=found.reason, num_lost=max(num_lost, end.num_lost))
             self.num_failed += found.reason is MissReason.LOAD_FAILED
             self.num_slower += found.reason is MissReason.JUDGED_SLOWER
         num_found = state.num_found // page_size

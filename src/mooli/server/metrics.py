@@ -55,6 +55,12 @@ RENDER_PAUSE_S = 0.1
 
 GIGABYTE = 10**9
 
+CACHE_ENDS = (
+    "none", "new", "diverged", "evicted", "namespace", "in_flight", "held_back", "no_state", "judged_slower",
+    "load_failed", "disabled",
+)  # fmt: skip
+"""Why no more of a prompt was in the cache (docs/cache_reports.md)."""
+
 Labels = dict[str, str]
 
 
@@ -157,8 +163,8 @@ class _RequestCounts:
         self.uncached_lengths = _Histogram(LENGTH_BUCKETS)
         self.answer_lengths = _Histogram(LENGTH_BUCKETS)
         self.cached_tokens = self.loaded_tokens = 0
-        self.cache_ends: collections.Counter[str] = collections.Counter()
-        self.lost_tokens: collections.Counter[str] = collections.Counter()
+        self.cache_ends = collections.Counter(dict.fromkeys(CACHE_ENDS, 0))
+        self.lost_tokens = collections.Counter(dict.fromkeys(CACHE_ENDS, 0))
         self.decode_tokens = 0
         self.aborted = 0
         self.of_key: collections.defaultdict[str, _KeyCounts] = collections.defaultdict(_KeyCounts)
