@@ -55,7 +55,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
     config, checkpoint = open_model(folder, load_format="dummy")
     built = create_model(config, checkpoint, backend)
     backend.allocate(config.cache_spec(PAGE_SIZE, "bfloat16"), NUM_PAGES, Limits(MAX_TOKENS, MAX_ROWS, NUM_PAGES))
-    yield TinyModel(ModelRunner(built, backend, VOCAB), [Even(VOCAB), Spelled(VOCAB, 1, 100), Automaton(VOCAB, 1)])
+    rules = [Even(VOCAB), Spelled(VOCAB, 1, 100), Automaton(VOCAB, 1)]
+    yield TinyModel(ModelRunner(built, backend, VOCAB), rules, has_states=False)
     backend.close()
 
 
