@@ -142,7 +142,7 @@ def read_gguf_config(
                 family.name, architecture, name, metadata, shapes, vectors or {}, dtype, overrides or {}, context
             )
             return family.read_gguf(source)
-    raise _unknown_family(name, (known for family in FAMILIES.values() for known in family.gguf))
+    raise _unknown_family(name, dict.fromkeys(known for family in FAMILIES.values() for known in family.gguf))
 
 
 def create_model(
