@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FUSED_LEVELS = [level for level in LEVELS if level not in ("scalar", "amx")]
 """Those with a fused multiply-add, whose float sums are alike. AMX multiplies integers as bfloat16: test_cpu_amx.py."""
 LEFT_OUT = "llama-tied or llama-3 or llama-linear or qwen2 or qwen3-tied"
-"""Models that differ from the others in nothing the kernels see."""
+"""Models that differ from the others in nothing the kernels see. Families with experts, sinks and latents are
+left out whole: their operations are tested, and what is beside them is that of the others."""
 
 
 def needs(level: str) -> None:
@@ -34,7 +35,8 @@ def test_a_lower_level_passes_the_tests_of_operations_sampling_and_models(level:
     needs(level)
     if level == LEVELS[-1]:
         pytest.skip("the best level of this processor, on which all other tests run")
-    tests = ["tests/backends/test_ops.py", "tests/backends/test_sampling.py", "tests/models"]
+    names = ("ops", "sampling", "recurrent_ops", "experts", "latent", "sinks")
+    tests = [*(f"tests/backends/test_{name}.py" for name in names), "tests/models/test_llama_family.py"]
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", f"cpu and not ({LEFT_OUT})"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests],

@@ -120,7 +120,7 @@ def test_a_chat_template_that_does_not_compile_is_named(folder):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"architectures": ["DeepseekV3ForCausalLM"]},
+        {"architectures": ["BloomForCausalLM"]},
         {"torch_dtype": "float8_e4m3fn"},
         {"quantization_config": {"quant_method": "bitsandbytes"}},
     ],

@@ -69,7 +69,7 @@ def unknown_flag(word: str) -> str:
 
 
 def unknown_family() -> str:
-    return str(read_hf_config({"architectures": ["MixtralForCausalLM"]}))
+    return str(read_hf_config({"architectures": ["BloomForCausalLM"]}))
 
 
 @pytest.mark.parametrize(

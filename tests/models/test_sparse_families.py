@@ -251,7 +251,7 @@ def converted(name: str, tensors: Tensors) -> Iterator[tuple[str, NDArray[np.flo
             yield key.replace("feed_forward", "block_sparse_moe"), values
         elif ".mamba." in key:
             yield from converted_mamba(key, values)
-        elif ".shared_mlp." in key:
+        elif ".shared_mlp." in key and "granite" in name:
             yield from converted_shared(key, values, has_experts=name == "granite 4")
         elif key.endswith("conv.conv.weight"):
             yield key, values.squeeze(1)

@@ -26,7 +26,7 @@ from model_files import (
 )
 from mooli.errors import CheckpointError, ModelError, ModelNotFoundError, UnsupportedModelError
 from mooli.formats.gguf import is_gguf, read_gguf
-from mooli.formats.gguf_parts import gguf_in_folder
+from mooli.formats.gguf_names import gguf_in_folder
 from mooli.tensor import TensorType
 
 HUGE = (1 << 63) - 1

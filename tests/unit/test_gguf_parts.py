@@ -10,7 +10,8 @@ import pytest
 
 from mooli.backends.dequant import dequantize
 from mooli.errors import CheckpointError
-from mooli.formats.gguf_parts import first_parts, gguf_in_folder, missing_parts, open_gguf, part_names
+from mooli.formats.gguf_names import first_parts, gguf_in_folder, missing_parts, part_names
+from mooli.formats.gguf_parts import open_gguf
 from mooli.hub import model_digest, resolve
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.llama import LlamaConfig

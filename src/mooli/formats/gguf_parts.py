@@ -1,57 +1,19 @@
-"""GGUF models in several files: what the parts are called, and all of them opened as one.
+"""GGUF models in several files, opened as one.
 
-Owns the names (`…-00001-of-00003.gguf`, as llama.cpp writes and looks for them) and the check that parts belong
-together. Every part is a whole GGUF file; the first has the metadata. Never reads a header itself.
+Owns the check that parts belong together. Every part is a whole GGUF file; the first has the metadata. Never reads a
+header itself.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mooli.errors import CheckpointError
 from mooli.formats.gguf import GGUFFile, TensorInfo
+from mooli.formats.gguf_names import part_paths
 from mooli.tensor import RawTensor
-
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-_MAX_PARTS = 4096
-
-
-def part_names(name: str) -> tuple[str, ...]:
-    """Of the file name of a part (folders before it stay), those of all parts in order; else the name alone."""
-    match = _PART.fullmatch(name)
-    if match is None:
-        return (name,)
-    number, count = int(match["number"]), int(match["count"])
-    if not 1 <= number <= count <= _MAX_PARTS:
-        return (name,)
-    return tuple(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf" for part in range(1, count + 1))
-
-
-def part_paths(path: Path) -> tuple[Path, ...]:
-    """All files of the GGUF model of which `path` is one, the first part first, there or not."""
-    return tuple(path.with_name(name) for name in part_names(path.name))
-
-
-def missing_parts(path: Path) -> list[str]:
-    """Names of the parts that are not beside `path`."""
-    return [part.name for part in part_paths(path) if not part.is_file()]
-
-
-def first_parts(names: Iterable[str]) -> list[str]:
-    """Of names of GGUF files, one for each model: that of its first part, whether that is among them or not."""
-    return list(dict.fromkeys(part_names(name)[0] for name in names))
-
-
-def gguf_in_folder(folder: Path) -> Path | None:
-    """The only GGUF model of a folder, its first part; None without one. CheckpointError listing them if several."""
-    names = first_parts(sorted(file.name for file in folder.glob("*.gguf")))
-    if len(names) > 1:
-        listed = ", ".join(names[:10])
-        raise CheckpointError(f"{folder} has {len(names)} GGUF files: {listed}; give the path of one of them")
-    return folder / names[0] if names else None
 
 
 def open_gguf(path: Path) -> GGUFFile | GGUFParts:

@@ -381,7 +381,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return tokenizer_from_folder(path)
     if path.suffix.lower() == ".gguf" and path.is_file():
         from mooli.formats.gguf import read_gguf
-        from mooli.formats.gguf_parts import part_paths
+        from mooli.formats.gguf_names import part_paths
         from mooli.frontend.gguf_tokenizer import tokenizer_from_gguf
 
         with no_garbage_collection():

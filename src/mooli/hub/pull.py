@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mooli.errors import CheckpointError, ConfigError, DownloadError, ModelError, ModelNotFoundError
-from mooli.formats.gguf_parts import gguf_in_folder, missing_parts, part_paths
+from mooli.formats.gguf_names import gguf_in_folder, missing_parts, part_paths
 from mooli.hub.destination import (
     LOCK,
     STAGING,

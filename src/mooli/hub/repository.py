@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mooli.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
-from mooli.formats.gguf_parts import first_parts, part_names
+from mooli.formats.gguf_names import first_parts, part_names
 
 if TYPE_CHECKING:
     from mooli.hub.locate import RepositoryName

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mooli.config import DEMO
 from mooli.errors import ModelNotFoundError
-from mooli.formats.gguf_parts import first_parts, missing_parts, part_paths
+from mooli.formats.gguf_names import first_parts, missing_parts, part_paths
 from mooli.hub.locate import (
     hugging_face_folders,
     hugging_face_root,

@@ -14,7 +14,8 @@ from typing import Any
 from mooli.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
 from mooli.formats.files import read_json
 from mooli.formats.gguf import GGUFFile, is_gguf
-from mooli.formats.gguf_parts import GGUFParts, gguf_in_folder, open_gguf
+from mooli.formats.gguf_names import gguf_in_folder
+from mooli.formats.gguf_parts import GGUFParts, open_gguf
 from mooli.formats.safetensors import SafetensorsFolder
 from mooli.models.checkpoint import (
     Checkpoint,

@@ -23,7 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from mooli.config import EngineConfig
 from mooli.errors import BusyError, ConfigError, MooliError, OutOfMemoryError
-from mooli.formats.gguf_parts import part_paths
+from mooli.formats.gguf_names import part_paths
 from mooli.link.client import EngineClient
 from mooli.server import page_files
 from mooli.server.app import API_ROUTES, LONG_BODIES, ROUTES, make_route, protected
