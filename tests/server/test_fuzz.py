@@ -46,11 +46,12 @@ def api(documented_server) -> Any:
 
 def operations() -> list[Any]:
     """Each with data that fits the document; those that take any, also with data that does not. Not of what only says
-    that it is not there (501)."""
+    that it is not there (501), nor of what has no end: test_cache_routes.py reads the events, test_openapi.py compares
+    them with the document, and a client that waits for the last one is sent away after half a minute."""
     found = []
     for path, methods in document(API_ROUTES)["paths"].items():
         for method, operation in methods.items():
-            if operation["summary"].startswith("Not there"):
+            if operation["summary"].startswith("Not there") or (path, method) == ("/v1/cache/events", "get"):
                 continue
             found.append(pytest.param(path, method, GenerationMode.POSITIVE))
             if "requestBody" in operation or "parameters" in operation:
