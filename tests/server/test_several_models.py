@@ -142,7 +142,9 @@ def test_lists_show_all_models_and_load_none(several):
     assert [card["id"] for card in cards] == ["a", "b"] and "max_model_len" not in cards[0]
     assert [entry["name"] for entry in server.http.get("/api/tags").json()["models"]] == ["a", "b"]
     assert server.http.get("/api/ps").json() == {"models": []}
-    assert server.http.get("/metrics").text == ""
+    counts = server.http.get("/metrics").text
+    assert 'sglang:http_requests_total{endpoint="/v1/models",method="GET"} 1.0' in counts.splitlines()
+    assert "model_name" not in counts
     assert server.http.get("/v1/models/b").json()["id"] == "b"
     assert server.http.get("/v1/models/c").status_code == 404
     assert server.http.get("/").status_code == 200
@@ -158,6 +160,13 @@ def test_lists_show_all_models_and_load_none(several):
     samples = [line.rpartition(" ")[0] for line in metrics.splitlines() if not line.startswith("#")]
     assert len(samples) == len(set(samples)), "Prometheus refuses a sample that comes twice"
     assert "mooli:num_open_reqs 0.0" in metrics.splitlines()
+    for line in (
+        'sglang:http_requests_total{endpoint="/v1/chat/completions",method="POST"} 2.0',
+        'sglang:http_responses_total{endpoint="/v1/chat/completions",method="POST",status_code="200"} 2.0',
+        'sglang:http_responses_total{endpoint="unmatched",method="GET",status_code="404"} 1.0',
+        "sglang:http_requests_active 0.0",
+    ):
+        assert line in metrics.splitlines(), "requests are counted once, whichever model answers them"
     assert {'model_name="a"', 'model_name="b"'} <= set(metrics.replace("{", ",").replace("}", ",").split(","))
     anthropic = server.http.get("/v1/models", headers={"anthropic-version": "2023-06-01"}).json()
     assert [card["id"] for card in anthropic["data"]] == ["a", "b"]

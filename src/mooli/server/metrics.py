@@ -64,19 +64,44 @@ CACHE_ENDS = (
 Labels = dict[str, str]
 
 
-class Metrics:
-    """Takes what happens to calls (`mooli.server.service`) and on HTTP, and renders it.
+class HttpMetrics:
+    """Takes what happens on HTTP, and renders it: all that is counted where no model is.
 
     Not thread-safe: everything is called in the server's event loop.
     """
 
+    def __init__(self) -> None:
+        self._http = _HttpCounts()
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self._http)
+
+    def http_request(self, endpoint: str, method: str) -> None:
+        """A request has begun. endpoint: the path of its route as the route writes it, never as the client does;
+        UNMATCHED if there is none."""
+        if not endpoint.startswith(PROBES):
+            self._http.requests[endpoint, _known(method)] += 1
+            self._http.num_active += 1
+
+    def http_response(self, endpoint: str, method: str, status: int) -> None:
+        """The request has been answered, to its last byte or as far as the client took it."""
+        if not endpoint.startswith(PROBES):
+            self._http.responses[endpoint, str(status), _known(method)] += 1
+            self._http.num_active -= 1
+
+    def render(self) -> bytes:
+        """Everything, in Prometheus' text form."""
+        return generate_latest(self._registry)
+
+
+class Metrics(HttpMetrics):
+    """Takes what happens to calls (`mooli.server.service`) of one model too."""
+
     def __init__(self, model_name: str, facts: EngineFacts, config: ServerConfig, keys: KeyRing | None = None) -> None:
+        super().__init__()
         self._requests = _RequestCounts(config)
         self._keys = keys
-        self._http = _HttpCounts()
         self._engine = _EngineState(facts, config.decode_log_interval)
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Exposition(model_name, self._requests, self._http, self._engine))
+        self._registry.register(_Exposition(model_name, self._requests, self._engine))
 
     # -- of requests --
     def received(self, *, is_stream: bool, prompt_tokens: int) -> None:
@@ -94,20 +119,6 @@ class Metrics:
         if self._keys is not None and self._keys.named(generation.request.client) is not None:
             self._requests.of_key[generation.request.client].add(generation)
 
-    # -- of HTTP --
-    def http_request(self, endpoint: str, method: str) -> None:
-        """A request has begun. endpoint: the path of its route as the route writes it, never as the client does;
-        UNMATCHED if there is none."""
-        if not endpoint.startswith(PROBES):
-            self._http.requests[endpoint, _known(method)] += 1
-            self._http.num_active += 1
-
-    def http_response(self, endpoint: str, method: str, status: int) -> None:
-        """The request has been answered, to its last byte or as far as the client took it."""
-        if not endpoint.startswith(PROBES):
-            self._http.responses[endpoint, str(status), _known(method)] += 1
-            self._http.num_active -= 1
-
     # -- of the engine --
     def step(self, report: Outputs) -> None:
         self._engine.step(report)
@@ -116,10 +127,6 @@ class Metrics:
     def cache_hit_rate(self) -> float:
         """Share of all prompt tokens so far that came from the cache."""
         return self._requests.cache_hit_rate
-
-    def render(self) -> bytes:
-        """Everything, in Prometheus' text form."""
-        return generate_latest(self._registry)
 
 
 def _known(method: str) -> str:
@@ -216,11 +223,26 @@ def _bounds(given: Sequence[float] | None, default: Sequence[float]) -> tuple[fl
     return tuple(float(bound) for bound in (default if given is None else given))
 
 
-class _HttpCounts:
+class _HttpCounts(Collector):
     def __init__(self) -> None:
         self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
         self.responses: collections.Counter[tuple[str, str, str]] = collections.Counter()
         self.num_active = 0
+
+    def collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "sglang:http_requests", "HTTP requests, health checks and scrapes left out.", labels=["endpoint", "method"]
+        )
+        for (endpoint, method), count in self.requests.items():
+            requests.add_metric([endpoint, method], count)
+        yield requests
+        responses = CounterMetricFamily(
+            "sglang:http_responses", "Answers by their status.", labels=["endpoint", "status_code", "method"]
+        )
+        for (endpoint, status, method), count in self.responses.items():
+            responses.add_metric([endpoint, status, method], count)
+        yield responses
+        yield GaugeMetricFamily("sglang:http_requests_active", "HTTP requests in progress.", self.num_active)
 
 
 class _EngineState:
@@ -261,11 +283,10 @@ class _EngineState:
 
 
 class _Exposition(Collector):
-    """Writes the counts down as Prometheus' families."""
+    """Writes the counts of a model down as Prometheus' families."""
 
-    def __init__(self, model_name: str, requests: _RequestCounts, http: _HttpCounts, engine: _EngineState) -> None:
+    def __init__(self, model_name: str, requests: _RequestCounts, engine: _EngineState) -> None:
         self._requests = requests
-        self._http = http
         self._engine = engine
         self._model: Labels = {"model_name": model_name, "engine_type": "unified"}
         self._rank: Labels = {**self._model, "tp_rank": "0", "pp_rank": "0", "moe_ep_rank": "0"}
@@ -275,7 +296,6 @@ class _Exposition(Collector):
         yield from self._engine_counters()
         yield from self._request_counters()
         yield from self._request_histograms()
-        yield from self._http_families()
 
     def _engine_gauges(self) -> Iterator[Metric]:
         engine, facts = self._engine, self._engine.facts
@@ -432,21 +452,6 @@ class _Exposition(Collector):
             family = HistogramMetricFamily(f"sglang:{name}", text, labels=list(self._model))
             histogram.add_to(family, list(self._model.values()))
             yield family
-
-    def _http_families(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily(
-            "sglang:http_requests", "HTTP requests, health checks and scrapes left out.", labels=["endpoint", "method"]
-        )
-        for (endpoint, method), count in self._http.requests.items():
-            requests.add_metric([endpoint, method], count)
-        yield requests
-        responses = CounterMetricFamily(
-            "sglang:http_responses", "Answers by their status.", labels=["endpoint", "status_code", "method"]
-        )
-        for (endpoint, status, method), count in self._http.responses.items():
-            responses.add_metric([endpoint, status, method], count)
-        yield responses
-        yield GaugeMetricFamily("sglang:http_requests_active", "HTTP requests in progress.", self._http.num_active)
 
     @staticmethod
     def _gauge(name: str, text: str, value: float, labels: Labels) -> Metric:

@@ -33,6 +33,7 @@ from mooli.server.errors import error_reply, problem_of
 from mooli.server.http import Endpoint, RouteTable
 from mooli.server.json_body import BodyRoom
 from mooli.server.keys import KeyRing
+from mooli.server.metrics import HttpMetrics
 from mooli.server.model_set import ModelSet
 from mooli.server.ollama_models import running_entry, tags_entry
 from mooli.server.openai_models import anthropic_card, card, wants_anthropic
@@ -71,11 +72,6 @@ def named_models(models: str, engine_config: EngineConfig) -> dict[str, EngineCo
     }
 
 
-def _is_gguf_model(entry: Path) -> bool:
-    """Whether it is a GGUF file, and the first where a model is in several."""
-    return entry.suffix == ".gguf" and entry.is_file() and entry == part_paths(entry)[0]
-
-
 Start = Callable[[str], Awaitable[tuple[Service, EngineClient]]]
 
 
@@ -97,16 +93,6 @@ class LoadedModel:
         await self._engine.close()
 
 
-class _NoCounts:
-    """Each model counts its own requests."""
-
-    def http_request(self, endpoint: str, method: str) -> None:
-        pass
-
-    def http_response(self, endpoint: str, method: str, status: int) -> None:
-        pass
-
-
 @dataclass(slots=True)
 class _Host:
     """What routes work with that need no model: of `Service`, as much as they and the layers before them look at."""
@@ -115,7 +101,7 @@ class _Host:
     keys: KeyRing
     models: ModelSet[LoadedModel]
     started_at: float
-    metrics: _NoCounts = field(default_factory=_NoCounts)
+    metrics: HttpMetrics = field(default_factory=HttpMetrics)
     is_draining: bool = False
 
 
@@ -142,8 +128,8 @@ class SeveralModels:
             tuple(names), load, idle_s=config.model_idle_timeout or None, most=config.max_loaded_models
         )
         self.died: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.traffic = TrafficLog(_NoCounts(), config)
         self._host = _Host(config, keys, self.models, time.time())
+        self.traffic = TrafficLog(self._host.metrics, config)
         bodies, service = EarlyBodies(config), cast(Service, self._host)
         own = {route.path for route in OWN_ROUTES}
         room = BodyRoom(LONG_BODIES * config.max_body_bytes)
@@ -295,13 +281,14 @@ async def _health(service: Service, request: Incoming) -> Reply:
 
 
 async def _metrics(service: Service, request: Incoming) -> Reply:
-    """Those of all that are loaded: samples of one family together, each with the name of its model. What has no such
-    name is counted together: Prometheus takes a sample once."""
+    """Those of HTTP, and of all that are loaded: samples of one family together, each with the name of its model. What
+    has no such name is counted together: Prometheus takes a sample once."""
     families: dict[bytes, tuple[list[bytes], dict[bytes, bytes]]] = {}
-    for model in _host(service).models.loaded.values():
+    host = _host(service)
+    for metrics in (host.metrics, *(model.service.metrics for model in host.models.loaded.values())):
         head: list[bytes] = []
         samples: dict[bytes, bytes] = {}
-        for line in model.service.metrics.render().splitlines():
+        for line in metrics.render().splitlines():
             if line.startswith(b"# HELP "):
                 head, samples = families.setdefault(line.split(b" ", 3)[2], ([], {}))
             if not line.startswith(b"#"):
@@ -327,7 +314,13 @@ OWN_ROUTES: tuple[Route, ...] = (
     _get("/v1/models/{model_id:path}", _show_model, "One model, by its name", dialect=Dialect.OPENAI),
     _get("/api/tags", _tags, "The models, in Ollama's words", dialect=Dialect.OLLAMA),
     _get("/api/ps", _running, "The models that are loaded", dialect=Dialect.OLLAMA),
-    _get("/metrics", _metrics, "Metrics of the models that are loaded", dialect=Dialect.NATIVE, access=Access.OPEN),
+    _get(
+        "/metrics",
+        _metrics,
+        "Metrics of HTTP, and of the models that are loaded",
+        dialect=Dialect.NATIVE,
+        access=Access.OPEN,
+    ),
     *(
         _get(path, _health, "200 while requests are taken", dialect=Dialect.NATIVE, access=Access.OPEN)
         for path in ("/health", "/health_generate", "/health/live", "/health/ready", "/ready", "/ping")
