@@ -185,6 +185,21 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
+def add_model_word(parser: argparse.ArgumentParser, flag: str) -> None:
+    """Let a word of the command line say what `flag` says, as every command takes its model; `model_word` reads it."""
+    parser.add_argument(
+        "positional_model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=f"The same as {flag}."
+    )
+
+
+def model_word(args: argparse.Namespace, flag: str, flagged: str | None) -> str | None:
+    """The model of a command line: the word, or what the flag says; None for neither. Raises ConfigError for both."""
+    word: str | None = getattr(args, "positional_model", None)
+    if word is not None and flagged is not None:
+        raise ConfigError(f"the model is given twice, as {word!r} and with {flag}: give it once")
+    return flagged if word is None else word
+
+
 def group_titled(parser: argparse.ArgumentParser, title: str) -> Any:
     """The group of flags with this heading in the parser's help, made if there is none yet."""
     groups = parser._action_groups

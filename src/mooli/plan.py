@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mooli.arguments import parse_size
+from mooli.arguments import model_word, parse_size
 from mooli.config import DTYPES
 from mooli.engine.pool_size import DRAFT_STEP_TOKENS, GIB, PoolNeeds, context_for, kv_type, num_pool_pages, state_room
 from mooli.engine.weight_sizes import loaded_bytes, sizes_of
@@ -242,11 +242,14 @@ def plan_table(plan: MemoryPlan) -> str:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Print the plan; 0 if the model fits, 1 if it does not. Raises ConfigError or any ModelError."""
-    config, stored_types = read_model(args.model)
+    model = model_word(args, "--model", args.model)
+    if model is None:
+        raise ConfigError("which model? Name it: mooli plan MODEL --memory 64GiB")
+    config, stored_types = read_model(model)
     plan = plan_memory(
         config,
         parse_memory(args.memory),
-        model=args.model,
+        model=model,
         device=DEVICE_NAMES[args.device],
         dtype=DTYPES[args.dtype],
         quantization=None if args.quantization == "none" else args.quantization,

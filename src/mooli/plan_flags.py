@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+from mooli.arguments import add_model_word
 from mooli.config import DEVICES, DTYPES
 
 DEVICE_NAMES = {name: kind for name, kind in DEVICES.items() if kind != "reference"} | {"auto": "cpu"}
@@ -17,9 +18,8 @@ KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 
 def add_plan_args(parser: argparse.ArgumentParser) -> None:
     """The flags of `mooli plan`, named as the engine's."""
-    parser.add_argument(
-        "--model", "--model-path", required=True, help="Model folder, GGUF file, config.json or model name."
-    )
+    add_model_word(parser, "--model")
+    parser.add_argument("--model", "--model-path", help="Model folder, GGUF file, config.json or model name.")
     parser.add_argument(
         "--memory",
         required=True,

@@ -217,7 +217,7 @@ def test_doctor_runs_where_a_package_of_the_others_crashes(machine):
     machine.package("numpy", "import os, signal\nos.kill(os.getpid(), signal.SIGILL)", None)
     environ = {**machine.environ, "PYTHONPATH": f"{machine.packages}:{SOURCE}", "HOME": str(machine.root)}
     machine.package("torch", torch_source(), "2.6.0")
-    command = [sys.executable, "-m", "mooli.doctor", "--json", "--model-path", "demo"]
+    command = [sys.executable, "-m", "mooli.doctor", "--json", "demo"]
     ran = run_program(command, environ, 100)
     report = json.loads(ran.output)
     assert ran.status == 1
@@ -309,6 +309,7 @@ def test_the_command_prints_a_table_and_ends_with_the_status(command):
     status, out = command()
     assert status == 0
     assert out.endswith("Everything that backend cpu needs is here.\n")
+    assert command("demo", "--model-path", "demo")[0] == 2
     status, out = command("--backend", "npu", "--json")
     assert (status, json.loads(out)["backend"]) == (1, "ascend")
 
@@ -330,7 +331,7 @@ def test_what_a_log_shows_counts_for_every_backend(command, tmp_path):
 
 def test_a_log_or_model_that_is_not_there_is_a_problem(command):
     assert command("--log", "/nowhere/x.log")[0] == 1
-    status, out = command("--model-path", "/nowhere/model")
+    status, out = command("/nowhere/model")
     assert status == 1
     assert "model-not-found" in out
 

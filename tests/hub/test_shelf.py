@@ -188,7 +188,8 @@ def test_words_are_completed_by_what_they_are(own, capsys: pytest.CaptureFixture
     own({"tiny-a": "x/y"})
     assert completed("se", capsys=capsys) == ["selftest", "serve"]
     assert "_candidates" not in completed("", capsys=capsys)
-    assert completed("run", "tiny", capsys=capsys) == ["tiny-a"]
+    for command in ("run", "plan", "doctor"):
+        assert completed(command, "tiny", capsys=capsys) == ["tiny-a"]
     assert completed("run", "qwen2.5:0", capsys=capsys) == ["qwen2.5:0.5b"]
     assert completed("serve", "--dtype", "bfl", capsys=capsys) == ["bfloat16"]
     assert completed("serve", "--model-path", "tiny", capsys=capsys) == ["tiny-a"]

@@ -269,13 +269,15 @@ def test_the_command_prints_the_arithmetic(folder, capsys):
 
 
 def test_a_config_alone_is_enough_and_a_model_too_large_ends_with_one(folder, capsys):
-    assert cli.main(["plan", "--model", str(folder / "config.json"), "--memory", "8GiB"]) == 1
+    assert cli.main(["plan", "--memory", "8GiB", str(folder / "config.json")]) == 1
     assert "It does not fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
+        ["--memory", "64GiB"],
+        ["FOLDER", "--memory", "64GiB", "--model", "FOLDER"],
         ["--model", "/nowhere", "--memory", "64GiB"],
         ["--model", "FOLDER", "--memory", "much"],
         ["--model", "FOLDER", "--memory", "64GiB", "--tp", "3"],

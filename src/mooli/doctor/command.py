@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mooli.arguments import add_model_word, model_word
 from mooli.entry import Interruptible
 
 BACKENDS = {
@@ -26,6 +27,7 @@ def add_doctor_args(parser: argparse.ArgumentParser) -> None:
         choices=tuple(BACKENDS),
         help="What is to work; its problems make the exit status 1. Default: %(default)s.",
     )
+    add_model_word(parser, "--model-path")
     parser.add_argument(
         "--model-path", "--model", help="Model folder, GGUF file or model name to check as well: files, types, memory."
     )
@@ -39,7 +41,8 @@ def run_doctor(args: argparse.Namespace) -> int:
     from mooli.doctor.findings import report_json, report_table
     from mooli.doctor.surroundings import Surroundings
 
+    model = model_word(args, "--model-path", args.model_path)
     with Interruptible():  # as what runs in other processes must be ended
-        report = examine(Surroundings(), backend=BACKENDS[args.backend], model_path=args.model_path, log=args.log)
+        report = examine(Surroundings(), backend=BACKENDS[args.backend], model_path=model, log=args.log)
     print(report_json(report) if args.json else report_table(report))
     return report.exit_status

@@ -122,7 +122,7 @@ FAILURES: tuple[Failure, ...] = (
         "npu-smi info   # does another program hold memory?",
         "start with --mem-fraction-static 0.8, or lower, and a shorter --context-length",
         "export PYTORCH_NPU_ALLOC_CONF=expandable_segments:True",
-        "mooli plan --model <model> --memory 61GiB   # what fits",
+        "mooli plan <model> --memory 61GiB   # what fits",
     ),
     _failure(
         "cuda-out-of-memory",
@@ -130,7 +130,7 @@ FAILURES: tuple[Failure, ...] = (
         "weights, KV cache and work space are more than the card has free",
         "nvidia-smi   # does another program hold memory?",
         "start with a lower --mem-fraction-static",
-        "mooli plan --model <model> --memory <free memory>",
+        "mooli plan <model> --memory <free memory>",
         backends=("cuda",),
     ),
     _failure(
@@ -253,7 +253,7 @@ OWN_FAILURES: tuple[Failure, ...] = (
         r"a KV cache of \d+ tokens needs|no memory for a (?:weight|table|KV pool)|no memory on \S+ for"
         r"|a KV pool of \d+ pages needs",
         "weights and KV cache are more than the memory that is free",
-        "mooli plan --model <model> --memory <free memory>   # what fits",
+        "mooli plan <model> --memory <free memory>   # what fits",
         "start with a smaller --max-total-tokens, with --quantization int8, or end other programs",
     ),
     _own(
@@ -277,7 +277,7 @@ OWN_FAILURES: tuple[Failure, ...] = (
         r"|(?:there is|but) no \.safetensors file",
         "no model at that path or of that name, or only a part of one",
         "mooli pull <name>   # fetches a name such as Qwen/Qwen2.5-0.5B-Instruct",
-        "mooli doctor --model-path <path>   # what a folder lacks",
+        "mooli doctor <path>   # what a folder lacks",
     ),
     _own(
         "model-not-fetched",

@@ -113,7 +113,7 @@ def memory_findings(available_bytes: int, *, is_limited: bool) -> list[Finding]:
             code="little-memory",
             found=f"{available_bytes / GIB:.2f} GiB of memory are available",
             cause="the engine keeps one GiB free, so that no model fits",
-            cure=(limit, "mooli plan --model demo --memory 2GiB   # what a model takes"),
+            cure=(limit, "mooli plan demo --memory 2GiB   # what a model takes"),
             backends=("cpu",),
             severity=WARNING,
         )

@@ -290,7 +290,7 @@ def memory_findings(
     }
     fitting = [kind for kind, size in smaller.items() if size + GIB <= free_bytes]
     cure = [f"start with --quantization {kind}: {smaller[kind] / GIB:.1f} GiB" for kind in fitting[:1]]
-    cure.append(f"mooli plan --model {path} --memory {max(free_bytes // 2**20, 1)}Mi --device {device}   # what fits")
+    cure.append(f"mooli plan {path} --memory {max(free_bytes // 2**20, 1)}Mi --device {device}   # what fits")
     if backend == "ascend":
         cure.append("npu-smi info   # does another program hold memory? Else: --mem-fraction-static 0.8")
         cure.append("export PYTORCH_NPU_ALLOC_CONF=expandable_segments:True")

@@ -66,7 +66,7 @@ def check_weights_fit(config: EngineConfig, model: ModelConfig, path: Path, avai
         advice = f"the least they can take here is {least}: take a smaller model or more memory"
     raise OutOfMemoryError(
         f"the weights of {path.name} take {_gib(need)} as they would be loaded, and {_gib(available_bytes)} are"
-        f" available: {advice}. `mooli plan --model {path} --memory {available_bytes // 2**20}Mi` counts it for other"
+        f" available: {advice}. `mooli plan {path} --memory {available_bytes // 2**20}Mi` counts it for other"
         " settings. Nothing was loaded."
     )
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mooli.arguments import REDACTED, flags_of, group_titled
+from mooli.arguments import REDACTED, add_model_word, flags_of, group_titled, model_word
 from mooli.config import DEMO, KV_CACHE_AUTO, EngineConfig
 from mooli.entry import INTERRUPTED
 from mooli.errors import ConfigError, EngineError, MooliError, UnknownArgumentError
@@ -64,9 +64,7 @@ def add_server_args(parser: argparse.ArgumentParser, *, takes_model: bool = Fals
     for subject in _SUBJECTS:
         group_titled(parser, subject)
     if takes_model:
-        parser.add_argument(
-            "positional_model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="The same as --model-path."
-        )
+        add_model_word(parser, "--model-path")
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with arguments by name; what the command line says wins over it."
     )
@@ -126,12 +124,8 @@ def redacted(argv: Sequence[str]) -> list[str]:
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """Which arguments of ours the command line gives."""
     given = EngineConfig.given_in(args) | ServerConfig.given_in(args)
-    model = getattr(args, "positional_model", None)
-    if model is not None:
-        if "model_path" in given:
-            raise ConfigError(f"the model is given twice, as {model!r} and with --model-path: give it once")
-        given["model_path"] = model
-    return given
+    model = model_word(args, "--model-path", given.get("model_path"))
+    return given if model is None else {**given, "model_path": model}
 
 
 def _from_file(path: str) -> tuple[dict[str, Any], list[str | None]]:
