@@ -439,12 +439,17 @@ def test_the_tree_can_be_walked_by_keys_and_read_as_a_table(browser: Browser, li
     server = live(says("yes"))
     generate(server, HOSTILE[:60] + "one")
     generate(server, HOSTILE[:60] + "two")
+    # As if a store had all full pages.
+    server.core._scheduler._cache.watch.look_on_disk(len)
     open_view(browser, server, "tree")
     browser.wait(num_nodes(3))
+    browser.wait("document.querySelector('canvas').dataset.stored === '3'")
+    assert "17 pages on disk too" in browser.value("document.querySelector('.treebar').innerText")
+    assert "on disk too" in browser.value("document.querySelector('.legend').innerText")
     browser.value("document.querySelector('canvas').focus()")
     browser.press("ArrowDown")
     said = "document.querySelector('#said').innerText"
-    browser.wait(f"{said}.includes('tokens 0 to 60')")
+    browser.wait(f"{said}.includes('tokens 0 to 60') && {said}.includes('pages on disk too')")
     browser.press("ArrowRight")
     browser.wait(f"{said}.includes('tokens 60 to')")
     browser.press("ArrowLeft")
@@ -491,6 +496,7 @@ def test_the_tree_finds_who_shares_a_prompt_and_follows_a_request(browser: Brows
             browser.wait(f"!!{item}?.querySelector('button')")
             browser.value(f"{item}.querySelector('button').click()")
             browser.wait(f"{item}?.querySelector('button').getAttribute('aria-pressed') === 'true'")
+            browser.wait("Number(document.querySelector('canvas').dataset.answers) >= 1")
             browser.fill(".beside textarea", "a beginning that was")
             browser.value("document.querySelector('.beside form button').click()")
             browser.wait("document.querySelector('.beside form p').innerText.includes('17 of 20 tokens')")
@@ -518,7 +524,7 @@ def test_ten_thousand_nodes_are_drawn_as_what_is_seen_of_them(browser: Browser, 
         "forest.begin([{ at: 0, version: 1, nodes }]); const layout = layOut(forest);"
         "const context = document.createElement('canvas').getContext('2d'); const size = { width: 800, height: 500 };"
         "const colours = { steps: 2, of: ['#000', '#fff'], inkOn: ['#fff', '#000'], held: '#000', chosen: '#000' };"
-        "const marks = { selected: null, path: new Set(), found: new Set() };"
+        "const marks = { selected: null, path: new Set(), found: new Set(), answers: new Map() };"
         "const rects = (view) => draw(context, size, layout, view, colours, marks, 0, () => '').rects;"
         "const fit = { left: 0, top: 0, perToken: 800 / layout.maxEnd, perRow: 500 / layout.numRows };"
         "const close = { left: 0, top: 0, perToken: 10, perRow: 20 };"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from core_trials import Trial
 
 from mooli.cache import tree_watch
 from mooli.cache.kv_cache import KVCache, MissReason
+from mooli.cache.page_hash import PageChain, root_of
 from mooli.cache.radix_tree import Node, token_key
 from mooli.engine.core import EngineCore
 from mooli.errors import EngineError
@@ -73,7 +75,7 @@ def real_places(cache: KVCache) -> dict[int, tuple[int, ...]]:
         if node.parent is not None:
             parent = node.parent.number if node.parent.parent is not None else 0
             place = (node.number, parent, step.number, sum(above), len(node.key) // 4, len(node.pages), node.num_locks)
-            found[node.number] = place
+            found[node.number] = (*place, 0)
     return found
 
 
@@ -193,6 +195,43 @@ def test_what_is_dropped_for_room_is_told_with_its_place() -> None:
     assert changes.nodes == []
 
 
+def test_what_is_on_disk_of_a_node_is_known_after_some_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_watch, "MOST_LOOKED", 3)
+    monkeypatch.setattr(tree_watch, "MOST_NAMED", 60)
+    rng = random.Random(0)
+    cache, mirror = KVCache(120, PAGE), Mirror()
+    cache.digests.engine = bytes(32)
+    on_disk: set[bytes] = set()
+    cache.watch.look_on_disk(lambda names: sum(1 for _ in itertools.takewhile(on_disk.__contains__, names)))
+
+    def name(token_ids: list[int]) -> list[bytes]:
+        chain = PageChain(root_of(bytes(32), ""), PAGE)
+        chain.extend(key(*token_ids), len(token_ids) // PAGE)
+        return chain.digests
+
+    def stored_of(node: Node) -> int:
+        return sum(digest in on_disk for digest in cache.digests.of(node))
+
+    cache.watch.take()
+    for _ in range(150):
+        tokens = [rng.randrange(2) for _ in range(rng.randint(5, 40))]
+        finished(cache, *tokens)
+        if rng.random() < 0.3:
+            on_disk.update(name(tokens)[: rng.randint(0, 10)])
+        if rng.random() < 0.02:
+            on_disk.clear()
+        cache.evict(rng.randrange(4))
+        mirror.apply(cache.watch.take())
+    for _ in range(len(mirror.nodes)):
+        mirror.apply(cache.watch.take())
+    told = {number: row[8] for number, row in mirror.nodes.items()}
+    assert told == {node.number: stored_of(node) for node in cache._tree.nodes() if node.parent is not None}
+    assert len(set(told.values())) > 2
+    assert {row[0]: row[8] for row in cache.watch.part(0, 100).nodes} == told
+    cache.evict(120)
+    assert sum(row[6] for row in cache.watch.take().dropped) == sum(told.values())
+
+
 def test_times_of_last_use_are_seconds_of_this_clock() -> None:
     cache = KVCache(50, PAGE)
     began = time.monotonic_ns()
@@ -297,8 +336,8 @@ def test_open_requests_are_told_with_how_far_they_are() -> None:
     a, b, c = told["requests"]
     assert a[:8] == ("a", True, a[2], 6, 6, 0, 1, 4)
     assert a[2] in told["roots"] and a[8] in {row[0] for row in told["nodes"]}
-    assert a[9:] == (2, 0, "namespace", None)
-    assert b == ("b", False, a[2], 7, 0, -1, 0, 4, 0, 0, 0, None, "in flight")
+    assert a[9:] == (2, 0, "namespace", None, 0, 0)
+    assert b == ("b", False, a[2], 7, 0, -1, 0, 4, 0, 0, 0, None, "in flight", 0, 0)
     assert c[:2] == ("c", True)
     assert told["stats"]["running"] == 2
     assert [(row[0], *row[2:]) for row in told["began"]] == [("a", 0, 0, "namespace"), ("c", 0, 0, "new")]

@@ -209,10 +209,10 @@ class KVCache:
         """Snapshots that are not in the tree yet."""
         self._pool = PagePool(num_pages)
         self._tree = RadixTree(page_size)
-        self.watch = TreeWatch(self._tree, page_size)
-        """For who wants to see the tree; costs nothing before."""
         self.digests = NodeDigests(page_size)
         """Of the pages in the tree."""
+        self.watch = TreeWatch(self._tree, page_size, self.digests)
+        """For who wants to see the tree; costs nothing before."""
         self._evicted_pages = EvictedPages(self.digests)
         self._events: PageEvents | None = None
         self._untrusted: set[int] = set()

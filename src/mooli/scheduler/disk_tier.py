@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mooli.cache.kv_cache import KVCache, MissReason
@@ -271,6 +271,10 @@ class DiskTier:
         found.chain.extend(state.key, num_pages)
         namespace, num_found = state.request.namespace, min(num_pages, state.num_found // page_size)
         self.behind.offer(namespace, state.key, found.chain, num_pages, num_found)
+
+    def on_disk(self, digests: Sequence[bytes]) -> int:
+        """How many leading pages of a chain can be read."""
+        return self._io.on_disk(digests)
 
     def distrusted(self, state: RequestState) -> None:
         """What it computed on may hold NaN: that on disk is not to be found again."""

@@ -131,6 +131,7 @@ class Scheduler:
         """Keep pages there too: one more reason for which requests wait. Called once, before any request comes."""
         self.disk = self._landing.disk = disk
         self._admission.holds.append(disk)
+        self._cache.watch.look_on_disk(disk.on_disk)
 
     # -- requests come and go -----------------------------------------------------------------------------------------
     @property

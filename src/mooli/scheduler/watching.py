@@ -119,7 +119,7 @@ class Watching:
     def requests(self, most: int) -> list[tuple[Any, ...]]:
         """Up to `most` of the open requests, first come first: name, whether it runs, root, prompt tokens, computed
         tokens, cached tokens (-1 before it first began), output tokens, most output tokens, node, pages, tokens that
-        agreed and why no more did, what it waits for."""
+        agreed and why no more did, what it waits for, guessed tokens and how many of them were right."""
         return [self._row(state) for state in islice(self._open.values(), most)]
 
     def _row(self, state: RequestState) -> tuple[Any, ...]:
@@ -138,6 +138,8 @@ class Watching:
             0 if held is None else len(held.pages),
             *_end_of(state.match_end),
             None if is_running else state.waited_for or ROOM,
+            state.drafts.num_proposed,
+            sum(num_right * times for num_right, times in enumerate(state.drafts.histogram)),
         )
 
     def _is_below(self, state: RequestState, number: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from mooli.server import cache_feed, cache_routes
+from mooli.server import cache_routes, cache_shapes
 
 Details = dict[str, Any]
 
@@ -506,10 +506,10 @@ ANSWERS: Mapping[str, Answer] = {
     "/ping": _PROBE,
     "/flush_cache": _PROBE,
     "/abort_request": _PROBE,
-    "/v1/cache/tree": Answer(cache_feed.Tree),
+    "/v1/cache/tree": Answer(cache_shapes.Tree),
     "/v1/cache/nodes/{node_id}": Answer(cache_routes.NodeText),
     "/v1/cache/find": Answer(cache_routes.Found),
-    "/v1/cache/events": Answer(stream=cache_feed.FeedEvent),
+    "/v1/cache/events": Answer(stream=cache_shapes.FeedEvent),
     "/v1/status": Answer(cache_routes.Status),
     "/v1/logs": Answer(cache_routes.LogAnswer),
     "/v1/models": Answer(ModelCards),

@@ -1,9 +1,10 @@
 """What is seen of the cache and of the requests in it, by who looks once and by who watches.
 
-Owns the shapes that go out, who may see what (`View`), and the feed: one question to the engine a tick for all who
-watch, and none while nobody does. Each watcher has a bounded queue of pieces that are encoded once for all with the
-same view. One that reads too slowly loses them and is told so; it never holds anybody up. What a question costs the
-engine decides when the next one comes: at most a hundredth of its time goes into being watched.
+Owns who may see what (`View`), and the feed: one question to the engine a tick for all who watch, and none while nobody
+does. Each watcher has a bounded queue of pieces that are encoded once for all with the same view. One that reads too
+slowly loses them and is told so; it never holds anybody up. What a question costs the engine decides when the next one
+comes: at most a hundredth of its time goes into being watched. What goes out has its shapes in
+`mooli.server.cache_shapes`.
 
 Never knows HTTP. Lives in the server's event loop.
 """
@@ -16,13 +17,27 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import msgspec
+from typing import Any
 
 from mooli.errors import EngineError, MooliError, QueueFullError
 from mooli.link.link import Link
 from mooli.server.activity import Activity, Happened, Miss, OpenEntry
+from mooli.server.cache_shapes import (
+    CacheNode,
+    Changes,
+    Closed,
+    Hello,
+    Missed,
+    Namespace,
+    OpenRequest,
+    Pages,
+    Tree,
+    event,
+    open_request,
+    page_counts,
+    shown_nodes,
+    shown_spans,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,128 +75,6 @@ BEGIN_S = 60.0
 
 MOST_SILENCE_S = 600.0
 """Of an engine in the middle of a step. One that is dead or hung is ended by the server."""
-
-
-# -- what goes out -----------------------------------------------------------------------------------------------------
-class Pages(msgspec.Struct, kw_only=True):
-    """Pages of the KV cache. cached: in the tree. evictable: of those, in nobody's use. in_use: by running requests.
-    evicted: since the start."""
-
-    total: int
-    free: int
-    cached: int
-    evictable: int
-    in_use: int
-    evicted: int
-
-
-class Namespace(msgspec.Struct, kw_only=True):
-    """What a tree of its own is for. name: `default`, `tenant NAME`, or the end of a digest where there is a salt."""
-
-    id: int
-    name: str
-
-
-class CacheNode(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """A span of tokens in the tree. parent: null where it hangs on the root of its namespace. start: position of its
-    first token. idle_s: since its last use. locks: requests that run in it or below."""
-
-    id: int
-    parent: int | None = None
-    namespace: int
-    start: int
-    tokens: int
-    pages: int
-    idle_s: float
-    locks: int = 0
-
-
-class DroppedSpan(msgspec.Struct, kw_only=True):
-    """The end of a node, or all of it, that had to make room."""
-
-    node: int
-    namespace: int
-    start: int
-    tokens: int
-    pages: int
-    idle_s: float
-
-
-class OpenRequest(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """A request that has not ended. computed_tokens: of its prompt and output, those from the cache included.
-    cached_tokens: null before it has begun to run. node: where its pages in the tree end; null at the root, while it
-    waits, and where nobody watches. waits_for: `in flight` (another computes the same prefix), `grammar`, or `room`."""
-
-    id: str
-    state: Literal["running", "waiting"]
-    namespace: int | None = None
-    prompt_tokens: int
-    computed_tokens: int
-    cached_tokens: int | None = None
-    output_tokens: int
-    max_output_tokens: int
-    node: int | None = None
-    pages: int
-    miss: Miss | None = None
-    waits_for: str | None = None
-    age_s: float
-    first_token_s: float | None = None
-
-
-class Hello(msgspec.Struct, tag="hello", kw_only=True):
-    """The first event: changes come with versions above this one, at most so often."""
-
-    seq: int
-    version: int
-    interval_s: float
-
-
-class Changes(msgspec.Struct, tag="changes", omit_defaults=True, kw_only=True):
-    """What is new since the last event. Values are absolute: a node stands for itself as it is now, and `requests` are
-    all that are open, where one of them has moved. at: Unix seconds. version: of the tree behind these changes."""
-
-    seq: int
-    at: float
-    version: int
-    namespaces: list[Namespace] = []
-    nodes: list[CacheNode] = []
-    removed: list[int] = []
-    evicted: list[DroppedSpan] = []
-    requests: list[OpenRequest] | None = None
-    happened: list[Happened] = []
-    pages: Pages | None = None
-    tokens_per_s: float | None = None
-
-
-class Missed(msgspec.Struct, tag="missed", kw_only=True):
-    """So many events are lost: the tree must be fetched again."""
-
-    seq: int
-    count: int
-
-
-class Closed(msgspec.Struct, tag="closed", kw_only=True):
-    """The last event, and why."""
-
-    message: str
-
-
-FeedEvent = Hello | Changes | Missed | Closed
-
-
-class Tree(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """The nodes of the tree, in the order of their ids. version: apply `changes` with versions above it; of a tree in
-    several answers, above that of the first. more: there are nodes with ids above `after`."""
-
-    at: float
-    version: int
-    page_size: int
-    namespaces: list[Namespace] = []
-    nodes: list[CacheNode] = []
-    requests: list[OpenRequest] = []
-    pages: Pages
-    more: bool = False
-    after: int | None = None
 
 
 # -- who sees what -----------------------------------------------------------------------------------------------------
@@ -295,7 +188,7 @@ class CacheFeed:
             most = min(PART_NODES, limit - len(nodes))
             part = await self._link.ask("nodes", timeout_s, after=next_after, most=most)
             roots.update(part["roots"])
-            nodes += _nodes(part["nodes"], _seen_roots(view, part["roots"]))
+            nodes += shown_nodes(part["nodes"], _seen_roots(view, part["roots"]))
             version = part["version"] if version is None else version
             next_after = part["after"]
             cost_s += part["cost_s"]
@@ -461,9 +354,9 @@ class CacheFeed:
         if told is not None:
             roots: Mapping[int, str] = told["roots"]
             seen = _seen_roots(view, roots)
-            changes.nodes = _nodes(told["nodes"], seen)
+            changes.nodes = shown_nodes(told["nodes"], seen)
             changes.removed = [number for number, root in told["removed"] if root in seen]
-            changes.evicted = _dropped(told["dropped"], seen)
+            changes.evicted = shown_spans(told["dropped"], seen)
             shown = {node.namespace for node in changes.nodes} | {span.namespace for span in changes.evicted}
             changes.namespaces = [self._namespace(number, roots[number]) for number in sorted(shown)]
             is_news |= bool(changes.nodes or changes.removed or changes.evicted)
@@ -520,76 +413,12 @@ class CacheFeed:
         for row in rows:
             entry = self._activity.named(row[0])
             if entry is not None and self._sees(view, entry):
-                found.append(((*row, entry.first_token_s), _open_request(row, entry, now_s)))
+                found.append(((*row, entry.first_token_s), open_request(row, entry, now_s)))
         return found
 
     def _namespace(self, number: int, namespace: str) -> Namespace:
         return Namespace(id=number, name=self._names.label(namespace))
 
 
-def event(data: FeedEvent) -> bytes:
-    """A framed event. Source: WHATWG HTML, server-sent events."""
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
-
-
 def _seen_roots(view: View, roots: Mapping[int, str]) -> set[int]:
     return {number for number, namespace in roots.items() if view.namespace in (None, namespace)}
-
-
-def _nodes(rows: Sequence[Sequence[int]], roots: set[int]) -> list[CacheNode]:
-    return [
-        CacheNode(
-            id=number,
-            parent=parent or None,
-            namespace=root,
-            start=start,
-            tokens=tokens,
-            pages=pages,
-            idle_s=round(idle_ns / 1e9, 3),
-            locks=locks,
-        )
-        for number, parent, root, start, tokens, pages, idle_ns, locks in rows
-        if root in roots
-    ]
-
-
-def _dropped(rows: Sequence[Sequence[int]], roots: set[int]) -> list[DroppedSpan]:
-    return [
-        DroppedSpan(
-            node=number, namespace=root, start=start, tokens=tokens, pages=pages, idle_s=round(idle_ns / 1e9, 3)
-        )
-        for number, root, start, tokens, pages, idle_ns in rows
-        if root in roots
-    ]
-
-
-def page_counts(stats: Mapping[str, int]) -> Pages:
-    """Of `Scheduler.stats`."""
-    return Pages(
-        total=stats["total_pages"],
-        free=stats["free_pages"],
-        cached=stats["tree_pages"],
-        evictable=stats["evictable_pages"],
-        in_use=stats["used_pages"],
-        evicted=stats["evicted_pages"],
-    )
-
-
-def _open_request(row: Sequence[Any], entry: OpenEntry, now_s: float) -> OpenRequest:
-    (_, is_running, root, prompt, computed, cached, output, most_output, node, pages, agreed, reason, waits_for) = row
-    return OpenRequest(
-        id=entry.generation.rid,
-        state="running" if is_running else "waiting",
-        namespace=root or None,
-        prompt_tokens=prompt,
-        computed_tokens=computed,
-        cached_tokens=None if cached < 0 else cached,
-        output_tokens=output,
-        max_output_tokens=most_output,
-        node=node or None,
-        pages=pages,
-        miss=None if reason is None else Miss(reason=reason, tokens=agreed),
-        waits_for=waits_for,
-        age_s=round(now_s - entry.started_s, 3),
-        first_token_s=entry.first_token_s,
-    )

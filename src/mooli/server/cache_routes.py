@@ -2,7 +2,7 @@
 
 Owns their bodies, who may see what, and the text of a node. Without a key file everybody sees the shape of the whole
 tree, as there is nobody to hide it from; a text is shown to who knows its salt, or has an admin's key. What they are
-made of is `mooli.server.cache_feed`'s. Never changes anything.
+made of is `mooli.server.cache_shapes`'. Never changes anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import msgspec
 
 from mooli.frontend.tool_messages import read_tools
 from mooli.server.activity import Hour, Miss
-from mooli.server.cache_feed import MOST_NODES, MOST_REQUESTS, OpenRequest, Pages, View, page_counts
+from mooli.server.cache_feed import MOST_NODES, MOST_REQUESTS, View
+from mooli.server.cache_shapes import OpenRequest, Pages, page_counts
 from mooli.server.conversation import Conversation, prompt_ids
 from mooli.server.logs import TAIL_LINES, LogLine
 from mooli.server.native_info import engine_stats

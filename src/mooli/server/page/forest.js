@@ -5,7 +5,8 @@ import { call, eventsOf, json } from "./api.js";
 const EVICTED_KEPT_S = 300;
 const HAPPENED_KEPT = 60;
 
-/** Nodes by id, each {id, parent, namespace, start, tokens, pages, locks, used: Unix seconds of its last use}. */
+/** Nodes by id, each {id, parent, namespace, start, tokens, pages, locks, stored: pages on disk too, used: Unix seconds of
+ * its last use}. */
 export class Forest {
   nodes = new Map();
   namespaces = new Map();
@@ -50,8 +51,8 @@ export class Forest {
   }
 
   #put(nodes, at) {
-    for (const { id, parent = null, namespace = null, start = 0, tokens = 0, pages = 0, idle_s = 0, locks = 0 } of nodes) {
-      this.nodes.set(id, { id, parent, namespace, start, tokens, pages, locks, used: at - idle_s });
+    for (const { id, parent = null, namespace = null, start = 0, tokens = 0, pages = 0, idle_s = 0, locks = 0, stored = 0 } of nodes) {
+      this.nodes.set(id, { id, parent, namespace, start, tokens, pages, locks, stored, used: at - idle_s });
     }
   }
 
@@ -60,6 +61,19 @@ export class Forest {
     const path = [];
     for (let node = this.nodes.get(id); node && path.length < 100_000; node = this.nodes.get(node.parent)) path.push(node.id);
     return path.reverse();
+  }
+
+  /** By node in which answers of running requests lie: the position from which on. */
+  answers() {
+    const found = new Map();
+    for (const one of this.requests) {
+      const from = one.prompt_tokens ?? 0;
+      let node = one.state === "running" ? this.nodes.get(one.node) : null;
+      for (let i = 0; node && node.start + node.tokens > from && i < 100_000; i++, node = this.nodes.get(node.parent)) {
+        found.set(node.id, Math.min(found.get(node.id) ?? Infinity, Math.max(from, node.start)));
+      }
+    }
+    return found;
   }
 
   /** Requests that run in a node or below it. */

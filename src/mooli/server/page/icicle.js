@@ -47,15 +47,26 @@ export function layOut(forest) {
 }
 
 /** Draw what is seen of a layout. view: {left, top: token and row at the corner, perToken, perRow: pixels}. colours:
- * {of: step of last use -> fill, inkOn: step -> ink, line, held, chosen, steps}. marks: {selected, path: Set of ids,
- * found: Set of ids}. labelOf: words for a node, or "". Returns {rects: how many were filled, wide: nodes with room for
- * words}. */
+ * {of: step of last use -> fill, inkOn: step -> ink, paper, held, chosen, disk, answer, steps}. marks: {selected, path:
+ * Set of ids, found: Set of ids, answers: Map of ids -> position}. labelOf: words for a node, or "". Returns {rects,
+ * stored, answers: how many were drawn, wide: nodes with room for words}. */
 export function draw(context, size, layout, view, colours, marks, now, labelOf) {
   const { width, height } = size;
   context.clearRect(0, 0, width, height);
   context.font = '11px ui-monospace, Menlo, Consolas, monospace';
   context.textBaseline = "middle";
-  const seen = { rects: 0, wide: [] };
+  const seen = { rects: 0, stored: 0, answers: 0, wide: [] };
+  // A band along a bar, from one position to another.
+  const band = (from, to, y, height, below, colour) => {
+    const x = Math.max((from - view.left) * view.perToken, -2);
+    const w = Math.min((to - view.left) * view.perToken, width + 2) - x;
+    if (w < 0.5) return 0;
+    context.fillStyle = colours.paper;
+    context.fillRect(x, y - below, w, height + 1);
+    context.fillStyle = colour;
+    context.fillRect(x, y, w, height);
+    return 1;
+  };
   let thin = null; // neighbours that share a line of pixels, drawn as one
   const fill = (x0, y0, x1, y1, step) => {
     context.fillStyle = colours.of[step];
@@ -99,6 +110,13 @@ export function draw(context, size, layout, view, colours, marks, now, labelOf) 
     const left = Math.max(x0, -2);
     const right = Math.min(x1, width + 2);
     fill(left, y0, Math.max(right - (right - left > 3 ? 1 : 0), left + 0.5), y1 - gap, step);
+    const thick = y1 - y0 > 16 ? 4 : y1 - y0 > 7 ? 2 : 0;
+    if (thick && node.stored) {
+      const to = node.start + Math.min(node.stored / node.pages, 1) * node.tokens;
+      seen.stored += band(node.start, to, y1 - gap - thick, thick, 1, colours.disk);
+    }
+    const from = marks.answers.get(node.id);
+    if (thick && from !== undefined) seen.answers += band(from, node.start + node.tokens, y0, thick, 0, colours.answer);
     if (node.locks > 0 || marks.path.has(node.id) || marks.found.has(node.id) || marks.selected === node.id) {
       outlines.push([node, left, y0, right, y1 - gap]);
     }

@@ -23,6 +23,7 @@ export class Tree {
   #isFitted = true;
   #selected = null;
   #followed = null; // a request
+  #answers = new Map();
   #found = new Set();
   #texts = new Map(); // beginnings of nodes, for their bars
   #asked = 0;
@@ -112,7 +113,7 @@ export class Tree {
     const legend = h(
       "p",
       { class: "legend" },
-      [["new", "legend_now"], ["old", "legend_old"], ["held", "legend_locked"]].map(([kind, word]) =>
+      [["new", "legend_now"], ["old", "legend_old"], ["held", "legend_locked"], ["answer", "legend_answer"], ["disk", "legend_disk"]].map(([kind, word]) =>
         h("span", {}, h("span", { class: `swatch ${kind}`, "aria-hidden": "true" }), t(word))),
     );
     const part = (title, ...inner) => h("section", {}, h("h2", { text: t(title) }), inner);
@@ -139,10 +140,14 @@ export class Tree {
     if (this.#selected !== null && !forest.nodes.has(this.#selected)) this.#selected = null;
     view.empty.hidden = forest.nodes.size > 0;
     if (!forest.nodes.size) view.empty.textContent = t("tree_empty");
-    let tokens = 0;
-    for (const node of forest.nodes.values()) tokens += node.tokens;
+    let [tokens, stored] = [0, 0];
+    for (const node of forest.nodes.values()) {
+      tokens += node.tokens;
+      stored += node.stored;
+    }
+    this.#answers = forest.answers();
     const { pages } = forest;
-    view.summary.textContent = t("tree_summary", num(forest.nodes.size), num(tokens), num(pages && pages.total - pages.free), num(pages?.total), num(pages?.free));
+    view.summary.textContent = (stored ? `${t("pages_on_disk", num(stored))} · ` : "") + t("tree_summary", num(forest.nodes.size), num(tokens), num(pages && pages.total - pages.free), num(pages?.total), num(pages?.free));
     view.main.dataset.nodes = forest.nodes.size;
     this.#drawRequests();
     this.#drawHappened();
@@ -160,6 +165,7 @@ export class Tree {
         {},
         h("span", { class: "mono", text: one.id.slice(0, 24) }),
         ` ${num(one.computed_tokens ?? 0)}/${num((one.prompt_tokens ?? 0) + (one.output_tokens ?? 0))} `,
+        one.guessed_tokens ? `${t("guesses", num(one.right_guesses ?? 0), num(one.guessed_tokens))} ` : "",
         button(t(isHere ? "unfollow" : "follow"), () => this.#followRequest(isHere ? null : one.id), { "aria-pressed": String(isHere) }),
       );
     });
@@ -171,7 +177,7 @@ export class Tree {
     const { evicted, happened } = this.#forest;
     const gone = evicted.slice(0, 30).map((one) => {
       const known = this.#texts.get(one.node)?.text;
-      return h("li", { title: known ?? null, text: t("evicted_line", num(one.tokens), num(one.start ?? 0), span(one.idle_s ?? 0)) });
+      return h("li", { title: known ?? null, text: t("evicted_line", num(one.tokens), num(one.start ?? 0), span(one.idle_s ?? 0)) + (one.stored ? t("kept_on_disk", num(one.stored), num(one.pages)) : "") });
     });
     view.evicted.replaceChildren(...(gone.length ? gone : [h("li", { class: "hint", text: t("evicted_none") })]));
     const lines = happened.filter((one) => one.what === "began" || one.what === "ended").slice(0, 12).map((one) => {
@@ -219,6 +225,9 @@ export class Tree {
       of: mixed.map((colour) => `rgb(${colour.join(" ")})`),
       inkOn: mixed.map((colour) => (light(colour) > 0.18 ? "#0d1a11" : "#ffffff")),
       held: read("--warn"),
+      paper: read("--paper"),
+      disk: read("--disk"),
+      answer: read("--answer"),
       chosen: read("--ink"),
     };
   }
@@ -245,9 +254,9 @@ export class Tree {
     const context = view.canvas.getContext("2d");
     context.setTransform(scale, 0, 0, scale, 0, 0);
     const path = new Set(this.#followed === null ? [] : this.#forest.pathTo(this.#nodeOfFollowed()));
-    const marks = { selected: this.#selected, path, found: this.#found };
+    const marks = { selected: this.#selected, path, found: this.#found, answers: this.#answers };
     const seen = draw(context, { width, height }, this.#layout, this.#view, this.colours, marks, Date.now() / 1000, (node) => this.#labelOf(node));
-    Object.assign(view.canvas.dataset, { rects: seen.rects, read: this.#texts.size });
+    Object.assign(view.canvas.dataset, { rects: seen.rects, stored: seen.stored, answers: seen.answers, read: this.#texts.size });
     this.#readLabels(seen.wide);
   }
 
@@ -412,7 +421,12 @@ export class Tree {
     const view = this.shown;
     const requests = this.#forest.requestsIn(id);
     const used = node.locks > 0 ? t("in_use") : t("ago", span(Date.now() / 1000 - node.used));
-    const words = t("node_said", id, num(node.start), num(node.start + node.tokens), used, node.locks);
+    const answer = this.#answers.get(id);
+    const words = [
+      t("node_said", id, num(node.start), num(node.start + node.tokens), used, node.locks),
+      node.stored ? t("stored_said", num(node.stored), num(node.pages)) : "",
+      answer === undefined ? "" : t("answer_said", num(answer)),
+    ].filter(Boolean).join(", ");
     if (isSaid) {
       say(words);
       this.#centre(id);
@@ -460,14 +474,14 @@ export class Tree {
     const from = this.#page * TABLE_ROWS;
     const now = Date.now() / 1000;
     const rows = nodes.slice(from, from + TABLE_ROWS).map((node) => {
-      const cells = [node.parent ?? "–", num(node.start), num(node.tokens), num(node.pages), node.locks ? t("in_use") : t("ago", span(now - node.used)), node.locks, this.#forest.namespaces.get(node.namespace) ?? "–"];
+      const cells = [node.parent ?? "–", num(node.start), num(node.tokens), num(node.pages), num(node.stored), node.locks ? t("in_use") : t("ago", span(now - node.used)), node.locks, this.#forest.namespaces.get(node.namespace) ?? "–"];
       return h("tr", {}, h("td", {}, button(String(node.id), () => this.#select(node.id, true))), cells.map((text) => h("td", { text })));
     });
     const go = (step) => () => {
       this.#page += step;
       this.#drawTable();
     };
-    const heads = ["node", "parent", "start", "tokens", "pages", "idle", "locks", "namespace"].map((word) => h("th", { scope: "col", text: t(word) }));
+    const heads = ["node", "parent", "start", "tokens", "pages", "on_disk", "idle", "locks", "namespace"].map((word) => h("th", { scope: "col", text: t(word) }));
     const { tabled } = this.shown;
     keepFocus(tabled, () => tabled.replaceChildren(
       h(
