@@ -225,8 +225,8 @@ def questions(num_nodes: int) -> None:
     print(
         f"{num_nodes} nodes: to begin {begin_ms:.1f} ms, once; {len(part_ms)} parts of 500 nodes, {max(part_ms):.2f} ms"
         f" each at most; changes of 20 requests {statistics.median(take_ms):.2f} ms; a request's way through the cache"
-        f" {alone_us:.0f} us alone, {watched_us:.0f} us watched; to look for nodes on disk {naming_ms:.1f} ms until their"
-        f" pages have names, {looking_ms:.1f} ms later"
+        f" {alone_us:.0f} us alone, {watched_us:.0f} us watched; to look for nodes on disk {naming_ms:.1f} ms until"
+        f" their pages have names, {looking_ms:.1f} ms later"
     )
 
 

@@ -32,11 +32,11 @@ MOST_NOTES = 5000
 MOST_DROPPED = 1000
 """Of spans that left the cache, the latest."""
 
-MOST_LOOKED = 500
+MOST_LOOKED = 250
 """Nodes that are looked for on disk for one answer, beside those that have changed: about a millisecond."""
 
-MOST_NAMED = 1000
-"""Pages that get their digest for one answer, to be looked for: about two milliseconds, once for each."""
+MOST_NAMED = 500
+"""Pages that get their digest for one answer, to be looked for: about a millisecond, once for each."""
 
 NodeRow = tuple[int, int, int, int, int, int, int, int, int]
 
