@@ -6,6 +6,7 @@ import datetime
 import importlib.util
 import json
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def tool(request: pytest.FixtureRequest):
         return module
 
     yield load
-    for name in (*loaded, "debian"):
+    for name in (*loaded, "debian", "mach_o"):
         sys.modules.pop(name, None)
     patch.undo()
 
@@ -89,7 +90,7 @@ def test_the_projects_own_files_can_be_cut(tool, tmp_path: Path) -> None:
     assert "## [77.0.0] - 2026-12-01\n\n#" in (tmp_path / "CHANGELOG.md").read_text()
 
 
-def test_headers_of_debian_have_one_configuration_for_every_linux_of_64_bits(tool, tmp_path: Path) -> None:
+def test_headers_of_debian_have_one_configuration_for_every_system_of_64_bits(tool, tmp_path: Path) -> None:
     include = tmp_path / "include" / "python3.13"
     include.mkdir(parents=True)
     (include / "Python.h").write_text("python")
@@ -97,10 +98,11 @@ def test_headers_of_debian_have_one_configuration_for_every_linux_of_64_bits(too
     (include / "pyconfig.h").write_text(chooses + "# else\n#  error unknown\n# endif\n")
     own = tmp_path / "include" / "x86_64-linux-gnu" / "python3.13"
     own.mkdir(parents=True)
-    (own / "pyconfig.h").write_text("#define SIZEOF_LONG 8\n")
+    (own / "pyconfig.h").write_text("#define SIZEOF_LONG 8\n#define PTHREAD_KEY_T_IS_COMPATIBLE_WITH_INT 1\n")
     staged = tool("wheels")._staged(tmp_path / "staged", include)
     assert (staged / "Python.h").read_text() == "python"
-    assert (staged / "pyconfig.h").read_text() == "#define SIZEOF_LONG 8\n"
+    keys = "#ifndef __APPLE__\n#define PTHREAD_KEY_T_IS_COMPATIBLE_WITH_INT 1\n#endif\n"
+    assert (staged / "pyconfig.h").read_text() == f"#define SIZEOF_LONG 8\n{keys}"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,53 @@ def test_the_table_of_wheels_is_that_of_what_is_made(tool) -> None:
     wheels, tried = tool("wheels"), tool("try_wheels")
     made = {interpreter.tag for interpreter in wheels.INTERPRETERS}
     assert {tag for tag, _ in rows} == made
-    assert {row for row in rows if row[1]} == {(tag, machine) for tag in tried.PYTHONS for machine in wheels.MACHINES}
+    machines = [machine.name for machine in wheels.MACHINES]
+    assert {row for row in rows if row[1]} == {(tag, machine) for tag in tried.PYTHONS for machine in machines}
+
+
+def macos_module(needs: str, looked_up: str, offers: str, *, system: int = 11 << 16, is_signed: bool = True) -> bytes:
+    """A Mach-O file with just what is read of one."""
+    names = b"\0" + offers.encode() + b"\0"
+    symbol = struct.pack("<IBBHQ", 1, 0x0F, 1, 0, 0)
+    bound = b"\x3e\x40" + looked_up.encode() + b"\0\x51\x72\x88\x01\x90\x00"
+
+    def commands(at: int) -> list[bytes]:
+        library = needs.encode() + b"\0"
+        found = [
+            struct.pack("<6I", 0xC, 24 + len(library), 24, 0, 0, 0) + library,
+            struct.pack("<6I", 0x32, 24, 1, system, 0, 0),
+            struct.pack("<6I", 0x2, 24, at + len(bound), 1, at + len(bound) + len(symbol), len(names)),
+            struct.pack("<12I", 0x80000022, 48, 0, 0, at, len(bound), *[0] * 6),
+        ]
+        return [*found, struct.pack("<4I", 0x1D, 16, 0, 0)] if is_signed else found
+
+    length = len(b"".join(commands(0)))
+    body = b"".join(commands(32 + length))
+    return (
+        struct.pack("<8I", 0xFEEDFACF, 0x0100000C, 0, 6, len(commands(0)), length, 0, 0) + body + bound + symbol + names
+    )
+
+
+def test_a_module_that_no_mac_could_load_is_no_wheel(tool, tmp_path: Path) -> None:
+    wheels, path = tool("wheels"), tmp_path / "_native.abi3.so"
+    system, python, start = "/usr/lib/libSystem.B.dylib", "_PyDict_New", "_PyInit__native"
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        wheels._check_macos(wheels.read_library(path))
+
+    check(whole := macos_module(system, python, start))
+    for wrong, message in (
+        (macos_module("/opt/lib/libomp.dylib", python, start), "needs /opt/lib/libomp.dylib"),
+        (macos_module(system, python, start, system=14 << 16), "needs macOS 14.0"),
+        (macos_module(system, python, "_PyInit__other"), "has no _PyInit__native"),
+        (macos_module(system, python, start, is_signed=False), "is not signed"),
+        (macos_module(system, "_puts", start), "looks for _puts"),
+        (b"\x7fELF" + whole[4:], "is not for macOS"),
+        (whole[:100], "is cut off"),
+    ):
+        with pytest.raises(Exception, match=message):
+            check(wrong)
 
 
 def test_importing_mooli_loads_little_and_help_no_more_than_its_words() -> None:
