@@ -8,6 +8,7 @@ from urllib.parse import urljoin
 import pytest
 from fake_engine import says
 
+from mooli.cache.kv_cache import MissReason
 from mooli.server.page_files import page_files
 
 HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
@@ -44,6 +45,13 @@ def test_every_file_that_a_page_names_is_there(live, path, root):
         assert "immutable" in reply.headers["cache-control"]
     # A proxy shows the server under a path: nothing in a page begins at the root of the site.
     assert not re.search(r'(?:href|src)="/', page.text)
+
+
+def test_every_reason_why_no_more_was_cached_has_words():
+    words = page_files().files["words.js"].decode()
+    for reason in MissReason:
+        (name,) = re.findall(rf'[ "]{reason.value}"?: "(miss_\w+)"', words)
+        assert f"  {name}: [" in words
 
 
 def test_modules_import_each_other_alone():

@@ -83,6 +83,10 @@ export const WORDS = {
   miss_diverged: ["Earlier requests went on differently after token {0}.", "之前的请求在第 {0} 个词元后内容不同。"],
   miss_namespace: ["Nothing is cached yet for this key or salt.", "此密钥或盐值下尚无缓存。"],
   miss_held: ["Held back: log-probabilities of the prompt were asked for.", "未使用缓存：请求了提示的对数概率。"],
+  miss_flight: ["Another request was computing the same from token {0} on.", "另一请求正在计算第 {0} 个词元之后的相同内容。"],
+  miss_state: ["Pages were there, but no recurrent state after token {0}.", "第 {0} 个词元后有缓存页，但没有循环状态。"],
+  miss_slower: ["On disk from token {0} on, but computing is the shorter way.", "第 {0} 个词元后在磁盘上，但重新计算更快。"],
+  miss_load: ["On disk from token {0} on, but it could not be loaded in time.", "第 {0} 个词元后在磁盘上，但未能及时载入。"],
   miss_disabled: ["The cache is off (--disable-radix-cache).", "缓存已关闭（--disable-radix-cache）。"],
   miss_none: ["All of the prompt that can come from the cache did.", "能来自缓存的部分都来自缓存。"],
   miss_evicted: ["Of what this conversation had computed, {0} tokens were no longer there.", "此会话先前计算的内容中有 {0} 个词元已不在缓存中。"],
@@ -250,6 +254,6 @@ export function span(seconds) {
 /** Why no more of a prompt was found, in words. miss: {reason, tokens} of the engine, or null. */
 export function missWords(miss) {
   if (!miss) return t("miss_none");
-  const names = { new: "miss_new", evicted: "miss_gone", diverged: "miss_diverged", namespace: "miss_namespace", "held back": "miss_held", disabled: "miss_disabled" };
+  const names = { new: "miss_new", evicted: "miss_gone", diverged: "miss_diverged", namespace: "miss_namespace", "held back": "miss_held", "in flight": "miss_flight", "no state": "miss_state", "judged slower": "miss_slower", "load failed": "miss_load", disabled: "miss_disabled" };
   return names[miss.reason] ? t(names[miss.reason], num(miss.tokens)) : miss.reason;
 }
