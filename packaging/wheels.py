@@ -165,6 +165,7 @@ def _staged(target: Path, include: Path) -> Path:
     keys = r"^(#define PTHREAD_KEY_T_IS_COMPATIBLE_WITH_INT .*)$"
     config = re.sub(keys, r"#ifndef __APPLE__\n\1\n#endif", config, flags=re.MULTILINE)
     (target / "pyconfig.h").write_text(config)
+    shutil.copystat(include / "pyconfig.h", target / "pyconfig.h")  # nothing is compiled anew for its sake
     return target
 
 
