@@ -24,9 +24,11 @@ from pathlib import Path
 
 from mooli.config import EngineConfig
 from mooli.engine.child import EngineChild
+from mooli.server.bring_up import start_service
 from mooli.server.config import ServerConfig
+from mooli.server.http_server import HttpServer
 from mooli.server.keys import KeyRing
-from mooli.server.launch import HttpServer, OneEngine, start_service
+from mooli.server.launch import OneEngine
 
 HERE = Path(__file__).resolve().parent
 ROUTES = {

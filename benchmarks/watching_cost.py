@@ -32,9 +32,11 @@ from mooli.cache.radix_tree import token_key
 from mooli.config import EngineConfig
 from mooli.engine import messages
 from mooli.engine.child import EngineChild
+from mooli.server.bring_up import start_service
 from mooli.server.config import ServerConfig
+from mooli.server.http_server import HttpServer
 from mooli.server.keys import KeyRing
-from mooli.server.launch import HttpServer, OneEngine, start_service
+from mooli.server.launch import OneEngine
 
 HEADS = 24
 HEAD_WORDS = 60

@@ -209,9 +209,9 @@ async def _with_engine(config: EngineConfig, others: dict[str, Any]) -> AsyncIte
     with EngineChild() as child:  # it comes up while the next lines import
         from mooli.engine.facts import device_words
         from mooli.server.app import build_app
+        from mooli.server.bring_up import start_service, watch
         from mooli.server.config import ServerConfig
         from mooli.server.keys import KeyRing
-        from mooli.server.launch import start_service, watch
 
         server = ServerConfig.from_kwargs(skip_server_warmup=True, **others)
         service, engine = await start_service(server, config, (), time.perf_counter(), child, KeyRing(server))

@@ -21,8 +21,10 @@ from openapi_check import check_answer
 from mooli.config import EngineConfig
 from mooli.engine import messages, process
 from mooli.link.client import EngineClient
+from mooli.server.bring_up import make_service
 from mooli.server.config import ServerConfig
-from mooli.server.launch import HttpServer, OneEngine, make_service
+from mooli.server.http_server import HttpServer
+from mooli.server.launch import OneEngine
 from mooli.server.listener import tls_context
 
 

@@ -168,7 +168,7 @@ def test_no_descriptor_at_all_is_one_line_and_passes(live, monkeypatch, caplog):
             made.append(Short(listener))
             super().__init__(made[0], *rest)
 
-    monkeypatch.setattr("mooli.server.launch.Acceptor", Acceptor)
+    monkeypatch.setattr("mooli.server.http_server.Acceptor", Acceptor)
     server = live(says("Hello"))
     (short,) = made
     short.is_short.set()

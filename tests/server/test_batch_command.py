@@ -23,7 +23,7 @@ from mooli.batches.runner import Progress
 from mooli.engine import messages
 from mooli.frontend.text_side import with_seed
 from mooli.link.client import EngineClient
-from mooli.server.launch import make_service
+from mooli.server.bring_up import make_service
 
 
 def row(custom_id, url, **body):
@@ -72,7 +72,7 @@ def batch(tmp_path, monkeypatch, capsys):
         services.append(make_service(config, with_seed(engine_config), client, byte_tokenizer(), started_s=0.0))
         return services[-1], client
 
-    monkeypatch.setattr("mooli.server.launch.start_service", start_service)
+    monkeypatch.setattr("mooli.server.bring_up.start_service", start_service)
     monkeypatch.setattr("mooli.engine.child.EngineChild", contextlib.nullcontext)
     monkeypatch.setattr("mooli.batch_run.set_up_logging", lambda level: None)
 
@@ -242,7 +242,7 @@ def test_an_engine_that_dies_ends_the_run_with_its_cause(batch):
 
 
 def test_an_engine_that_hangs_ends_the_run(batch, monkeypatch):
-    monkeypatch.setattr("mooli.server.launch.PING_INTERVAL_S", 0.05)
+    monkeypatch.setattr("mooli.server.bring_up.PING_INTERVAL_S", 0.05)
     ended, count = threading.Event(), [0]
 
     def raises(step):

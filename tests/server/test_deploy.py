@@ -19,7 +19,7 @@ from fake_engine import fake_build
 
 from mooli.arguments import flags_of
 from mooli.config import EngineConfig
-from mooli.server import launch
+from mooli.server import http_server, launch
 from mooli.server.app import ROUTES
 from mooli.server.config import ServerConfig
 from mooli.server.metrics import Metrics
@@ -165,7 +165,7 @@ def test_the_unit_starts_a_server_with_flags_there_are(unit):
 
 def test_systemd_waits_longer_than_the_server_takes(unit):
     words = shlex.split(unit["Service"]["ExecStart"])
-    lingering_s = launch.CLOSE_WAIT_S + launch.DEATH_LINGER_S
+    lingering_s = http_server.CLOSE_WAIT_S + http_server.DEATH_LINGER_S
     assert seconds(unit["Service"]["TimeoutStopSec"]) > value_of("--shutdown-timeout", words) + lingering_s
     assert seconds(unit["Service"]["WatchdogSec"]) > value_of("--watchdog-timeout", words)
 
@@ -253,7 +253,7 @@ def test_kubernetes_waits_longer_than_the_server_takes(pod):
     (container,) = pod["containers"]
     _, pause = container["lifecycle"]["preStop"]["exec"]["command"]
     grace_s = pod["terminationGracePeriodSeconds"]
-    assert grace_s > float(pause) + value_of("--shutdown-timeout", container["args"]) + launch.CLOSE_WAIT_S
+    assert grace_s > float(pause) + value_of("--shutdown-timeout", container["args"]) + http_server.CLOSE_WAIT_S
 
 
 def test_the_pod_has_few_rights_and_its_keys_from_a_secret(pod):

@@ -12,7 +12,7 @@ from fake_engine import says
 from gate import Gate, wait_until
 from route_server import Connection, json_request, post
 
-from mooli.server import launch
+from mooli.server import http_server, launch
 from mooli.server.app import ROUTES, build_app
 from mooli.server.routing import Reply
 
@@ -43,7 +43,7 @@ def admitted(server, request: bytes) -> Connection:
 
 
 def test_a_request_whose_body_is_still_arriving_is_answered(live, monkeypatch):
-    monkeypatch.setattr(launch, "CLOSE_WAIT_S", 0)
+    monkeypatch.setattr(http_server, "CLOSE_WAIT_S", 0)
     server = live(says("Hello"))
     with admitted(server, REQUEST[:-10]) as client:
         drain(server)
@@ -74,7 +74,7 @@ def test_an_answer_is_waited_for_until_the_system_has_taken_all_of_it(live, monk
     async def large(service, request) -> Reply:
         return Reply(b"x" * 20_000_000)
 
-    monkeypatch.setattr(launch, "CLOSE_WAIT_S", 0)
+    monkeypatch.setattr(http_server, "CLOSE_WAIT_S", 0)
     monkeypatch.setattr(launch, "build_app", lambda service: build_app(service, [*ROUTES, post("/large", large)]))
     server = live(says("Hello"))
     with Connection(server.http_server.port) as client:
@@ -88,7 +88,7 @@ def test_an_answer_is_waited_for_until_the_system_has_taken_all_of_it(live, monk
 
 
 def test_who_does_not_finish_in_time_is_told(live, monkeypatch):
-    monkeypatch.setattr(launch, "CLOSE_WAIT_S", 5)
+    monkeypatch.setattr(http_server, "CLOSE_WAIT_S", 5)
     server = live(says("Hello"), shutdown_timeout=0.2)
     with admitted(server, REQUEST[:-10]) as client:
         drain(server)
@@ -109,7 +109,7 @@ def test_the_second_signal_ends_those_that_are_still_sending(live):
 
 @pytest.mark.parametrize("is_idle", [True, False])
 def test_the_log_says_that_the_server_was_asked_to_end(live, caplog, is_idle):
-    caplog.set_level(logging.INFO, "mooli.server.launch")
+    caplog.set_level(logging.INFO, "mooli.server.http_server")
     server = live(says("Hello"))
     if is_idle:
         server.stop()

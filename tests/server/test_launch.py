@@ -20,7 +20,7 @@ from mooli.engine.child import EngineChild
 from mooli.errors import ChatTemplateError, MooliError, TokenizerError
 from mooli.frontend import text_side
 from mooli.frontend.chat_template import ChatTemplate
-from mooli.server import launch
+from mooli.server import bring_up
 from mooli.server.config import ServerConfig
 from mooli.server.keys import KeyRing
 
@@ -35,14 +35,14 @@ def tokenizer_with(template: str) -> SimpleNamespace:
 def test_a_model_with_a_broken_chat_template_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_side, "load_tokenizer", lambda path: tokenizer_with(BROKEN))
     with pytest.raises(ChatTemplateError, match="does not compile"):
-        launch._open_text(EngineConfig(model_path="model"), Path("model"))
+        bring_up._open_text(EngineConfig(model_path="model"), Path("model"))
 
 
 def test_a_broken_chat_template_that_is_given_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_side, "load_tokenizer", lambda path: tokenizer_with("fine"))
     with pytest.raises(ChatTemplateError, match="does not compile"):
         text_side.open_tokenizer(EngineConfig(model_path="model", chat_template=BROKEN), Path("model"))
-    assert launch._open_text(EngineConfig(model_path="model"), Path("model")) is not None
+    assert bring_up._open_text(EngineConfig(model_path="model"), Path("model")) is not None
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_a_start_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch, engine
     async def locate(path: str, **_: object) -> Path:
         return Path(path)
 
-    monkeypatch.setattr(launch, "locate_async", locate)
-    monkeypatch.setattr(launch, "sampling_defaults", lambda path: {})
-    monkeypatch.setattr(launch, "_open_text", open_text)
+    monkeypatch.setattr(bring_up, "locate_async", locate)
+    monkeypatch.setattr(bring_up, "sampling_defaults", lambda path: {})
+    monkeypatch.setattr(bring_up, "_open_text", open_text)
     said: list[dict[str, Any]] = []
 
     async def start() -> None:
@@ -77,7 +77,7 @@ def test_a_start_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch, engine
         engine_config = EngineConfig.from_kwargs(model_path=engine)
         config = ServerConfig(skip_server_warmup=True)
         with child:
-            await launch.start_service(config, engine_config, (), 0.0, child, KeyRing(config))
+            await bring_up.start_service(config, engine_config, (), 0.0, child, KeyRing(config))
 
     with pytest.raises((MooliError, OSError)):
         asyncio.run(start())

@@ -20,8 +20,8 @@ from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.wire_formats.reasoning import REASONING_FORMATS
 from mooli.server import ollama
 from mooli.server.anthropic import MessagesBody, create_message
+from mooli.server.bring_up import make_service
 from mooli.server.config import ServerConfig
-from mooli.server.launch import make_service
 from mooli.server.native_generate import GenerateBody, generate
 from mooli.server.openai_chat import ChatBody, chat_completions
 from mooli.server.openai_completions import CompletionBody, completions

@@ -22,7 +22,7 @@ from mooli.frontend.text_side import input_rules
 from mooli.scheduler.stats import StepStats
 from mooli.server.app import ROUTES
 from mooli.server.config import ServerConfig
-from mooli.server.launch import sd_notify
+from mooli.server.http_server import sd_notify
 from mooli.server.logs import RequestLog, StepLog
 from mooli.server.metrics import Metrics
 from mooli.types import FinishReason, RequestOutput

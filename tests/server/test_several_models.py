@@ -17,9 +17,10 @@ from mooli.config import EngineConfig
 from mooli.engine import messages
 from mooli.errors import CheckpointError, ConfigError, OutOfMemoryError
 from mooli.link.client import EngineClient
+from mooli.server.bring_up import make_service, watch
 from mooli.server.config import ServerConfig
+from mooli.server.http_server import HttpServer
 from mooli.server.keys import KeyRing
-from mooli.server.launch import HttpServer, make_service, watch
 from mooli.server.several_models import SeveralModels, named_models
 
 

@@ -14,8 +14,8 @@ from mooli.errors import ContextLengthError
 from mooli.frontend.inputs import GenerateCall
 from mooli.frontend.tokenizer_bounds import TextBounds
 from mooli.link.client import EngineClient
+from mooli.server.bring_up import make_service
 from mooli.server.config import ServerConfig
-from mooli.server.launch import make_service
 from mooli.server.work import (
     HUGE_TEXT_CHARS,
     LONG_TEXT_CHARS,

@@ -14,7 +14,7 @@ from route_server import Connection
 
 from mooli.config import EngineConfig
 from mooli.errors import ConfigError
-from mooli.server import launch
+from mooli.server import bring_up, launch
 from mooli.server.config import ServerConfig
 from mooli.server.keys import KeyRing
 from mooli.server.listener import tls_context
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_told_before_the_engine_hears_of_a_model(files, key
 
     given = config(files, key, certificate, **arguments)
     with pytest.raises(ConfigError, match=says):
-        tail = launch.make_log_tail(given)
+        tail = bring_up.make_log_tail(given)
         asyncio.run(launch._run(given, EngineConfig(model_path="none"), [], Child(), KeyRing(given), tail))
 
 

@@ -24,10 +24,12 @@ from mooli.errors import EngineDeadError
 from mooli.logs import set_up_logging
 from mooli.ray.forwarding import EngineGoneError, Forwarded, Piece, Whole
 from mooli.server.app import build_app
+from mooli.server.bring_up import make_log_tail, start_service, watch
 from mooli.server.config import ServerConfig
 from mooli.server.errors import Problem, error_reply
+from mooli.server.http_server import DEATH_LINGER_S
 from mooli.server.keys import KeyRing
-from mooli.server.launch import DEATH_LINGER_S, make_log_tail, start_service, watch, with_environment
+from mooli.server.launch import with_environment
 from mooli.server.native_control import engine_problem
 from mooli.server.native_info import current_load
 from mooli.server.routing import Dialect

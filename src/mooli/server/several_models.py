@@ -106,7 +106,7 @@ class _Host:
 
 
 class SeveralModels:
-    """See `mooli.server.launch.Served`. start: brings up the engine of a name, with its text side."""
+    """See `mooli.server.http_server.Served`. start: brings up the engine of a name, with its text side."""
 
     def __init__(
         self,
