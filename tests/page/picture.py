@@ -1,5 +1,7 @@
 """Makes the pictures of the page for the documents: a chat whose prompts come from the cache, and the tree behind it.
 
+Of the tree some is on disk, and an answer is in the making.
+
     python tests/page/picture.py docs [MODEL]
 
 Needs Chromium, and the demo model where no other is named. Nothing of it is a test.
@@ -36,8 +38,10 @@ def main(folder: Path, model: str) -> None:
     program = find_browser("chromium")
     if program is None:
         sys.exit("No Chromium is installed: apt install chromium")
+    names = ("--random-seed", "1", "--served-model-name", "qwen2.5-coder-0.5b")
     with (
-        ServerProcess("--random-seed", "1", "--served-model-name", "qwen2.5-coder-0.5b", model=model) as server,
+        tempfile.TemporaryDirectory() as kept,
+        ServerProcess(*names, model=model, env={"MOOLI_KV_CACHE_DIR": kept}) as server,
         tempfile.TemporaryDirectory() as profile,
         Chromium(program, Path(profile)) as browser,
     ):
@@ -68,13 +72,18 @@ def main(folder: Path, model: str) -> None:
         browser.open(server.url + "/#tree", width=1280, height=560)
         # The beginnings of the bars are read after their shape.
         browser.wait("Number(document.querySelector('canvas')?.dataset.read) > 8")
+        browser.wait("Number(document.querySelector('canvas').dataset.stored) > 0")
+        writing = threading.Thread(target=ask, args=(server.url, "Tell me a long story.", 1, 900))
+        writing.start()
+        browser.wait("Number(document.querySelector('canvas').dataset.answers) > 0")
         browser.picture(folder / "page_tree.png")
+        writing.join()
     print(json.dumps({file.name: file.stat().st_size for file in sorted(folder.glob("page*.png"))}))
 
 
-def ask(url: str, text: str, i: int) -> None:
+def ask(url: str, text: str, i: int, max_tokens: int = 30) -> None:
     messages = [{"role": "system", "content": SYSTEM if i % 2 else "Be short."}, {"role": "user", "content": text}]
-    httpx.post(f"{url}/v1/chat/completions", json={"messages": messages, "max_tokens": 30}, timeout=300)
+    httpx.post(f"{url}/v1/chat/completions", json={"messages": messages, "max_tokens": max_tokens}, timeout=300)
 
 
 if __name__ == "__main__":
