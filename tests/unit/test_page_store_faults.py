@@ -227,20 +227,28 @@ def test_2000_damaged_files_are_misses_and_are_mended(folder: Path, caplog) -> N
     assert missed > 1000
 
 
+def fails(store: PageStore, files: FaultyFiles) -> None:
+    """From now on these are the store's files."""
+    store._files = store._segments._files = files
+    if store._segments._writer is not None:
+        store._segments._writer._files = files
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("error", "for_good"), [(errno.ENOSPC, True), (errno.EIO, False)])
-def test_a_write_that_fails_ends_writing_and_nothing_else(tmp_path: Path, error: int, for_good: bool, caplog) -> None:
+def test_a_write_that_fails_ends_writing_for_a_while_and_nothing_else(
+    tmp_path: Path, error: int, for_good: bool, caplog
+) -> None:
     """At every call that changes something, one after the other."""
-    number, failed = 0, 1
+    number, failed, clock = 0, 1, [1.7e9]
+    caplog.set_level(logging.INFO)
     while failed:
         folder = tmp_path / str(number)
         files = FaultyFiles(number, error, part=number % 3 * 50, for_good=for_good)
         caplog.clear()
-        store = open_store(folder, max_bytes=BUDGET, files=FaultyFiles(None))
+        store = open_store(folder, max_bytes=BUDGET, files=FaultyFiles(None), clock=lambda: clock[0])
         store.append(CHAINS[0])
-        store._files = store._segments._files = files
-        if store._segments._writer is not None:
-            store._segments._writer._files = files
+        fails(store, files)
         draw = random.Random(3)
         before = found(store, CHAINS[0])
         for _ in range(16):
@@ -254,7 +262,21 @@ def test_a_write_that_fails_ends_writing_and_nothing_else(tmp_path: Path, error:
         failed = files.failed
         if failed:
             assert store.stats.fault is not None and not store.stats.is_writer
+            assert store.append(chain("new", 2)) == 0
+            clock[0] += 60.0  # once more, at a disk that is well again or is not
+            fails(store, FaultyFiles(0, error) if number % 2 else FaultyFiles(None))
+            written = [store.append(chain("new", 2)), store.append(chain("new", 2))]
+            if number % 2:
+                assert written == [0, 0] and store.stats.fault is not None
+                fails(store, FaultyFiles(None))
+                clock[0] += 119.0
+                assert store.append(chain("new", 2)) == 0, "it rests longer each time"
+                clock[0] += 1.0
+                written = [store.append(chain("new", 2)), 0]
+            assert written == [2, 0] and store.stats.fault is None and store.stats.is_writer
+            assert found(store, chain("new", 2)) == 2 and total_bytes(folder) <= BUDGET
             assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 1
+            assert "is written again" in caplog.records[-1].message
         store.close()
         assert before == len(CHAINS[0])
         with open_store(folder, max_bytes=BUDGET) as store:

@@ -1,8 +1,9 @@
 """A store of KV pages in a folder: what is there, read it, add to it, and let the coldest go.
 
 Owns the rules of what is kept and for how long, and what a fault means: a miss, one line in the log, and after a fault
-of writing no more writing. Nothing that happens to a file raises, and no page is given that is not the one asked for:
-each is checked by checksum, by digest and by its tokens. Never makes a digest, and never knows what a payload is.
+of writing a rest before the next try, longer each time. Nothing that happens to a file raises, and no page is given
+that is not the one asked for: each is checked by checksum, by digest and by its tokens. Never makes a digest, and never
+knows what a payload is.
 
 Any thread may call any method. `leading`, `touch` and `forget` look at memory alone and never wait for a disk; the
 others may take as long as a disk does. Readers do not wait for a writer.
@@ -38,6 +39,9 @@ _LOOK_AGAIN_S = 30.0
 _SAVE_USES_S = 600.0
 """Between two times that the disk is told when pages were last used. A process that is killed forgets as much."""
 
+_REST_S, _MOST_REST_S = 60.0, 3600.0
+"""After a fault of writing, before it is tried again; twice as long after each that follows, up to the second."""
+
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What says nothing of the file: another time it may go well."""
@@ -60,7 +64,7 @@ class StoredPage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """is_writer: may add pages. fault: why no more is written; None where nothing went wrong. num_bytes: of all
+    """is_writer: may add pages. fault: why nothing is written now; None where nothing is wrong. num_bytes: of all
     segments of this namespace, what is reserved included. The others count since the store was opened. pages_wrong: not
     what was once written. pages_evicted: that counted, until room was made or they expired. pages_refused: without the
     page before them, or without room."""
@@ -123,6 +127,9 @@ class PageStore:
         self._to_bury: list[Place] = []
         self._looked = self._saved = clock()
         self._fault: str | None = None
+        self._rest_s = 0.0
+        """Of the last fault; 0 where something was written since."""
+        self._rests_until = 0.0
         self._told: set[str] = set()
         self._is_closed = False
         self._counts = StoreStats(False, None, 0, 0, 0)
@@ -352,6 +359,9 @@ class PageStore:
                 self._count(pages_refused=len(waiting))
             except OSError as exc:
                 self._stop_writing(exc)
+            if written and self._fault is None and self._rest_s:
+                self._rest_s = 0.0
+                logger.info("the KV cache in %s is written again", self.folder)
             return written
 
     def _require_kind(self, page: StoredPage) -> None:
@@ -382,11 +392,19 @@ class PageStore:
         return written
 
     def _may_write(self) -> bool:
-        if self._is_closed or self._fault is not None:
+        if self._is_closed or (self._fault is not None and not self._has_rested()):
             return False
         if self._lock is None and self._clock() - self._looked >= _LOOK_AGAIN_S:
             self._look_again()
         return self._lock is not None
+
+    def _has_rested(self) -> bool:
+        """It is time to try again: nothing is wrong until that fails."""
+        now = self._clock()
+        if self._rests_until - self._rest_s <= now < self._rests_until:
+            return False
+        self._fault = None
+        return True
 
     def _look_again(self) -> None:
         """What the writer has added; or be the writer, where there is none any more."""
@@ -409,7 +427,11 @@ class PageStore:
             return
         self._fault = error.strerror or str(error)
         self._segments.abandon()
-        logger.error("the KV cache in %s cannot be written, and is only read from now on: %s", self.folder, error)
+        if not self._rest_s:
+            message = "the KV cache in %s cannot be written, and is only read until a later try goes well: %s"
+            logger.error(message, self.folder, error)
+        self._rest_s = min(max(2 * self._rest_s, _REST_S), _MOST_REST_S)
+        self._rests_until = self._clock() + self._rest_s
 
     # -- upkeep --------------------------------------------------------------------------------------------------------
     def flush(self) -> None:
