@@ -220,6 +220,23 @@ def test_the_digest_of_a_model_changes_with_its_files(tmp_path: Path) -> None:
     assert model_digest(folder) not in (first, second)
 
 
+def test_the_digest_of_a_model_notices_other_weights_of_the_same_size_and_time(tmp_path: Path) -> None:
+    weights, block, size = tmp_path / "model.gguf", 1 << 16, 100 << 20
+
+    def digest(*changed: tuple[int, int]) -> str:
+        with weights.open("wb") as opened:  # takes no room where nothing is written
+            opened.truncate(size)
+            for offset, num_bytes in changed:
+                opened.seek(offset)
+                opened.write(b"x" * num_bytes)
+        os.utime(weights, (5, 5))
+        return model_digest(weights)
+
+    every = {digest((stride << 24, 1 << 24)) for stride in range(6)}
+    assert len(every | {digest(), digest((size - block, 1))}) == 8, "each 16 MiB, and the end"
+    assert digest((1 << 20, 1)) == digest(), "it is no checksum"
+
+
 def test_the_digest_of_a_file_that_is_not_there_is_a_typed_error(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         model_digest(tmp_path / "none.gguf")

@@ -1,7 +1,7 @@
 """Where a model is: a folder, a GGUF file, the demo package, a local cache of a hub, or to be fetched.
 
 Owns the search on this machine, the layout of the caches, when fetching is allowed and what is said when it fails.
-`resolve` never uses the network; `mooli pull` fetches without an engine. Never reads weights.
+`resolve` never uses the network; `mooli pull` fetches without an engine. Never knows what is in weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FILE = re.compile(r"(?:[A-Za-z0-9_][\w.+-]*/)*[A-Za-z0-9_][\w.+-]*\.gguf", re.ASCII)
 _INDEX = "model.safetensors.index.json"
-_DIGEST_HEAD_BYTES = 1 << 16
+_DIGEST_BLOCK_BYTES = 1 << 16
+_DIGEST_STRIDE_BYTES = 16 << 20
+_DIGEST_MOST_BLOCKS = 1024
+"""Of all files of a model together, besides one at the beginning and one at the end of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +109,12 @@ def resolve(model: str | Path, *, revision: str = "main") -> Path:
 
 
 def model_digest(path: Path) -> str:
-    """A cheap identity of a model's files, 32 hex digits, for the keys of caches.
+    """An identity of a model's files, 32 hex digits, for the keys of caches, in a 256th of the time of reading them.
 
-    Made from names, sizes and modification times of weights and configuration and the first 64 KiB of each, which hold
-    the header. It changes when a file is replaced; it is no checksum of the weights.
+    Made from names, sizes and modification times of weights and configuration, and from blocks of 64 KiB: the first of
+    each file, which holds the header, the last, and one in every 16 MiB (fewer of more than 16 GiB). So it changes when
+    a file is replaced, and for weights that were trained or quantised otherwise also where size and time are the same.
+    It is no checksum: bytes that are changed between the blocks, with the time put back, are not noticed.
     """
     files = list(part_paths(path))
     if path.is_dir():
@@ -117,14 +122,26 @@ def model_digest(path: Path) -> str:
         files = sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
     digest = hashlib.sha256()
     try:
-        for file in files:
-            status = file.stat()
+        found = [(file, file.stat()) for file in files]
+        total = sum(status.st_size for _, status in found)
+        stride = max(_DIGEST_STRIDE_BYTES, -(-total // _DIGEST_MOST_BLOCKS))
+        for file, status in found:
             digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
-            with file.open("rb") as opened:
-                digest.update(opened.read(_DIGEST_HEAD_BYTES))
+            with file.open("rb", buffering=0) as opened:
+                for offset in _block_offsets(status.st_size, stride):
+                    opened.seek(offset)
+                    digest.update(opened.read(_DIGEST_BLOCK_BYTES))
     except OSError as exc:
         raise ModelNotFoundError(f"cannot read {path}: {exc}") from exc
     return digest.hexdigest()[:32]
+
+
+def _block_offsets(size: int, stride: int) -> list[int]:
+    """Where blocks begin in a file: the first, the last, and one in each whole stride, not at the same place in each as
+    tensors repeat with the layers (Fibonacci hashing)."""
+    room = stride - _DIGEST_BLOCK_BYTES
+    inside = [at * stride + (at * 0x9E3779B1 % (1 << 32) * room >> 32) for at in range(size // stride)]
+    return sorted({0, *inside, max(0, size - _DIGEST_BLOCK_BYTES)})
 
 
 def missing_shards(folder: Path) -> list[str]:
