@@ -229,6 +229,14 @@ NB_MODULE(_native, m) {
       .def("allocate_kv", &Device::allocate_kv, nb::call_guard<nb::gil_scoped_release>())
       .def("allocate_states", &Device::allocate_states, nb::call_guard<nb::gil_scoped_release>())
       .def("copy_state", &Device::copy_state, nb::call_guard<nb::gil_scoped_release>())
+      .def("read_state", [](Device& d, int slot, nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
+        nb::gil_scoped_release release;
+        d.read_state(slot, (char*)out.data(), out.shape(0));
+      })
+      .def("write_state", [](Device& d, int slot, In<uint8_t> data) {
+        nb::gil_scoped_release release;
+        d.write_state(slot, (const char*)data.data(), data.shape(0));
+      })
       .def("plan_states", [](Device& d, In<int32_t> slots, In<int32_t> saves) {
         if (saves.shape(0) % 3) throw std::invalid_argument("states to keep are three numbers each");
         d.plan_states(slots.data(), int(slots.shape(0)), saves.data(), int(saves.shape(0) / 3));

@@ -258,6 +258,23 @@ void Device::copy_state(int source, int target) {
   if (source != target) memcpy(state(target), state(source), state_floats * 4);
 }
 
+void Device::check_state(int slot, size_t bytes) const {
+  if (slot < 0 || slot >= num_states) throw std::invalid_argument("a state outside the slots");
+  if (bytes != state_floats * 4) throw std::invalid_argument(std::to_string(bytes) + " bytes are not those of a state");
+}
+
+void Device::read_state(int slot, char* out, size_t bytes) {
+  check_state(slot, bytes);
+  settle();  // what has begun may be changing states
+  memcpy(out, state(slot), bytes);
+}
+
+void Device::write_state(int slot, const char* data, size_t bytes) {
+  check_state(slot, bytes);
+  settle();
+  memcpy(state(slot), data, bytes);
+}
+
 void Device::plan_states(const int32_t* slots, int num_slots, const int32_t* saves, int num_saves) {
   row_state.clear();
   if (num_slots != num_rows) throw std::invalid_argument("not a state for each row");

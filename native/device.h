@@ -151,6 +151,10 @@ class Device {
   // conv: columns and channels of each layer that keeps a state; delta: heads, key_dim and value_dim of each, 0 without.
   void allocate_states(const std::vector<std::vector<int>>& conv, const std::vector<std::vector<int>>& delta, int64_t num_slots);
   void copy_state(int source, int target);
+  // A state as bytes, and from such bytes. Throws std::invalid_argument for a slot out of range, and if these are not as many
+  // bytes as a state has.
+  void read_state(int slot, char* out, size_t bytes);
+  void write_state(int slot, const char* data, size_t bytes);
   // Where the states of the planned step's rows are and go: `saves` has (row, tokens of it, slot) of those kept besides, by row
   // and token. Throws std::invalid_argument on an index out of range. A step without is of a model without.
   void plan_states(const int32_t* slots, int num_slots, const int32_t* saves, int num_saves);
@@ -234,6 +238,7 @@ class Device {
 
  private:
   void check_pages(const int32_t* pages, size_t count, size_t bytes) const;
+  void check_state(int slot, size_t bytes) const;
   int last_position(const AttendMember& m) const { return positions[m.first_token + m.tokens - 1]; }
   int full_blocks(const AttendMember& m) const { return (last_position(m) + 1) / kBlock; }
   int tile_of(const int32_t* pages, int pages_per_row, int tile) const;

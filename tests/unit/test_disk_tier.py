@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from disk_fakes import ChosenEven, ErraticIO, MemoryStore
-from mooli.cache.kv_cache import Given, KVCache, MissReason
+from mooli.cache.kv_cache import Given, KVCache, MissReason, StateRoom
 from mooli.cache.page_moves import pages_there, put_pages
 from mooli.cache.radix_tree import token_key
 from mooli.cache.store.page_store import PageStore, StoredPage
@@ -32,7 +32,7 @@ from mooli.types import Request, RequestOutput, SamplingParams
 
 PAGE = 4
 VOCAB = 50
-PAGE_BYTES = 8 * PAGE
+PAGE_BYTES, STATE_BYTES = 8 * PAGE, 8
 LONG = [(7 * at) % VOCAB for at in range(203)]
 """50 full pages: as many as may be loaded, as one token is computed."""
 
@@ -40,8 +40,8 @@ LONG = [(7 * at) % VOCAB for at in range(203)]
 class ManualIO(ErraticIO):
     """Brings what it is told to."""
 
-    def __init__(self, store: MemoryStore) -> None:
-        super().__init__(store, random.Random(0), failure_rate=0.0, speed=1.0, loss_rate=0.0)
+    def __init__(self, store: MemoryStore, states: MemoryStore | None = None) -> None:
+        super().__init__(store, random.Random(0), failure_rate=0.0, speed=1.0, loss_rate=0.0, states=states)
         self.arriving: list[Piece] = []
 
     @property
@@ -53,11 +53,15 @@ class ManualIO(ErraticIO):
         return taken
 
     def deliver(self, number: int, count: int, *, fails: bool = False) -> None:
-        first, digests, tokens = self._loads[number]
+        first, digests, tokens, state = self._loads[number]
         payloads = self.store.read(digests[:count], tokens[:count])
-        is_last = fails or count >= len(digests)
+        is_last = fails or (count >= len(digests) and state is None)
         self.arriving.append(Piece(number, first, len(payloads), b"".join(payloads), is_last, 0.001))
-        self._loads[number] = (first + count, digests[count:], tokens[count:])
+        self._loads[number] = (first + count, digests[count:], tokens[count:], state)
+
+    def deliver_state(self, number: int) -> None:
+        first, _, _, state = self._loads[number]
+        self.arriving.append(self._state_piece(number, first, state))
 
     def append(self, pages: Sequence[StoredPage]) -> None:
         self.store.append(pages)
@@ -67,7 +71,8 @@ class ManualIO(ErraticIO):
 
 
 class Placed:
-    """An engine of the fake model with a disk. io: made of a store in memory unless one is given."""
+    """An engine of the fake model with a disk. io: made of a store in memory unless one is given. states: the model has
+    recurrent layers, whose states are stored there. snapshots: as many are kept in memory, at least every 40 tokens."""
 
     def __init__(
         self,
@@ -78,18 +83,24 @@ class Placed:
         even: BreakEven | None = None,
         gives_nan: Callable[[list[int]], bool] | None = None,
         chunk: int = 512,
+        states: MemoryStore | None = None,
+        snapshots: int = 20,
     ) -> None:
         self.store = store or MemoryStore(PAGE)
-        self.io = io or ManualIO(self.store)
-        self.runner = FakeRunner(num_pages, PAGE, VOCAB, gives_nan=gives_nan)
-        self.cache = KVCache(num_pages, PAGE)
+        self.io = io or ManualIO(self.store, states)
+        has_states = states is not None
+        room = StateRoom(8, 0, snapshots, 40) if has_states else None
+        num_states = 0 if room is None else room.num_slots
+        self.runner = FakeRunner(num_pages, PAGE, VOCAB, gives_nan=gives_nan, num_states=num_states)
+        self.cache = KVCache(num_pages, PAGE, states=room)
         self.scheduler = Scheduler(
             self.cache, max_batch_tokens=chunk, max_running_requests=8, context_length=1000, vocab_size=VOCAB
         )
         self.even = even or ChosenEven()
         clock = self.io.clock if isinstance(self.io, ErraticIO) else None
-        clocks = {} if clock is None else {"clock": clock}
-        self.tier = DiskTier(self.cache, self.io, self.runner, PAGE_BYTES, bytes(32), self.even, **clocks)
+        options: dict[str, Any] = {} if clock is None else {"clock": clock}
+        options["state_bytes"] = STATE_BYTES if has_states else 0
+        self.tier = DiskTier(self.cache, self.io, self.runner, PAGE_BYTES, bytes(32), self.even, **options)
         self.scheduler.attach_disk(self.tier)
         self.core = EngineCore(self.scheduler, self.runner)
         self.outputs: dict[str, list[RequestOutput]] = {}
@@ -409,10 +420,13 @@ def test_a_device_that_fails_in_between_ends_no_request(store: MemoryStore, capl
 
 
 # -- with threads and files --------------------------------------------------------------------------------------------
-def on_files(folder: Path) -> tuple[Placed, threading.Semaphore]:
-    files = PageStore.open(folder, bytes(32), page_tokens=PAGE, page_bytes=PAGE_BYTES, max_bytes=1 << 24)
-    io, woken = StoreIO(files, PAGE_BYTES), threading.Semaphore(0)
-    engine = Placed(io=io, even=ChosenEven(patience=1e6))
+def on_files(folder: Path, *, has_states: bool = False) -> tuple[Placed, threading.Semaphore]:
+    stores = [
+        PageStore.open(folder, bytes([kind]) * 32, page_tokens=PAGE, page_bytes=num_bytes, max_bytes=1 << 24)
+        for kind, num_bytes in enumerate([PAGE_BYTES, STATE_BYTES] if has_states else [PAGE_BYTES])
+    ]
+    io, woken = StoreIO(stores[0], PAGE_BYTES, *stores[1:]), threading.Semaphore(0)
+    engine = Placed(io=io, even=ChosenEven(patience=1e6), states=MemoryStore(PAGE) if has_states else None)
 
     def wake() -> None:
         woken.release()

@@ -37,17 +37,19 @@ class WatchedTier(DiskTier):
 
 
 class DiskTrial(Trial):
-    """A trial on a store that others may have written to."""
+    """A trial on stores that others may have written to: of pages by their size, and of states by minus that."""
 
     def __init__(self, seed: int, setting: Any, stores: dict[int, MemoryStore]) -> None:
         rng = self.disk_rng = random.Random(f"disk {seed}")
         store = stores.setdefault(setting.page_size, MemoryStore(setting.page_size))
+        states = stores.setdefault(-setting.page_size, MemoryStore(setting.page_size))
         self.io = ErraticIO(
             store,
             rng,
             failure_rate=rng.choice([0.0, 0.0, 0.3]),
             speed=rng.choice([0.2, 0.6, 1.0]),
             loss_rate=rng.choice([0.0, 0.1]),
+            states=states if setting.states else None,
         )
         self.ends: Counter[MissReason] = Counter()
         super().__init__(seed, setting)
@@ -56,7 +58,8 @@ class DiskTrial(Trial):
     def disk(self, cache: KVCache) -> DiskTier:  # type: ignore[override]
         even = ChosenEven(self.disk_rng.choice([1.0, 1.0, 12.0]), self.disk_rng.choice([2.0, 10.0, 100.0]))
         page_bytes = 8 * self.setting.page_size
-        self.tier = WatchedTier(cache, self.io, self, page_bytes, bytes(32), even, self.io.clock)  # type: ignore[arg-type]
+        state_bytes = 8 if self.setting.states else 0
+        self.tier = WatchedTier(cache, self.io, self, page_bytes, bytes(32), even, self.io.clock, state_bytes)  # type: ignore[arg-type]
         self.tier.behind._is_worth = lambda num_tokens: num_tokens >= self.setting.page_size * 2
         return self.tier
 
@@ -70,6 +73,14 @@ class DiskTrial(Trial):
         self.runner.write_pages(pages, data)
         for page in pages:
             self.page_namespace[page] = self.tier.namespace
+
+    def read_state(self, slot: int) -> Any:
+        return self.runner.read_state(slot)
+
+    def write_state(self, slot: int, data: Any) -> None:
+        if self.setting.failure_rate and self.disk_rng.random() < 0.1:
+            raise RuntimeError("planned failure of a write of a state")
+        self.runner.write_state(slot, data)
 
     def _add(self, rid: str) -> None:
         super()._add(rid)
@@ -115,6 +126,7 @@ def test_every_output_equals_the_request_run_alone_whatever_the_disk_does(block:
             constrained=seed % 5 < 2,
             forced=ForcedSettings(1 + seed % 7, 1 + seed % 11) if seed % 4 else None,
             background=seed % 7 > 3,
+            num_snapshots=(None, 30, 30, 4)[seed % 4],
         )
         setting = replace(setting, num_pages=max(2, setting.num_pages * 4 // setting.page_size))
         trial = DiskTrial(seed, setting, stores)
@@ -125,5 +137,6 @@ def test_every_output_equals_the_request_run_alone_whatever_the_disk_does(block:
         total.update(trial.tier.stats(), loads=trial.io.num_loads, cancelled=trial.io.num_cancelled)
         ends.update(trial.ends)
     assert total["loaded_tokens"] > 150 and total["stored_tokens"] > 500, total
+    assert total["loaded_states"] > 10 and total["stored_states"] > 20, total
     assert total["loads"] > 30 and total["cancelled"] > 3 and total["failed_loads"] > 3, total
     assert ends[MissReason.LOAD_FAILED] and ends[MissReason.JUDGED_SLOWER], ends

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mooli.batch import PageCopy
-from mooli.cache.kv_cache import Admission, KVCache, MatchEnd, MissReason, RequestPages, StateRoom
+from mooli.cache.kv_cache import Admission, Given, KVCache, MatchEnd, MissReason, RequestPages, StateRoom
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import token_key
 from mooli.errors import ConfigError, EngineError
@@ -435,3 +435,31 @@ def test_whole_pages_need_states_at_their_ends() -> None:
         KVCache(8, 4, states=StateRoom(3, 0, 8, 6))
     with pytest.raises(ConfigError, match="no slot"):
         KVCache(8, 4, states=StateRoom(0, 0, 8, 4))
+
+
+def test_a_snapshot_from_outside_comes_to_its_pages_or_not_at_all() -> None:
+    cache, tokens = with_states(snapshots=2), key(*range(12))
+    computed(cache, begun(cache, *range(11)), *range(11))  # at 8 and 11
+    written: list[int] = []
+    assert cache.states_there("", tokens, 2).keys() == {2} and cache.states_there("", tokens, 1) == {}
+    assert cache.put_state("", tokens, 2, written.append) and not written, "it is there"
+    assert not cache.put_state("", tokens, 3, written.append) and not written, "its last page is not full"
+    given = Given()
+    assert cache.put_state("", tokens, 1, written.append, given) and given.states == set(written)
+    cache.check([])
+    assert cache.states_there("", tokens, 3) == {1: written[0]} and cache.num_dropped_snapshots == 1
+    used = begun(cache, *range(4), 90)
+    assert used.num_matched == 4 and used.state_copies[0].source == written[0]
+    cache.discard(used.held)
+
+    def broken(slot: int) -> None:
+        raise RuntimeError("a device that fails")
+
+    with pytest.raises(RuntimeError):
+        cache.put_state("", tokens, 2, broken)
+    none = with_states(snapshots=0)
+    computed(none, begun(none, *range(11)), *range(11))
+    assert not none.put_state("", tokens, 1, written.append)
+    cache.flush()
+    cache.check([])
+    assert cache.num_free_slots == 3 + 2 + 2

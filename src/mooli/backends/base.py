@@ -506,7 +506,7 @@ class Backend(Protocol):
         and values were zeros, so that equal tokens are equal bytes. None: every page is full. out: a contiguous buffer
         of that size to read into, and then nothing is allocated. Called between steps, on their thread; the interpreter
         is not held while bytes are copied. Recurrent states are in no page: of a model with such layers, pages alone
-        are of no use to a request, which needs the state after them.
+        are of no use to a request, which needs the state after them (`read_state`).
 
         Raises EngineError for pages outside the pool or given twice, and for a buffer that does not fit.
         """
@@ -520,9 +520,22 @@ class Backend(Protocol):
         """
         ...
 
+    def read_state(self, slot: int) -> NDArray[np.uint8]:
+        """A recurrent state as bytes: uint8 (`CacheSpec.state_bytes`,). Called between steps, on their thread.
+
+        Raises EngineError for a slot that is none.
+        """
+        ...
+
+    def write_state(self, slot: int, data: Any) -> None:
+        """A state from the bytes that `read_state` gave, of whichever slot: exact to the bit. data: any contiguous
+        buffer, of the same model and `page_format`, not looked at. Called and raises as `read_state`, and for a buffer
+        of another size."""
+        ...
+
     def page_format(self) -> dict[str, str]:
-        """What besides model and arguments decides the bits of a page of the allocated pool, by name: where values
-        lie, instruction set, libraries. Pages may be written where it is the same."""
+        """What besides model and arguments decides the bits of pages and states of the allocated pool, by name: where
+        values lie, instruction set, libraries. They may be written where it is the same."""
         ...
 
     # -- a step --

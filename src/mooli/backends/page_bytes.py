@@ -1,4 +1,4 @@
-"""Pages of the KV pool as bytes: what is asked for, checked before a backend copies anything.
+"""Pages of the KV pool and recurrent states as bytes: what is asked for, checked before a backend copies anything.
 
 Owns the checks that all backends share. Never copies, and never knows a layout.
 """
@@ -36,6 +36,21 @@ def held_tokens(num_tokens: int | None, count: int, page_size: int) -> int:
     if not 0 <= num_tokens <= count * page_size:
         raise EngineError(f"{num_tokens} tokens do not lie in {count} pages of {page_size}")
     return num_tokens
+
+
+def check_slot(slot: int, num_states: int) -> None:
+    """Raise EngineError for a slot that none of `num_states` recurrent states is in."""
+    if not 0 <= slot < num_states:
+        raise EngineError(f"slot {slot} is outside the {num_states} of recurrent states")
+
+
+def state_of(buffer: Any, num_bytes: int) -> Bytes:
+    """The memory of `buffer` as uint8 (num_bytes,), without a copy. Raises EngineError if it is no contiguous buffer of
+    that many bytes."""
+    whole = memoryview(buffer)
+    if not whole.c_contiguous or whole.nbytes != num_bytes:
+        raise EngineError(f"a recurrent state has {num_bytes} bytes in one piece, and the buffer has {whole.nbytes}")
+    return np.frombuffer(whole, np.uint8)
 
 
 def pages_of(buffer: Any, count: int, page_bytes: int, *, to_write: bool = False) -> Bytes:

@@ -33,7 +33,15 @@ from mooli.backends.base import (
 from mooli.backends.dequant import dequantize
 from mooli.backends.host_memory import host_memory
 from mooli.backends.latent import LatentLayer, LatentSpec, check_latent, check_rows
-from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
+from mooli.backends.page_bytes import (
+    Bytes,
+    check_slot,
+    held_tokens,
+    page_numbers,
+    pages_of,
+    read_into,
+    state_of,
+)
 from mooli.backends.reference_latent import LatentWeight, attend_row
 from mooli.backends.routing import RouteSpec, chosen
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
@@ -648,6 +656,22 @@ class ReferenceBackend:
         for index, page in enumerate(numbers.tolist()):
             for kept, part in self._parts(page, given[index]):
                 kept[:] = part
+
+    def read_state(self, slot: int) -> Bytes:
+        arrays = self._of_states(slot)
+        return np.concatenate([array[slot].ravel() for array in arrays]).view(np.uint8)
+
+    def write_state(self, slot: int, data: Any) -> None:
+        arrays = self._of_states(slot)
+        values = state_of(data, 4 * sum(array[slot].size for array in arrays)).view(np.float32)
+        for array in arrays:
+            array[slot] = values[: array[slot].size].reshape(array[slot].shape)
+            values = values[array[slot].size :]
+
+    def _of_states(self, slot: int) -> list[Floats]:
+        arrays = [array for layer in self.ops.states for array in layer]
+        check_slot(slot, len(arrays[0]) if arrays else 0)
+        return arrays
 
     def page_format(self) -> dict[str, str]:
         return {"layout": "[layer][K, V][token][kv head][value] float32", "library": f"numpy {np.__version__}"}

@@ -31,6 +31,8 @@ to the slot of whoever begins there; so none is ever shared, or locked.
     insert         snapshots of what is given go with it; room for the newest is made at the cost of the one used least
     release        the request's own state becomes a snapshot
     forget         the snapshots that this request gave go at once
+
+    put_state      a snapshot that was outside comes to its place, at the same cost for others
 """
 
 from __future__ import annotations
@@ -496,6 +498,41 @@ class KVCache:
             self._slots.free(held.tried.values())
             held.tried = {}
         return self.states is None or held.state >= 0
+
+    def states_there(self, namespace: str, key: bytes, num_pages: int) -> dict[int, int]:
+        """The snapshots at the ends of full pages among the first `num_pages` of `key` that the tree has: by the number
+        of pages they come after, the deepest first, the slot. Changes nothing."""
+        found = self._tree.states_along(self.agreeing(namespace, key, num_pages * self.page_size))
+        return {at // self.page_size: slot for at, slot in found if at % self.page_size == 0}
+
+    def put_state(
+        self, namespace: str, key: bytes, num_pages: int, write: Callable[[int], None], given: Given | None = None
+    ) -> bool:
+        """Have a snapshot after the first `num_pages` pages of `key`, if the tree has these and there is room.
+
+        write: called at most once, with the slot to fill; what it raises is raised, and nothing is put. given: of the
+        request that it is for, which counts as who computed it (see `forget`). Whether the tree has one there now.
+        """
+        match = self.agreeing(namespace, key[: num_pages * self.page_size * TOKEN_BYTES], num_pages * self.page_size)
+        node, at = (match.child, match.child_tokens) if match.child is not None else (match.node, -1)
+        if node is None or len(match.pages) < num_pages:
+            return False
+        num_back = node.num_tokens - at if at >= 0 else 0
+        if any(there == num_pages * self.page_size for there, _ in self._tree.states_along(match)):
+            return True
+        if not self._make_room_for_snapshot():
+            return False
+        (slot,) = self._slots.allocate(1)
+        is_kept = False
+        try:
+            write(slot)
+            is_kept = self._tree.keep_state(node, num_back, slot)
+        finally:
+            if not is_kept:
+                self._slots.free([slot])
+        if given is not None and is_kept:
+            given.states.add(slot)
+        return is_kept
 
     def _make_room_for_snapshot(self) -> bool:
         """Whether there may be one more, at the cost of the one that was used least recently if need be."""

@@ -61,6 +61,11 @@ class PageChain:
             self.digests.append(chain(self.parent_of(len(self.digests)), page))
             self.tokens.append(page)
 
+    @property
+    def state_root(self) -> bytes:
+        """What recurrent states of the sequence have as their parent: one apart from that of its pages."""
+        return hashlib.sha256(self._root + b"recurrent states").digest()
+
     def parent_of(self, index: int) -> bytes:
         """What page `index` follows."""
         return self.digests[index - 1] if index else self._root

@@ -383,6 +383,22 @@ class RadixTree:
         parent.order.insert(bisect_left(parent.order, edge), edge)
 
     # -- states -------------------------------------------------------------------------------------------------------
+    def states_along(self, match: Match) -> list[tuple[int, int]]:
+        """After how many of the tokens that were matched there are states, and in which slots; the deepest first. Does
+        not change the tree."""
+        node, most = match.child, match.child_tokens
+        if node is None and match.node is not None:
+            node, most = match.node, match.node.num_tokens
+        num_above = len(match.pages) * self._page_bytes // TOKEN_BYTES
+        num_above -= match.child_pages * self._page_bytes // TOKEN_BYTES if match.child is not None else most
+        found = []
+        while node is not None and node.parent is not None:
+            found += [(num_above + at, slot) for at, slot in sorted((node.states or {}).items())[::-1] if at <= most]
+            node = node.parent
+            most = node.num_tokens
+            num_above -= most
+        return found
+
     def with_state(self, match: Match, granularity: int) -> tuple[Match, int]:
         """As much of `match` as ends where a state is, a multiple of `granularity` tokens from a page's first, and the
         slot of that state; an empty match and -1 where there is none. Does not change the tree."""

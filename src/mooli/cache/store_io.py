@@ -3,6 +3,9 @@
 Owns the threads and what lies between them and the thread that steps: pages that were read and not taken, and pages to
 be written, both bounded in bytes. What does not fit is not asked for, or not written. Knows digests and bytes; never a
 request, the tree or a device.
+
+Recurrent states are in a store of their own, where each has the name of the page that it comes after and is a chain of
+one: without its pages it is of no use, and with them it is found.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from mooli.cache.store.page_store import StoredPage
@@ -61,7 +65,8 @@ class Store(Protocol):
 @dataclass(frozen=True, slots=True)
 class Piece:
     """What has come of a load: pages first .. first + num_pages of its chain in `data`, read in `seconds`. is_last: no
-    more will come, be it that all has or that the next could not be read."""
+    more will come, be it that all has or that the next could not be read. state: the one after the last page of the
+    load, where it was asked for and all pages have come."""
 
     number: int
     first: int
@@ -69,14 +74,22 @@ class Piece:
     data: bytes
     is_last: bool
     seconds: float
+    state: bytes | memoryview | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.data) + (0 if self.state is None else len(self.state))
 
 
 @dataclass(frozen=True, slots=True)
 class _Load:
+    """state: name and tokens of the page whose state comes last."""
+
     number: int
     first: int
     digests: list[bytes]
     tokens: list[bytes]
+    state: tuple[bytes, bytes] | None
 
 
 def _nothing() -> None:
@@ -87,8 +100,11 @@ class StoreIO:
     """Reads and writes pages of `page_bytes`. All methods are called on one thread, and none of them waits but
     `close`."""
 
-    def __init__(self, store: Store, page_bytes: int) -> None:
+    def __init__(self, store: Store, page_bytes: int, states: Store | None = None) -> None:
+        """states: of the recurrent ones; None for a model that has none."""
         self._store = store
+        self._states = states
+        self._stores = [store] if states is None else [store, states]
         self._page_bytes = page_bytes
         self._lock = threading.Condition()
         self._wake: Callable[[], None] = _nothing
@@ -98,6 +114,7 @@ class StoreIO:
         self._arrived: deque[Piece] = deque()
         self._cancelled: set[int] = set()
         self._queued: set[bytes] = set()
+        self._queued_states: set[bytes] = set()
         self._staged_bytes = self._queued_bytes = 0
         self._is_told = self._wants_room = self._is_closed = False
         self._has_failed = False
@@ -126,9 +143,26 @@ class StoreIO:
         """How many leading pages of a chain can be read."""
         return self._store.leading(digests)
 
-    def load(self, number: int, first: int, digests: list[bytes], tokens: list[bytes]) -> None:
-        """Read pages of a chain, the first of which is its page `first`: their pieces come by `take`."""
-        self._loads.put(_Load(number, first, digests, tokens))
+    def deepest_state(self, digests: Sequence[bytes]) -> int:
+        """After how many pages of a chain the last state comes that can be read; 0 where there is none."""
+        if self._states is None:
+            return 0
+        count = len(digests)
+        while count and not self._states.leading(digests[count - 1 : count]):
+            count -= 1
+        return count
+
+    def load(
+        self,
+        number: int,
+        first: int,
+        digests: list[bytes],
+        tokens: list[bytes],
+        state: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        """Read pages of a chain, the first of which is its page `first`: their pieces come by `take`. There may be none
+        where a state is asked for, by the name and the tokens of the page before it."""
+        self._loads.put(_Load(number, first, digests, tokens, state))
 
     def cancel(self, number: int) -> None:
         """Nobody waits for a load any more that has not had its last piece."""
@@ -181,18 +215,30 @@ class StoreIO:
 
     def append(self, pages: Sequence[StoredPage]) -> None:
         """Have pages written, those of a chain in their order."""
+        self._append(self._store, pages, self._queued)
+
+    def knows_state(self, digest: bytes) -> bool:
+        """Whether the state after that page is on disk, or on its way there."""
+        return digest in self._queued_states or (self._states is not None and self._states.leading((digest,)) > 0)
+
+    def append_state(self, state: StoredPage) -> None:
+        """Have a state written, named as the page that it comes after."""
+        if self._states is not None:
+            self._append(self._states, [state], self._queued_states)
+
+    def _append(self, store: Store, pages: Sequence[StoredPage], queued: set[bytes]) -> None:
         num_bytes = sum(len(page.payload) for page in pages)
         names = [page.digest for page in pages]
         with self._lock:
-            self._queued.update(names)
+            queued.update(names)
             self._queued_bytes += num_bytes
 
         def write() -> None:
             try:
-                self._store.append(pages)
+                store.append(pages)
             finally:
                 with self._lock:
-                    self._queued.difference_update(names)
+                    queued.difference_update(names)
                     self._queued_bytes -= num_bytes
                     wakes, self._wants_room = self._wants_room, False
                     self._lock.notify_all()
@@ -202,12 +248,15 @@ class StoreIO:
         self._orders.put(write)
 
     def touch(self, digests: Sequence[bytes]) -> None:
-        """These pages were used."""
+        """These pages were used, and the state after the last of them if there is one."""
         self._orders.put(lambda: self._store.touch(digests))
+        if (states := self._states) is not None:
+            self._orders.put(lambda: states.touch(digests[-1:]))
 
     def forget(self, digests: Sequence[bytes]) -> None:
-        """These pages are not to be found any more."""
-        self._orders.put(lambda: self._store.forget(digests))
+        """These pages are not to be found any more, nor the states after them."""
+        for store in self._stores:
+            self._orders.put(partial(store.forget, digests))
 
     def wait_for_room(self, timeout_s: float) -> bool:
         """Only before `close`."""
@@ -249,30 +298,50 @@ class StoreIO:
         step = max(1, PIECE_BYTES // self._page_bytes)
         count, num_pages = 0, len(load.digests)
         while count < num_pages:
-            with self._lock:
-                self._lock.wait_for(lambda: self._staged_bytes < MOST_STAGED_BYTES or self._is_over(load))
-                if self._is_over(load):
-                    self._cancelled.discard(load.number)
-                    return
             end = min(num_pages, count + step)
-            started_s = time.perf_counter()
-            self._reading = (load.number, time.monotonic())
-            try:
-                payloads = self._store.read(load.digests[count:end], load.tokens[count:end])
-            except Exception as exc:
-                self._fail("read", exc)
-                payloads = []
+            read = self._read_some(load, self._store, load.digests[count:end], load.tokens[count:end])
+            if read is None:
+                return
+            payloads, seconds = read
+            is_last = len(payloads) < end - count or (end == num_pages and load.state is None)
             data = b"".join(payloads)
-            seconds = time.perf_counter() - started_s
-            self._reading = (0, 0.0)
-            is_last = end == num_pages or len(payloads) < end - count
-            with self._lock:
-                self._staged_bytes += len(data)
-                self._arrived.append(Piece(load.number, load.first + count, len(payloads), data, is_last, seconds))
-            self._tell()
+            self._arrive(Piece(load.number, load.first + count, len(payloads), data, is_last, seconds))
             if is_last:
                 return
             count = end
+        if load.state is None or self._states is None:
+            return
+        digest, tokens = load.state
+        read = self._read_some(load, self._states, [digest], [tokens])
+        if read is not None:
+            payloads, seconds = read
+            state = payloads[0] if payloads else None
+            self._arrive(Piece(load.number, load.first + num_pages, 0, b"", True, seconds, state))
+
+    def _read_some(
+        self, load: _Load, store: Store, digests: list[bytes], tokens: list[bytes]
+    ) -> tuple[list[Any], float] | None:
+        """What could be read, and in how many seconds; None where nobody wants it any more."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._staged_bytes < MOST_STAGED_BYTES or self._is_over(load))
+            if self._is_over(load):
+                self._cancelled.discard(load.number)
+                return None
+        started_s = time.perf_counter()
+        self._reading = (load.number, time.monotonic())
+        try:
+            payloads = store.read(digests, tokens)
+        except Exception as exc:
+            self._fail("read", exc)
+            payloads = []
+        self._reading = (0, 0.0)
+        return payloads, time.perf_counter() - started_s
+
+    def _arrive(self, piece: Piece) -> None:
+        with self._lock:
+            self._staged_bytes += piece.num_bytes
+            self._arrived.append(piece)
+        self._tell()
 
     def _is_over(self, load: _Load) -> bool:
         return self._is_closed or load.number in self._cancelled
@@ -284,17 +353,22 @@ class StoreIO:
             try:
                 order = self._orders.get(timeout=max(0.0, flush_at_s - time.monotonic()))
             except queue.Empty:
-                order, flush_at_s = self._store.flush, time.monotonic() + FLUSH_S
+                order, flush_at_s = self._flush, time.monotonic() + FLUSH_S
             if order is None:
                 break
             try:
                 order()
             except Exception as exc:
                 self._fail("written", exc)
-        try:
-            self._store.close()
-        except Exception as exc:
-            self._fail("closed", exc)
+        for store in self._stores:
+            try:
+                store.close()
+            except Exception as exc:
+                self._fail("closed", exc)
+
+    def _flush(self) -> None:
+        for store in self._stores:
+            store.flush()
 
     def _fail(self, what: str, exc: Exception) -> None:
         if not self._has_failed:

@@ -257,7 +257,7 @@ def _build(
     runner = team.runner(own_runner)
     namespace = cache_namespace(config, model_path, model_config, backend, kv_spec)
     cache.digests.engine = namespace.root
-    disk = open_disk(config, cache, backend, kv_spec, namespace, scheduler.max_batch_tokens)
+    disk = open_disk(config, cache, backend, bytes_per_page, kv_spec, namespace, scheduler.max_batch_tokens)
     if disk is not None:
         scheduler.attach_disk(disk)
     facts = EngineFacts(

@@ -10,7 +10,7 @@ import logging
 import os
 from pathlib import Path
 
-from mooli.backends.base import Backend, CacheSpec
+from mooli.backends.base import CacheSpec
 from mooli.cache.kv_cache import KVCache
 from mooli.cache.store.encryption import PageKeys
 from mooli.cache.store.folder import FOLDER_VARIABLE, default_folder
@@ -21,6 +21,7 @@ from mooli.engine.facts import CacheNamespace
 from mooli.errors import StoreError
 from mooli.scheduler.disk_tier import DiskTier
 from mooli.scheduler.speed import BreakEven
+from mooli.scheduler.write_behind import PageBytes
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,17 @@ def kv_cache_folder(config: EngineConfig) -> Path | None:
 
 
 def open_disk(
-    config: EngineConfig, cache: KVCache, backend: Backend, spec: CacheSpec, namespace: CacheNamespace, step_tokens: int
+    config: EngineConfig,
+    cache: KVCache,
+    pages: PageBytes,
+    page_bytes: int,
+    spec: CacheSpec,
+    namespace: CacheNamespace,
+    step_tokens: int,
 ) -> DiskTier | None:
     """The store of an engine whose pool is allocated; None where nothing is kept.
+
+    pages: of the pool, page_bytes each, those of all ranks in one.
 
     Raises StoreError where a folder or a key file was named and cannot be used.
     """
@@ -53,25 +62,38 @@ def open_disk(
                 " kv_cache_dir too, or leave it out"
             )
         return None
-    why = _obstacle(config, spec)
-    if why is not None:
-        logger.warning("the KV cache is not kept on disk: %s", why)
+    if config.tp_size > 1:
+        logger.warning("the KV cache is not kept on disk: each of %d processes has pages of its own", config.tp_size)
         return None
-    page_bytes = backend.kv_bytes_per_page(spec)
+    if config.disable_radix_cache:
+        logger.warning("the KV cache is not kept on disk: disable_radix_cache shares nothing between requests")
+        return None
     # Never without encryption where it was asked for.
     keys = None if config.kv_cache_key_file is None else PageKeys.read(Path(config.kv_cache_key_file).expanduser())
-    try:
-        store = PageStore.open(
+    ingredients = {"name": Path(config.model_path).name, **namespace.to_dict()}
+
+    def opened(root: bytes, record_bytes: int, **more: str) -> PageStore:
+        return PageStore.open(
             folder,
-            namespace.root,
+            root,
             page_tokens=spec.page_size,
-            page_bytes=page_bytes,
+            page_bytes=record_bytes,
             max_bytes=config.kv_cache_max_bytes,
             min_free_bytes=config.kv_cache_min_free_bytes,
             ttl_s=config.kv_cache_ttl or None,
-            ingredients={"name": Path(config.model_path).name, **namespace.to_dict()},
+            ingredients={**ingredients, **more},
             keys=keys,
         )
+
+    states = None
+    try:
+        store = opened(namespace.root, page_bytes)
+        try:
+            if spec.state_bytes:
+                states = opened(namespace.state_root, spec.state_bytes, states_of=store.room.name)
+        except BaseException:
+            store.close()
+            raise
     except StoreError as exc:
         if config.kv_cache_dir not in (None, KV_CACHE_AUTO):
             raise
@@ -82,18 +104,8 @@ def open_disk(
         "KV cache on disk: %s has %d tokens of this model, %.2f GB",
         folder,
         found.num_pages * spec.page_size,
-        found.num_bytes / 1e9,
+        (found.num_bytes + (states.stats.num_bytes if states is not None else 0)) / 1e9,
     )
     even = BreakEven(page_bytes / spec.page_size, step_tokens)
-    return DiskTier(cache, StoreIO(store, page_bytes), backend, page_bytes, namespace.root, even)
-
-
-def _obstacle(config: EngineConfig, spec: CacheSpec) -> str | None:
-    """Why pages of this engine cannot be kept."""
-    if config.disable_radix_cache:
-        return "disable_radix_cache shares nothing between requests"
-    if config.tp_size > 1:
-        return f"the model is cut in {config.tp_size} parts, and each process has pages of its own"
-    if spec.state_layers:
-        return "this model has recurrent layers, whose states are in no page"
-    return None
+    io = StoreIO(store, page_bytes, states)
+    return DiskTier(cache, io, pages, page_bytes, namespace.root, even, state_bytes=spec.state_bytes)

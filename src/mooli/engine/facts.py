@@ -50,6 +50,11 @@ class CacheNamespace:
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
+    @property
+    def state_root(self) -> bytes:
+        """32 bytes: what recurrent states are stored under, which have no part in the pages."""
+        return hashlib.sha256(self.root + b"recurrent states").digest()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:

@@ -107,6 +107,15 @@ class FakeRunner:
         """See `Backend.write_pages`."""
         self._kv.reshape(-1, self.page_size)[list(pages)] = np.frombuffer(data, np.uint64).reshape(-1, self.page_size)
 
+    def read_state(self, slot: int) -> NDArray[np.uint8]:
+        """See `Backend.read_state`: 8 bytes."""
+        taken: NDArray[np.uint64] = self._states[slot : slot + 1].copy()
+        return taken.view(np.uint8)
+
+    def write_state(self, slot: int, data: bytes | memoryview) -> None:
+        """See `Backend.write_state`."""
+        self._states[slot : slot + 1] = np.frombuffer(data, np.uint64)
+
     def _recur(self, batch: ScheduleBatch) -> list[np.uint64]:
         for copy in batch.state_copies:
             self._states[copy.target] = self._states[copy.source]

@@ -8,6 +8,9 @@ the threads, and pages move as bytes.
 A request waits for its own pages only, and no longer than computing them would take. Then it begins on what has come,
 and computes the rest: on an exact backend both ways give the same bits. Several that need the same pages wait for one
 load.
+
+Of models with recurrent layers a load ends at the deepest snapshot on disk, which comes last: one state, and the pages
+before it that the pool has not. Where it cannot be had, the one before it is tried.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ logger = logging.getLogger(__name__)
 ALARM_S = 0.001
 """How long after a request is late it is looked at again."""
 
-_NOT_LOADED = (MissReason.NEW, MissReason.NAMESPACE, MissReason.DIVERGED, MissReason.EVICTED)
+_NOT_LOADED = (MissReason.NEW, MissReason.NAMESPACE, MissReason.DIVERGED, MissReason.EVICTED, MissReason.NO_STATE)
 """Of the tree alone; where the store has more, why that was not used says more."""
 
 
@@ -45,6 +48,10 @@ class _Found:
     there, num_put: so many of them through the load. late_s: of the clock, from when on it is not waited for. reason:
     why not all that is on disk was used.
     behind: it waits for another's load. has_begun: it runs, or has run.
+
+    Of models with recurrent layers all ends at a state. most_pages: after so many pages at most, None before one could
+    not be had; again: one could not, and it is to be looked at again. num_before: tokens that the request could have
+    gone on from without the load. has_state: the state has come.
     """
 
     chain: PageChain
@@ -58,6 +65,10 @@ class _Found:
     reason: MissReason | None = None
     behind: _Found | None = None
     has_begun: bool = False
+    most_pages: int | None = None
+    again: bool = False
+    num_before: int = 0
+    has_state: bool = False
 
     @property
     def is_waited_for(self) -> bool:
@@ -68,7 +79,8 @@ class DiskTier:
     """A `Hold`, and what the other rooms tell of requests. Everything is called on the thread that steps.
 
     io: the store's threads. pages: of the pool, page_bytes each. root: of the engine (`CacheNamespace.root`).
-    even: the speeds that decide what is loaded. clock: seconds, for tests.
+    even: the speeds that decide what is loaded. clock: seconds, for tests. state_bytes: of a recurrent state; 0 for
+    models that have none.
     """
 
     reason = "loading"
@@ -82,16 +94,18 @@ class DiskTier:
         root: bytes,
         even: BreakEven,
         clock: Callable[[], float] = time.monotonic,
+        state_bytes: int = 0,
     ) -> None:
         self.even = even
-        self.behind = WriteBehind(cache, io, pages, page_bytes, self._is_worth)
-        self.num_loaded = self.num_failed = self.num_slower = 0
-        """Pages that were loaded; requests that began without what is on disk, as it came not or too late, or as
-        loading was judged slower."""
+        self.behind = WriteBehind(cache, io, pages, page_bytes, self._is_worth, state_bytes)
+        self.num_loaded = self.num_states_loaded = self.num_failed = self.num_slower = 0
+        """Pages and states that were loaded; requests that began without what is on disk, as it came not or too late,
+        or as loading was judged slower."""
         self._cache = cache
         self._io = io
         self._pages = pages
         self._page_bytes = page_bytes
+        self._state_bytes = state_bytes
         self._root = root
         self._clock = clock
         self._open: dict[str, _Found] = {}
@@ -112,7 +126,7 @@ class DiskTier:
     def holds(self, state: RequestState) -> bool:
         """Pages of it are on their way. While a step is planned the answer stays what it was."""
         found = self._open.get(state.rid)
-        if found is None or found.has_begun:
+        if found is None or found.has_begun or found.again:
             found = self._look(state)
         elif found.behind is not None and not found.behind.number:
             found = self._look(state)  # what another has loaded may be a part of it
@@ -125,11 +139,15 @@ class DiskTier:
         found.has_begun = True
         page_size = self._cache.page_size
         if state.loaded_tokens < 0:
-            state.loaded_tokens = max(0, min(found.num_put * page_size, state.num_found - found.first * page_size))
+            num_loaded = min(found.num_put * page_size, state.num_found - found.first * page_size)
+            if self._state_bytes:
+                num_loaded = state.num_found - found.num_before if found.has_state else 0
+            state.loaded_tokens = max(0, num_loaded)
         end = state.match_end
-        is_less = end is not None and end.reason in _NOT_LOADED and end.num_tokens < found.num_on_disk * page_size
+        num_on_disk = max(found.num_on_disk, 0 if found.most_pages is None else found.most_pages + 1)
+        is_less = end is not None and end.reason in _NOT_LOADED and end.num_tokens < num_on_disk * page_size
         if end is not None and is_less and found.reason is not None:
-            num_lost = min(found.num_on_disk * page_size, state.match_limit) - end.num_tokens
+            num_lost = min(num_on_disk * page_size, state.match_limit) - end.num_tokens
             state.match_end = replace(end, reason=found.reason, num_lost=max(num_lost, end.num_lost))
             self.num_failed += found.reason is MissReason.LOAD_FAILED
             self.num_slower += found.reason is MissReason.JUDGED_SLOWER
@@ -144,6 +162,7 @@ class DiskTier:
         found = self._open[state.rid] = _Found(chain)
         if before is not None and not before.has_begun:  # it goes on waiting
             found.late_s, before.behind = before.late_s, None
+            found.most_pages, found.reason = before.most_pages, before.reason if before.again else None
         page_size, namespace = self._cache.page_size, state.request.namespace
         most = state.match_limit // page_size
         chain.extend(state.key, most)
@@ -151,26 +170,44 @@ class DiskTier:
         if not found.num_on_disk:
             return found
         found.first = found.come = found.last = len(pages_there(self._cache, namespace, state.key, most))
-        if found.num_on_disk <= found.first:
+        found.num_before = found.first * page_size
+        if self._state_bytes:
+            self._end_at_a_state(state, found)
+        num_tokens = found.num_on_disk * page_size - found.num_before
+        if num_tokens <= 0:
             return found
-        num_tokens = (found.num_on_disk - found.first) * page_size
-        if num_tokens < self.even.least_tokens:
+        if num_tokens < self.even.least_tokens + self.even.tokens_for(self._state_bytes):
             found.reason = MissReason.JUDGED_SLOWER
             return found
-        if self._io.is_stuck or self._is_broken:
+        is_late = 0 < found.late_s <= self._clock()
+        if self._io.is_stuck or self._is_broken or is_late:
             found.reason = MissReason.LOAD_FAILED
             return found
         found.late_s = found.late_s or self._clock() + self.even.patience_s(num_tokens)
-        other = self._loading.get(chain.digests[found.first])
+        other = self._loading.get(chain.digests[min(found.first, found.num_on_disk - 1)])
         if other is not None:
             found.behind = other
             self._set_alarm(found)
             return found
         room = self._cache.num_available - sum(load.last - load.come for _, load in self._loads.values())
         found.last = min(found.num_on_disk, found.first + max(0, room))
-        if found.last > found.first:
+        if self._state_bytes:
+            found.last = self._io.deepest_state(chain.digests[: found.last])
+            found.first = found.come = min(found.first, found.last)
+        if found.last * page_size > found.num_before:
             self._load(state, found)
         return found
+
+    def _end_at_a_state(self, state: RequestState, found: _Found) -> None:
+        """What is on disk ends where a state is, after pages that are there or on disk."""
+        most = max(found.num_on_disk, found.first)
+        if found.most_pages is not None:
+            most = min(most, found.most_pages)
+        room = self._cache.states
+        can_come = room is not None and room.num_snapshots > 0
+        found.num_on_disk = self._io.deepest_state(found.chain.digests[:most]) if can_come else 0
+        match = self._cache.match(state.request.namespace, state.key, state.match_limit)
+        found.num_before = len(match.pages) * self._cache.page_size + match.head_tokens
 
     def _chain_of(self, state: RequestState) -> PageChain:
         return PageChain(root_of(self._root, state.request.namespace), self._cache.page_size)
@@ -179,11 +216,16 @@ class DiskTier:
         self._num_loads += 1
         found.number = self._num_loads
         first, last = found.first, found.last
-        digests = found.chain.digests[first:last]
+        chain = found.chain
         self._loads[found.number] = (state, found)
-        self._loading.update(dict.fromkeys(digests, found))
-        self._io.load(found.number, first, digests, found.chain.tokens[first:last])
+        self._loading.update(dict.fromkeys(self._names(found), found))
+        after = (chain.digests[last - 1], chain.tokens[last - 1]) if self._state_bytes else None
+        self._io.load(found.number, first, chain.digests[first:last], chain.tokens[first:last], after)
         self._set_alarm(found)
+
+    def _names(self, found: _Found) -> list[bytes]:
+        """Of the pages that are loaded; where it is a state alone, of the page before it."""
+        return found.chain.digests[min(found.first, found.last - 1) : found.last]
 
     def _set_alarm(self, found: _Found) -> None:
         """All may be waiting by then, and no step comes by itself."""
@@ -199,7 +241,7 @@ class DiskTier:
 
     def _end_load(self, found: _Found) -> None:
         del self._loads[found.number]
-        for digest in found.chain.digests[found.first : found.last]:
+        for digest in self._names(found):
             if self._loading.get(digest) is found:
                 del self._loading[digest]
         found.number = 0
@@ -224,8 +266,8 @@ class DiskTier:
         self.behind.move()
 
     def _take_in(self, piece: Piece) -> None:
-        if piece.num_pages:
-            self.even.learn_load(len(piece.data), piece.seconds)
+        if piece.num_bytes:
+            self.even.learn_load(piece.num_bytes, piece.seconds)
         load = self._loads.get(piece.number)
         if load is None:
             return
@@ -237,8 +279,36 @@ class DiskTier:
             found.num_put += self.num_loaded - num_before
         if found.come < last or (piece.is_last and found.come < found.last):
             self._give_up(found)
+            if self._state_bytes and found.come == last:  # the disk has less than it seemed
+                found.most_pages, found.again = found.come, True
         elif piece.is_last:
+            if self._state_bytes and not self._put_state(state, found, piece.state):
+                found.reason = MissReason.LOAD_FAILED
+                if piece.state is None:
+                    found.most_pages, found.again = found.last - 1, True
             self._end_load(found)
+
+    def _put_state(self, state: RequestState, found: _Found, data: bytes | memoryview | None) -> bool:
+        """Whether the request can go on from it."""
+
+        def write(slot: int) -> None:
+            self._pages.write_state(slot, data)
+            self.num_states_loaded += 1
+
+        if data is None:
+            return False
+        namespace = state.request.namespace
+        try:
+            found.has_state = self._cache.put_state(namespace, state.key, found.last, write, state.given)
+        except Exception as exc:
+            self._break(exc)
+        return found.has_state
+
+    def _break(self, exc: Exception) -> None:
+        """Of the device: the next step will tell who waits for it."""
+        if not self._is_broken:
+            logger.warning("pages from disk cannot be put into the pool, and none are loaded from now on: %s", exc)
+        self._is_broken = True
 
     def _put(self, state: RequestState, piece: Piece, last: int) -> int:
         data = memoryview(piece.data)
@@ -250,10 +320,8 @@ class DiskTier:
         try:
             namespace = state.request.namespace
             return put_pages(self._cache, namespace, state.key, piece.first, last, write, state.given)
-        except Exception as exc:  # of the device: the next step will tell who waits for it
-            if not self._is_broken:
-                logger.warning("pages from disk cannot be put into the pool, and none are loaded from now on: %s", exc)
-            self._is_broken = True
+        except Exception as exc:
+            self._break(exc)
             return piece.first
 
     def learn(self, step: StepStats, seconds: float) -> None:
@@ -307,6 +375,8 @@ class DiskTier:
         return {
             "loaded_tokens": self.num_loaded * page_size,
             "stored_tokens": self.behind.num_written * page_size,
+            "loaded_states": self.num_states_loaded,
+            "stored_states": self.behind.num_states_written,
             "failed_loads": self.num_failed,
             "slower_loads": self.num_slower,
         }

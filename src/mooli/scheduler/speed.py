@@ -73,10 +73,17 @@ class BreakEven:
     @property
     def least_tokens(self) -> float:
         """From how many tokens on a prefix is loaded: infinite for never, 1 before a prompt has been measured."""
+        return max(1.0, self._tokens_for(LOOKUP_S)) if self._prompts.tokens_per_s else 1.0
+
+    def tokens_for(self, num_bytes: int) -> float:
+        """How many more it must be where the load has so many bytes besides: 0 before a prompt has been measured."""
+        return self._tokens_for(num_bytes / (self.bytes_per_s or SUPPOSED_BYTES_PER_S))
+
+    def _tokens_for(self, seconds: float) -> float:
         if not self._prompts.tokens_per_s:
-            return 1.0
+            return 0.0
         gained_s = 1 / self._prompts.tokens_per_s - self._bytes_per_token / (self.bytes_per_s or SUPPOSED_BYTES_PER_S)
-        return LOOKUP_S / gained_s if gained_s > 0 else math.inf
+        return seconds / gained_s if gained_s > 0 else math.inf
 
     def patience_s(self, num_tokens: int) -> float:
         """How long to wait for a load of so many tokens: as long as computing them would take."""

@@ -6,6 +6,9 @@ turn comes is not written. Never decides when a request runs.
 Written are pages that were found by a later request, and sequences that are long enough that loading them pays. Of
 others it is noted that they are in the tree, and they are written at the end of the engine, if there is time. A
 sequence is only offered when its logits were numbers: what may hold NaN is never written.
+
+Of models with recurrent layers the snapshots at the ends of its pages follow a sequence's pages, the deepest first: one
+that is larger than all pages before it only when it was found, or at the end.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from mooli.cache.kv_cache import KVCache
@@ -42,27 +46,44 @@ class PageBytes(Protocol):
 
     def write_pages(self, pages: Sequence[int], data: Any) -> None: ...
 
+    def read_state(self, slot: int) -> Any: ...
+
+    def write_state(self, slot: int, data: Any) -> None: ...
+
 
 @dataclass(slots=True, eq=False)
 class _Save:
-    """The first `num_pages` pages of a sequence. at: those before it are written or on their way; None before its
-    turn."""
+    """The first `num_pages` pages of a sequence. num_found: of them, that were found. is_final: all its snapshots are
+    written. at: those before it are written or on their way; None before its turn. states: after how many pages
+    snapshots are still to be written, the next one last; None before their turn."""
 
     namespace: str
     key: bytes
     chain: PageChain
     num_pages: int
+    num_found: int
+    is_final: bool = False
     at: int | None = None
+    states: list[int] | None = None
 
 
 class WriteBehind:
-    """pages: of the pool. is_worth: whether a sequence of so many tokens is written at once."""
+    """pages: of the pool. is_worth: whether a sequence of so many tokens is written at once. state_bytes: of a
+    snapshot; 0 for models that have none."""
 
     def __init__(
-        self, cache: KVCache, io: StoreIO, pages: PageBytes, page_bytes: int, is_worth: Callable[[int], bool]
+        self,
+        cache: KVCache,
+        io: StoreIO,
+        pages: PageBytes,
+        page_bytes: int,
+        is_worth: Callable[[int], bool],
+        state_bytes: int = 0,
     ) -> None:
-        self.num_written = 0
-        """Pages handed to the store."""
+        self.num_written = self.num_states_written = 0
+        """Pages and snapshots handed to the store."""
+        self._state_bytes = state_bytes
+        self._page_bytes = page_bytes
         self._cache = cache
         self._io = io
         self._pages = pages
@@ -82,16 +103,16 @@ class WriteBehind:
         """The tree has the first `num_pages` pages of `key`, of which `num_found` were there before."""
         if not num_pages or self._is_broken:
             return
-        save = _Save(namespace, key, chain, num_pages)
-        if not self._is_worth(num_pages * self._cache.page_size):
-            self._keep_for_the_end(save)
-            if not num_found:
-                return
-            save = _Save(namespace, key, chain, num_found)
+        is_worth = self._is_worth(num_pages * self._cache.page_size)
+        if not is_worth or self._state_bytes:
+            self._keep_for_the_end(_Save(namespace, key, chain, num_pages, 0, is_final=True))
+        if not is_worth and not num_found:
+            return
+        save = _Save(namespace, key, chain, num_pages if is_worth else num_found, num_found)
         if len(self._saves) < MOST_SAVES:
             self._saves.append(save)
         else:
-            self._keep_for_the_end(save)
+            self._keep_for_the_end(_Save(namespace, key, chain, save.num_pages, 0, is_final=True))
 
     def _keep_for_the_end(self, save: _Save) -> None:
         """As many as the pool could hold, were no two alike."""
@@ -112,7 +133,7 @@ class WriteBehind:
         """Hand one piece to the store, if it has room."""
         while self._saves and self._io.has_room:
             save = self._saves[0]
-            if self._send(save):
+            if self._send(save) or (self._state_bytes and self._send_state(save)):
                 return
             self._saves.popleft()
 
@@ -126,12 +147,8 @@ class WriteBehind:
         pages = pages_there(self._cache, save.namespace, save.key, last)[first:]
         if not pages:
             return False
-        try:
-            data = self._pages.read_pages(pages)
-        except Exception as exc:  # of the device: the next step will tell who waits for it
-            logger.warning("pages cannot be read out of the pool, and none are written to disk from now on: %s", exc)
-            self._is_broken = True
-            self._saves.clear()
+        data = self._read(partial(self._pages.read_pages, pages))
+        if data is None:
             return True
         chain = save.chain
         self._io.append(
@@ -143,6 +160,37 @@ class WriteBehind:
         self.num_written += len(pages)
         save.at = first + len(pages)
         return True
+
+    def _send_state(self, save: _Save) -> bool:
+        """The next snapshot of a sequence whose pages are sent; False where there is none."""
+        there = self._cache.states_there(save.namespace, save.key, save.at or 0)
+        if save.states is None:
+            save.states = [count for count in reversed(there) if self._is_due(save, count)]
+        while save.states:
+            count = save.states.pop()
+            digest = save.chain.digests[count - 1]
+            if count not in there or self._io.knows_state(digest):
+                continue
+            data = self._read(partial(self._pages.read_state, there[count]))
+            if data is not None:
+                parent, tokens = save.chain.state_root, save.chain.tokens[count - 1]
+                self._io.append_state(StoredPage(digest, parent, 0, tokens, memoryview(data)))
+                self.num_states_written += 1
+            return True
+        return False
+
+    def _is_due(self, save: _Save, num_pages: int) -> bool:
+        is_found = num_pages == save.num_found
+        return save.is_final or is_found or num_pages * self._page_bytes >= self._state_bytes
+
+    def _read(self, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except Exception as exc:  # of the device: the next step will tell who waits for it
+            logger.warning("pages cannot be read out of the pool, and none are written to disk from now on: %s", exc)
+            self._is_broken = True
+            self._saves.clear()
+            return None
 
     def finish(self, end_s: float) -> None:
         """Write everything that is worth it and still there, those used last first, until `end_s` of the monotonic

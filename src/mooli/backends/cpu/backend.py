@@ -46,7 +46,15 @@ from mooli.backends.cpu.tape import CapturedTape, Planned, Result, Rows, TapeOps
 from mooli.backends.dequant import dequantize, with_scales_in_groups
 from mooli.backends.host_memory import host_memory
 from mooli.backends.latent import LatentLayer, LatentSpec, check_latent
-from mooli.backends.page_bytes import Bytes, held_tokens, page_numbers, pages_of, read_into
+from mooli.backends.page_bytes import (
+    Bytes,
+    check_slot,
+    held_tokens,
+    page_numbers,
+    pages_of,
+    read_into,
+    state_of,
+)
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
 from mooli.errors import ConfigError, EngineError, OutOfMemoryError, UnsupportedModelError
 from mooli.shared_folder import shared_folder
@@ -478,6 +486,22 @@ class CpuBackend:
     def write_pages(self, pages: Sequence[int] | NDArray[np.int32], data: Any) -> None:
         spec, numbers = self._pool(), page_numbers(pages, self._device.num_pages)
         self._device.write_pages(numbers, pages_of(data, len(numbers), page_bytes(spec)).reshape(-1))
+
+    def read_state(self, slot: int) -> Bytes:
+        spec = self._pool()
+        check_slot(slot, self._num_states)
+        result = np.empty(spec.state_bytes, np.uint8)
+        self._device.read_state(slot, result)
+        return result
+
+    def write_state(self, slot: int, data: Any) -> None:
+        spec = self._pool()
+        check_slot(slot, self._num_states)
+        self._device.write_state(slot, state_of(data, spec.state_bytes))
+
+    @property
+    def _num_states(self) -> int:
+        return self._limits.num_states if self._limits is not None and self._kv and self._kv.state_layers else 0
 
     def page_format(self) -> dict[str, str]:
         layout = f"[tile of {TILE}][layer][kv head][K, V] {self._device.kv_layout}"

@@ -329,6 +329,14 @@ class TorchBackend:
         with torch.no_grad():
             pool.write(numbers.tolist(), pages_of(data, len(numbers), pool.page_bytes))
 
+    def read_state(self, slot: int) -> Bytes:
+        with torch.no_grad():
+            return self.ops.read_state(slot)
+
+    def write_state(self, slot: int, data: Any) -> None:
+        with torch.no_grad():
+            self.ops.write_state(slot, data)
+
     def page_format(self) -> dict[str, str]:
         layout = "[layer][K, V][token][kv head][value]"
         return {"layout": f"{layout} {self._allocated().dtype}", "library": self.describe()["library"]}

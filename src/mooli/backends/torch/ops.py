@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from mooli.backends.base import (
     check_delta,
 )
 from mooli.backends.latent import LatentSpec, check_latent, check_rows
+from mooli.backends.page_bytes import Bytes, check_slot, state_of
 from mooli.backends.routing import RouteSpec
 from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.experts import ExpertsWeight, RouterWeight, Routing, activate, choose, mixed
@@ -98,6 +100,26 @@ class TorchOps:
             for tensors in self.states:
                 for tensor in tensors:
                     tensor[copy.target].copy_(tensor[copy.source])
+
+    def read_state(self, slot: int) -> Bytes:
+        """To the host, as uint8: of each layer all that it keeps, one behind the other."""
+        tensors = self._of_states(slot)
+        return np.concatenate([tensor[slot].cpu().numpy().ravel() for tensor in tensors]).view(np.uint8)
+
+    def write_state(self, slot: int, data: Any) -> None:
+        """The inverse of `read_state`."""
+        tensors = self._of_states(slot)
+        values = state_of(data, 4 * sum(tensor[slot].numel() for tensor in tensors)).view(np.float32).copy()
+        host = torch.from_numpy(values)
+        for tensor in tensors:
+            count = tensor[slot].numel()
+            tensor[slot].copy_(host[:count].view(tensor[slot].shape))
+            host = host[count:]
+
+    def _of_states(self, slot: int) -> list[Tensor]:
+        tensors = [tensor for layer in self.states for tensor in layer]
+        check_slot(slot, len(tensors[0]) if tensors else 0)
+        return tensors
 
     def embed(self, batch: ForwardBatch, table: Tensor | PartTable, scale: float = 1.0) -> Tensor:
         ids = batch.token_ids

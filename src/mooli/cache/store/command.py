@@ -25,7 +25,7 @@ def ls(args: argparse.Namespace) -> int:
         print(json.dumps([asdict(one) for one in kept], indent=2))
         return 0
     rows = [_row(one) for one in kept]
-    heads = ("NAMESPACE", "MODEL", "PAGES", "SIZE", "CHANGED", "")
+    heads = ("NAMESPACE", "MODEL", "KEPT", "SIZE", "CHANGED", "")
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
     for row in [heads, *rows]:
         print("  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip())
@@ -54,11 +54,17 @@ def rm(args: argparse.Namespace) -> int:
     if bool(args.namespaces) == args.all:
         raise StoreError("say what to remove: namespaces as `mooli cache ls` has them, or --all")
     kept = kept_pages(folder)
+    gone: set[str] = set()
     for name in args.namespaces or [one.name for one in kept]:
+        if name in gone:
+            continue
         if not args.yes and not _agrees(name, folder):
             print(f"{name} stays.", file=sys.stderr)
             continue
-        print(f"{name} is removed: {remove(folder, name):,} bytes", file=sys.stderr)
+        beside = [one.name for one in kept if one.states_of is not None and one.states_of.startswith(name)]
+        for each in [name, *beside]:  # states are of no use without their pages
+            print(f"{each} is removed: {remove(folder, each):,} bytes", file=sys.stderr)
+        gone.update(beside)
     return 0
 
 
@@ -69,7 +75,8 @@ def _folder(args: argparse.Namespace) -> Path:
 def _row(one: KeptPages) -> Sequence[str]:
     changed = "" if one.changed is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(one.changed))
     state = f"process {one.writer} writes" if one.writer is not None else ""
-    return one.name[:12], one.model[:40], f"{one.num_pages:,}", f"{one.num_bytes / 1e6:,.1f} MB", changed, state
+    kind = "pages" if one.states_of is None else "states"
+    return one.name[:12], one.model[:40], f"{one.num_pages:,} {kind}", f"{one.num_bytes / 1e6:,.1f} MB", changed, state
 
 
 def _agrees(name: str, folder: Path) -> bool:

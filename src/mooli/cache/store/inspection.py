@@ -22,7 +22,8 @@ from mooli.errors import StoreError
 class KeptPages:
     """One namespace's. name: of its folder. ingredients: what the namespace was made of, in words; empty where no
     segment can be read. num_bytes: of its files. changed: when one of them last was, seconds since the epoch. writer:
-    the process that writes to it; None where none does."""
+    the process that writes to it; None where none does. states_of: these are recurrent states, and the namespace of
+    that name has the pages that they come after."""
 
     name: str
     ingredients: dict[str, Any]
@@ -36,6 +37,11 @@ class KeptPages:
     def model(self) -> str:
         """Whatever it was called."""
         return str(self.ingredients.get("name") or self.ingredients.get("model") or "?")
+
+    @property
+    def states_of(self) -> str | None:
+        of = self.ingredients.get("states_of")
+        return None if of is None else str(of)
 
 
 @dataclass(frozen=True, slots=True)
