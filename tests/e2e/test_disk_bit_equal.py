@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from test_recurrent_bit_equal import CONFIGS, SIZES
 
 from disk_fakes import ChosenEven, ErraticIO, MemoryStore
 from model_files import demo_path
+from mooli import Engine
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, Limits
 from mooli.cache.kv_cache import KVCache, StateRoom
@@ -229,3 +231,19 @@ def test_random_mixes_over_a_disk_answer_as_each_request_alone_and_cold(model: t
     assert loaded > place.num_mixes * place.page_size // 3, "the mixes must load"
     assert in_memory > place.num_mixes * place.page_size // 8, "the mixes must find pages in memory"
     assert failed >= place.num_mixes // 20, "loads must fail"
+
+
+@pytest.mark.slow
+def test_an_engine_with_recurrent_layers_goes_on_from_the_states_of_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SIZES, **CONFIGS["qwen3.5"]}))
+    prompt = [(7 * at) % 500 for at in range(300)]
+    sampling = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    answers = []
+    for _ in range(2):
+        with Engine(
+            model_path=str(tmp_path), load_format="dummy", random_seed=4, skip_tokenizer_init=True, device="cpu",
+            max_total_tokens=2048, log_level="critical", kv_cache_dir=str(tmp_path / "kv"), kv_cache_min_free_bytes=0,
+        ) as engine:  # fmt: skip
+            answers.append(engine.generate(input_ids=prompt, sampling_params=sampling))
+    cold, warm = (answer["meta_info"]["cached_tokens_details"].get("storage", 0) for answer in answers)
+    assert (cold, warm) == (0, 288) and answers[0]["output_ids"] == answers[1]["output_ids"]

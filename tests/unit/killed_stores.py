@@ -1,5 +1,5 @@
-"""A program that forks children which append to a store, kills them, and checks what they have left: `killed_stores.py
-FOLDER`. A process of its own, as one with threads should not fork."""
+"""A program that forks children which append to a store of pages and to one of larger states, kills them, and checks
+what they have left: `killed_stores.py FOLDER`. A process of its own, as one with threads should not fork."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cache_files import chain, found, open_store
+from cache_files import ROOT, chain, found, open_store, page_after
 
 CHAINS = [chain(number, 6) for number in range(40)]
+STATES = [[page_after(ROOT, 0, f"state {number}", 1000)] for number in range(40)]
+OTHER = {"namespace": bytes(32), "page_bytes": 1000}
 
 
 def append_all(folder: Path, told: int) -> None:
     """Tells a byte for each chain that is in the store."""
-    store = open_store(folder)
-    for pages in CHAINS:
+    store, states = open_store(folder), open_store(folder, **OTHER)
+    for pages, state in zip(CHAINS, STATES, strict=True):
         store.append(pages)
+        states.append(state)
         os.write(told, b".")
     os.write(told, b"!")
     signal.pause()
@@ -49,12 +52,13 @@ def main() -> None:
         while data := os.read(ear, 100):
             heard += len(data.replace(b"!", b""))
         os.close(ear)
-        with open_store(folder) as store:
-            assert store.stats.is_writer
-            for pages in CHAINS[:heard]:
-                assert found(store, pages) == 6
-            for pages in CHAINS[heard:]:
+        with open_store(folder) as store, open_store(folder, **OTHER) as states:
+            assert store.stats.is_writer and states.stats.is_writer
+            for pages, state in zip(CHAINS[:heard], STATES[:heard], strict=True):
+                assert found(store, pages) == 6 and found(states, state) == 1
+            for pages, state in zip(CHAINS[heard:], STATES[heard:], strict=True):
                 found(store, pages)
+                found(states, state)
     print(killed, "killed")
 
 
