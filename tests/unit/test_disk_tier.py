@@ -526,12 +526,13 @@ def test_pages_put_beside_a_partly_filled_one_share_no_tokens() -> None:
 
 def test_loading_pays_from_the_break_even_on() -> None:
     even = BreakEven(1000.0, 512)
-    assert even.least_tokens == 1 and even.patience_s(10) == speed.UNMEASURED_WAIT_S
+    assert even.least_tokens == 1 and even.tokens_for(1 << 30) == 0 and even.patience_s(10) == speed.UNMEASURED_WAIT_S
     even.learn_step(StepStats(prefill_tokens=512), 1.024)  # 500 tokens a second
     even.learn_step(StepStats(prefill_tokens=8), 0.000001)  # too few to say anything
     even.learn_load(1_000_000, 0.1)  # 10 MB/s: 0.1 ms a token
     assert even.least_tokens == pytest.approx(0.01 / (1 / 500 - 1000 / 1e7))
     assert even.patience_s(1000) == 2.0 and even.patience_s(1) == speed.LEAST_WAIT_S
+    assert even.tokens_for(10_000_000) == pytest.approx(1 / (1 / 500 - 1000 / 1e7)), "a second more"
     even.learn_load(1_000_000, 1000.0)
     for _ in range(50):
         even.learn_load(1000, 1.0)

@@ -115,6 +115,8 @@ def test_recurrent_states_are_beside_the_pages_that_they_come_after_and_go_with_
     assert cli.main(["cache", "ls", "--dir", str(folder)]) == 0
     assert "2 states" in capsys.readouterr().out
     assert cli.main(["cache", "verify", "--dir", str(folder)]) == 0
+    checked = capsys.readouterr().out
+    assert f"{pages.name}: 4 pages are right" in checked and f"{states.name}: 2 states are right" in checked
     assert cli.main(["cache", "rm", pages.name, "--yes", "--dir", str(folder)]) == 0
     assert not kept_pages(folder)
 

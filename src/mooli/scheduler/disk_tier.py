@@ -117,7 +117,13 @@ class DiskTier:
         self._waited_for: list[_Found] = []
 
     def _is_worth(self, num_tokens: int) -> bool:
-        return num_tokens >= max(LEAST_TOKENS, self.even.least_tokens)
+        return num_tokens >= max(LEAST_TOKENS, self._least_tokens)
+
+    @property
+    def _least_tokens(self) -> float:
+        """That are sooner loaded than computed, with the state after them."""
+        least = self.even.least_tokens
+        return least + self.even.tokens_for(self._state_bytes) if self._state_bytes else least
 
     # -- a Hold --
     def begin_step(self, running: Iterable[RequestState]) -> None:
@@ -176,7 +182,7 @@ class DiskTier:
         num_tokens = found.num_on_disk * page_size - found.num_before
         if num_tokens <= 0:
             return found
-        if num_tokens < self.even.least_tokens + self.even.tokens_for(self._state_bytes):
+        if num_tokens < self._least_tokens:
             found.reason = MissReason.JUDGED_SLOWER
             return found
         is_late = 0 < found.late_s <= self._clock()
@@ -331,7 +337,7 @@ class DiskTier:
     # -- what becomes of requests --
     def computed(self, state: RequestState) -> None:
         """What it has computed so far gave numbers, and its full pages are in the tree or come there now."""
-        if state.request.no_store or math.isinf(self.even.least_tokens):
+        if state.request.no_store or math.isinf(self._least_tokens):
             return
         page_size = self._cache.page_size
         num_pages = state.num_computed // page_size

@@ -73,7 +73,7 @@ class BreakEven:
     @property
     def least_tokens(self) -> float:
         """From how many tokens on a prefix is loaded: infinite for never, 1 before a prompt has been measured."""
-        return max(1.0, self._tokens_for(LOOKUP_S)) if self._prompts.tokens_per_s else 1.0
+        return self._tokens_for(LOOKUP_S) if self._prompts.tokens_per_s else 1.0
 
     def tokens_for(self, num_bytes: int) -> float:
         """How many more it must be where the load has so many bytes besides: 0 before a prompt has been measured."""

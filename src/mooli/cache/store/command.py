@@ -41,7 +41,7 @@ def check(args: argparse.Namespace) -> int:
     for name in args.namespaces or [one.name for one in kept_pages(folder)]:
         verdict = verify(folder, name)
         num_wrong += verdict.num_wrong
-        words = f"{verdict.num_pages:,} pages are right"
+        words = f"{verdict.num_pages:,} {verdict.kind} are right"
         if verdict.num_wrong:
             words += f", {verdict.num_wrong:,} are not (the first in {verdict.where}): these are computed again"
         print(f"{name}: {words}")

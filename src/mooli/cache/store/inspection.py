@@ -46,11 +46,13 @@ class KeptPages:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """num_wrong: records that are not what was once written, and segments that are none. where: the first of them."""
+    """num_wrong: records that are not what was once written, and segments that are none. where: the first of them.
+    kind: what they are, pages or states."""
 
     num_pages: int
     num_wrong: int
     where: str | None
+    kind: str = "pages"
 
 
 def kept_pages(folder: Path, files: Files | None = None) -> list[KeptPages]:
@@ -64,9 +66,11 @@ def verify(folder: Path, name: str, files: Files | None = None) -> Verdict:
     files = files or Files()
     room = _room(files, folder, name)
     num_pages = num_wrong = 0
-    where = None
+    where, kind = None, "pages"
     for segment in room.segments:
         try:
+            header = segments.header_of(files, segment.path)
+            kind = "states" if header is not None and "states_of" in header.ingredients else kind
             for is_right in _records(files, segment.path):
                 num_pages += is_right
                 num_wrong += not is_right
@@ -76,7 +80,7 @@ def verify(folder: Path, name: str, files: Files | None = None) -> Verdict:
             num_wrong += 1
         if num_wrong and where is None:
             where = str(segment.path)
-    return Verdict(num_pages, num_wrong, where)
+    return Verdict(num_pages, num_wrong, where, kind)
 
 
 def remove(folder: Path, name: str, files: Files | None = None) -> int:
