@@ -36,6 +36,8 @@ class GatedStore(MemoryStore):
         self.may_write.set()
         self.reads: list[int] = []
         self.raises: Exception | None = None
+        self.has_come = threading.Event()
+        """A page was written."""
 
     def read(self, digests: Sequence[bytes], tokens: Sequence[bytes]) -> list[bytes]:
         assert self.may_read.wait(WAIT_S)
@@ -48,7 +50,9 @@ class GatedStore(MemoryStore):
         assert self.may_write.wait(WAIT_S)
         if self.raises is not None:
             raise self.raises
-        return super().append(pages)
+        count = super().append(pages)
+        self.has_come.set()
+        return count
 
 
 class Opened:
@@ -57,7 +61,9 @@ class Opened:
     def __init__(self, count: int = 0) -> None:
         self.store = GatedStore()
         self.store.append([page(number + 1) for number in range(count)])
-        self.io = StoreIO(self.store, PAGE_BYTES)
+        self.store.has_come.clear()
+        self.states = MemoryStore(1)
+        self.io = StoreIO(self.store, PAGE_BYTES, self.states)
         self.woken = threading.Semaphore(0)
         self.io.on_change(self.woken.release)
 
@@ -106,6 +112,27 @@ def test_what_cannot_be_read_ends_a_load_and_is_said_once(caplog: pytest.LogCapt
     assert [record.message for record in caplog.records if "disk that breaks" in record.message] == [
         "the store of pages cannot be read: OSError: a disk that breaks"
     ]
+
+
+def test_a_state_comes_last_and_is_used_and_forgotten_with_its_page() -> None:
+    with Opened(5) as opened:
+        io, states = opened.io, opened.states
+        for number in (2, 4):
+            io.append_state(page(number)._replace(position=0))
+            assert io.knows_state(page(number).digest), "on its way, or there"
+        io.append([page(6)])  # behind these
+        assert opened.store.has_come.wait(WAIT_S)
+        assert [io.deepest_state(names(count)) for count in (1, 3, 5)] == [0, 2, 4]
+        io.load(1, 2, names(4)[2:], [bytes(4)] * 2, (page(4).digest, bytes(4)))
+        first, last = opened.pieces_until(is_whole)
+        assert (first.num_pages, first.is_last, last.first, last.state) == (2, False, 4, page(4).payload)
+        io.load(2, 9, [], [], (page(9).digest, bytes(4)))
+        (last,) = opened.pieces_until(is_whole)
+        assert (last.num_pages, last.num_bytes, last.state) == (0, 0, None)
+        io.touch(names(4))
+        io.forget([page(2).digest])
+    assert (opened.store.num_touched, states.num_touched, len(states.pages)) == (4, 1, 1)
+    assert states.is_closed and opened.store.is_closed
 
 
 def test_pages_that_nobody_takes_stop_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
