@@ -387,11 +387,6 @@ class EngineConfig(Arguments):
             raise ConfigError(
                 f"kv_cache_dir={self.kv_cache_dir!r} has no effect with disable_radix_cache: give one of them"
             )
-        if self.tp_size > 1:
-            raise ConfigError(
-                f"kv_cache_dir={self.kv_cache_dir!r} is not possible with tp_size={self.tp_size} yet, as each process"
-                " has pages of its own: leave it out"
-            )
 
     def _check_speculation(self) -> None:
         if self.speculative_algorithm in (None, "none"):

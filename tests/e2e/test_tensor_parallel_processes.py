@@ -63,6 +63,11 @@ def answers(engine: Engine) -> list[list[int]]:
     return [answer["output_ids"] for answer in engine.generate(input_ids=PROMPTS, sampling_params=GREEDY)]
 
 
+def stored(engine: Engine) -> int:
+    """Tokens that have come from disk."""
+    return int(engine.get_server_info()["internal_states"][0]["loaded_tokens"])
+
+
 def ranks_below(pid: int) -> list[int]:
     """Ids of the rank processes among the children of a process, by /proc alone."""
     found = []
@@ -83,9 +88,14 @@ def is_running(pid: int) -> bool:
 def test_two_processes_answer_as_one_until_one_is_killed_which_ends_the_engine(folder: str) -> None:
     with make(folder) as engine:
         expected = answers(engine)
-    with make(folder, tp_size=2) as engine:
+    kept = {"kv_cache_dir": f"{folder}/kv", "kv_cache_min_free_bytes": 0}
+    with make(folder, tp_size=2, **kept) as engine:
         assert answers(engine) == expected
         assert answers(engine) == expected  # warm
+        assert stored(engine) == 0
+    with make(folder, tp_size=2, **kept) as engine:
+        assert answers(engine) == expected
+        assert stored(engine) == 144, "of both ranks, from disk: the whole pages of the first prompt"
         info = engine.get_server_info()
         assert (info["tp_size"], info["backend"]["transport"]) == (2, "gloo")
         (rank,) = ranks_below(os.getpid())

@@ -10,6 +10,9 @@ import time
 
 from mooli.engine import rank_process as m
 
+PART_BYTES = 3
+"""Of a page on one rank."""
+
 
 def main() -> None:
     scenario, connection = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
@@ -17,6 +20,7 @@ def main() -> None:
     def say(message: m.RankMessage) -> None:
         connection.sendall(m.encode(message))
 
+    written: dict[int, bytes] = {}
     start = m.receive(connection, m.ToRank)
     say(m.Opened())
     if scenario == "deaf":
@@ -27,6 +31,11 @@ def main() -> None:
             return
         if isinstance(message, m.Load):
             say(m.Loaded(1000 * start.rank, 10))
+        if isinstance(message, m.ReadPages):
+            say(m.PagesRead(b"".join(written.get(page, bytes(PART_BYTES)) for page in message.pages)))
+        if isinstance(message, m.WritePages):
+            parts = [message.data[at : at + PART_BYTES] for at in range(0, len(message.data), PART_BYTES)]
+            written.update(zip(message.pages, parts, strict=True))
         if isinstance(message, m.Step):
             if scenario == "killed" and start.rank == 2:
                 time.sleep(0.2)

@@ -7,15 +7,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from fake_rank import PART_BYTES
 
 import mooli.engine.ranks as ranks_module
 from mooli.batch import PageCopy, PromptLogprobRows, SamplingBatch, ScheduleBatch, StepOutput, TokenMasks
 from mooli.config import EngineConfig
 from mooli.engine import rank_process
-from mooli.engine.ranks import RankedRunner, Ranks
+from mooli.engine.ranks import RankedPages, RankedRunner, Ranks
 from mooli.errors import ConfigError, EngineDeadError, EngineError
 
 pytestmark = pytest.mark.slow
@@ -120,6 +122,33 @@ def test_ranks_are_asked_and_told_in_turn_and_end_when_told(start) -> None:
     ranks.close()
     assert not ranks.store.parent.exists()
     assert [process.returncode for process in ranks._processes.values()] == [0, 0]
+
+
+class OwnPages:
+    """Rank 0's part."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, bytes] = {}
+
+    def read_pages(self, pages: list[int]) -> Any:
+        return np.frombuffer(b"".join(self.held[page] for page in pages), np.uint8).reshape(-1, PART_BYTES)
+
+    def write_pages(self, pages: list[int], data: Any) -> None:
+        parts = data.tobytes()
+        self.held.update((page, parts[at * PART_BYTES :][:PART_BYTES]) for at, page in enumerate(pages))
+
+
+def test_pages_of_all_ranks_are_read_and_written_as_one(start) -> None:
+    ranks, own = start("obeys"), OwnPages()
+    pages = RankedPages(own, PART_BYTES, ranks)  # type: ignore[arg-type]
+    data = bytes(range(4 * pages.page_bytes))
+    pages.write_pages([7, 2, 5, 1], memoryview(data))
+    assert own.held[7] == bytes([0, 1, 2]) and own.held[2] == bytes([9, 10, 11])
+    assert pages.read_pages([7, 2, 5, 1]).tobytes() == data
+    assert pages.read_pages([5]).tobytes() == data[18:27], "of each page the parts of all ranks, in their order"
+    own.held.clear()
+    with pytest.raises(EngineDeadError, match="rank 0 of 3 failed: KeyError"):
+        pages.read_pages([5])
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ from mooli.runner.model_runner import ModelRunner
 from mooli.scheduler.drafts import DraftSettings, ForcedSettings
 from mooli.scheduler.planning import Pace
 from mooli.scheduler.scheduler import Scheduler
+from mooli.scheduler.write_behind import PageBytes
 
 if TYPE_CHECKING:
     from mooli.engine.kv_events import KvEventPublisher, KvEventsConfig
@@ -90,6 +91,10 @@ class SoloTeam:
 
     def runner(self, own: Runner) -> Runner:
         """What computes a step on all ranks."""
+        return own
+
+    def pages(self, own: Backend, part_bytes: int) -> PageBytes:
+        """The pages of all ranks as bytes, of which one has `part_bytes` in each."""
         return own
 
     def describe(self, needs: Sequence[PoolNeeds]) -> dict[str, Any]:
@@ -257,7 +262,9 @@ def _build(
     runner = team.runner(own_runner)
     namespace = cache_namespace(config, model_path, model_config, backend, kv_spec)
     cache.digests.engine = namespace.root
-    disk = open_disk(config, cache, backend, bytes_per_page, kv_spec, namespace, scheduler.max_batch_tokens)
+    pages = team.pages(backend, bytes_per_page)
+    page_bytes = bytes_per_page * config.tp_size
+    disk = open_disk(config, cache, pages, page_bytes, kv_spec, namespace, scheduler.max_batch_tokens)
     if disk is not None:
         scheduler.attach_disk(disk)
     facts = EngineFacts(

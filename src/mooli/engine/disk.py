@@ -62,9 +62,6 @@ def open_disk(
                 " kv_cache_dir too, or leave it out"
             )
         return None
-    if config.tp_size > 1:
-        logger.warning("the KV cache is not kept on disk: each of %d processes has pages of its own", config.tp_size)
-        return None
     if config.disable_radix_cache:
         logger.warning("the KV cache is not kept on disk: disable_radix_cache shares nothing between requests")
         return None

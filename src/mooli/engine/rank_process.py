@@ -1,6 +1,7 @@
 """A process that computes one rank of an engine, rank 1 or a later one, and what rank 0, the engine, says to it.
 
-Owns the process's life: open the device, load its part of the model, compute every step it is told of, in that order.
+Owns the process's life: open the device, load its part of the model, compute every step it is told of, in that order,
+and between steps read and write its part of pages of the KV cache.
 What it samples is discarded: rank 0 samples the same from the same logits. Never schedules, never handles text.
 
 When the engine is gone, for whatever reason, the link ends and so does this process, even in the middle of a step.
@@ -91,6 +92,17 @@ class Step(RankMessage, frozen=True):
     batch: ScheduleBatch
 
 
+class ReadPages(RankMessage, frozen=True):
+    pages: list[int]
+
+
+class WritePages(RankMessage, frozen=True):
+    """data: of this rank's part of the pages, one behind the other, as it was read."""
+
+    pages: list[int]
+    data: bytes
+
+
 class Stop(RankMessage, frozen=True):
     """End now."""
 
@@ -111,6 +123,12 @@ class Allocated(RankMessage, frozen=True):
     """Answers `Allocate`: steps can come."""
 
 
+class PagesRead(RankMessage, frozen=True):
+    """Answers `ReadPages`."""
+
+    data: bytes
+
+
 class Failed(RankMessage, frozen=True):
     """The last message of a rank that breaks down. error: name of the exception's class.
 
@@ -122,8 +140,8 @@ class Failed(RankMessage, frozen=True):
     is_consequence: bool
 
 
-ToRank = Open | Load | Allocate | Step | Stop
-FromRank = Opened | Loaded | Allocated | Failed
+ToRank = Open | Load | Allocate | Step | ReadPages | WritePages | Stop
+FromRank = Opened | Loaded | Allocated | PagesRead | Failed
 
 
 def encode(message: RankMessage) -> bytes:
@@ -252,7 +270,15 @@ def _compute(connection: socket.socket) -> None:
     _send(connection, Allocated())
     try:
         while True:
-            runner.execute(_expect(connection, Step).batch)
+            told = _expect(connection, RankMessage)
+            if isinstance(told, Step):
+                runner.execute(told.batch)
+            elif isinstance(told, ReadPages):
+                _send(connection, PagesRead(backend.read_pages(told.pages).tobytes()))
+            elif isinstance(told, WritePages):
+                backend.write_pages(told.pages, told.data)
+            else:
+                raise EngineError(f"a rank that computes was told to {type(told).__name__}")
     except LinkClosedError:
         runner.close()
         raise

@@ -22,6 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mooli.backends.base import Backend, CacheSpec, Limits
 from mooli.backends.parallel import COLLECTIVE_TIMEOUT_S, ParallelBackend, RankGroup
 from mooli.batch import ScheduleBatch, StepOutput
@@ -31,6 +34,7 @@ from mooli.engine.child import EXIT_WAIT_S, command_of, error_named, exit_words,
 from mooli.engine.pool_size import PoolNeeds
 from mooli.errors import EngineDeadError, EngineError, MooliError
 from mooli.runner.base import Runner
+from mooli.scheduler.write_behind import PageBytes
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +103,12 @@ class Ranks:
         frame = rank_process.encode(message)
         for rank in self._links:
             self._send(rank, frame)
+
+    def tell_each(self, messages: Sequence[rank_process.RankMessage]) -> None:
+        """Send to every rank one of its own, in their order. Raises what has broken one down."""
+        self._check()
+        for rank, message in zip(self._links, messages, strict=True):
+            self._send(rank, rank_process.encode(message))
 
     def expect(self, kind: type[T]) -> list[T]:
         """Every rank's next message, which is of this kind, in their order. Raises what has broken one down."""
@@ -285,6 +295,51 @@ class RankedRunner:
             return self._runner.execute(batch)
 
 
+class RankedPages:
+    """Pages of the KV cache as bytes: of each page the parts of all ranks in their order, as if they were one device's.
+
+    Between steps, on their thread. Ranks do what they are told in that order, and so see the same steps before and
+    after. What fails on one rank ends all, as in a step.
+    """
+
+    def __init__(self, own: Backend, part_bytes: int, ranks: Ranks) -> None:
+        """part_bytes: of a page on one rank, the same on each."""
+        self._own = own
+        self._part_bytes = part_bytes
+        self._ranks = ranks
+
+    @property
+    def page_bytes(self) -> int:
+        return self._part_bytes * self._ranks.size
+
+    def read_pages(self, pages: Sequence[int]) -> NDArray[np.uint8]:
+        """See `Backend.read_pages`: uint8 (pages, page_bytes)."""
+        with self._ranks.blaming():
+            self._ranks.tell(rank_process.ReadPages(list(pages)))
+            whole = np.empty((len(pages), self._ranks.size, self._part_bytes), np.uint8)
+            whole[:, 0] = self._own.read_pages(pages)
+            for rank, answer in enumerate(self._ranks.expect(rank_process.PagesRead), 1):
+                whole[:, rank] = np.frombuffer(answer.data, np.uint8).reshape(len(pages), self._part_bytes)
+            return whole.reshape(len(pages), self.page_bytes)
+
+    def write_pages(self, pages: Sequence[int], data: Any) -> None:
+        """See `Backend.write_pages`."""
+        whole = np.frombuffer(data, np.uint8).reshape(len(pages), self._ranks.size, self._part_bytes)
+        with self._ranks.blaming():
+            self._ranks.tell_each(
+                [rank_process.WritePages(list(pages), whole[:, rank].tobytes()) for rank in range(1, self._ranks.size)]
+            )
+            self._own.write_pages(pages, np.ascontiguousarray(whole[:, 0]))
+
+    def read_state(self, slot: int) -> NDArray[np.uint8]:
+        """Never: models with recurrent layers run on one rank."""
+        raise EngineError("recurrent states are not cut into parts")
+
+    def write_state(self, slot: int, data: Any) -> None:
+        """See `read_state`."""
+        raise EngineError("recurrent states are not cut into parts")
+
+
 class RankTeam:
     """How building an engine on several processes differs from one (`SoloTeam`): the other ranks go through the same
     steps, in order: meet, load, allocate. Rank 0 is this process; the others are started by `meet`."""
@@ -334,6 +389,9 @@ class RankTeam:
     def runner(self, own: Runner) -> Runner:
         self._met.expect(rank_process.Allocated)
         return RankedRunner(own, self._met)
+
+    def pages(self, own: Backend, part_bytes: int) -> PageBytes:
+        return RankedPages(own, part_bytes, self._met)
 
     def describe(self, needs: Sequence[PoolNeeds]) -> dict[str, Any]:
         return {"tp_size": len(needs), "weight_bytes_of_ranks": [need.weight_bytes for need in needs]}
