@@ -2,7 +2,7 @@
 # make test        install what the tests need and run them all
 # make test-quick  the unit tests that need no torch and little time: ten seconds of a processor
 # make check       formatting, lint, types, and the direction of imports
-# make accuracy    how far the packed weights are from the dequantised float32 model, on real text
+# make accuracy    how far the packed weights are from the dequantised float32 model, on real text; MODELS=coder: of 1.5B
 # make bench-kernels   speed on this machine, as a share of its measured limits
 # make peers       install the engines that Mooli is compared with into .peers (about 5 GB, builds llama.cpp)
 # make compare     Mooli and those peers on the same work in turns, as ratios (about three hours with all of them)
@@ -20,6 +20,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+comma := ,
 SOURCES := $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml README.md
 
 .PHONY: demo test test-quick check accuracy bench-kernels bench-grammar check-grammar bench-server bench-restart peers compare sanitize soak attack wheels release first-minute clean
@@ -40,8 +41,13 @@ check: $(VENV)/.installed $(VENV)/.check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-accuracy: $(VENV)/.installed $(VENV)/.demo .models/.fetched
-	$(PY) benchmarks/accuracy.py
+# Names of benchmarks/loaded.py with commas between. What is not here yet is fetched: Gemma 250 MB, coder 1.1 GB.
+MODELS ?= smollm2,qwen,gemma
+FETCHED = $(filter qwen gemma coder,$(subst $(comma), ,$(MODELS)))
+
+accuracy: $(VENV)/.installed $(VENV)/.demo
+	$(if $(FETCHED),$(PY) benchmarks/fetch_models.py .models $(FETCHED))
+	$(PY) benchmarks/accuracy.py --models $(MODELS)
 
 bench-kernels: $(VENV)/.installed $(VENV)/.demo .models/.fetched
 	$(PY) benchmarks/kernels.py

