@@ -5,7 +5,7 @@ The definitions are written from the formulas, in float64 and token by token, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from mooli.batch import StateCopy
 from mooli.errors import ConfigError, EngineError
 from mooli.tensor import RawTensor, TensorType
 from steps import LIMITS, Row, step
-from variants import Variant
+from variants import VARIANTS, Variant
 
 Floats = NDArray[np.float64]
 
@@ -55,14 +55,14 @@ def assert_close(actual: NDArray[Any], expected: NDArray[Any], variant: Variant)
 class Bench:
     """Sequences of rows of two tables through one captured operation."""
 
-    def __init__(self, backend: Backend, variant: Variant, widths: tuple[int, int]) -> None:
-        self.backend, self.page_size = backend, backend.default_page_size
-        self._tables = [backend.load_embedding(raw(random(seed, NUM_TOKENS, w))) for seed, w in enumerate(widths)]
+    def __init__(self, backend: Backend, variant: Variant, tables: Sequence[NDArray[np.float32]]) -> None:
+        self.backend, self.page_size, self.num_tokens = backend, backend.default_page_size, len(tables[0])
+        self._tables = [backend.load_embedding(raw(table)) for table in tables]
         # The first values of a row, exact on all backends that keep floats.
         rows = np.eye(3 * CHANNELS, dtype=np.float32)[: 2 * SPEC.num_heads]
         self.gates, self.steps = backend.load_linear([raw(rows)]), backend.load_linear([raw(rows[: SPEC.num_heads])])
         spec = CacheSpec(LAYERS, self.page_size, variant.kv_dtype)
-        backend.allocate(spec, 12, replace(LIMITS, num_states=NUM_STATES))
+        backend.allocate(spec, 12, replace(LIMITS, max_tokens=2 * self.num_tokens, num_states=NUM_STATES))
 
     def captured(self, build: Callable[[Any, Any, Any], Any]) -> Callable[[list[Row]], Floats]:
         ops, tables = self.backend.ops, self._tables
@@ -76,12 +76,12 @@ class Bench:
 
     def row(self, first: int, count: int, state: int, *saves: tuple[int, int]) -> Row:
         """Tokens first .. first + count of the sequence in slot `state`."""
-        pages = [2 * state + page for page in range(-(-NUM_TOKENS // self.page_size))]
+        pages = [(2 * state + page) % 12 for page in range(-(-self.num_tokens // self.page_size))]
         return Row(range(first, first + count), first, pages, state=state, saves=saves)
 
     def inputs(self) -> tuple[Floats, Floats]:
         """Both tables, as the backend sees them."""
-        whole = [self.row(0, NUM_TOKENS, 0)]
+        whole = [self.row(0, self.num_tokens, 0)]
         return self.captured(lambda b, x, y: x)(whole), self.captured(lambda b, x, y: y)(whole)
 
 
@@ -168,7 +168,9 @@ GATED = ("delta", "scan")
 
 @pytest.fixture
 def bench(backend: Backend, variant: Variant) -> Bench:
-    return Bench(backend, variant, (3 * CHANNELS, SPEC.row_width))
+    return Bench(
+        backend, variant, [random(seed, NUM_TOKENS, w) for seed, w in enumerate((3 * CHANNELS, SPEC.row_width))]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -214,6 +216,35 @@ def test_states_are_kept_copied_and_begun_anew(bench: Bench, variant: Variant, n
             bench.backend.write_state(slot, given)
     check([bench.row(4, 5, 0), bench.row(9, 1, 2)], np.concatenate([whole[4:9], whole[9:10]]))
     check([bench.row(9, 12, 1), bench.row(10, 1, 2), bench.row(4, 1, 3)], whole[[*range(9, 21), 10, 4]])
+
+
+@pytest.mark.parametrize("keys", ["any", "alike"])
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if str(v) in ("torch-float32", "ascend-bfloat16")], indirect=True, ids=str
+)
+def test_prompts_of_many_chunks_beside_others_are_the_definition(
+    backend: Backend, variant: Variant, name: str, keys: str
+) -> None:
+    """These backends compute a prompt in chunks of 64 tokens, which end at every state that is kept as well."""
+    x, y = (random(seed, 200, width) for seed, width in enumerate((3 * CHANNELS, SPEC.row_width)))
+    if keys == "alike":  # all nearly one direction, each almost replacing what was there, and hardly anything decays
+        y[:, : 2 * SPEC.num_key_heads * SPEC.key_dim] *= np.float32(0.01)
+        y[:, : 2 * SPEC.num_key_heads * SPEC.key_dim] += random(3, 2 * SPEC.num_key_heads * SPEC.key_dim)
+        x[:, : SPEC.num_heads], x[:, SPEC.num_heads : 2 * SPEC.num_heads] = (4, -6) if name == "delta" else (-6, 0)
+    bench = Bench(backend, variant, [x, y])
+    build, expected = operations(bench)[name]
+    run = bench.captured(build)
+    tolerant = replace(variant, embed=max(variant.embed, 1e-5))
+
+    def check(*rows: Row) -> None:
+        assert_close(run(list(rows)), expected[np.concatenate([row.token_ids for row in rows])], tolerant)
+
+    check(bench.row(0, 1, 1), bench.row(0, 200, 0, (10, 3), (64, 4), (65, 5)), bench.row(0, 37, 2))
+    bench.backend.copy_states([StateCopy(5, 0)])
+    check(bench.row(37, 3, 2), bench.row(64, 136, 4), bench.row(65, 1, 0), bench.row(10, 150, 3), bench.row(1, 1, 1))
+    check(bench.row(160, 40, 3), bench.row(66, 129, 0, (1, 4), (2, 5)))
+    check(bench.row(67, 1, 4), bench.row(195, 5, 0), bench.row(40, 100, 2), bench.row(68, 65, 5))
 
 
 def test_gates_multiply(bench: Bench, variant: Variant) -> None:

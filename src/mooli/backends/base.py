@@ -117,7 +117,7 @@ class PagedLayer:
 
 @dataclass(frozen=True, slots=True)
 class StateLayer:
-    """Keeps float32 arrays for each sequence, and nothing of its tokens: a recurrence, computed token by token.
+    """Keeps float32 arrays for each sequence, and nothing of its tokens: a recurrence.
 
     conv: (columns, channels), the last inputs of a causal convolution of one column more. delta: (heads, key_dim,
     value_dim) of `DeltaSpec`; None where there is only a convolution.
@@ -302,8 +302,9 @@ class Ops(Protocol):
 
         A latent row is [c | k_r], a query row of each head [q_n | q_r]. k_r and q_r are rotated as in `rope`, c becomes
         its RMS norm with the gain `norm`; [c | k_r] is kept in the layer's pages. With U and V of a head, of
-        `load_latent`: the key of a token is [U c | k_r], its value V c, and attention is causal. All backends compute
-        (U^T q_n) c + q_r k_r for the scores and V (sum of weights times c), for every row of every step.
+        `load_latent`: the key of a token is [U c | k_r], its value V c, and attention is causal. Exact backends compute
+        (U^T q_n) c + q_r k_r for the scores and V (sum of weights times c), for every row of every step; others may
+        compute prompts from keys and values.
         """
         ...
 
@@ -326,7 +327,7 @@ class Ops(Protocol):
         gates: (T, 2 * num_heads), b and a. weight: of `load_delta`. Queries and keys are divided by their lengths,
         sqrt(sum of squares + 1e-6), and queries by sqrt(key_dim). With beta = sigmoid(b) and g = decay * softplus(a +
         dt_bias): S <- e^g S; S <- S + k (beta (v - S^T k))^T; the output is S^T q. S is the layer's state, as in
-        `short_conv`.
+        `short_conv`. Exact backends go token by token; others may take chunks of a prompt at once.
         """
         ...
 

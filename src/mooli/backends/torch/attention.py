@@ -74,15 +74,33 @@ class PagedAttention:
         spec: AttentionSpec,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """One row of several tokens: q (L, num_heads * head_dim). Queries go in blocks, so that scores stay bounded."""
-        row = batch.chunks[index]
-        first_gathered = first_key_of(row.start, spec.window)
-        key = ("chunk", index, spec.window)
-        if key not in batch.memo:
-            batch.memo[key] = chunk_slots(row, first_gathered, self.pool.page_size)
-        k, v = self.pool.gather(layer, batch.memo[key])
+        """One row of several tokens: q (L, num_heads * head_dim)."""
+        k, v = self.gather_chunk(batch, layer, index, spec.window)
         # Kv heads are the batch, and each one's keys are seen by its query heads without being repeated.
         k, v = (x.to(q.dtype).transpose(0, 1).unsqueeze(1) for x in (k, v))
+        return self.attend_gathered(batch, batch.chunks[index], q, k, v, spec, sinks)
+
+    def gather_chunk(self, batch: ForwardBatch, layer: int, index: int, window: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that a row of several tokens sees: (N, kv heads, head_dim) both."""
+        key = ("chunk", index, window)
+        if key not in batch.memo:
+            row = batch.chunks[index]
+            batch.memo[key] = chunk_slots(row, first_key_of(row.start, window), self.pool.page_size)
+        return self.pool.gather(layer, batch.memo[key])
+
+    def attend_gathered(
+        self,
+        batch: ForwardBatch,
+        row: ChunkRow,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """A row's queries (L, num_heads * head_dim) and the keys and values that it sees, (kv heads, 1, N, head_dim)
+        both. Queries go in blocks, so that scores stay bounded."""
+        first_gathered = first_key_of(row.start, spec.window)
         queries = q.view(row.length, spec.num_kv_heads, -1, spec.head_dim).permute(1, 2, 0, 3)
         is_fused = sinks is None and not spec.softcap
         at_a_time = self.scores_at_a_time if is_fused else PagedAttention.scores_at_a_time

@@ -28,11 +28,14 @@ from mooli.backends.base import (
 from mooli.backends.latent import LatentSpec, check_latent, check_rows
 from mooli.backends.page_bytes import Bytes, check_slot, state_of
 from mooli.backends.routing import RouteSpec
+from mooli.backends.torch import recurrence
 from mooli.backends.torch.attention import PagedAttention
 from mooli.backends.torch.experts import ExpertsWeight, RouterWeight, Routing, activate, choose, mixed
-from mooli.backends.torch.latent import LatentWeight, absorbed_queries, kept_rows, shared_key, values_of
+from mooli.backends.torch.latent import LatentWeight, kept_rows
+from mooli.backends.torch.latent import attend as attend_latents
 from mooli.backends.torch.parallel import PartTable
-from mooli.backends.torch.step_plan import ForwardBatch
+from mooli.backends.torch.recurrence import Tokens, states_before
+from mooli.backends.torch.step_plan import ForwardBatch, StateRows
 from mooli.backends.torch.weights import GatedLinear, LinearWeight
 from mooli.batch import StateCopy
 from mooli.errors import ConfigError, OutOfMemoryError
@@ -80,6 +83,7 @@ class TorchOps:
         """Of each layer, among those of its kind: `CacheSpec.numbers`."""
         self.states: list[list[Tensor]] = []
         """Of each layer with a recurrence, and of each of its shapes: float32 (slots, *shape)."""
+        self._heads: dict[tuple[int, ...], Tensor] = {}
 
     def keep_states(self, spec: CacheSpec, num_states: int) -> None:
         """Memory for states, and what each layer keeps. Raises OutOfMemoryError if the device does not hold it."""
@@ -212,8 +216,9 @@ class TorchOps:
             return self.turned(batch, heads, rope)
 
         self.attention.pool.store_latents(number, batch.slots, kept_rows(latent, norm, eps, spec, turn))
-        mixed = self.attention.attend(batch, number, absorbed_queries(q, up, spec, turn), shared_key(spec))
-        return values_of(mixed, up, spec)
+        heads = q.view(len(q), spec.num_heads, -1)
+        queries = heads[..., : spec.nope_dim], turn(heads[..., spec.nope_dim :])
+        return attend_latents(self.attention, batch, number, queries, up, spec)
 
     def short_conv(self, batch: ForwardBatch, layer: int, x: Tensor, weight: ConvWeight) -> Tensor:
         before, after, u = x.float().chunk(3, dim=-1)
@@ -244,68 +249,59 @@ class TorchOps:
     def delta_rule(
         self, batch: ForwardBatch, layer: int, qkv: Tensor, gates: Tensor, weight: DeltaWeight, spec: DeltaSpec
     ) -> Tensor:
+        """Rows of several tokens in chunks, which end at multiples of 64 and where a state is kept: how a scheduler
+        cuts a prompt shows in the last bits."""
         check_delta(self.layers, layer, spec)
-        keys, count = spec.num_key_heads * spec.key_dim, len(qkv)
-        q, k, v = torch.split(qkv.float(), [keys, keys, spec.num_heads * spec.value_dim], dim=-1)
-        heads = torch.tensor(spec.key_heads, device=qkv.device)
-        q, k = (unit(part.view(count, -1, spec.key_dim)).index_select(1, heads) for part in (q, k))
-        q = q * spec.key_dim**-0.5
-        v = v.view(count, -1, spec.value_dim)
+        q, k, v = self._split_rows(qkv, spec)
         b, a = gates.float().chunk(2, dim=-1)
-        beta, kept = torch.sigmoid(b), torch.exp(weight.decay * F.softplus(a + weight.dt_bias))
-        out = torch.empty_like(v)
-
-        def step(tokens: Tensor | int | None, state: Tensor) -> Tensor:
-            """Of rows (G, heads, key_dim, value_dim), or of one row, the state after a token of each."""
-            key, value, query = (x if tokens is None else x[tokens] for x in (k, v, q))
-            share, keeps = (x if tokens is None else x[tokens] for x in (beta, kept))
-            state = state * keeps[..., None, None]
-            error = value - (state * key[..., None]).sum(dim=-2)
-            state = state + key[..., None] * (share[..., None] * error)[..., None, :]
-            _put(out, tokens, (state * query[..., None]).sum(dim=-2))
-            return state
-
-        self._carry(batch, self.states[self.numbers[layer]][1], _by_token(step))
+        log_kept = weight.decay * F.softplus(a + weight.dt_bias)
+        heads = self._key_heads(spec)
+        tokens = Tokens(unit(q) * spec.key_dim**-0.5, unit(k), v, torch.sigmoid(b), log_kept, heads)
+        out = recurrence.run(recurrence.delta_rule, tokens, state_rows_of(batch), self.states[self.numbers[layer]][1])
         return out.flatten(1).to(qkv.dtype)
 
     def scan(
         self, batch: ForwardBatch, layer: int, qkv: Tensor, steps: Tensor, weight: ScanWeight, spec: DeltaSpec
     ) -> Tensor:
+        """In chunks, as `delta_rule`."""
         check_delta(self.layers, layer, spec)
-        keys, count = spec.num_key_heads * spec.key_dim, len(qkv)
-        q, k, v = torch.split(qkv.float(), [keys, keys, spec.num_heads * spec.value_dim], dim=-1)
-        heads = torch.tensor(spec.key_heads, device=qkv.device)
-        q, k = (part.view(count, -1, spec.key_dim).index_select(1, heads) for part in (q, k))
-        v = v.view(count, -1, spec.value_dim)
+        q, k, v = self._split_rows(qkv, spec)
         share = F.softplus(steps.float() + weight.dt_bias)
-        kept = torch.exp(weight.decay * share)
-        out = torch.empty_like(v)
+        tokens = Tokens(q, k, v, share, weight.decay * share, self._key_heads(spec))
+        out = recurrence.run(
+            recurrence.selective_scan, tokens, state_rows_of(batch), self.states[self.numbers[layer]][1]
+        )
+        return (out + weight.skip[:, None] * v).flatten(1).to(qkv.dtype)
 
-        def step(tokens: Tensor | int | None, state: Tensor) -> Tensor:
-            """As in `delta_rule`."""
-            key, value, query = (x if tokens is None else x[tokens] for x in (k, v, q))
-            added, keeps = (x if tokens is None else x[tokens] for x in (share, kept))
-            state = state * keeps[..., None, None] + key[..., None] * (added[..., None] * value)[..., None, :]
-            _put(out, tokens, (state * query[..., None]).sum(dim=-2) + weight.skip[:, None] * value)
-            return state
+    def _split_rows(self, qkv: Tensor, spec: DeltaSpec) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of packed rows by their heads, in float32."""
+        keys = spec.num_key_heads * spec.key_dim
+        q, k, v = torch.split(qkv.float(), [keys, keys, spec.num_heads * spec.value_dim], dim=-1)
+        return (
+            q.view(len(q), -1, spec.key_dim),
+            k.view(len(k), -1, spec.key_dim),
+            v.view(len(v), -1, spec.value_dim),
+        )
 
-        self._carry(batch, self.states[self.numbers[layer]][1], _by_token(step))
-        return out.flatten(1).to(qkv.dtype)
+    def _key_heads(self, spec: DeltaSpec) -> Tensor | None:
+        """`DeltaSpec.key_heads` on the device, None where each head has its own."""
+        if spec.key_heads == tuple(range(spec.num_key_heads)):
+            return None
+        if spec.key_heads not in self._heads:
+            self._heads[spec.key_heads] = torch.tensor(spec.key_heads, device=self.device)
+        return self._heads[spec.key_heads]
 
     def _carry(
         self, batch: ForwardBatch, states: Tensor, go_on: Callable[[Tensor | slice | None, Tensor], Tensor]
     ) -> None:
         """`go_on(tokens, states)` gives the states after some tokens: of all rows of one token together, of any other
         from each kept state to the next."""
-        if batch.states is None:
-            raise ConfigError("a step without states of a model that has some")
-        single = batch.states.single
+        rows = state_rows_of(batch)
+        single = rows.single
         if single is not None:
-            goes_on = single.goes_on.view(-1, *(1,) * (states.dim() - 1))
-            # What nobody has written yet may hold anything, times which zero is not always zero.
-            before = torch.where(goes_on > 0, states.index_select(0, single.slots), torch.zeros_like(states[:1]))
+            before = states_before(states, single.slots, single.goes_on)
             states.index_copy_(0, single.slots, go_on(single.tokens, before))
-        for row in batch.states.rows:
+        for row in rows.rows:
             state = torch.zeros_like(states[0]) if row.begins else states[row.slot]
             at = 0
             for num_tokens, slot in row.kept:
@@ -366,22 +362,14 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-6)
 
 
-def _by_token(
-    step: Callable[[Tensor | int | None, Tensor], Tensor],
-) -> Callable[[Tensor | slice | None, Tensor], Tensor]:
-    """What `TorchOps._carry` wants, of what gives the state after one token of each row, or of one."""
-
-    def go_on(tokens: Tensor | slice | None, state: Tensor) -> Tensor:
-        if not isinstance(tokens, slice):
-            return step(tokens, state)
-        for token in range(tokens.start, tokens.stop):
-            state = step(token, state)
-        return state
-
-    return go_on
+def state_rows_of(batch: ForwardBatch) -> StateRows:
+    """Raises ConfigError for a step of a model without states."""
+    if batch.states is None:
+        raise ConfigError("a step without states of a model that has some")
+    return batch.states
 
 
-def _put(out: Tensor, tokens: Tensor | slice | int | None, values: Tensor) -> None:
+def _put(out: Tensor, tokens: Tensor | slice | None, values: Tensor) -> None:
     """What was computed of `tokens`, at their places."""
     if tokens is None:
         out.copy_(values)

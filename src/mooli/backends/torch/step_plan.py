@@ -22,6 +22,12 @@ GATHERED_TOKENS = 1 << 16
 SHORT_ROW = 256
 """Rows of length 1 with no more keys than this are attended together: padding them costs less than another call."""
 
+STATE_CHUNK = 64
+"""Tokens of a row whose recurrence is computed together."""
+
+CHUNKS_AT_A_TIME = 32
+"""Chunks that are prepared together, unless one wave has more: what is made of them is many times their size."""
+
 Upload = Callable[[NDArray[Any]], Tensor]
 """One copy from the host to the device. The array is the callee's from then on."""
 
@@ -70,19 +76,50 @@ class StateRow:
 @dataclass(frozen=True, slots=True)
 class SingleStates:
     """Rows of one token, whose states go on together. tokens: int64 (G,), None if they are the step's tokens in order.
-    slots: int64 (G,). goes_on: float32 (G,), 0 where a row begins, else 1."""
+    slots: int64 (G,). goes_on: float32 (G,), 0 where a row begins, else 1; None if all go on."""
 
     tokens: Tensor | None
     slots: Tensor
-    goes_on: Tensor
+    goes_on: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """The n-th chunks of all rows that have so many, `count` of them from chunk `first` on: those of the first rows, in
+    their order. rows, slots: int64 (N,), which of these rows' states are then to be in which slots; None for none."""
+
+    first: int
+    count: int
+    rows: Tensor | None
+    slots: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class StateChunks:
+    """Rows cut into chunks of up to STATE_CHUNK tokens: at positions that are multiples of it, and where a state is
+    kept. Rows with more chunks come first, and chunks by waves.
+
+    tokens: int64 (chunks * width,), of the step; a chunk with less has its last one again. is_token: float32 (chunks,
+    1, width), 0 for those. targets: int64 (N,), all tokens of these rows; places: int64 (N,), where they are in
+    `tokens`. slots, goes_on: of each row as in `SingleStates`. spans: waves that are computed together.
+    """
+
+    tokens: Tensor
+    is_token: Tensor
+    targets: Tensor
+    places: Tensor
+    slots: Tensor
+    goes_on: Tensor | None
+    spans: tuple[tuple[Wave, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StateRows:
-    """All rows of a step of a model with recurrent layers."""
+    """All rows of a step of a model with recurrent layers. chunks: `rows` as recurrences take them."""
 
     single: SingleStates | None
     rows: tuple[StateRow, ...]
+    chunks: StateChunks | None
 
 
 def state_rows(batch: ScheduleBatch, upload: Upload) -> StateRows | None:
@@ -98,14 +135,81 @@ def state_rows(batch: ScheduleBatch, upload: Upload) -> StateRows | None:
     ones, others = np.flatnonzero(is_single), np.flatnonzero(~is_single)
     single = None
     if len(ones):
-        sent = upload(np.stack([first_tokens[ones], slots[ones], batch.starts[ones] > 0]).astype(np.int64))
-        single = SingleStates(sent[0] if len(others) else None, sent[1], sent[2].float())
-    rows = []
+        goes_on = batch.starts[ones] > 0
+        sent = upload(np.stack([first_tokens[ones], slots[ones], goes_on]).astype(np.int64))
+        single = SingleStates(sent[0] if len(others) else None, sent[1], None if goes_on.all() else sent[2].float())
+    rows, starts = [], []
     for row in others.tolist():
         length, slot = int(batch.lengths[row]), int(slots[row])
         ends = (*sorted(kept.get(row, [])), (length, slot))
         rows.append(StateRow(int(first_tokens[row]), not batch.starts[row], slot, ends))
-    return StateRows(single, tuple(rows))
+        starts.append(int(batch.starts[row]))
+    return StateRows(single, tuple(rows), state_chunks(rows, starts, upload) if rows else None)
+
+
+def state_chunks(rows: Sequence[StateRow], starts: Sequence[int], upload: Upload) -> StateChunks:
+    """starts: positions of the rows' first tokens."""
+    cuts = [_chunk_ends(row, start) for row, start in zip(rows, starts, strict=True)]
+    order = sorted(range(len(rows)), key=lambda index: -len(cuts[index]))
+    rows, cuts = [rows[index] for index in order], [cuts[index] for index in order]
+    longest = max(int(np.diff(ends, prepend=0).max()) for ends in cuts)
+    width = 1 << (longest - 1).bit_length()
+    uploads = _Uploads()
+    tokens: list[NDArray[np.int64]] = []
+    counts: list[int] = []
+    waves: list[tuple[int, int, tuple[int, int] | None]] = []
+    for number in range(len(cuts[0])):
+        members = [index for index, ends in enumerate(cuts) if len(ends) > number]
+        saves: list[tuple[int, int]] = []
+        first = len(tokens)
+        for index in members:
+            row, end = rows[index], cuts[index][number]
+            begin = cuts[index][number - 1] if number else 0
+            tokens.append(row.first_token + np.minimum(np.arange(begin, begin + width), end - 1))
+            counts.append(end - begin)
+            saves += [(index, slot) for num_tokens, slot in row.kept if num_tokens == end]
+        columns = np.array(saves, np.int64).reshape(-1, 2).T
+        kept = (uploads.add(columns[0]), uploads.add(columns[1])) if saves else None
+        waves.append((first, len(members), kept))
+    laid_out = np.stack(tokens)
+    is_token = (np.arange(width) < np.array(counts)[:, None]).astype(np.int64)
+    places = np.flatnonzero(is_token)
+    row_slots, goes_on = ([row.slot for row in rows], [not row.begins for row in rows])
+    of_rows = (
+        laid_out,
+        is_token,
+        laid_out.reshape(-1)[places],
+        places,
+        np.array(row_slots),
+        np.array(goes_on, np.int64),
+    )
+    added = [uploads.add(values) for values in of_rows]
+    sent = uploads.send(upload)
+    spans: list[list[Wave]] = []
+    room = 0
+    for first, count, kept in waves:
+        if count > room:
+            spans.append([])
+            room = CHUNKS_AT_A_TIME
+        room -= count
+        spans[-1].append(Wave(first, count, *(None, None) if kept is None else (sent[kept[0]], sent[kept[1]])))
+    values = [sent[index] for index in added]
+    return StateChunks(
+        tokens=values[0].view(-1),
+        is_token=values[1].float()[:, None],
+        targets=values[2],
+        places=values[3],
+        slots=values[4],
+        goes_on=None if all(goes_on) else values[5].float(),
+        spans=tuple(map(tuple, spans)),
+    )
+
+
+def _chunk_ends(row: StateRow, start: int) -> list[int]:
+    """After how many tokens of the row a chunk ends, ascending."""
+    length = row.kept[-1][0]
+    aligned = range(STATE_CHUNK - start % STATE_CHUNK, length, STATE_CHUNK)
+    return sorted({*aligned, *(num_tokens for num_tokens, _ in row.kept)})
 
 
 @dataclass(frozen=True, slots=True)
