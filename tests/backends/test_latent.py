@@ -31,7 +31,7 @@ from mooli.batch import PageCopy
 from mooli.errors import ConfigError, UnsupportedModelError
 from mooli.tensor import RawTensor, TensorType
 from steps import Row, step
-from variants import VARIANTS, Variant, require
+from variants import VARIANTS, Variant, require, simulated_npu
 
 Floats = NDArray[np.float64]
 
@@ -272,6 +272,51 @@ def test_latents_that_a_layer_does_not_keep_are_refused(float32_backend: Backend
     )
     with pytest.raises(ConfigError, match=words):
         captured(backend.plan(step([Row([1], 0, [0])], page_size)))
+
+
+def test_torch_makes_keys_and_values_of_prompts_of_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("torch")
+    from mooli.backends.torch import latent
+    from mooli.backends.torch.step_plan import ChunkRow
+
+    deepseek = LatentSpec(num_heads=128, rank=512, nope_dim=128, rope_dim=64, value_dim=128, scale=0.07)
+    for length, start, expanded in ((1, 4000, False), (64, 4000, False), (512, 4000, True), (100, 0, True)):
+        assert latent.takes_less_expanded(ChunkRow(0, start, length, None), deepseek) is expanded  # type: ignore[arg-type]
+    backend = create_backend("torch", dtype="float32")
+    bench = Bench(backend, "float32")
+    expected = defined(*bench.inputs())
+    monkeypatch.setattr(latent, "EXPANDED_AT_A_TIME", 2 * 2 * 40 * 300)
+    rows: list[int] = []
+    attend = latent.PagedAttention.attend_gathered
+
+    def counted(self: Any, batch: Any, row: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        rows.append(len(k))
+        return attend(self, batch, row, q, k, v, *rest)
+
+    monkeypatch.setattr(latent.PagedAttention, "attend_gathered", counted)
+    actual = bench.run(bench.row(0, NUM_TOKENS, 0))
+    assert rows == [2, 2, 1]
+    assert error_of(actual, expected) <= 3e-6
+    # Beside it a row that looks back on much, in the other form, and single tokens.
+    bench.run(bench.row(0, 290, 1))
+    rows.clear()
+    actual = bench.run(bench.row(290, 2, 1), bench.row(17, 1, 0), bench.row(0, 200, 2), bench.row(299, 1, 0))
+    assert rows == [1, 3, 2]
+    tokens = [290, 291, 17, *range(200), 299]
+    assert error_of(actual, expected[tokens]) <= 3e-6
+    backend.close()
+
+
+def test_an_npu_attends_to_single_tokens_of_many_sequences_at_once() -> None:
+    with simulated_npu():
+        backend = create_backend("ascend", dtype="bfloat16")
+        bench = Bench(backend, "bfloat16")
+        planned = backend.plan(step([bench.row(position, 1, 0) for position in (299, 250, 200)], bench.page_size))
+        assert not planned.decode, "there is a layer with keys and values, which has a fused operation"
+        backend.allocate(CacheSpec(LAYERS[1:], bench.page_size, "bfloat16"), 20, LIMITS)
+        planned = backend.plan(step([bench.row(position, 1, 0) for position in (299, 250, 200)], bench.page_size))
+        assert (len(planned.decode), len(planned.chunks)) == (1, 0)
+        backend.close()
 
 
 def test_ordinary_attention_where_latents_are_kept_and_rows_of_another_shape_are_refused() -> None:

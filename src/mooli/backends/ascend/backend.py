@@ -89,6 +89,8 @@ class AscendBackend(TorchBackend):
         """None where steps are not captured."""
         if self._graphs_wanted():
             self.graphs = DecodeGraphs(npu.api)
+        self._attends_in_torch = False
+        """Whether no layer has a fused operation, so that rows of one token are better off in groups."""
         self._steps: StaticSteps | None = None
         self._head: Callable[..., Tensor] | None = None
         self._done: tuple[Tensor, Tensor] | None = None
@@ -205,6 +207,7 @@ class AscendBackend(TorchBackend):
                 "recurrent layers" if spec.state_layers else "a mixture of experts",
             )
             self.graphs = None
+        self._attends_in_torch = all(isinstance(layer, LatentLayer) for layer in spec.paged_layers())
         if any(isinstance(layer, LatentLayer) for layer in spec.layers) and self.graphs is not None:
             logger.info("steps run without graphs: the model attends to latents, in operations that graphs do not take")
             self.graphs = None
@@ -222,6 +225,8 @@ class AscendBackend(TorchBackend):
 
     def plan(self, batch: ScheduleBatch) -> ForwardBatch:
         self._allocated()
+        if self._attends_in_torch:
+            return super().plan(batch)
         if self._steps is not None and self.graphs is not None and self.graphs.is_in_use:
             fixed = self._steps.plan(batch)
             if fixed is not None:
