@@ -3,6 +3,7 @@
 # make test-quick  the unit tests that need no torch and little time: ten seconds of a processor
 # make check       formatting, lint, types, and the direction of imports
 # make accuracy    how far the packed weights are from the dequantised float32 model, on real text; MODELS=coder: of 1.5B
+# make check-bits  200 random mixes of requests, half with guesses, equal to the bit: Gemma 3 270M (ten minutes)
 # make bench-kernels   speed on this machine, as a share of its measured limits
 # make peers       install the engines that Mooli is compared with into .peers (about 5 GB, builds llama.cpp)
 # make compare     Mooli and those peers on the same work in turns, as ratios (about three hours with all of them)
@@ -23,7 +24,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 comma := ,
 SOURCES := $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test test-quick check accuracy bench-kernels bench-grammar check-grammar bench-server bench-restart peers compare sanitize soak attack wheels release first-minute clean
+.PHONY: demo test test-quick check accuracy check-bits bench-kernels bench-grammar check-grammar bench-server bench-restart peers compare sanitize soak attack wheels release first-minute clean
 
 demo: $(VENV)/.installed $(VENV)/.demo
 	$(VENV)/bin/mooli demo
@@ -48,6 +49,10 @@ FETCHED = $(filter qwen gemma coder,$(subst $(comma), ,$(MODELS)))
 accuracy: $(VENV)/.installed $(VENV)/.demo
 	$(if $(FETCHED),$(PY) benchmarks/fetch_models.py .models $(FETCHED))
 	$(PY) benchmarks/accuracy.py --models $(MODELS)
+
+check-bits: $(VENV)/.installed $(VENV)/.demo $(VENV)/.test
+	$(PY) benchmarks/fetch_models.py .models gemma
+	$(PY) -m pytest tests/e2e/test_bit_equal.py -k "random_mixes and Gemma" --mixes 200 $(BITS)
 
 bench-kernels: $(VENV)/.installed $(VENV)/.demo .models/.fetched
 	$(PY) benchmarks/kernels.py

@@ -126,8 +126,8 @@ def main() -> None:
             function(backend.plan(step([(row, 0, args.chunk)], size, width)))
         took, single = (milliseconds(backend, function, steps, args.seconds) for steps in (prompt, [decode]))
         print(
-            f"{name:<7} {args.tokens} tokens, {args.chunk} a step: {took:9.1f} ms, {1e3 * args.tokens / took:6.0f} tok/s;"
-            f" {ROWS} rows of one token: {single:7.2f} ms"
+            f"{name:<7} {args.tokens} tokens, {args.chunk} a step: {took:9.1f} ms,"
+            f" {1e3 * args.tokens / took:6.0f} tok/s; {ROWS} rows of one token: {single:7.2f} ms"
         )
         backend.close()
 

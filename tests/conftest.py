@@ -58,6 +58,10 @@ _HEAVY = re.compile(r"^(import|from) (torch|transformers|gguf|made_tokenizers)\b
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="only what needs no torch and little time")
+    parser.addoption(
+        "--mixes", type=int, help="random mixes of each model in test_bit_equal.py, instead of its numbers"
+    )
+    parser.addoption("--mixes-seed", type=int, help="the seed that they are drawn with")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

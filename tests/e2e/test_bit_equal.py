@@ -39,7 +39,7 @@ PAGE_SIZE = 32
 NUM_PAGES = 64
 MAX_TOKENS = 256
 MIXES = {"file": (100, 11), "file, one thread": (100, 12), "int8": (40, 11), "int8 KV": (20, 11), "Gemma": (60, 11)}
-"""How many mixes of requests, and the seed they are drawn with."""
+"""How many mixes of requests, and the seed they are drawn with, where `--mixes` and `--mixes-seed` say nothing."""
 
 Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs] | None]
 
@@ -123,7 +123,11 @@ def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
     runner = ModelRunner(built, backend, config.vocab_size)
     size = config.vocab_size
     rules: list[Rule] = [Even(size), Spelled(size, 1, 1000), Automaton(size, 1), NotTwice(size), Automaton(size, 2)]
-    yield RealModel(runner, backend, size, *MIXES[kind], rules, repeats_itself=kind == "Gemma")
+    options = (request.config.getoption(name) for name in ("--mixes", "--mixes-seed"))
+    num_mixes, seed = (
+        known if given is None else int(given) for given, known in zip(options, MIXES[kind], strict=True)
+    )
+    yield RealModel(runner, backend, size, num_mixes, seed, rules, repeats_itself=kind == "Gemma")
     backend.close()
 
 
