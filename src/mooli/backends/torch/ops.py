@@ -355,6 +355,7 @@ class TorchOps:
         self.attention = None
         self.states = []
         self._rotary.clear()
+        self._heads.clear()
 
 
 def unit(x: Tensor) -> Tensor:

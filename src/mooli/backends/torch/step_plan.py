@@ -174,7 +174,7 @@ def state_chunks(rows: Sequence[StateRow], starts: Sequence[int], upload: Upload
     laid_out = np.stack(tokens)
     is_token = (np.arange(width) < np.array(counts)[:, None]).astype(np.int64)
     places = np.flatnonzero(is_token)
-    row_slots, goes_on = ([row.slot for row in rows], [not row.begins for row in rows])
+    row_slots, goes_on = [row.slot for row in rows], [not row.begins for row in rows]
     of_rows = (
         laid_out,
         is_token,
