@@ -52,19 +52,21 @@ class Ability:
 
     has_ranks: it computes one model in several processes. has_int8_kv: it keeps keys and values in 8 bits.
     verifies_guesses: several tokens of a row are computed by the kernels of one, so that a guess changes no answer.
+    has_host_tier: its KV cache may have memory of the host below it, which is not the same memory already.
     """
 
     has_ranks: bool = False
     has_int8_kv: bool = False
     verifies_guesses: bool = False
+    has_host_tier: bool = False
 
 
 ABILITIES = {
     "cpu": Ability(has_int8_kv=True, verifies_guesses=True),
     "reference": Ability(has_int8_kv=True, verifies_guesses=True),
-    "torch": Ability(has_ranks=True),
-    "cuda": Ability(has_ranks=True),
-    "ascend": Ability(has_ranks=True),
+    "torch": Ability(has_ranks=True, has_host_tier=True),
+    "cuda": Ability(has_ranks=True, has_host_tier=True),
+    "ascend": Ability(has_ranks=True, has_host_tier=True),
 }
 """By our backend's name."""
 
@@ -99,6 +101,18 @@ NGRAM_DRAFT_TOKENS, NGRAM_MIN_MATCH, NGRAM_MAX_MATCH = 4, 2, 12
 
 KV_CACHE_AUTO, KV_CACHE_NONE = "auto", "none"
 """Values of `kv_cache_dir`: the user's cache folder, and nowhere."""
+
+HICACHE_RATIO, HICACHE_WRITE_POLICY = 2.0, "write_through"
+"""Defaults of the arguments of these names: SGLang's."""
+
+HOST_TIER = ("enable_hierarchical_cache", "hicache_ratio", "hicache_size", "hicache_write_policy")
+"""The arguments about memory of the host below the KV cache."""
+
+NO_HOST_TIER = (
+    "the KV cache lies in the host's memory already, and has no second place there; give it more with"
+    " mem_fraction_static or max_total_tokens"
+)
+"""Why they have no effect on some devices."""
 
 _SPECULATIVE = (
     "speculative_num_draft_tokens",
@@ -271,6 +285,29 @@ class EngineConfig(Arguments):
         "str",
         "File with a key of 32 bytes or more, by which what is kept there is encrypted. Default: it is not.",
     )
+    enable_hierarchical_cache: bool = argument(
+        False,
+        "bool",
+        "Keep what leaves the KV cache of a device in the host's memory.",
+        aliases=("enable_hicache",),
+    )
+    hicache_ratio: float | None = argument(
+        None,
+        "float",
+        f"Tokens kept there for one that the device holds; default: {HICACHE_RATIO:g}.",
+        low=0.01,
+        high=1000,
+    )
+    hicache_size: float | None = argument(
+        None, "float", "Memory for them in GB (10^9 bytes), instead of hicache_ratio; 0: by the ratio.", low=0
+    )
+    hicache_write_policy: str | None = argument(
+        None,
+        "str",
+        "What is copied there: all (write_through), what was found again (write_through_selective), or what is"
+        f" evicted, when it is (write_back); default: {HICACHE_WRITE_POLICY}.",
+        choices=(None, "write_through", "write_through_selective", "write_back"),
+    )
     hicache_storage_backend: str | None = argument(
         None,
         "str",
@@ -365,6 +402,7 @@ class EngineConfig(Arguments):
                 " uses every core (see num_threads): use tp_size=1, or device='cuda' or 'npu' with several cards"
             )
         self._check_kv_cache_dir()
+        self._check_host_tier(ability)
         if self.chunked_prefill_size == 0:
             raise ConfigError("chunked_prefill_size=0 computes nothing: use a positive number, or -1 for no chunking")
         self._check_speculation()
@@ -386,6 +424,23 @@ class EngineConfig(Arguments):
         if self.disable_radix_cache:
             raise ConfigError(
                 f"kv_cache_dir={self.kv_cache_dir!r} has no effect with disable_radix_cache: give one of them"
+            )
+
+    def _check_host_tier(self, ability: Ability) -> None:
+        given = next((name for name in HOST_TIER if getattr(self, name) not in (None, False, 0)), None)
+        if given is None:
+            return
+        value = f"{given}={getattr(self, given)!r}"
+        if not ability.has_host_tier:
+            raise ConfigError(f"{value} has no effect on device {self.backend_name!r}: {NO_HOST_TIER}")
+        if not self.enable_hierarchical_cache:
+            raise ConfigError(f"{value} has no effect without enable_hierarchical_cache: give both or neither")
+        if self.disable_radix_cache:
+            raise ConfigError(f"{value} has no effect with disable_radix_cache: give one of them")
+        if self.tp_size > 1:
+            raise ConfigError(
+                f"{value} is not possible with tp_size={self.tp_size} yet, as each process has pages of its own: leave"
+                " it out"
             )
 
     def _check_speculation(self) -> None:

@@ -22,7 +22,7 @@ _ONE_KERNEL = "each device has one implementation"
 _NO_GRAPHS = "a CPU has no graphs, and on other devices MOOLI_GRAPHS=0 in the environment switches them off"
 _NO_PORT = "the processes of --tp meet through a file on this machine, and one that dies is noticed at once"
 _MIXED = "a step always takes running requests first and fills up with prompts; see --chunked-prefill-size"
-_ONE_TIER = "below the KV cache there is the disk and nothing between; see --kv-cache-dir"
+_ONE_WAY = "pages move in one way, whole and as they lie; see --enable-hierarchical-cache"
 _NO_HOST_TIME = "there is no such step to tune"
 _GONE = "SGLang has dropped it too"
 
@@ -48,10 +48,8 @@ _HINTS_BY_REASON = {
     "text is handled in the one process that speaks HTTP": "tokenizer_worker_num detokenizer_worker_num",
     "NaN in the logits always ends its request with an error": "enable_nan_detection",
     "an answer on the CPU never depends on what is computed beside it": "enable_deterministic_inference",
-    _ONE_TIER: """
-        enable_hierarchical_cache enable_hicache hicache_ratio hicache_size hicache_write_policy hicache_io_backend
-        hicache_mem_layout hicache_storage_prefetch_policy
-    """,
+    _ONE_WAY: "hicache_io_backend hicache_mem_layout",
+    "a request waits for pages from disk as long as computing them would take": "hicache_storage_prefetch_policy",
     "the engine always sleeps while there is nothing to do": "sleep_on_idle",
     "there is one watchdog, see --watchdog-timeout": "soft_watchdog_timeout",
     "/metrics has the times": "show_time_cost",
@@ -133,7 +131,7 @@ stream_response_default_include_usage watchdog_timeout write_timeout
 SWITCHES = _words("""
 abort_on_priority_when_disabled collect_tokens_histogram constrained_json_disable_any_whitespace disable_cuda_graph
 disable_overlap_schedule disable_priority_preemption enable_deterministic_inference enable_double_sparsity
-enable_dp_attention enable_flexkv enable_hicache enable_hierarchical_cache enable_http2 enable_lmcache enable_lora
+enable_dp_attention enable_flexkv enable_http2 enable_lmcache enable_lora
 enable_memory_saver enable_mixed_chunk enable_multimodal enable_nan_detection enable_piecewise_cuda_graph
 enable_strict_thinking enable_torch_compile enable_trace is_embedding
 prefill_round_robin_balance schedule_low_priority_values_first show_time_cost sleep_on_idle smg_grpc_mode

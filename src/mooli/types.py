@@ -268,7 +268,8 @@ class RequestOutput:
     new_token_ids: appended since the last output, a matched stop token included.
     prompt_logprobs: complete list, sent once, with the output that carries the first token (or the finish).
     cached_tokens: prompt tokens whose KV came from the tree at first admission. loaded_tokens: those of them that were
-        loaded from disk for it. written_tokens: those computed, and kept for others.
+        loaded from disk for it, host_tokens those that were copied back from the host's memory. written_tokens: those
+        computed, and kept for others.
     drafts: None where the engine guesses no tokens.
     cache_end: with the first output, if it ever began to run.
     """
@@ -285,4 +286,5 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs] | None = None
     drafts: DraftCounts | None = None
     loaded_tokens: int = 0
+    host_tokens: int = 0
     cache_end: CacheEnd | None = None

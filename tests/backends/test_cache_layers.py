@@ -157,6 +157,14 @@ def test_pages_of_layers_that_differ_go_out_as_bytes_and_come_back(variant: Vari
         np.testing.assert_array_equal(backend.read_pages(others, 140), data)
         expected = model.last(Row(ids[140:], 140, pages))
         np.testing.assert_array_equal(model.last(Row(ids[140:], 140, others)), expected)
+        if hasattr(backend, "allocate_host"):  # and to rows of the host as well
+            backend.allocate_host(width)
+            backend.write_pages(pages, data)
+            backend.back_up(pages[::-1], range(width))
+            backend.write_pages(others, bytes(data.size))
+            backend.load_back(others[::-1], range(width))
+            np.testing.assert_array_equal(backend.read_pages(others, 140), data)
+            assert [backend.host_bytes(row) for row in range(width)] == [page.tobytes() for page in data[::-1]]
 
 
 def test_layers_that_a_type_is_not_for_are_refused_by_their_kind(float32_backend: Backend) -> None:

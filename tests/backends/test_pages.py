@@ -164,6 +164,31 @@ def test_pages_are_read_into_the_callers_buffer(place: Place) -> None:
     place.backend.write_pages([], b"")
 
 
+@pytest.mark.parametrize("pool", [pool for pool in POOLS if pool.backend in ("torch", "ascend")], ids=str)
+def test_pages_go_to_rows_of_the_host_and_come_back_elsewhere(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with placed(pool) as place:
+        backend: Any = place.backend
+        with pytest.raises(EngineError, match="page 0 is outside the host's memory of 0 pages"):
+            backend.back_up([0], [0])
+        backend.allocate_host(5)
+        monkeypatch.setattr("mooli.backends.torch.backend.MOST_GATHERED_BYTES", 2 * backend.read_pages([0]).size)
+        place.fill([0, 1, 2], random.Random(2))
+        data = [page.tobytes() for page in backend.read_pages([0, 1, 2])]
+        backend.back_up([2, 0, 1], [4, 0, 3])
+        assert [backend.host_bytes(row) for row in (0, 3, 4)] == data, "as pages go to disk"
+        place.fill([0, 1, 2, 5, 6], random.Random(3))
+        backend.load_back([6, 1, 5], [3, 0, 4])
+        assert [page.tobytes() for page in backend.read_pages([1, 6, 5])] == data
+        wrong: list[Any] = [([0], [5]), ([0], [-1]), ([0, 1], [2]), ([0, 1], [2, 2]), ([0, 0], [1, 2])]
+        for pages, rows in wrong:
+            for copy in (backend.back_up, backend.load_back):
+                with pytest.raises(EngineError):
+                    copy(pages, rows)
+        with pytest.raises(EngineError, match="no row 5"):
+            backend.host_bytes(5)
+        assert [page.tobytes() for page in backend.read_pages([1, 6, 5])] == data
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing(place: Place) -> None:
     place.fill([0, 1], random.Random(2))
     backend, before = place.backend, place.backend.read_pages([0, 1])

@@ -1,5 +1,5 @@
 """An answer does not depend on where its prefix came from, to the bit: computed, in memory, on disk, partly loaded,
-left by an engine that has ended, or evicted and come back.
+left by an engine that has ended, or evicted and come back; on a device also out of the host's memory.
 
 Random mixes on the real 135M model, over a disk that is late, fails and is cut (200 with a KV cache of bfloat16, 40 of
 8 bits): tokens and log-probabilities are those of each request alone and cold. On torch and on the simulated NPU, which
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from model_files import demo_path
 from mooli import Engine
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, Limits
+from mooli.cache.host_pool import HostPool
 from mooli.cache.kv_cache import KVCache, StateRoom
 from mooli.engine.core import EngineCore
 from mooli.models.checkpoint import DummyCheckpoint
@@ -33,11 +34,14 @@ from mooli.models.loader import open_model
 from mooli.models.registry import create_model
 from mooli.runner.model_runner import ModelRunner
 from mooli.scheduler.disk_tier import DiskTier
+from mooli.scheduler.host_tier import HostPolicy, HostTier
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import Request, RequestOutput, SamplingParams, TokenLogprobs
 from variants import require, simulated_npu
 
 NUM_PAGES = 40
+NUM_ROWS = 30
+"""Of the host's memory, where there is some."""
 MAX_TOKENS = 128
 
 TINY = LlamaConfig(
@@ -66,6 +70,7 @@ class Model:
     page_bytes: int
     num_mixes: int
     is_exact: bool
+    has_host: bool
     state_bytes: int = 0
     stores: list[MemoryStore] = field(default_factory=list)
 
@@ -73,7 +78,9 @@ class Model:
         states = StateRoom(4, 0, num_snapshots, self.page_size) if self.state_bytes else None
         return KVCache(num_pages, self.page_size, states=states)
 
-    def core(self, cache: KVCache, chunk: int, io: ErraticIO | None = None) -> tuple[EngineCore, DiskTier | None]:
+    def core(
+        self, cache: KVCache, chunk: int, io: ErraticIO | None = None, host: tuple[HostPool, HostPolicy] | None = None
+    ) -> tuple[EngineCore, DiskTier | None]:
         scheduler = Scheduler(
             cache,
             max_batch_tokens=chunk,
@@ -81,11 +88,17 @@ class Model:
             context_length=NUM_PAGES * self.page_size,
             vocab_size=self.vocab_size,
         )
-        tier = None
+        tier = memory = None
+        pages: Any = self.backend
+        if host is not None:
+            cache.digests.engine = bytes(32)
+            pool, policy = host
+            memory = HostTier(cache, pool, pages, self.page_bytes, bytes(32), policy, ChosenEven())
+            scheduler.attach_host(memory)
         if io is not None:
-            even = ChosenEven(patience=20.0)
+            even, reads = ChosenEven(patience=20.0), cast(Any, io)
             sizes = {"page_bytes": self.page_bytes, "state_bytes": self.state_bytes}
-            tier = DiskTier(cache, io, self.backend, root=bytes(32), even=even, clock=io.clock, **sizes)  # type: ignore[arg-type]
+            tier = DiskTier(cache, reads, pages, root=bytes(32), even=even, clock=io.clock, host=memory, **sizes)
             tier.behind._is_worth = lambda num_tokens: True
             scheduler.attach_disk(tier)
         return EngineCore(scheduler, self.runner), tier
@@ -95,7 +108,7 @@ KINDS = {
     "bfloat16 KV": (200, 1),
     "int8 KV": (20, 2),
     "torch": (30, 3),
-    "ascend": (6, 4),
+    "ascend": (9, 4),
     "lfm2": (40, 5),
     "qwen3.5": (40, 6),
     "granite 4": (40, 7),
@@ -144,8 +157,19 @@ def model(
         backend.allocate(spec, NUM_PAGES, Limits(MAX_TOKENS, 4, NUM_PAGES, num_states))
         runner = ModelRunner(built, backend, config.vocab_size)
         page_bytes = backend.kv_bytes_per_page(spec)
+        has_host = name != "cpu" and not spec.state_layers
+        if has_host:
+            backend.allocate_host(NUM_ROWS)
         made = Model(
-            runner, backend, config.vocab_size, page_size, page_bytes, num_mixes, name == "cpu", spec.state_bytes
+            runner,
+            backend,
+            config.vocab_size,
+            page_size,
+            page_bytes,
+            num_mixes,
+            name == "cpu",
+            has_host,
+            spec.state_bytes,
         )
         yield made, random.Random(seed)
 
@@ -202,11 +226,14 @@ def test_random_mixes_over_a_disk_answer_as_each_request_alone_and_cold(model: t
         alone |= run(core, [request], draw)
     store, states = MemoryStore(place.page_size), MemoryStore(place.page_size)
     cache: KVCache | None = None
-    loaded = failed = in_memory = 0
+    host: HostPool | None = None
+    loaded = failed = in_memory = copied_back = 0
     for mix in range(place.num_mixes):
         if cache is None or draw.random() < 0.6:
             snapshots = draw.choice([1, 6, MOST_SNAPSHOTS]) if place.state_bytes else 0
             cache = place.cache(draw.choice([12, NUM_PAGES]), snapshots)  # after a restart
+            if place.has_host and draw.random() < 0.5:
+                host = HostPool(draw.choice([6, NUM_ROWS]))
         elif draw.random() < 0.5:
             cache.evict(draw.randrange(8))
         io = ErraticIO(
@@ -217,18 +244,23 @@ def test_random_mixes_over_a_disk_answer_as_each_request_alone_and_cold(model: t
             loss_rate=0.05,
             states=states if place.state_bytes else None,
         )
-        core, tier = place.core(cache, draw.choice([20, 50, MAX_TOKENS]), io)
+        policy = draw.choice(list(HostPolicy)) if host is not None else HostPolicy.WRITE_BACK
+        below = None if host is None else (host, policy)
+        core, tier = place.core(cache, draw.choice([20, 50, MAX_TOKENS]), io, below)
         assert tier is not None
         wanted = draw.sample(every, draw.choice([1, 1, 2]))
         answers = run(core, wanted, draw)
         tier.close(60.0)
+        cache.keep_evicted = None
         for request in wanted:
             assert answers[request.rid] == alone[request.rid], f"request {request.rid} in mix {mix}"
         stats = core.stats()
         loaded += stats["loaded_tokens"]
         failed += stats["failed_loads"]
-        in_memory += stats["cached_tokens"] - stats["loaded_tokens"]
-    assert loaded > place.num_mixes * place.page_size // 3, "the mixes must load"
+        copied_back += stats.get("host_loaded_tokens", 0)
+        in_memory += stats["cached_tokens"] - stats["loaded_tokens"] - stats.get("host_loaded_tokens", 0)
+    assert loaded > place.num_mixes * place.page_size // (8 if place.has_host else 3), "the mixes must load"
+    assert copied_back > place.num_mixes * place.page_size // 8 or not place.has_host, "out of the host's memory too"
     assert in_memory > place.num_mixes * place.page_size // 8, "the mixes must find pages in memory"
     assert failed >= place.num_mixes // 20, "loads must fail"
 

@@ -133,6 +133,18 @@ def test_sglangs_name_of_a_cache_on_disk_is_taken(start, command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_memory_of_the_host_below_a_device_is_asked_for_as_in_sglang(start, capsys, command):
+    line = "--enable-hicache --hicache-ratio 1.5 --hicache-size 0 --hicache-write-policy write_back"
+    engine = start(f"{line} --device npu", command).engine
+    assert engine.enable_hierarchical_cache and (engine.hicache_ratio, engine.hicache_size) == (1.5, 0)
+    assert engine.hicache_write_policy == "write_back" and capsys.readouterr().err == ""
+    engine = start(line, command).engine
+    assert not engine.enable_hierarchical_cache and engine.hicache_ratio is None
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3 and all("no effect on device 'cpu': the KV cache lies in the host" in w for w in warnings)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_with_nothing_said_the_demo_model_is_served(start, command):
     started = start("", command)
     assert (started.engine.model_path, started.engine.log_level) == ("demo", "info")

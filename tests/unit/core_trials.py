@@ -22,6 +22,7 @@ from mooli.runner.fake import FakeRunner, fake_logits, logprob_row, recurrent_st
 from mooli.scheduler.constraint import ConstraintMaker
 from mooli.scheduler.disk_tier import DiskTier
 from mooli.scheduler.drafts import DraftSettings, ForcedSettings
+from mooli.scheduler.host_tier import HostTier
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.scheduler import Scheduler
 from mooli.types import FIRST_CONTENT_ID, FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
@@ -79,6 +80,7 @@ class Setting:
         runner: FakeRunner,
         constraints: ConstraintMaker | None = None,
         disk: Callable[[KVCache], DiskTier] | None = None,
+        host: Callable[[KVCache], HostTier | None] | None = None,
     ) -> tuple[EngineCore, Scheduler, KVCache]:
         granularity = self.page_size if self.whole_pages else 1
         cache = KVCache(
@@ -97,6 +99,9 @@ class Setting:
             priorities=self.priorities,
             constraints=constraints,
         )
+        below = None if host is None else host(cache)
+        if below is not None:
+            scheduler.attach_host(below)
         if disk is not None:
             scheduler.attach_disk(disk(cache))
         return EngineCore(scheduler, runner), scheduler, cache
@@ -285,7 +290,8 @@ class Trial:
     """One engine, some requests, and everything they put out."""
 
     disk: Callable[[KVCache], DiskTier] | None = None
-    """Makes a place for pages outside the pool; None for none."""
+    host: Callable[[KVCache], HostTier | None] | None = None
+    """Make places for pages outside the pool; None for none."""
 
     def __init__(self, seed: int, setting: Setting | None = None) -> None:
         self.rng = random.Random(seed)
@@ -314,7 +320,7 @@ class Trial:
         self.rules: dict[str, Rule | None] = {}
         self.seed = seed
         maker = self._constraint if self.setting.constrained else None
-        self.core, self.scheduler, self.cache = self.setting.engine(self.runner, maker, self.disk)
+        self.core, self.scheduler, self.cache = self.setting.engine(self.runner, maker, self.disk, self.host)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.ended_early: set[str] = set()

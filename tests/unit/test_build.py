@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from mooli.engine.build import build_engine
 from mooli.engine.facts import EngineFacts
 from mooli.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
 from mooli.plan import plan_memory, plan_table, read_model
-from variants import require
+from variants import require, simulated_npu
 
 GIB = 2**30
 SMALL = {
@@ -209,6 +211,45 @@ def test_an_engine_of_recurrent_layers_goes_on_from_its_own_answers(tmp_path: Pa
     assert again["meta_info"]["cached_tokens"] == 64, "as far as its last whole page"
     assert second["meta_info"]["cached_tokens"] == 81, "all that was computed"
     assert (cold["meta_info"]["cached_tokens"], cold["output_ids"]) == (0, second["output_ids"])
+
+
+@pytest.mark.parametrize(("device", "page_size"), [("torch", 16), ("ascend", 128)])
+def test_what_a_device_has_lost_comes_back_out_of_the_hosts_memory_and_then_from_disk(
+    device: str, page_size: int, folder: Path, tmp_path: Path
+) -> None:
+    require(device)
+    numbers = random.Random(3)
+    first, second = ([numbers.randrange(320) for _ in range(2 * page_size + 5)] for _ in range(2))
+    arguments: dict[str, Any] = {
+        "model_path": str(folder),
+        "device": device,
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_total_tokens": 3 * page_size,
+        "context_length": 3 * page_size,
+        "enable_hierarchical_cache": True,
+        "kv_cache_dir": str(tmp_path / "kv"),
+        "kv_cache_min_free_bytes": 0,
+    }
+
+    def asked(engine: Engine, ids: list[int]) -> tuple[list[int], dict[str, Any], str]:
+        params = {"max_new_tokens": 4, "temperature": 0}
+        answer: Any = engine.generate(input_ids=ids, sampling_params=params, return_cache_report=True)
+        meta = answer["meta_info"]
+        return answer["output_ids"], meta["cached_tokens_details"], meta["cache_report"]["reason"]
+
+    with ExitStack() as stack:
+        if device == "ascend":
+            stack.enter_context(simulated_npu())
+        with Engine(**arguments) as engine:
+            cold, details, _ = asked(engine, first)
+            assert details == {"device": 0, "host": 0}
+            asked(engine, second)
+            again, details, reason = asked(engine, first)
+            assert again == cold and reason == "new" and details == {"device": 0, "host": 2 * page_size}
+        with Engine(**arguments) as engine:
+            again, details, _ = asked(engine, first)
+            assert again == cold and details["storage"] == 2 * page_size and details["host"] == 0
 
 
 def test_what_recurrent_layers_cannot_do_is_refused_by_name(tmp_path: Path, folder: Path) -> None:

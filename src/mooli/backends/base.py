@@ -579,3 +579,28 @@ class Backend(Protocol):
     def to_host(self, x: Array) -> NDArray[np.float32]: ...
 
     def close(self) -> None: ...
+
+
+class OffloadingBackend(Backend, Protocol):
+    """A backend whose pool may have memory of the host below it, in rows of `kv_bytes_per_page`."""
+
+    def allocate_host(self, num_rows: int) -> None:
+        """Pinned memory where the device copies faster from it. Called once, after `allocate`. Raises
+        OutOfMemoryError."""
+        ...
+
+    def back_up(self, pages: Sequence[int], rows: Sequence[int]) -> None:
+        """Copy full pages to rows of the host, exact to the bit: they are there when this returns. Called between
+        steps, on their thread.
+
+        Raises EngineError for pages or rows that are not there, or given twice.
+        """
+        ...
+
+    def load_back(self, pages: Sequence[int], rows: Sequence[int]) -> None:
+        """The inverse of `back_up`, with pages and rows of any numbers."""
+        ...
+
+    def host_bytes(self, row: int) -> bytes:
+        """A row, as `read_pages` gives a page."""
+        ...

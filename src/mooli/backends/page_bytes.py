@@ -16,14 +16,14 @@ from mooli.errors import EngineError
 Bytes = NDArray[np.uint8]
 
 
-def page_numbers(pages: Sequence[int] | NDArray[Any], num_pages: int) -> NDArray[np.int32]:
-    """`pages` as int32 (n,). Raises EngineError for what is no page of a pool of `num_pages`, or is there twice."""
+def page_numbers(pages: Sequence[int] | NDArray[Any], num_pages: int, place: str = "the KV pool") -> NDArray[np.int32]:
+    """`pages` as int32 (n,). Raises EngineError for what is no page of a `place` of `num_pages`, or is there twice."""
     given = np.asarray(pages)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise EngineError(f"pages are a sequence of whole numbers, not {given.dtype} of shape {given.shape}")
     outside = given[(given < 0) | (given >= num_pages)]
     if outside.size:
-        raise EngineError(f"page {outside[0]} is outside the KV pool of {num_pages} pages")
+        raise EngineError(f"page {outside[0]} is outside {place} of {num_pages} pages")
     if np.unique(given).size != given.size:
         raise EngineError("a page is there twice: read and write each once")
     return given.astype(np.int32)

@@ -46,8 +46,10 @@ import numpy as np
 
 from mooli.batch import PageCopy, StateCopy
 from mooli.cache.evicted import EvictedPages, Eviction
+from mooli.cache.host_pool import PageName
 from mooli.cache.node_digests import NodeDigests
 from mooli.cache.page_events import PageEvent, PageEvents
+from mooli.cache.page_hash import page_tokens
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import TOKEN_BYTES, Match, Node, RadixTree
 from mooli.cache.tree_watch import TreeWatch
@@ -129,9 +131,9 @@ class MissReason(Enum):
     NO_STATE = "no state"
     """The tree goes on as the request does, but has no state there to go on from: the model has recurrent layers."""
     JUDGED_SLOWER = "judged slower"
-    """More is on disk, and loading it would have taken longer than computing it."""
+    """More is in a tier below, and loading it would have taken longer than computing it."""
     LOAD_FAILED = "load failed"
-    """More is on disk, and did not come, or not in time."""
+    """More is in a tier below, and did not come, or not in time."""
     DISABLED = "disabled"
     """The cache is off."""
 
@@ -217,6 +219,8 @@ class KVCache:
         """For who wants to see the tree; costs nothing before."""
         self._evicted_pages = EvictedPages(self.digests)
         self._events: PageEvents | None = None
+        self.keep_evicted: Callable[[list[PageName], list[int]], None] | None = None
+        """Told of full pages that follow each other, by name and number, before they are dropped for want of room."""
         self._untrusted: set[int] = set()
         """Pages of the tree that leave it as soon as nobody uses them."""
 
@@ -619,9 +623,26 @@ class KVCache:
         return self._pool.num_free - before
 
     def _evict(self, num_pages: int) -> None:
-        dropped = self._tree.evict(num_pages, self._evicted_pages.note)
+        note = self._evicted_pages.note if self.keep_evicted is None else self._note_and_keep
+        dropped = self._tree.evict(num_pages, note)
         self.num_evicted_pages += len(dropped)
         self._free(dropped)
+
+    def _note_and_keep(self, node: Node, num_pages: int) -> None:
+        """See `keep_evicted`: what is not to be trusted is not kept, nor what follows it."""
+        self._evicted_pages.note(node, num_pages)
+        digests, page_bytes = self.digests.of(node), self.page_size * TOKEN_BYTES
+        first = len(node.pages) - num_pages
+        pages = list(takewhile(lambda page: page not in self._untrusted, node.pages[first : len(digests)]))
+        if not pages or self.keep_evicted is None:
+            return
+        parent = digests[first - 1] if first else self.digests.before(node)
+        names = []
+        for at in range(first, first + len(pages)):
+            tokens = page_tokens(node.key[at * page_bytes : (at + 1) * page_bytes])
+            names.append(PageName(digests[at], parent, tokens))
+            parent = digests[at]
+        self.keep_evicted(names, pages)
 
     def flush(self) -> None:
         """Empty the tree of everything that nobody uses."""

@@ -18,6 +18,17 @@ def pages_there(cache: KVCache, namespace: str, key: bytes, num_pages: int) -> l
     return cache.agreeing(namespace, key, num_pages * cache.page_size).pages
 
 
+def room_behind(cache: KVCache, namespace: str, key: bytes, num_pages: int) -> int:
+    """How many pages could be put behind the first `num_pages` of `key`, which the tree has. Changes nothing."""
+    match = cache.agreeing(namespace, key, num_pages * cache.page_size)
+    is_free = match.child is not None and match.child.num_locks == 0
+    own, node = match.child_pages if is_free else 0, match.node  # of those that could be evicted, what must stay
+    while node is not None and node.num_locks == 0:
+        own += len(node.pages)
+        node = node.parent
+    return cache.num_available - own
+
+
 def put_pages(
     cache: KVCache,
     namespace: str,

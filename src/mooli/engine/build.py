@@ -23,6 +23,7 @@ from mooli.config import NGRAM_DRAFT_TOKENS, EngineConfig
 from mooli.engine.core import EngineCore
 from mooli.engine.disk import open_disk
 from mooli.engine.facts import CacheNamespace, EngineFacts, device_words
+from mooli.engine.host import open_host
 from mooli.engine.pool_size import (
     DRAFT_STEP_TOKENS,
     GIB,
@@ -264,7 +265,10 @@ def _build(
     cache.digests.engine = namespace.root
     pages = team.pages(backend, bytes_per_page)
     page_bytes = bytes_per_page * config.tp_size
-    disk = open_disk(config, cache, pages, page_bytes, kv_spec, namespace, scheduler.max_batch_tokens)
+    host = open_host(config, cache, backend, kv_spec, namespace.root, scheduler.max_batch_tokens)
+    if host is not None:
+        scheduler.attach_host(host)
+    disk = open_disk(config, cache, pages, page_bytes, kv_spec, namespace, scheduler.max_batch_tokens, host)
     if disk is not None:
         scheduler.attach_disk(disk)
     facts = EngineFacts(

@@ -39,7 +39,7 @@ class EngineCore:
         """pace: how long steps with prompts may become beside streams; None leaves the scheduler's own number.
         grammars: what the scheduler's constraints are made by, if they are made at all."""
         self._scheduler = scheduler
-        self._disk = scheduler.disk
+        self._tiers = scheduler.tiers
         self._runner: Runner = runner
         self._pace = pace
         self._grammars = grammars
@@ -51,8 +51,8 @@ class EngineCore:
         If the runner raises, the requests of that step end with finish reason `error` and all others go on; but
         EngineDeadError, which says that no step can follow, is raised here.
         """
-        if self._disk is not None:
-            self._disk.move()
+        for tier in self._tiers:
+            tier.move()
         batch = self._scheduler.schedule()
         self._is_held = batch is None
         if batch is None:
@@ -74,8 +74,8 @@ class EngineCore:
         if self._pace is not None:
             self._pace.learn(self._scheduler.last_step, seconds)
             self._scheduler.mixed_prefill_tokens = self._pace.prefill_tokens
-        if self._disk is not None:
-            self._disk.learn(self._scheduler.last_step, seconds)
+        for tier in self._tiers:
+            tier.learn(self._scheduler.last_step, seconds)
         return self._scheduler.update(batch, output)
 
     def add(self, request: Request) -> None:
@@ -106,13 +106,13 @@ class EngineCore:
     def bind_disk(self, wake: Callable[[], None]) -> None:
         """wake: as for grammars; called when pages have come from disk, or there is room for more to write. To be bound
         before the first step."""
-        if self._disk is not None:
-            self._disk.on_change(wake)
+        if self._scheduler.disk is not None:
+            self._scheduler.disk.on_change(wake)
 
     def close_disk(self) -> None:
         """Write what is warm, for the next engine. Called when nothing steps any more."""
-        if self._disk is not None:
-            self._disk.close(CLOSE_DISK_S)
+        for tier in reversed(self._tiers):  # the disk takes what is in the host's memory
+            tier.close(CLOSE_DISK_S)
 
     def look_again(self) -> None:
         """Something is there that no step brings. A grammar is ready, or will never be: requests that waited for it can
@@ -126,9 +126,9 @@ class EngineCore:
     def has_work(self) -> bool:
         """`step` has something to compute, to move or to hand out. False while all requests wait for what no step
         brings."""
-        scheduler, disk = self._scheduler, self._disk
+        scheduler = self._scheduler
         has_steps = (scheduler.has_requests and not self._is_held) or scheduler.has_outputs
-        return has_steps or (disk is not None and disk.has_work)
+        return has_steps or any(tier.has_work for tier in self._tiers)
 
     @property
     def last_step(self) -> StepStats:

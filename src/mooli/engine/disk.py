@@ -20,6 +20,7 @@ from mooli.config import KV_CACHE_AUTO, KV_CACHE_NONE, EngineConfig
 from mooli.engine.facts import CacheNamespace
 from mooli.errors import StoreError
 from mooli.scheduler.disk_tier import DiskTier
+from mooli.scheduler.host_tier import HostTier
 from mooli.scheduler.speed import BreakEven
 from mooli.scheduler.write_behind import PageBytes
 
@@ -47,8 +48,9 @@ def open_disk(
     spec: CacheSpec,
     namespace: CacheNamespace,
     step_tokens: int,
+    host: HostTier | None = None,
 ) -> DiskTier | None:
-    """The store of an engine whose pool is allocated; None where nothing is kept.
+    """The store of an engine whose pool is allocated; None where nothing is kept. host: the tier between, if any.
 
     pages: of the pool, page_bytes each, those of all ranks in one.
 
@@ -105,4 +107,4 @@ def open_disk(
     )
     even = BreakEven(page_bytes / spec.page_size, step_tokens)
     io = StoreIO(store, page_bytes, states)
-    return DiskTier(cache, io, pages, page_bytes, namespace.root, even, state_bytes=spec.state_bytes)
+    return DiskTier(cache, io, pages, page_bytes, namespace.root, even, state_bytes=spec.state_bytes, host=host)

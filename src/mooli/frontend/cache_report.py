@@ -48,7 +48,7 @@ _ADVICE: Mapping[str, str] = {
     "no_state": "give states more memory (state_cache_fraction)",
     "disabled": "start without disable_radix_cache",
     "judged_slower": "a faster disk, or more memory for the KV cache",
-    "load_failed": "the log says what of the cache's folder could not be read",
+    "load_failed": "the log says what of the cache's folder, or of the host's memory, could not be brought",
 }
 
 

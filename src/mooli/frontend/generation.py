@@ -74,6 +74,11 @@ class Generation:
         return self.last.loaded_tokens
 
     @property
+    def host_tokens(self) -> int:
+        """Those of them that were copied back from the host's memory."""
+        return self.last.host_tokens
+
+    @property
     def written_tokens(self) -> int:
         """Tokens of the prompt that were computed, and are in the cache since."""
         return self.last.written_tokens

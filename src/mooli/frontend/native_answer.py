@@ -136,7 +136,7 @@ class NativeAnswer:
             "completion_tokens": len(generation.output_ids),
             "reasoning_tokens": self._num_reasoning_tokens(),
             "cached_tokens": last.cached_tokens,
-            "cached_tokens_details": cached_details(last.cached_tokens, last.loaded_tokens),
+            "cached_tokens_details": cached_details(last.cached_tokens, last.loaded_tokens, last.host_tokens),
             "weight_version": WEIGHT_VERSION,
             "num_retractions": last.num_preemptions,
         }
@@ -189,10 +189,10 @@ class NativeAnswer:
         return (logprob, token_id, self._tokenizer.token_text(token_id))
 
 
-def cached_details(cached: int, loaded: int) -> dict[str, Any]:
-    """Where so many cached tokens were, of which `loaded` came from disk: SGLang's names of tiers. `host` is for memory
-    between a device and the disk, which Mooli does not use."""
-    details: dict[str, Any] = {"device": cached - loaded, "host": 0}
+def cached_details(cached: int, loaded: int, host: int) -> dict[str, Any]:
+    """Where so many cached tokens were, of which `loaded` came from disk and `host` from the host's memory below a
+    device's: SGLang's names of tiers."""
+    details: dict[str, Any] = {"device": cached - loaded - host, "host": host}
     return {**details, "storage": loaded, "storage_backend": "file"} if loaded else details
 
 

@@ -117,6 +117,20 @@ class FakeRunner:
         """See `Backend.write_state`."""
         self._states[slot : slot + 1] = np.frombuffer(data, np.uint64)
 
+    # What of an `OffloadingBackend` moves pages.
+    def allocate_host(self, num_rows: int) -> None:
+        self._host: NDArray[np.uint64] = np.full((num_rows, self.page_size), UNSET, np.uint64)
+
+    def back_up(self, pages: Sequence[int], rows: Sequence[int]) -> None:
+        self._host[list(rows)] = self._kv.reshape(-1, self.page_size)[list(pages)]
+
+    def load_back(self, pages: Sequence[int], rows: Sequence[int]) -> None:
+        self._kv.reshape(-1, self.page_size)[list(pages)] = self._host[list(rows)]
+
+    def host_bytes(self, row: int) -> bytes:
+        taken: bytes = self._host[row].tobytes()
+        return taken
+
     def _recur(self, batch: ScheduleBatch) -> list[np.uint64]:
         for copy in batch.state_copies:
             self._states[copy.target] = self._states[copy.source]

@@ -43,7 +43,7 @@ from mooli.scheduler import cache_ends
 from mooli.scheduler.batch_builder import Plan
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.running import Running
-from mooli.scheduler.stats import Counters
+from mooli.scheduler.stats import Counters, StepStats
 from mooli.types import FIRST_CONTENT_ID, Request
 
 POLICIES = ("fcfs", "lpm")
@@ -306,6 +306,37 @@ class Hold(Protocol):
 
     def began(self, state: RequestState) -> None:
         """`state` runs from now on."""
+
+
+class Tier(Hold, Protocol):
+    """A place for pages below the pool: requests wait for what comes from there, and what they compute goes there."""
+
+    @property
+    def has_work(self) -> bool:
+        """`move` would do something."""
+        ...
+
+    def move(self) -> None:
+        """Between two steps: what has come is put into pool and tree, and a piece of what is to go there is sent."""
+
+    def learn(self, step: StepStats, seconds: float) -> None:
+        """A step has taken `seconds`."""
+
+    def computed(self, state: RequestState) -> None:
+        """What it has computed so far gave numbers, and its full pages are in the tree or come there now."""
+
+    def distrusted(self, state: RequestState) -> None:
+        """What it computed on may hold NaN: that is not to be found again."""
+
+    def ended(self, state: RequestState) -> None:
+        """Nothing comes for it any more."""
+
+    def stats(self) -> dict[str, int]:
+        """By name, in tokens and requests."""
+        ...
+
+    def close(self, timeout_s: float) -> None:
+        """Nothing steps any more."""
 
 
 class PrefixWaits:

@@ -25,18 +25,16 @@ from mooli.cache.kv_cache import KVCache, MissReason
 from mooli.cache.page_hash import PageChain, root_of
 from mooli.cache.page_moves import pages_there, put_pages
 from mooli.cache.store_io import Piece, StoreIO
+from mooli.scheduler.host_tier import NOT_BROUGHT
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.speed import BreakEven
 from mooli.scheduler.stats import StepStats
-from mooli.scheduler.write_behind import LEAST_TOKENS, PageBytes, WriteBehind
+from mooli.scheduler.write_behind import LEAST_TOKENS, HostBytes, PageBytes, WriteBehind
 
 logger = logging.getLogger(__name__)
 
 ALARM_S = 0.001
 """How long after a request is late it is looked at again."""
-
-_NOT_LOADED = (MissReason.NEW, MissReason.NAMESPACE, MissReason.DIVERGED, MissReason.EVICTED, MissReason.NO_STATE)
-"""Of the tree alone; where the store has more, why that was not used says more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -76,11 +74,11 @@ class _Found:
 
 
 class DiskTier:
-    """A `Hold`, and what the other rooms tell of requests. Everything is called on the thread that steps.
+    """A `Tier`. Everything is called on the thread that steps.
 
     io: the store's threads. pages: of the pool, page_bytes each. root: of the engine (`CacheNamespace.root`).
     even: the speeds that decide what is loaded. clock: seconds, for tests. state_bytes: of a recurrent state; 0 for
-    models that have none.
+    models that have none. host: where pages are between pool and disk.
     """
 
     reason = "loading"
@@ -95,9 +93,10 @@ class DiskTier:
         even: BreakEven,
         clock: Callable[[], float] = time.monotonic,
         state_bytes: int = 0,
+        host: HostBytes | None = None,
     ) -> None:
         self.even = even
-        self.behind = WriteBehind(cache, io, pages, page_bytes, self._is_worth, state_bytes)
+        self.behind = WriteBehind(cache, io, pages, page_bytes, self._is_worth, state_bytes, host)
         self.num_loaded = self.num_states_loaded = self.num_failed = self.num_slower = 0
         """Pages and states that were loaded; requests that began without what is on disk, as it came not or too late,
         or as loading was judged slower."""
@@ -151,7 +150,7 @@ class DiskTier:
             state.loaded_tokens = max(0, num_loaded)
         end = state.match_end
         num_on_disk = max(found.num_on_disk, 0 if found.most_pages is None else found.most_pages + 1)
-        is_less = end is not None and end.reason in _NOT_LOADED and end.num_tokens < num_on_disk * page_size
+        is_less = end is not None and end.reason in NOT_BROUGHT and end.num_tokens < num_on_disk * page_size
         if end is not None and is_less and found.reason is not None:
             num_lost = min(num_on_disk * page_size, state.match_limit) - end.num_tokens
             state.match_end = replace(end, reason=found.reason, num_lost=max(num_lost, end.num_lost))

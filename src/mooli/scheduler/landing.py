@@ -13,9 +13,8 @@ from math import isnan
 
 from mooli.batch import LogprobRow, PromptLogprobRows, StepOutput
 from mooli.cache.kv_cache import KVCache
-from mooli.scheduler.admission import AdmissionControl
+from mooli.scheduler.admission import AdmissionControl, Tier
 from mooli.scheduler.batch_builder import Row
-from mooli.scheduler.disk_tier import DiskTier
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.running import Running
 from mooli.scheduler.stats import Counters
@@ -112,7 +111,7 @@ class Landing:
     """What a step means for each of its requests, and the end of every request.
 
     open_requests: by rid, all that have not ended; who ends is taken out of it. verifies_drafts: say how they fared.
-    disk: where pages are kept besides the pool. outputs: not handed out yet.
+    tiers: where pages are kept besides the pool. outputs: not handed out yet.
     """
 
     cache: KVCache
@@ -122,7 +121,7 @@ class Landing:
     counters: Counters
     acceptance: Acceptance
     verifies_drafts: bool
-    disk: DiskTier | None = None
+    tiers: list[Tier]
     outputs: list[RequestOutput] = field(default_factory=list)
 
     def land(self, rows: list[Row], prompt_logprobs: Sequence[PromptLogprobRows], output: StepOutput) -> None:
@@ -179,8 +178,9 @@ class Landing:
             self.end(state, accepted.finish, out)
         else:
             self.running.share_computed(state)
-            if self.disk is not None and state.num_output_tokens == len(accepted.token_ids):
-                self.disk.computed(state)
+            if self.tiers and state.num_output_tokens == len(accepted.token_ids):
+                for tier in self.tiers:
+                    tier.computed(state)
             self.outputs.append(out)
             if accepted.leaves_nan or not goes_on:
                 self.admission.preempt(state)  # NaN would spread: even what has no weight is multiplied
@@ -200,10 +200,10 @@ class Landing:
         self, state: RequestState, finish: FinishReason, out: RequestOutput | None = None, *, keep: bool = True
     ) -> None:
         """The one place where a request ends: its pages go, its last output is queued."""
-        if self.disk is not None:
+        for tier in self.tiers:
             if keep and finish.type != "error" and (state.num_output_tokens or not state.wants_tokens):
-                self.disk.computed(state)
-            self.disk.ended(state)
+                tier.computed(state)
+            tier.ended(state)
         self.admission.remove(state, keep=keep)
         del self.open_requests[state.rid]
         self.counters.finished += 1
@@ -212,8 +212,8 @@ class Landing:
     def _end_untrusted(self, state: RequestState, finish: FinishReason, out: RequestOutput | None = None) -> None:
         """End a request whose KV may hold NaN: others must not find it in the cache."""
         held = state.pages
-        if self.disk is not None:
-            self.disk.distrusted(state)
+        for tier in self.tiers:
+            tier.distrusted(state)
         if held is not None:
             self.cache.forget(held)
         self.end(state, state.pending_finish or finish, out, keep=False)
@@ -228,6 +228,7 @@ class Landing:
             completion_tokens=state.num_output_tokens,
             cached_tokens=max(0, state.cached_tokens),
             loaded_tokens=max(0, state.loaded_tokens),
+            host_tokens=max(0, min(state.host_tokens, state.cached_tokens - max(0, state.loaded_tokens))),
             written_tokens=max(0, num_prompt_computed - state.cached_tokens) if is_kept else 0,
             num_preemptions=state.num_preemptions,
             prompt_logprobs=state.take_prompt_logprobs(),

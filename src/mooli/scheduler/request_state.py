@@ -26,7 +26,8 @@ class RequestState:
     due: where it came, in tokens computed by anybody, less the head start of its priority; 0, and head_start None,
     where priorities do not count.
     num_found: tokens that were in the cache when it began to run, this time.
-    loaded_tokens: of `cached_tokens`, those that came from disk for it; both are -1 before it first runs.
+    loaded_tokens, host_tokens: of `cached_tokens`, those that came from disk, or out of the host's memory, for it; all
+    are -1 before it first runs.
     drafts: how the guesses at its next tokens have fared.
     given: what it gave to the tree, preempted or not.
     match_end: where it ended in the cache when it began to run, and why. cache_end: the same of the first time, to be
@@ -48,6 +49,7 @@ class RequestState:
         "enqueued_at",
         "given",
         "head_start",
+        "host_tokens",
         "is_background",
         "leader",
         "leader_pages",
@@ -86,7 +88,7 @@ class RequestState:
         self.stop_ids = frozenset() if params.ignore_eos else request.eos_ids | params.stop_token_ids
         self.num_prompt_tokens = self.num_tokens = len(prompt)
         self.num_computed = self.num_found = 0
-        self.cached_tokens = self.loaded_tokens = -1
+        self.cached_tokens = self.loaded_tokens = self.host_tokens = -1
         self.constrained: Constrained | None = None
         self.drafts = DraftRecord()
         self.num_preemptions = 0

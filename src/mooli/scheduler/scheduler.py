@@ -34,6 +34,7 @@ from mooli.scheduler.admission import (
     ConstraintWaits,
     Hold,
     PrefixWaits,
+    Tier,
     Waiting,
     check_request,
     head_start,
@@ -42,6 +43,7 @@ from mooli.scheduler.batch_builder import BatchBuilder, Plan, Row
 from mooli.scheduler.constraint import Constrained, ConstraintMaker
 from mooli.scheduler.disk_tier import DiskTier
 from mooli.scheduler.drafts import Drafts, DraftSettings, ForcedSettings
+from mooli.scheduler.host_tier import HostTier
 from mooli.scheduler.landing import Acceptance, Landing
 from mooli.scheduler.planning import Planner
 from mooli.scheduler.request_state import RequestState
@@ -117,6 +119,9 @@ class Scheduler:
         self._running = Running(cache, self._builder, self.max_running_requests)
         waiting, background, running, counters = self._waiting, self._background, self._running, self.counters
         all_holds: list[Hold] = [ConstraintWaits(), PrefixWaits(cache), *holds]
+        self.tiers: list[Tier] = []
+        """Where pages are besides the pool, nearest first."""
+        self.host: HostTier | None = None
         self.disk: DiskTier | None = None
         admission = self._admission = AdmissionControl(cache, waiting, background, running, counters, all_holds)
         self.watching = Watching(cache, self._states, all_holds)
@@ -124,14 +129,23 @@ class Scheduler:
         self._planner = Planner(cache, waiting, background, running, admission, max_batch_tokens, guesses, forced)
         acceptance = Acceptance(vocab_size, computed_in)
         self._landing = Landing(
-            cache, running, admission, self._states, counters, acceptance, verifies_drafts=drafts is not None
+            cache, running, admission, self._states, counters, acceptance, drafts is not None, self.tiers
         )
+
+    def attach_host(self, host: HostTier) -> None:
+        """Keep pages in the host's memory too. Called once, before `attach_disk` and before any request comes."""
+        self.host = host
+        self._attach(host)
 
     def attach_disk(self, disk: DiskTier) -> None:
         """Keep pages there too: one more reason for which requests wait. Called once, before any request comes."""
-        self.disk = self._landing.disk = disk
-        self._admission.holds.append(disk)
+        self.disk = disk
+        self._attach(disk)
         self._cache.watch.look_on_disk(disk.on_disk)
+
+    def _attach(self, tier: Tier) -> None:
+        self.tiers.append(tier)
+        self._admission.holds.append(tier)
 
     # -- requests come and go -----------------------------------------------------------------------------------------
     @property
@@ -199,6 +213,8 @@ class Scheduler:
         if self._states:
             return False
         self._cache.flush()
+        if self.host is not None:
+            self.host.clear()
         return True
 
     # -- a step is planned --------------------------------------------------------------------------------------------
@@ -271,8 +287,10 @@ class Scheduler:
             "used_pages": cache.num_pages - cache.num_available,
             "evicted_pages": cache.num_evicted_pages,
         }
-        disk = {} if self.disk is None else self.disk.stats()
-        return gauges | self.counters.as_dict() | disk
+        gauges |= self.counters.as_dict()
+        for tier in self.tiers:
+            gauges |= tier.stats()
+        return gauges
 
     def check(self) -> None:
         """Prove that pages, places and requests balance; raises EngineError otherwise. For tests."""
@@ -281,3 +299,5 @@ class Scheduler:
         self._waiting.check()
         self._background.check()
         self._running.check()
+        if self.host is not None:
+            self.host.check()

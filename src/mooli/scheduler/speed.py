@@ -52,11 +52,19 @@ LEAST_WAIT_S, UNMEASURED_WAIT_S = 0.25, 10.0
 class BreakEven:
     """Loading n tokens takes t0 + n k / B seconds, and computing them n / r: from L = t0 / (1 / r - k / B) tokens on
     loading is the shorter way, with k bytes a token, B bytes and r tokens a second. Where k / B is not below 1 / r it
-    never is."""
+    never is. lookup_s, supposed_bytes_per_s: t0, and B before it is measured."""
 
-    def __init__(self, bytes_per_token: float, most_step_tokens: int) -> None:
+    def __init__(
+        self,
+        bytes_per_token: float,
+        most_step_tokens: int,
+        lookup_s: float = LOOKUP_S,
+        supposed_bytes_per_s: float = SUPPOSED_BYTES_PER_S,
+    ) -> None:
         self.bytes_per_s = 0.0
         """At which pages are read; 0 before any have been."""
+        self._lookup_s = lookup_s
+        self._supposed_bytes_per_s = supposed_bytes_per_s
         self._bytes_per_token = bytes_per_token
         self._prompts = PromptSpeed(most_step_tokens)
 
@@ -73,16 +81,20 @@ class BreakEven:
     @property
     def least_tokens(self) -> float:
         """From how many tokens on a prefix is loaded: infinite for never, 1 before a prompt has been measured."""
-        return self._tokens_for(LOOKUP_S) if self._prompts.tokens_per_s else 1.0
+        return self._tokens_for(self._lookup_s) if self._prompts.tokens_per_s else 1.0
 
     def tokens_for(self, num_bytes: int) -> float:
         """How many more it must be where the load has so many bytes besides: 0 before a prompt has been measured."""
-        return self._tokens_for(num_bytes / (self.bytes_per_s or SUPPOSED_BYTES_PER_S))
+        return self._tokens_for(num_bytes / self._speed)
+
+    @property
+    def _speed(self) -> float:
+        return self.bytes_per_s or self._supposed_bytes_per_s
 
     def _tokens_for(self, seconds: float) -> float:
         if not self._prompts.tokens_per_s:
             return 0.0
-        gained_s = 1 / self._prompts.tokens_per_s - self._bytes_per_token / (self.bytes_per_s or SUPPOSED_BYTES_PER_S)
+        gained_s = 1 / self._prompts.tokens_per_s - self._bytes_per_token / self._speed
         return seconds / gained_s if gained_s > 0 else math.inf
 
     def patience_s(self, num_tokens: int) -> float:

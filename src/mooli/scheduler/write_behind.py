@@ -51,6 +51,15 @@ class PageBytes(Protocol):
     def write_state(self, slot: int, data: Any) -> None: ...
 
 
+class HostBytes(Protocol):
+    """What of the host's memory below the pool has pages too: see `mooli.scheduler.host_tier.HostTier`."""
+
+    @property
+    def num_pages(self) -> int: ...
+
+    def bytes_of(self, digests: Sequence[bytes], tokens: Sequence[bytes]) -> list[bytes]: ...
+
+
 @dataclass(slots=True, eq=False)
 class _Save:
     """The first `num_pages` pages of a sequence. num_found: of them, that were found. is_final: all its snapshots are
@@ -69,7 +78,8 @@ class _Save:
 
 class WriteBehind:
     """pages: of the pool. is_worth: whether a sequence of so many tokens is written at once. state_bytes: of a
-    snapshot; 0 for models that have none."""
+    snapshot; 0 for models that have none. host: where pages are besides, and are taken from if they are; None for
+    nowhere."""
 
     def __init__(
         self,
@@ -79,6 +89,7 @@ class WriteBehind:
         page_bytes: int,
         is_worth: Callable[[int], bool],
         state_bytes: int = 0,
+        host: HostBytes | None = None,
     ) -> None:
         self.num_written = self.num_states_written = 0
         """Pages and snapshots handed to the store."""
@@ -89,6 +100,8 @@ class WriteBehind:
         self._pages = pages
         self._piece = max(1, PIECE_BYTES // page_bytes)
         self._is_worth = is_worth
+        self._host = host
+        self._most_warm = cache.num_pages + (0 if host is None else host.num_pages)
         self._saves: deque[_Save] = deque()
         self._warm: OrderedDict[bytes, _Save] = OrderedDict()
         """By the name of the last page, the latest last."""
@@ -115,7 +128,7 @@ class WriteBehind:
             self._keep_for_the_end(_Save(namespace, key, chain, save.num_pages, 0, is_final=True))
 
     def _keep_for_the_end(self, save: _Save) -> None:
-        """As many as the pool could hold, were no two alike."""
+        """As many as memory could hold, were no two alike."""
         name = save.chain.digests[save.num_pages - 1]
         if name in self._warm:
             self._warm.move_to_end(name)
@@ -125,7 +138,7 @@ class WriteBehind:
                 self._num_warm -= shorter.num_pages
         self._warm[name] = save
         self._num_warm += save.num_pages
-        while self._num_warm > self._cache.num_pages:
+        while self._num_warm > self._most_warm:
             _, oldest = self._warm.popitem(last=False)
             self._num_warm -= oldest.num_pages
 
@@ -144,21 +157,25 @@ class WriteBehind:
         first, last = save.at, min(save.num_pages, save.at + self._piece)
         if first >= last:
             return False
-        pages = pages_there(self._cache, save.namespace, save.key, last)[first:]
-        if not pages:
-            return False
-        data = self._read(partial(self._pages.read_pages, pages))
-        if data is None:
-            return True
         chain = save.chain
+        data: Any = []
+        if self._host is not None:
+            data = self._host.bytes_of(chain.digests[first:last], chain.tokens[first:last])
+        if not data:
+            pages = pages_there(self._cache, save.namespace, save.key, last)[first:]
+            if not pages:
+                return False
+            data = self._read(partial(self._pages.read_pages, pages))
+            if data is None:
+                return True
         self._io.append(
             [
                 StoredPage(chain.digests[at], chain.parent_of(at), at, chain.tokens[at], memoryview(payload))
                 for at, payload in enumerate(data, first)
             ]
         )
-        self.num_written += len(pages)
-        save.at = first + len(pages)
+        self.num_written += len(data)
+        save.at = first + len(data)
         return True
 
     def _send_state(self, save: _Save) -> bool:

@@ -50,7 +50,7 @@ class Miss(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     reason: `new` (not known before), `evicted` (known, and gone for want of room), `diverged` (others went on with
     another token), `namespace` (nothing is cached for this tenant or salt), `held back` (it must be computed),
-    `judged slower` and `load failed` (more is on disk, and was not loaded), `disabled`.
+    `judged slower` and `load failed` (more is in a tier below, and was not loaded), `disabled`.
     """
 
     reason: str

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mooli.arguments import REDACTED, add_model_word, flags_of, group_titled, model_word
-from mooli.config import DEMO, KV_CACHE_AUTO, EngineConfig
+from mooli.config import ABILITIES, DEMO, HOST_TIER, KV_CACHE_AUTO, NO_HOST_TIER, EngineConfig
 from mooli.entry import INTERRUPTED
 from mooli.errors import ConfigError, EngineError, MooliError, UnknownArgumentError
 from mooli.logs import report_error
@@ -102,9 +102,16 @@ def read_server_args(args: argparse.Namespace) -> ServerArguments:
     server_names = {item.name for item in dataclasses.fields(ServerConfig)}
     server = {name: value for name, value in given.items() if name in server_names}
     engine = {name: value for name, value in given.items() if name not in server_names}
+    hosted = {name: engine.pop(name) for name in HOST_TIER if name in engine}
+    config = EngineConfig.from_kwargs(**{**DEFAULTS, **engine})
+    if ABILITIES[config.backend_name].has_host_tier:
+        config = EngineConfig.from_kwargs(**{**DEFAULTS, **engine, **hosted})
+    else:  # what is asked for is so: a command line for another device serves here too
+        flags = [flags_of(name)[0] for name, value in hosted.items() if value]
+        warnings += [f"{flag} has no effect on device {config.backend_name!r}: {NO_HOST_TIER}" for flag in flags]
     return ServerArguments(
         ServerConfig.from_kwargs(**server),
-        EngineConfig.from_kwargs(**{**DEFAULTS, **engine}),
+        config,
         tuple(warning for warning in warnings if warning is not None),
     )
 

@@ -169,7 +169,7 @@ class _RequestCounts:
         self.prompt_lengths = _Histogram(LENGTH_BUCKETS)
         self.uncached_lengths = _Histogram(LENGTH_BUCKETS)
         self.answer_lengths = _Histogram(LENGTH_BUCKETS)
-        self.cached_tokens = self.loaded_tokens = 0
+        self.cached_tokens = self.loaded_tokens = self.host_tokens = 0
         self.cache_ends = collections.Counter(dict.fromkeys(CACHE_ENDS, 0))
         self.lost_tokens = collections.Counter(dict.fromkeys(CACHE_ENDS, 0))
         self.decode_tokens = 0
@@ -198,6 +198,7 @@ class _RequestCounts:
             self.generated_tokens[is_stream] += num_generated
             self.cached_tokens += cached
             self.loaded_tokens += generation.loaded_tokens
+            self.host_tokens += generation.host_tokens
             if (end := generation.cache_end) is not None:
                 reason = (end.reason or "none").replace(" ", "_")
                 self.cache_ends[reason] += 1
@@ -313,6 +314,12 @@ class _Exposition(Collector):
                 engine.tokens("evictable_pages"),
             ),
             ("max_total_num_tokens", "Tokens the KV cache can hold.", facts.max_total_num_tokens),
+            (
+                "hicache_host_total_tokens",
+                "Tokens that the host's memory below the KV cache can hold; 0 where there is none.",
+                engine.count("host_total_tokens"),
+            ),
+            ("hicache_host_used_tokens", "Tokens that are there.", engine.count("host_used_tokens")),
             ("gen_throughput", "Generated tokens per second; 0 while nothing runs.", engine.gen_throughput),
             (
                 "cache_hit_rate",
@@ -347,21 +354,26 @@ class _Exposition(Collector):
         yield self._counter("evicted_tokens", "Tokens dropped from the cache to make room.", evicted, self._rank)
         verified = engine.count("verify_steps")
         yield self._counter("spec_verify_calls", "Steps of requests that could verify guesses.", verified, self._rank)
-        for name, text, stat in (
+        for name, text, *stats in (
             ("prefetched_tokens", "Tokens of the KV cache loaded from disk.", "loaded_tokens"),
             ("backuped_tokens", "Tokens of the KV cache handed to the disk.", "stored_tokens"),
+            ("load_back_tokens", "Tokens copied back from the host's memory.", "host_loaded_tokens"),
+            ("hicache_backup_tokens", "Tokens copied to the host's memory.", "host_saved_tokens"),
+            ("hicache_dropped_tokens", "Tokens dropped there to make room.", "host_dropped_tokens"),
             (
                 "hicache_load_failures",
-                "Requests that began without what is on disk: it did not come, or not in time.",
+                "Requests that began without what is in the host's memory or on disk: it did not come, or not in time.",
                 "failed_loads",
+                "host_failed_loads",
             ),
             (
                 "hicache_load_skipped",
-                "Requests that began without what is on disk: loading would have taken longer.",
+                "Requests that began without what is there: loading would have taken longer.",
                 "slower_loads",
+                "host_slower_loads",
             ),
         ):
-            yield self._counter(name, text, engine.count(stat), self._rank)
+            yield self._counter(name, text, sum(map(engine.count, stats)), self._rank)
         yield self._counter("num_retracted_requests", "Requests put back in the queue.", preempted, self._rank)
 
     def _request_counters(self) -> Iterator[Metric]:
@@ -377,10 +389,13 @@ class _Exposition(Collector):
             yield family
         cached = CounterMetricFamily(
             "sglang:cached_tokens",
-            "Tokens of prompts that came from the cache, by where they were: in memory, or on disk.",
+            "Tokens of prompts that came from the cache, by where they were: on the device, in the host's memory below"
+            " it, or on disk.",
             labels=[*self._model, "cache_source"],
         )
-        cached.add_metric([*self._model.values(), "device"], counts.cached_tokens - counts.loaded_tokens)
+        on_device = counts.cached_tokens - counts.loaded_tokens - counts.host_tokens
+        cached.add_metric([*self._model.values(), "device"], on_device)
+        cached.add_metric([*self._model.values(), "host"], counts.host_tokens)
         cached.add_metric([*self._model.values(), "storage"], counts.loaded_tokens)
         yield cached
         for name, text, by_reason in (

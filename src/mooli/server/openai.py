@@ -333,7 +333,8 @@ def cache_details(shape: AnswerShape, choices: Sequence[Choice]) -> dict[str, An
     if shape.returns_cache_details:
         least = [min(group, key=_cached_tokens) for group in _prompts(choices)]
         cached = sum(map(_cached_tokens, least))
-        details["cached_tokens_details"] = cached_details(cached, sum(each.loaded_tokens for each in least))
+        loaded, host = sum(each.loaded_tokens for each in least), sum(each.host_tokens for each in least)
+        details["cached_tokens_details"] = cached_details(cached, loaded, host)
     if shape.inquiry is not None:
         reader = choices[0].reader
         details["cache_report"] = shape.inquiry.report(reader.generation, has_reasoned=reader.num_reasoning_tokens > 0)

@@ -117,6 +117,12 @@ class AscendBackend(TorchBackend):
     def bind_thread(self) -> None:
         self._npu.api.set_device(self._npu.index)
 
+    def pins_host(self) -> bool:
+        return not self._npu.is_simulated
+
+    def wait_for_copies(self) -> None:
+        self._npu.api.synchronize()
+
     def connect(self, group: RankGroup) -> Communicator:
         if self._npu.is_simulated:
             return GlooCommunicator(group)

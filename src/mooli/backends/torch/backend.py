@@ -45,8 +45,11 @@ from mooli.backends.torch.weights import (
     tensor_bytes,
 )
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
-from mooli.errors import ConfigError
+from mooli.errors import ConfigError, EngineError, OutOfMemoryError
 from mooli.tensor import RawTensor, TensorType
+
+MOST_GATHERED_BYTES = 16 << 20
+"""Of pages on their way between device and host: so much room it takes on the device, or a page."""
 
 FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
@@ -92,6 +95,7 @@ class TorchBackend:
         self.ops = self.make_ops()
         self.sampler = TorchSampler(self.upload)
         self.pool: KVPool | None = None
+        self._host: Tensor | None = None
         self.has_experts = False
         """How many rows an expert has is known on the host alone, so that steps are not captured."""
         self._embedding: Tensor | None = None
@@ -337,6 +341,61 @@ class TorchBackend:
         with torch.no_grad():
             self.ops.write_state(slot, data)
 
+    # ------------------------------------------------------------------ the host's memory: see `OffloadingBackend`
+
+    def allocate_host(self, num_rows: int) -> None:
+        pool = self._allocated()
+        size = pool.page_bytes // pool.dtype.itemsize
+        try:
+            self._host = torch.empty((num_rows, size), dtype=pool.dtype, pin_memory=self.pins_host())
+        except RuntimeError as exc:
+            num_bytes = num_rows * pool.page_bytes
+            raise OutOfMemoryError(
+                f"no memory on the host for {num_bytes / 2**30:.2f} GiB of the KV cache"
+                f" ({str(exc).splitlines()[0]}): lower hicache_size or hicache_ratio"
+            ) from exc
+
+    def pins_host(self) -> bool:
+        """Whether copies from and to pinned memory go without the host."""
+        return self.device.type != "cpu"
+
+    def wait_for_copies(self) -> None:
+        """All copies that were begun are over."""
+
+    def back_up(self, pages: Sequence[int], rows: Sequence[int]) -> None:
+        pool, host, pieces = self._between(pages, rows)
+        with torch.no_grad():
+            for numbers, places in pieces:
+                pool.back_up(numbers, host, places)
+        self.wait_for_copies()
+
+    def load_back(self, pages: Sequence[int], rows: Sequence[int]) -> None:
+        pool, host, pieces = self._between(pages, rows)
+        with torch.no_grad():
+            for numbers, places in pieces:
+                pool.load_back(numbers, host, places)
+        self.wait_for_copies()  # a row may be another page's right after this
+
+    def host_bytes(self, row: int) -> bytes:
+        if self._host is None or not 0 <= row < len(self._host):
+            raise EngineError(f"the host has no row {row} of the KV cache")
+        taken: bytes = self._host[row].view(torch.uint8).numpy().tobytes()
+        return taken
+
+    def _between(
+        self, pages: Sequence[int], rows: Sequence[int]
+    ) -> tuple[KVPool, Tensor, list[tuple[list[int], list[int]]]]:
+        """The pool, the host's memory, and which pages and rows are copied at a time."""
+        pool, host = self._allocated(), self._host
+        numbers = page_numbers(pages, pool.num_pages)
+        places = page_numbers(rows, 0 if host is None else len(host), "the host's memory")
+        if host is None or len(numbers) != len(places):
+            raise EngineError(f"{len(numbers)} pages do not go to {len(places)} rows of the host")
+        step = max(1, MOST_GATHERED_BYTES // pool.page_bytes)
+        starts = range(0, len(numbers), step)
+        pieces = [(numbers[at : at + step].tolist(), places[at : at + step].tolist()) for at in starts]
+        return pool, host, pieces
+
     def page_format(self) -> dict[str, str]:
         layout = "[layer][K, V][token][kv head][value]"
         return {"layout": f"{layout} {self._allocated().dtype}", "library": self.describe()["library"]}
@@ -390,7 +449,7 @@ class TorchBackend:
     def close(self) -> None:
         """Give back the KV pool and tables. Weights go with the model that holds them."""
         self.ops.close()
-        self.pool = None
+        self.pool = self._host = None
         self._embedding = None
         if self.communicator is not None:
             self.communicator.close()

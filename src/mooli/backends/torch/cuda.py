@@ -86,6 +86,9 @@ class CudaBackend(GraphedBackend):
         free, total = torch.cuda.mem_get_info(self.device)
         return MemoryInfo(total_bytes=total, available_bytes=free)
 
+    def wait_for_copies(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+
     def bind_thread(self) -> None:
         torch.cuda.set_device(self.device)
 

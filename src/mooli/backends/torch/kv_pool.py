@@ -113,6 +113,33 @@ class KVPool:
             for stack, host in self._on_host(data[index] if data.flags.writeable else data[index].copy()):
                 stack[:, :, page].copy_(host)
 
+    def back_up(self, pages: Sequence[int], host: Tensor, rows: Sequence[int]) -> None:
+        """Pages to rows of `host`, which has the pool's type and the layout of `read`: gathered on the device, then one
+        copy for each page and stack, for which nobody waits here."""
+        index = torch.tensor(pages, device=self.key_pages[0].device)
+        first = 0
+        for stack in self.stacks.values():
+            # (pages, layers, 2 or 1, page size, kv heads, head_dim): a page in one piece
+            gathered = stack.index_select(2, index).movedim(2, 0).contiguous().view(len(pages), -1)
+            last = first + gathered.shape[1]
+            for at, row in enumerate(rows):
+                host[row, first:last].copy_(gathered[at], non_blocking=True)
+            first = last
+
+    def load_back(self, pages: Sequence[int], host: Tensor, rows: Sequence[int]) -> None:
+        """The inverse of `back_up`."""
+        device = self.key_pages[0].device
+        index = torch.tensor(pages, device=device)
+        first = 0
+        for stack in self.stacks.values():
+            shape = stack[:, :, 0].shape
+            last = first + shape.numel()
+            gathered = torch.empty((len(rows), shape.numel()), dtype=self.dtype, device=device)
+            for at, row in enumerate(rows):
+                gathered[at].copy_(host[row, first:last], non_blocking=True)
+            stack.index_copy_(2, index, gathered.view(len(rows), *shape).movedim(0, 2))
+            first = last
+
     def _on_host(self, page: Bytes) -> Iterator[tuple[Tensor, Tensor]]:
         """Each stack, and its part of a page: (layers, 2 or 1, page size, kv heads, head_dim)."""
         values = torch.from_numpy(page).view(self.dtype)
