@@ -85,13 +85,15 @@ class Loaded:
         checkpoint.close()
         kv_dtype = kv_cache_dtype or ("float32" if backend_name == "reference" or dtype == "float32" else "bfloat16")
         spec = self.config.cache_spec(PAGE_SIZE, kv_dtype)
-        self.backend.allocate(spec, num_pages, Limits(max_tokens, 64, 4096))
+        self.has_states = bool(spec.state_layers)
+        self.backend.allocate(spec, num_pages, Limits(max_tokens, 64, 4096, 64 if self.has_states else 0))
         self.forward = self.backend.capture(self.model.forward)
         self.logits = self.backend.capture(self.model.logits)
         self.runner = ModelRunner(self.model, self.backend, self.config.vocab_size)
 
     def step(self, rows: list[tuple[int, int, list[int]]], ids: np.ndarray) -> ScheduleBatch:
-        """A greedy step of `rows` (start, length, pages); `ids` are the tokens of all rows one after the other."""
+        """A greedy step of `rows` (start, length, pages); `ids` are the tokens of all rows one after the other. A row's
+        state, where the model has some, is the one of its number."""
         starts = np.array([r[0] for r in rows], np.int32)
         lengths = np.array([r[1] for r in rows], np.int32)
         positions = np.concatenate([np.arange(s, s + n, dtype=np.int32) for s, n, _ in rows])
@@ -113,5 +115,5 @@ class Loaded:
         return ScheduleBatch(
             step=0, token_ids=ids.astype(np.int32), positions=positions, slots=slots.astype(np.int32),
             req_indices=np.arange(n, dtype=np.int32), starts=starts, lengths=lengths, num_samples=np.ones(n, np.int32),
-            page_table=table, sampling=sampling,
+            page_table=table, sampling=sampling, state_slots=np.arange(n, dtype=np.int32) if self.has_states else None,
         )  # fmt: skip

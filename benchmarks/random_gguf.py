@@ -16,27 +16,33 @@ import numpy as np
 
 from mooli.tensor import BLOCK, GGUF_TYPES, TensorType, row_bytes
 
-HALVES = {
-    TensorType.Q2_K: (80, 82),
-    TensorType.Q3_K: (108,),
-    TensorType.Q4_1: (0, 2),
-    TensorType.Q4_K: (0, 2),
-    TensorType.Q5_1: (0, 2),
-    TensorType.Q5_K: (0, 2),
-    TensorType.Q6_K: (208,),
+SCALES = {
+    TensorType.Q4_0: ((0, 5),),
+    TensorType.Q4_1: ((0, 9), (2, -1.2)),
+    TensorType.Q5_0: ((0, 9),),
+    TensorType.Q5_1: ((0, 18), (2, -1.2)),
+    TensorType.Q8_0: ((0, 74),),
+    TensorType.Q2_K: ((80, 16), (82, 16)),
+    TensorType.Q3_K: ((108, 45),),
+    TensorType.Q4_K: ((0, 320), (2, 43)),
+    TensorType.Q5_K: ((0, 650), (2, 43)),
+    TensorType.Q6_K: ((208, 1350),),
+    TensorType.IQ4_NL: ((0, 70),),
+    TensorType.IQ4_XS: ((0, 1300),),
 }
-"""Where a block has its float16 scales; the others begin with one."""
+"""Where a block has its float16 scales, and what random codes are about, in units of that scale."""
 
 
 def random_rows(kind: TensorType, rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (rows, row_bytes): any codes, under scales that keep what they multiply finite."""
-    blocks = rng.integers(0, 256, (rows * columns // BLOCK[kind][0], BLOCK[kind][1]), dtype=np.uint8)
+    """uint8 (rows, row_bytes): any codes, under scales that keep what they multiply about as large as it was."""
+    count, size = rows * columns // BLOCK[kind][0], columns**-0.5
+    blocks = np.frombuffer(bytearray(rng.bytes(count * BLOCK[kind][1])), np.uint8).reshape(count, -1)
     if kind == TensorType.MXFP4:
-        blocks[:, 0] = 119
+        blocks[:, 0] = 127 + round(np.log2(size / 3))
     else:
-        for offset in HALVES.get(kind, (0,)):
-            scales = rng.uniform(-0.001, 0.001, len(blocks)).astype("<f2")
-            blocks[:, offset : offset + 2] = scales.view(np.uint8).reshape(-1, 2)
+        signs = rng.choice((-1.0, 1.0), count)
+        for offset, spread in SCALES[kind]:
+            blocks[:, offset : offset + 2] = (signs * size / spread).astype("<f2").view(np.uint8).reshape(-1, 2)
     return blocks.reshape(rows, row_bytes(kind, columns))
 
 

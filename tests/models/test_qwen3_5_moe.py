@@ -87,7 +87,8 @@ def write_gguf(path: Path, folder: Path) -> None:
         part = name.split(".", 3)[-1]
         if part in EXPERTS:
             assert EXPERTS[part].removesuffix(".weight") in names
-            writer.add_tensor(f"blk.{name.split('.')[2]}.{EXPERTS[part]}", values)
+            # Converters have long left out lengths of one: the shared gate is a vector.
+            writer.add_tensor(f"blk.{name.split('.')[2]}.{EXPERTS[part]}", values.squeeze())
         else:
             writer.add_tensor(*converted(name, values))
     writer.write_header_to_file()

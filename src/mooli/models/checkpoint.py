@@ -56,7 +56,8 @@ def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
     for name in checkpoint.names():
         if name in expected:
             shape = checkpoint.shape(name)
-            if shape != expected[name].shape:
+            # A GGUF file may have a matrix of one row as a vector.
+            if shape != expected[name].shape and (1, *shape) != expected[name].shape:
                 wrong.append(f"{name} has shape {list(shape)} instead of {list(expected[name].shape)}")
         elif not config.may_ignore(name):
             wrong.append(f"{name} has no place in a {config.family} model of {config.num_layers} layers")
