@@ -13,8 +13,8 @@ namespace {
 // What a thread fetches of the next linear's panels before it waits for others, and while one row is prepared by another.
 // Together less than a second level cache.
 constexpr size_t kNextFetchBytes = 16 << 10, kIdleFetchBytes = 32 << 10;
-// How far ahead of what is multiplied with the only block of rows its weights are fetched; measured with Q8, Q4 and Q4M.
-size_t stream_fetch_bytes(Kind kind, int rows) { return is_integer(kind) && kind != Q8 && rows <= 2 ? 1024 : 8192; }
+// How far ahead of what is multiplied with the only block of rows its weights are fetched; measured with Q8, Q4, Q4M and FP4.
+size_t stream_fetch_bytes(Kind kind, int rows) { return kind == Q4 && rows == 1 ? 1024 : 8192; }
 constexpr size_t kStreamedBytes = 8 << 20;  // of results, beyond what is found in a cache when it is read
 constexpr int kConvChannels = 64;  // that a thread convolves at a time
 constexpr size_t kLargeBytes = 1 << 20;  // of activations, beyond half a second level cache
