@@ -99,6 +99,9 @@ GRAMMAR_BACKENDS = ("llguidance", "xgrammar", "outlines", "none")
 NGRAM_DRAFT_TOKENS, NGRAM_MIN_MATCH, NGRAM_MAX_MATCH = 4, 2, 12
 """Defaults of `speculative_num_draft_tokens` and of the `speculative_ngram_*_match_window_size`."""
 
+RETENTION_SHARE = 0.25
+"""Default of `cache_retention_share`."""
+
 KV_CACHE_AUTO, KV_CACHE_NONE = "auto", "none"
 """Values of `kv_cache_dir`: the user's cache folder, and nowhere."""
 
@@ -254,6 +257,14 @@ class EngineConfig(Arguments):
     )
     page_size: int | None = argument(None, "int", "Tokens in a KV cache page; default: by device.", low=1, high=1024)
     disable_radix_cache: bool = argument(False, "bool", "Share no computed prefix between requests.")
+    cache_retention_share: float | None = argument(
+        None,
+        "float",
+        "Share of the KV cache that requests may have kept beyond their last use (pins, cache_control, ttl); 0: none."
+        f" Default: {RETENTION_SHARE}.",
+        low=0.0,
+        high=1.0,
+    )
     kv_events_config: str | None = argument(
         None, "json", "JSON object: publish over ZMQ which pages the cache has, for routers; {} has the defaults."
     )
@@ -406,6 +417,11 @@ class EngineConfig(Arguments):
         if self.chunked_prefill_size == 0:
             raise ConfigError("chunked_prefill_size=0 computes nothing: use a positive number, or -1 for no chunking")
         self._check_speculation()
+        if self.disable_radix_cache and self.cache_retention_share is not None:
+            raise ConfigError(
+                f"cache_retention_share={self.cache_retention_share} has no effect with disable_radix_cache:"
+                " give one of them"
+            )
         if self.kv_cache_dtype == "int8" and not ability.has_int8_kv:
             able = " and ".join(name for name, other in ABILITIES.items() if other.has_int8_kv)
             raise ConfigError(
@@ -463,6 +479,11 @@ class EngineConfig(Arguments):
                 f"speculative_ngram_min_match_window_size={shortest} is more than"
                 f" speculative_ngram_max_match_window_size={longest}: lower it"
             )
+
+    @property
+    def retention_share(self) -> float:
+        """Of the KV cache, that requests may have retained."""
+        return RETENTION_SHARE if self.cache_retention_share is None else self.cache_retention_share
 
     @property
     def ngram_match_window(self) -> tuple[int, int]:

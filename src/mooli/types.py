@@ -171,6 +171,18 @@ FIRST_CONTENT_ID = 1 << 30
 """In `Request.key_ids`, ids from here to 2^31 are content's. No vocabulary is that large."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A wish: keep the first `num_tokens` of a prompt, None for all of it, for so long after the request that asks.
+
+    It is advice. weight: of what is kept so, less goes before more where there is too much of it; from 1 on.
+    """
+
+    seconds: float
+    weight: int = 1
+    num_tokens: int | None = None
+
+
 @dataclass(slots=True, kw_only=True)
 class Request:
     """One sequence to generate, as the engine sees it.
@@ -189,6 +201,9 @@ class Request:
     is_background: it has time, and others never wait for it longer than a step.
     no_store: nothing of it is to be kept outside the memory of the engine.
     wants_cache_end: it is to be told what the cache had instead of its own tokens, and since when not.
+    pins: what of its prompt is to be kept longer than by its last use.
+    session: of which conversation it is a turn, if it has a name; previous: the name under which the turn before went,
+        if it was another. What of that is not in this turn is not to be kept.
     """
 
     rid: str
@@ -206,6 +221,9 @@ class Request:
     is_background: bool = False
     no_store: bool = False
     wants_cache_end: bool = False
+    pins: tuple[Pin, ...] = ()
+    session: str = ""
+    previous: str = ""
 
 
 @dataclass(slots=True)

@@ -93,7 +93,8 @@ def test_an_empty_tree(server):
     tree = tree_of(server)
     assert tree["page_size"] == PAGE_SIZE
     assert tree["pages"] == {
-        "total": NUM_PAGES, "free": NUM_PAGES, "cached": 0, "evictable": 0, "in_use": 0, "evicted": 0,
+        "total": NUM_PAGES, "free": NUM_PAGES, "cached": 0, "evictable": 0, "retained": 0, "in_use": 0,
+            "evicted": 0,
     }  # fmt: skip
     assert "nodes" not in tree and "more" not in tree
 
@@ -410,7 +411,9 @@ def test_the_engine_is_asked_less_often_where_its_answer_costs_more():
     assert all(later - earlier >= 0.35 for earlier, later in itertools.pairwise(asked))
 
 
-STATS = ("total_pages", "free_pages", "tree_pages", "evictable_pages", "used_pages", "evicted_pages")
+STATS = (
+    "total_pages", "free_pages", "tree_pages", "evictable_pages", "retained_pages", "used_pages", "evicted_pages",
+)  # fmt: skip
 
 
 # -- tenants -----------------------------------------------------------------------------------------------------------

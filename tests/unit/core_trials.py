@@ -10,6 +10,8 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from mooli.scheduler.drafts import DraftSettings, ForcedSettings
 from mooli.scheduler.host_tier import HostTier
 from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.scheduler import Scheduler
-from mooli.types import FIRST_CONTENT_ID, FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+from mooli.types import FIRST_CONTENT_ID, FinishReason, Pin, Request, RequestOutput, SamplingParams, TokenLogprobs
 
 VOCAB = 20
 
@@ -42,7 +44,7 @@ class Setting:
     num_clients: whose the requests are, in turn. constrained: most requests have a constraint. forced: and what it
     forces is computed at once. background: two of three requests are in the background. num_snapshots: the model has
     recurrent states, so many of which are kept for others, at least after every `snapshot_pages` pages; None: it has
-    none.
+    none. retention_share: of the pool, for what requests pin.
     """
 
     page_size: int
@@ -66,6 +68,7 @@ class Setting:
     background: bool = False
     num_snapshots: int | None = None
     snapshot_pages: int = 2
+    retention_share: float = 0.0
 
     @property
     def states(self) -> StateRoom | None:
@@ -84,7 +87,13 @@ class Setting:
     ) -> tuple[EngineCore, Scheduler, KVCache]:
         granularity = self.page_size if self.whole_pages else 1
         cache = KVCache(
-            self.num_pages, self.page_size, self.enabled, match_granularity_tokens=granularity, states=self.states
+            self.num_pages,
+            self.page_size,
+            self.enabled,
+            match_granularity_tokens=granularity,
+            states=self.states,
+            retention_share=self.retention_share,
+            clock=count(step=1000).__next__,
         )
         scheduler = Scheduler(
             cache,
@@ -172,7 +181,20 @@ def random_request(rng: random.Random, rid: str, stems: list[list[int]], is_crow
         logprob_token_ids=rng.choice([(), (1, 7)]),
         namespace=rng.choice(["", "", "tenant"]),
         priority=rng.choice([0, 0, 0, 1]),
+        **random_wishes(rid, len(prompt)),
     )
+
+
+def random_wishes(rid: str, num_tokens: int) -> dict[str, Any]:
+    """What a request says of how long its pages are worth keeping; most say nothing. By the trials' clock a pin may end
+    within a step or long after."""
+    rng = random.Random(f"wishes {rid}")
+    pins = tuple(
+        Pin(rng.choice([1e-6, 1e-4, 1.0]), rng.choice([1, 1, 2, 9]), rng.choice([None, rng.randint(1, num_tokens)]))
+        for _ in range(rng.choice([0, 0, 1, 2]))
+    )
+    session = rng.choice(["", "", "a", "b"])
+    return {"pins": pins, "session": session, "previous": rng.choice(["", "a"]) if session else ""}
 
 
 def content_key(prompt: list[int], rid: str) -> np.ndarray | None:
@@ -304,6 +326,7 @@ class Trial:
             background=seed % 7 > 3,
             num_snapshots=(0, 1, 3, 9, 30)[seed % 5] if seed // 25 % 2 else None,
             snapshot_pages=1 + seed % 3,
+            retention_share=(0.0, 0.3, 0.5, 1.0)[seed % 4],
         )
         stem_tokens = 2 * self.setting.page_size + 6
         self.stems = [[self.rng.randrange(VOCAB) for _ in range(self.rng.randint(0, stem_tokens))] for _ in range(3)]

@@ -72,7 +72,7 @@ def fake_build(config, **runner_options) -> BuiltEngine:
     max_running_requests, step_tokens = config.max_running_requests or 8, config.chunked_prefill_size or 32
     grammars = Grammars(VOCAB_SIZE)
     scheduler = Scheduler(
-        KVCache(NUM_PAGES, PAGE_SIZE, enabled=not config.disable_radix_cache),
+        KVCache(NUM_PAGES, PAGE_SIZE, enabled=not config.disable_radix_cache, retention_share=config.retention_share),
         max_batch_tokens=step_tokens,
         max_running_requests=max_running_requests,
         context_length=config.context_length or CONTEXT,

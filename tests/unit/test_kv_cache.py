@@ -11,7 +11,9 @@ from mooli.batch import PageCopy
 from mooli.cache.kv_cache import Admission, Given, KVCache, MatchEnd, MissReason, RequestPages, StateRoom
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import token_key
+from mooli.cache.turns import Turn
 from mooli.errors import ConfigError, EngineError
+from mooli.types import Pin
 
 
 def key(*token_ids: int) -> bytes:
@@ -25,9 +27,11 @@ def opened(cache: KVCache, *token_ids: int) -> RequestPages:
     return held
 
 
-def finished(cache: KVCache, *token_ids: int) -> None:
+def finished(cache: KVCache, *token_ids: int, **turn: Any) -> None:
+    """turn: fields of `Turn`, whose prompt is all of it."""
     held = opened(cache, *token_ids)
-    cache.release(held, key(*token_ids[held.num_shared * cache.page_size :]))
+    asks = Turn(key(*token_ids), **turn) if turn else None
+    cache.release(held, key(*token_ids[held.num_shared * cache.page_size :]), asks)
     cache.check([])
 
 
@@ -318,6 +322,73 @@ def _end_of(cache: KVCache, *token_ids: int, max_matched: int | None = None) -> 
     return admission.end
 
 
+# -- what is kept longer, and what goes first --------------------------------------------------------------------------
+HEAD = (1, 1, 1, 1)
+"""What conversations begin with: a page."""
+
+
+def first_gone(cache: KVCache, *sequences: tuple[int, ...]) -> int:
+    """Which of these sequences, all cached whole, loses its last page first."""
+    assert cache.evict(1) == 1
+    cache.check([])
+    lost = [i for i, ids in enumerate(sequences) if len(cache.match("", key(*ids), len(ids)).pages) * 4 < len(ids)]
+    assert len(lost) == 1
+    return lost[0]
+
+
+@pytest.mark.parametrize(
+    ("turn", "is_known"),
+    [
+        ({"session": "s"}, True),
+        ({"session": "s2", "previous": "s"}, True),
+        ({"session": "other"}, False),
+        ({"diverged_at": 4}, True),
+        ({"pins": (Pin(5),)}, False),
+    ],
+)
+def test_what_a_newer_turn_has_left_behind_goes_first(turn: dict[str, Any], is_known: bool) -> None:
+    cache = KVCache(32, 4, retention_share=0.5)
+    other, older = (*HEAD, *range(30, 38)), (*HEAD, 90, 91, 92, 93, 94, 95, 96, 97)
+    finished(cache, *other)
+    finished(cache, *older, session="s")
+    newer = (*HEAD, 94, 95, 96, 97, 20, 21, 22, 23)
+    finished(cache, *newer, **turn)
+    assert first_gone(cache, other, older, newer) == (1 if is_known else 0)
+
+
+def test_branches_that_are_no_older_turns_stay() -> None:
+    cache = KVCache(32, 4)
+    other, sample = (*HEAD, *range(30, 38)), (*HEAD, 90, 91, 92, 93, 94, 95, 96, 97)
+    finished(cache, *other)
+    finished(cache, *sample)
+    finished(cache, *HEAD, 93, 94, 95, 20, diverged_at=4)  # not all of its last words
+    finished(cache, *HEAD, 40, 41, 42, 43, session="t")
+    finished(cache, *other, 50, 51, 52, 53, session="s")
+    finished(cache, *other, 50, 51, 52, 53, 70, 71, 72, 73)  # another goes on from there
+    finished(cache, *other, 60, 61, 62, 63, session="s")
+    finished(cache, 2, 2, 2, 2, session="t")  # something else of the same name
+    assert all(node.last_used >= 0 for node in cache._tree.nodes())
+
+
+def test_what_is_pinned_outlives_what_came_later_and_never_stands_in_the_way() -> None:
+    cache = KVCache(8, 4, retention_share=0.5)
+    pinned = tuple(range(16))
+    finished(cache, *pinned, pins=(Pin(60, num_tokens=6), Pin(60, weight=2, num_tokens=3)))
+    assert cache.num_retained == 2, "to the end of the page in which six tokens end"
+    for first in range(20, 100, 10):
+        finished(cache, *range(first, first + 10))
+    assert len(cache.match("", key(*pinned), 16).pages) == 2
+    for first in range(100, 200, 20):
+        finished(cache, *range(first, first + 16), pins=(Pin(1000, weight=9),))
+        assert cache.num_retained <= 4
+    held = opened(cache, *range(200, 232))
+    assert len(held.pages) == 8, "all of the pool"
+    cache.check([held])
+    unlimited = KVCache(8, 4)
+    finished(unlimited, *pinned, pins=(Pin(60),))
+    assert unlimited.num_retained == 0
+
+
 # -- recurrent states --------------------------------------------------------------------------------------------------
 def with_states(num_pages: int = 16, *, snapshots: int = 4, every: int = 64) -> KVCache:
     return KVCache(
@@ -377,6 +448,27 @@ def test_the_snapshot_used_least_recently_makes_room_and_its_pages_stay() -> Non
     none = with_states(snapshots=0)
     assert computed(none, begun(none, *range(9)), *range(9)) == []
     assert begun(none, *range(9)).num_matched == 0
+
+
+def test_snapshots_of_what_is_retained_are_given_up_last_and_are_a_share_of_all() -> None:
+    room = StateRoom(num_running=3, num_tried=0, num_snapshots=4, every_tokens=64)
+    cache = KVCache(32, 4, states=room, retention_share=0.5)
+
+    def ended(*token_ids: int, pins: tuple[Pin, ...] = ()) -> None:
+        admission = begun(cache, *token_ids)
+        cache.begin_step(admission.held, admission.num_matched, len(token_ids) - admission.num_matched, 0)
+        cache.end_step(admission.held, len(token_ids))
+        first = admission.held.num_shared * cache.page_size
+        cache.release(admission.held, key(*token_ids[first:]), Turn(key(*token_ids), pins) if pins else None)
+        cache.check([])
+
+    for first in (0, 20, 40):
+        ended(*range(first, first + 9), pins=(Pin(60, num_tokens=8),))
+        for other in range(3):
+            ended(100 + first + other, 90)
+    found = [begun(cache, *range(first, first + 9), 99).num_matched for first in (0, 20, 40)]
+    assert found == [0, 8, 8], "two of four may be"
+    assert cache.num_snapshots == 4
 
 
 def test_snapshots_go_with_their_pages() -> None:

@@ -18,8 +18,9 @@ def key(*token_ids: int) -> bytes:
 class Shelf:
     """A tree of pages of four tokens, filled with sequences whose pages are numbered as they come."""
 
-    def __init__(self, page_size: int = 4) -> None:
-        self.tree = RadixTree(page_size)
+    def __init__(self, page_size: int = 4, most_retained: int = 0) -> None:
+        self.now = 0
+        self.tree = RadixTree(page_size, most_retained, lambda: self.now)
         self.page_size = page_size
         self.next_page = 0
         self.surplus: list[int] = []
@@ -38,6 +39,14 @@ class Shelf:
         self.tree.unlock(inserted.node)
         self.surplus += inserted.surplus
         return match.pages + inserted.pages
+
+    def retain(self, *token_ids: int, pages: int = 99, seconds: float = 10, weight: int = 1) -> None:
+        """As a request does that has these tokens, of which the tree has the full pages."""
+        node, source = self.locked(*token_ids)
+        assert source is None
+        self.tree.retain(node, pages, seconds, weight)
+        self.tree.unlock(node)
+        self.check()
 
     def locked(self, *token_ids: int) -> tuple[Node, Node | None]:
         return self.tree.lock_match(self.tree.match("", key(*token_ids), len(token_ids)))
@@ -261,7 +270,98 @@ def test_the_queue_of_leaves_does_not_grow_with_use() -> None:
     shelf.put(1, 2, 3, 4)
     for _ in range(1000):
         shelf.put(1, 2, 3, 4, at_match=True)
-    assert len(shelf.tree._leaves) < 100
+    assert len(shelf.tree._queue._leaves) < 100
+
+
+# -- what goes first ---------------------------------------------------------------------------------------------------
+def three_leaves(most_retained: int = 9) -> Shelf:
+    """Below a common page 0: pages 1 and 2, used first, then page 3, then page 4."""
+    shelf = Shelf(most_retained=most_retained)
+    shelf.put(0, 0, 0, 0, *range(8))
+    for first in (50, 60):
+        shelf.put(0, 0, 0, 0, *range(first, first + 4), at_match=True)
+    return shelf
+
+
+def test_superseded_goes_before_what_was_used_last_and_retained_goes_last() -> None:
+    shelf = three_leaves()
+    shelf.retain(0, 0, 0, 0, *range(4))
+    newest, _ = shelf.locked(0, 0, 0, 0, 60, 61, 62, 63)
+    other, _ = shelf.locked(0, 0, 0, 0, 50, 51, 52, 53)
+    shelf.tree.unlock(newest)
+    shelf.tree.supersede(newest, other)
+    shelf.tree.unlock(other)
+    shelf.check()
+    assert shelf.tree.evict(9) == [4, 2, 3, 1, 0], "page 2 is behind what is retained, and was used before page 3"
+
+
+def test_use_takes_back_that_a_leaf_is_superseded_and_nothing_in_use_or_shared_is() -> None:
+    shelf = three_leaves()
+    for _ in range(2):
+        node, _ = shelf.locked(0, 0, 0, 0, *range(8))
+        other, _ = shelf.locked(0, 0, 0, 0, 50, 51, 52, 53)
+        shelf.tree.supersede(node, other)
+        assert node.last_used > 0 and other.last_used > 0, "it is locked"
+        shelf.tree.unlock(node)
+        shelf.tree.supersede(node, other)
+        assert node.last_used < 0 < node.used_ns
+        assert node.parent is not None and node.parent.last_used > 0, "others hang on it"
+        shelf.tree.unlock(other)
+    shelf.put(0, 0, 0, 0, *range(8), at_match=True)
+    shelf.check()
+    assert shelf.tree.evict(9) == [4, 3, 2, 1, 0], "3 and 4 in the order of their last use"
+
+
+def test_retained_pages_are_a_bounded_share_the_weakest_and_the_earliest_give_way() -> None:
+    shelf = three_leaves(most_retained=3)
+    shelf.retain(0, 0, 0, 0, 50, 51, 52, 53, seconds=5)
+    shelf.retain(0, 0, 0, 0, *range(4), seconds=9)
+    assert shelf.tree.num_retained == 3, "of [0 .. 7] the first page, which now is a node"
+    shelf.retain(0, 0, 0, 0, 60, 61, 62, 63, seconds=2)
+    assert shelf.tree.num_retained == 3
+    assert shelf.tree.evict(2) == [2, 4], "the new one was the first to end, and so is ordinary"
+    shelf.retain(0, 0, 0, 0, *range(4), seconds=1, weight=7)
+    assert shelf.tree.evict(2) == [3, 1], "of more weight, whatever the deadlines are"
+    long = Shelf(most_retained=2)
+    long.put(*range(16))
+    long.retain(*range(16))
+    assert long.tree.num_retained == 2, "as much of the beginning as there may be"
+    assert [node.num_tokens for node in long.tree.nodes() if node.weight] == [8]
+    assert Shelf().tree.num_retained == 0
+
+
+def test_a_deadline_passes_by_the_clock_and_asking_again_moves_it() -> None:
+    shelf = three_leaves()
+    shelf.retain(0, 0, 0, 0, *range(8), seconds=3)
+    shelf.now = int(2e9)
+    shelf.retain(0, 0, 0, 0, *range(4), seconds=4)
+    assert shelf.tree.num_retained == 3
+    shelf.now = int(3e9)
+    assert shelf.tree.num_retained == 2, "page 2 is ordinary from its deadline on"
+    shelf.check()
+    shelf.now = int(6e9)
+    assert shelf.tree.num_retained == 0
+    shelf.check()
+    assert shelf.tree.evict(9) == [3, 4, 2, 1, 0], "as if nothing had been retained, but that it was used"
+
+
+def test_what_follows_a_retained_node_is_not_retained_with_it() -> None:
+    shelf = Shelf(most_retained=9)
+    shelf.put(*range(8))
+    shelf.retain(*range(8))
+    shelf.put(*range(16), at_match=True)
+    assert (shelf.tree.num_pages, shelf.tree.num_retained) == (4, 2)
+    assert shelf.tree.evict(3) == [3, 2, 1], "never unevictable"
+    shelf.check()
+    assert shelf.tree.num_retained == 1
+
+
+def test_the_account_of_retained_nodes_does_not_grow_with_use() -> None:
+    shelf = three_leaves()
+    for i in range(500):
+        shelf.now += 1
+        shelf.retain(0, 0, 0, 0, *range(8), weight=1 + i % 2)
+    assert sum(map(len, shelf.tree._queue._retained.values())) < 150
 
 
 def _common_tokens(a: list[int], b: list[int]) -> int:

@@ -75,7 +75,7 @@ def real_places(cache: KVCache) -> dict[int, tuple[int, ...]]:
         if node.parent is not None:
             parent = node.parent.number if node.parent.parent is not None else 0
             place = (node.number, parent, step.number, sum(above), len(node.key) // 4, len(node.pages), node.num_locks)
-            found[node.number] = (*place, 0)
+            found[node.number] = (*place, 0, node.weight)
     return found
 
 

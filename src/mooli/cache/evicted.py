@@ -39,7 +39,7 @@ class EvictedPages:
     def note(self, node: Node, num_pages: int) -> None:
         """The last `num_pages` of `node` are about to be dropped. Of one that is partly filled nothing is kept."""
         digests = self._digests.of(node)
-        eviction = Eviction(time.monotonic_ns(), node.last_used)
+        eviction = Eviction(time.monotonic_ns(), node.used_ns)
         for digest in digests[len(node.pages) - num_pages :]:
             self._pages[digest] = eviction
             self._pages.move_to_end(digest)

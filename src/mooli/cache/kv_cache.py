@@ -17,6 +17,7 @@ for through `PageCopy` and `StateCopy`.
                    the page already, the own one is freed and the page list points at the tree's
     release        like insert, a partly filled last page included; then own pages left are freed, shared ones unlocked
     discard        own pages are freed as they are, shared ones unlocked
+                   the tree hears then what the request asks to keep, and what it has left behind (`Turn`)
     forget         like discard; and the pages that this request computed and gave to the tree leave it, each as soon as
                    nobody uses it. What others had computed stays
 
@@ -37,6 +38,7 @@ to the slot of whoever begins there; so none is ever shared, or locked.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -53,6 +55,7 @@ from mooli.cache.page_hash import page_tokens
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import TOKEN_BYTES, Match, Node, RadixTree
 from mooli.cache.tree_watch import TreeWatch
+from mooli.cache.turns import Turn, Turns
 from mooli.errors import ConfigError, EngineError
 from mooli.types import FIRST_CONTENT_ID
 
@@ -185,9 +188,13 @@ class KVCache:
         *,
         match_granularity_tokens: int = 1,
         states: StateRoom | None = None,
+        retention_share: float = 0.0,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """match_granularity_tokens: a match is cut to a multiple of this, which divides the page size.
         states: of a model with recurrent layers; None for others, which pay nothing for them.
+        retention_share: of all pages, and of snapshots, that requests may have retained (`Request.pins`).
+        clock: nanoseconds, for tests.
 
         Raises ConfigError if it does not divide the page size, or states are to be kept inside pages.
         """
@@ -212,7 +219,9 @@ class KVCache:
         self._num_saved = 0
         """Snapshots that are not in the tree yet."""
         self._pool = PagePool(num_pages)
-        self._tree = RadixTree(page_size)
+        self._tree = RadixTree(page_size, int(num_pages * retention_share), clock)
+        self._turns = Turns(self._tree, page_size)
+        self._most_retained_states = 0 if states is None else int(states.num_snapshots * retention_share)
         self.digests = NodeDigests(page_size)
         """Of the pages in the tree."""
         self.watch = TreeWatch(self._tree, page_size, self.digests)
@@ -235,6 +244,11 @@ class KVCache:
     @property
     def num_evictable(self) -> int:
         return self._tree.num_evictable
+
+    @property
+    def num_retained(self) -> int:
+        """Pages of the tree that requests asked to keep, and whose time is not over."""
+        return self._tree.num_retained
 
     @property
     def num_available(self) -> int:
@@ -543,11 +557,11 @@ class KVCache:
         most = 0 if self.states is None else self.states.num_snapshots
         if len(self._tree.snapshots) + self._num_saved < most:
             return True
-        oldest = next(iter(self._tree.snapshots), -1)
-        if oldest < 0:
+        weakest = self._tree.weakest_state(self._most_retained_states)
+        if weakest < 0:
             return False
-        self._tree.drop_state(oldest)
-        self._slots.free([oldest])
+        self._tree.drop_state(weakest)
+        self._slots.free([weakest])
         self.num_dropped_snapshots += 1
         return True
 
@@ -571,8 +585,11 @@ class KVCache:
         else:
             self._slots.free([slot])
 
-    def release(self, held: RequestPages, key: bytes) -> None:
-        """The request ends or is preempted: what it computed stays in the tree, unlocked. `key` as in `insert`."""
+    def release(self, held: RequestPages, key: bytes, turn: Turn | None = None) -> None:
+        """The request ends or is preempted: what it computed stays in the tree, unlocked. `key` as in `insert`.
+
+        turn: what it asks for besides; None for nothing.
+        """
         first, tail = held.num_shared * self.page_size, None
         if held.node is not None and key:
             tail = self._insert(held, key)
@@ -581,6 +598,12 @@ class KVCache:
         if held.state >= 0 and held.state_tokens == num_tokens and is_usable and self._make_room_for_snapshot():
             slot, held.state = held.state, -1
             self._give_state(held, tail, 0, num_tokens, slot)
+        if turn is not None and held.node is not None:
+            self._turns.ended(held.node, turn)
+            for pin in turn.pins:
+                num_tokens = len(turn.prompt) // TOKEN_BYTES
+                num_pages = self.pages_for(num_tokens if pin.num_tokens is None else min(pin.num_tokens, num_tokens))
+                self._tree.retain(held.node, num_pages, pin.seconds, pin.weight)
         self.discard(held)
 
     def discard(self, held: RequestPages) -> None:

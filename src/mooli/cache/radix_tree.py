@@ -1,6 +1,6 @@
 """A compressed radix tree from token sequences to the pages that hold their KV.
 
-Owns the pages inside it, their locks and their order of eviction. Never allocates or frees a page: pages come in by
+Owns the pages inside it and their locks. Never allocates or frees a page: pages come in by
 `insert` and go out as return values. Idea: RadixAttention (Zheng et al., SGLang, arXiv 2312.07104); here matching is by
 token, and the last page of a leaf may be partly filled.
 
@@ -12,13 +12,14 @@ A node holds a span of tokens and the pages under it. Spans begin at page bounda
 Of models with recurrent layers a node also says in which slots states are, by how many of its tokens they come after:
 pages alone are of no use there. Such snapshots are nobody's but the tree's, and go with their tokens or before them.
 
+What goes first where pages are wanted, and what is retained for a time, is in `mooli.cache.eviction`.
+
 Tokens are kept as big-endian int32 bytes: comparing bytes is comparing tokens, at memcmp speed, so that among sorted
 children the one with the longest common prefix is a neighbour of where the wanted span would stand.
 """
 
 from __future__ import annotations
 
-import heapq
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Set
@@ -29,6 +30,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mooli.cache.eviction import AGE, EvictionQueue, is_evictable_leaf
 from mooli.errors import EngineError
 
 TOKEN_BYTES = 4
@@ -53,6 +55,10 @@ def common_bytes(a: bytes, b: bytes) -> int:
     return int(differs.argmax()) * TOKEN_BYTES
 
 
+def _last_state(node: Node) -> int:
+    return node.states[max(node.states)] if node.states else -1
+
+
 def _used_last(nodes: Iterable[Node]) -> Node | None:
     return max(nodes, key=lambda node: node.last_used, default=None)
 
@@ -62,12 +68,17 @@ class Node:
 
     num_locks counts the requests that use this node or one below it; 0 means evictable.
     order: the keys of `children` (first page of each child's span) in sorted order.
-    last_used: nanoseconds of the monotonic clock, later for each use. number: by which observers know it, 0 before.
+    last_used: nanoseconds of the monotonic clock, later for each use; negative of one that is superseded, until it is
+    used again. number: by which observers know it, 0 before.
+    retain_until, weight: until when it is retained, and how much it is worth then; 0 where it is not.
     states: the slots of states, by how many tokens of this span they come after; None where there is none.
     digests: of its first full pages, as many as somebody has asked for (`mooli.cache.node_digests`).
     """
 
-    __slots__ = ("children", "digests", "key", "last_used", "num_locks", "number", "order", "pages", "parent", "states")
+    __slots__ = (
+        "children", "digests", "key", "last_used", "num_locks", "number", "order", "pages", "parent", "retain_until",
+        "states", "weight",
+    )  # fmt: skip
 
     def __init__(self, key: bytes, pages: list[int], parent: Node | None) -> None:
         self.key = key
@@ -77,6 +88,8 @@ class Node:
         self.order: list[bytes] = []
         self.num_locks = 0
         self.last_used = 0
+        self.retain_until = 0
+        self.weight = 0
         self.number = 0
         self.states: dict[int, int] | None = None
         self.digests: list[bytes] | None = None
@@ -84,6 +97,11 @@ class Node:
     @property
     def num_tokens(self) -> int:
         return len(self.key) // TOKEN_BYTES
+
+    @property
+    def used_ns(self) -> int:
+        """When it was used last, superseded or not."""
+        return self.last_used if self.last_used >= 0 else self.last_used + AGE
 
 
 class Root(Node):
@@ -148,12 +166,13 @@ class TreeObserver(Protocol):
 
 
 class RadixTree:
-    """Namespaces are separate trees with one common order of eviction (least recently used first).
+    """Namespaces are separate trees with one common order of eviction.
 
-    observers: hear of every change; most of the time there are none.
+    observers: hear of every change; most of the time there are none. most_retained: pages that may be retained.
+    clock: nanoseconds, for tests.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, most_retained: int = 0, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.observers: tuple[TreeObserver, ...] = ()
         self.num_pages = 0
         self.num_evictable = 0
@@ -163,10 +182,20 @@ class RadixTree:
         self._page_bytes = page_size * TOKEN_BYTES
         self._roots: dict[str, Root] = {}
         self._num_nodes = 0
+        self._now = clock
         self._clock = 0
-        # Unlocked leaves by time of last use; an entry whose node has changed since is stale and skipped.
-        self._leaves: list[tuple[int, int, Node]] = []
-        self._num_pushed = 0
+        self._queue = EvictionQueue(self._tell_changed, clock)
+        self._queue.most_retained = most_retained
+
+    @property
+    def num_retained(self) -> int:
+        """Pages that are retained now."""
+        self._queue.expire(self._num_nodes)
+        return self._queue.num_retained
+
+    def _tell_changed(self, node: Node) -> None:
+        for observer in self.observers:
+            observer.changed(node)
 
     # -- finding ------------------------------------------------------------------------------------------------------
     def root(self, namespace: str) -> Root | None:
@@ -259,7 +288,7 @@ class RadixTree:
 
     def lock(self, node: Node, below: Node | None = None) -> None:
         """Count one user on `node` and all above it, up to `below` (not included) or the root. Counts as use."""
-        self._clock = max(self._clock + 1, time.monotonic_ns())
+        self._clock = max(self._clock + 1, self._now())
         for observer in self.observers:
             observer.used(node, below)
         step: Node | None = node
@@ -272,7 +301,7 @@ class RadixTree:
 
     def unlock(self, node: Node) -> None:
         """Take one user off `node` and all above it. Counts as use."""
-        self._clock = max(self._clock + 1, time.monotonic_ns())
+        self._clock = max(self._clock + 1, self._now())
         for observer in self.observers:
             observer.used(node, None)
         step: Node | None = node
@@ -330,7 +359,7 @@ class RadixTree:
         """Add a span below `node`: longer node where nobody else can notice, a new leaf otherwise."""
         own_locks = 1 if node is start else 0
         self.num_pages += len(pages)
-        if node.parent is not None and not node.children and node.num_locks == own_locks:
+        if node.parent is not None and not node.children and node.num_locks == own_locks and not node.weight:
             node.key += key
             node.pages += pages
             if node.num_locks == 0:
@@ -359,6 +388,7 @@ class RadixTree:
         cut = num_pages * self._page_bytes
         upper = Node(node.key[:cut], node.pages[:num_pages], parent)
         upper.num_locks, upper.last_used = node.num_locks, node.last_used
+        upper.retain_until, upper.weight = node.retain_until, node.weight
         parent.children[upper.key[: self._page_bytes]] = upper
         node.key, node.pages = node.key[cut:], node.pages[num_pages:]
         if node.digests is not None:
@@ -371,6 +401,8 @@ class RadixTree:
             )
         self._attach(node, upper)
         self._num_nodes += 1
+        if upper.weight:
+            self._queue.parted(upper)
         for observer in self.observers:
             observer.changed(upper)
             observer.changed(node)
@@ -462,17 +494,70 @@ class RadixTree:
                 self.drop_state(slot)
                 self._lost_states.append(slot)
 
+    # -- what goes first ----------------------------------------------------------------------------------------------
+    def retain(self, node: Node, num_pages: int, seconds: float, weight: int) -> None:
+        """Retain the first `num_pages` pages of those on the way to a locked node and in it, for so long from now; as
+        many of them as may be retained in all. Cuts a node where they end inside it."""
+        self._queue.expire(self._num_nodes)
+        way: list[Node] = []
+        step = node
+        while step.parent is not None:
+            way.append(step)
+            step = step.parent
+        until = self._now() + int(seconds * 1e9)
+        start, most = 0, min(num_pages, self._queue.most_retained)
+        for step in reversed(way):
+            if start >= most:
+                break
+            first = step if start + len(step.pages) <= most else self._split(step, most - start)
+            self._queue.retain(first, start, until, weight)
+            start += len(first.pages)
+        self._queue.expire(self._num_nodes)
+
+    def supersede(self, leaf: Node, kept: Node) -> None:
+        """What is on the way to `leaf` alone, neither on that to `kept` nor on any other, and in nobody's use, goes
+        before all else. Of snapshots too."""
+        way = set()
+        above: Node | None = kept
+        while above is not None:
+            way.add(above)
+            above = above.parent
+        step = leaf
+        while step.parent is not None and step not in way and not step.num_locks:
+            if any(child.last_used >= 0 for child in step.children.values()):
+                break
+            self._queue.supersede(step, self._num_nodes)
+            if step.states:
+                self.snapshots = {**dict.fromkeys(step.states.values(), step), **self.snapshots}
+            step = step.parent
+
+    def weakest_state(self, most_retained: int) -> int:
+        """The snapshot to be given up first: of what is superseded, then the one used least recently. Those at the ends
+        of retained nodes come last, up to so many of them. -1 where there is none."""
+        self._queue.expire(self._num_nodes)
+        weakest, first, num_retained = -1, -1, 0
+        place = (0, 0)
+        for slot, node in self.snapshots.items():
+            if not node.weight or slot != _last_state(node):
+                first = slot if first < 0 else first
+                if not self._queue.num_retained:
+                    break
+                continue
+            num_retained += 1
+            if weakest < 0 or (node.weight, node.retain_until) < place:
+                weakest, place = slot, (node.weight, node.retain_until)
+        return first if first >= 0 and num_retained <= most_retained else weakest
+
     # -- shrinking ----------------------------------------------------------------------------------------------------
     def evict(self, num_pages: int, note: Callable[[Node, int], None] | None = None) -> list[int]:
-        """Drop up to `num_pages` unlocked pages, from the ends of the least recently used leaves, and return them.
+        """Drop up to `num_pages` unlocked pages, from the ends of the leaves that go first, and return them.
 
         note: told of each node that loses so many of its last pages, before it does.
         """
         dropped: list[int] = []
-        while len(dropped) < num_pages and self._leaves:
-            last_used, _, node = heapq.heappop(self._leaves)
-            if node.last_used != last_used or not self._is_evictable_leaf(node):
-                continue
+        queue = self._queue
+        queue.expire(self._num_nodes)
+        while len(dropped) < num_pages and (node := queue.next()) is not None:
             count = min(num_pages - len(dropped), len(node.pages))
             if note is not None:
                 note(node, count)
@@ -484,10 +569,10 @@ class RadixTree:
         use; return them. A page before one that is wanted stays."""
         dropped: list[int] = []
         for leaf in [child for child in node.children.values() if unwanted >= set(child.pages)]:
-            if self._is_evictable_leaf(leaf):
+            if is_evictable_leaf(leaf):
                 dropped += self._drop_end(leaf, len(leaf.pages))
         step: Node | None = node
-        while step is not None and self._is_evictable_leaf(step):
+        while step is not None and is_evictable_leaf(step):
             parent = step.parent
             count = sum(1 for _ in takewhile(unwanted.__contains__, reversed(step.pages)))
             is_whole = count == len(step.pages)
@@ -510,6 +595,8 @@ class RadixTree:
             del node.digests[len(node.pages) :]
         if node.states:
             self._lose_states(node, node.num_tokens)
+        if node.weight:
+            self._queue.lost(node, count)
         self.num_pages -= count
         self.num_evictable -= count
         self._offer(node)
@@ -524,6 +611,8 @@ class RadixTree:
             observer.removing(node)
         if node.states:
             self._lose_states(node, 0)
+        if node.weight:
+            self._queue.lost(node, len(node.pages))
         del parent.children[edge]
         del parent.order[bisect_left(parent.order, edge)]
         node.parent = None
@@ -532,23 +621,15 @@ class RadixTree:
         self.num_evictable -= len(node.pages)
         self._offer(parent)
 
-    def _is_evictable_leaf(self, node: Node) -> bool:
-        return node.parent is not None and not node.children and node.num_locks == 0
-
     def _offer(self, node: Node) -> None:
         """Put `node` up for eviction if it is an unlocked leaf; drop it if it is the root of an empty namespace."""
-        if not self._is_evictable_leaf(node):
+        if not is_evictable_leaf(node):
             if isinstance(node, Root) and not node.children and node.num_locks == 0:
                 self._roots.pop(node.namespace, None)
                 for observer in self.observers:
                     observer.removing(node)
             return
-        if len(self._leaves) > 64 + 4 * self._num_nodes:  # mostly stale entries: keep one for each leaf that is due
-            due = {id(n): (t, i, n) for t, i, n in self._leaves if t == n.last_used and self._is_evictable_leaf(n)}
-            self._leaves = list(due.values())
-            heapq.heapify(self._leaves)
-        self._num_pushed += 1
-        heapq.heappush(self._leaves, (node.last_used, self._num_pushed, node))
+        self._queue.offer(node, self._num_nodes)
 
     # -- checking -----------------------------------------------------------------------------------------------------
     def nodes(self) -> Iterator[Node]:
@@ -567,7 +648,8 @@ class RadixTree:
         pages: list[int] = []
         states: dict[int, Node] = {}
         evictable = num_nodes = num_states = 0
-        offered = {(id(node), last_used) for last_used, _, node in self._leaves}
+        self._queue.expire(self._num_nodes)
+        self._queue.check(list(self.nodes()))
         users = dict(users)
         for node in self.nodes():
             own_locks = node.num_locks - sum(child.num_locks for child in node.children.values())
@@ -582,8 +664,6 @@ class RadixTree:
                 ),
                 "locks are those of the users": own_locks == users.pop(id(node), 0),
                 "states come after tokens of their node": all(0 < at <= node.num_tokens for at in node.states or ()),
-                "unlocked leaves can be evicted": not self._is_evictable_leaf(node)
-                or (id(node), node.last_used) in offered,
             }
             for rule, holds in rules.items():
                 if not holds:

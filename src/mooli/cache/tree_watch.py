@@ -9,7 +9,8 @@ What is on disk changes without the tree, so it is looked at anew again and agai
 large tree it is known late. Only heads of a sequence are on disk, so of each node it is one number.
 
 A node goes out as a tuple: number, number of its parent (0: its parent is the root), number of the root, position of
-its first token, tokens, pages, nanoseconds since its last use, locks, pages that are on disk as well.
+its first token, tokens, pages, nanoseconds since its last use, locks, pages that are on disk as well, weight where it
+is retained (else 0).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ MOST_LOOKED = 250
 MOST_NAMED = 500
 """Pages that get their digest for one answer, to be looked for: about a millisecond, once for each."""
 
-NodeRow = tuple[int, int, int, int, int, int, int, int, int]
+NodeRow = tuple[int, int, int, int, int, int, int, int, int, int]
 
 DroppedRow = tuple[int, int, int, int, int, int, int]
 """Number, number of the root, position of the first token dropped, tokens, pages, nanoseconds since the last use, pages
@@ -292,7 +293,7 @@ class TreeWatch:
         num_tokens = len(node.key) // TOKEN_BYTES - kept
         stored = 0 if self._stored is None else self._stored.found.get(node.number, 0)
         num_stored = max(0, min(stored, len(node.pages)) - (len(node.pages) - num_pages))
-        self._dropped.append((node.number, root, start + kept, num_tokens, num_pages, node.last_used, num_stored))
+        self._dropped.append((node.number, root, start + kept, num_tokens, num_pages, node.used_ns, num_stored))
         if num_pages < len(node.pages):
             self.changed(node)
 
@@ -335,9 +336,10 @@ class _Rows:
             end - num_tokens,
             num_tokens,
             len(node.pages),
-            max(0, self.now_ns - node.last_used),
+            max(0, self.now_ns - node.used_ns),
             node.num_locks,
             min(self._stored.get(node.number, 0), len(node.pages)),
+            node.weight,
         )
 
     def _end_of(self, node: Node) -> tuple[Root, int]:

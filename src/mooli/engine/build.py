@@ -229,6 +229,7 @@ def _build(
         enabled=not config.disable_radix_cache,
         match_granularity_tokens=backend.match_granularity_tokens,
         states=states,
+        retention_share=config.retention_share,
     )
     scheduler = Scheduler(
         cache,

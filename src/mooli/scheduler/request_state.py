@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli.batch import LogprobRow
-from mooli.cache.kv_cache import Given, MatchEnd, RequestPages
+from mooli.cache.kv_cache import Given, MatchEnd, MissReason, RequestPages
 from mooli.cache.radix_tree import token_key
+from mooli.cache.turns import Turn
 from mooli.scheduler.constraint import Constrained
 from mooli.scheduler.drafts import DraftRecord
 from mooli.types import CacheEnd, FinishReason, Request, TokenLogprobs
@@ -162,6 +163,17 @@ class RequestState:
         if self._key is None:
             self._key = token_key(self.key_ids)
         return self._key
+
+    @property
+    def turn(self) -> Turn | None:
+        """What it asks of the cache when it leaves; None for nothing."""
+        request, end = self.request, self.match_end
+        has_left_another = end is not None and end.reason is MissReason.DIVERGED
+        if not (has_left_another or request.pins or request.session or request.previous):
+            return None
+        diverged_at = end.num_tokens if has_left_another and end is not None else None
+        prompt = token_key(self.key_ids[: self.num_prompt_tokens])
+        return Turn(prompt, request.pins, request.session, request.previous, diverged_at)
 
     def append(self, token_id: int) -> None:
         """Add a sampled token."""

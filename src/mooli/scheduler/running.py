@@ -69,7 +69,7 @@ class Running:
             raise EngineError(f"request {state.rid!r} is not running")
         if keep:
             first = held.num_shared * self._cache.page_size
-            self._cache.release(held, token_key(state.key_ids[first : state.num_computed]))
+            self._cache.release(held, token_key(state.key_ids[first : state.num_computed]), state.turn)
         else:
             self._cache.discard(held)
         self.states.remove(state)

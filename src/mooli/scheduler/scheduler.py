@@ -284,6 +284,7 @@ class Scheduler:
             "free_pages": cache.num_free,
             "tree_pages": cache.num_tree_pages,
             "evictable_pages": cache.num_evictable,
+            "retained_pages": cache.num_retained,
             "used_pages": cache.num_pages - cache.num_available,
             "evicted_pages": cache.num_evicted_pages,
         }

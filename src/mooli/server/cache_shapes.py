@@ -15,13 +15,14 @@ from mooli.server.activity import Happened, Miss, OpenEntry
 
 
 class Pages(msgspec.Struct, kw_only=True):
-    """Pages of the KV cache. cached: in the tree. evictable: of those, in nobody's use. in_use: by running requests.
-    evicted: since the start."""
+    """Pages of the KV cache. cached: in the tree. evictable: of those, in nobody's use. retained: of those in the tree,
+    what requests asked to keep. in_use: by running requests. evicted: since the start."""
 
     total: int
     free: int
     cached: int
     evictable: int
+    retained: int
     in_use: int
     evicted: int
 
@@ -36,7 +37,8 @@ class Namespace(msgspec.Struct, kw_only=True):
 class CacheNode(msgspec.Struct, omit_defaults=True, kw_only=True):
     """A span of tokens in the tree. parent: null where it hangs on the root of its namespace. start: position of its
     first token. idle_s: since its last use. locks: requests that run in it or below. stored: so many of its pages, from
-    the first on, are on disk as well, as far as it has been looked."""
+    the first on, are on disk as well, as far as it has been looked. retained: a request asked to keep it, and its time
+    is not over."""
 
     id: int
     parent: int | None = None
@@ -47,6 +49,7 @@ class CacheNode(msgspec.Struct, omit_defaults=True, kw_only=True):
     idle_s: float
     locks: int = 0
     stored: int = 0
+    retained: bool = False
 
 
 class DroppedSpan(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -159,8 +162,9 @@ def shown_nodes(rows: Sequence[Sequence[int]], roots: Collection[int]) -> list[C
             idle_s=round(idle_ns / 1e9, 3),
             locks=locks,
             stored=stored,
+            retained=weight > 0,
         )
-        for number, parent, root, start, tokens, pages, idle_ns, locks, stored in rows
+        for number, parent, root, start, tokens, pages, idle_ns, locks, stored, weight in rows
         if root in roots
     ]
 
@@ -188,6 +192,7 @@ def page_counts(stats: Mapping[str, int]) -> Pages:
         free=stats["free_pages"],
         cached=stats["tree_pages"],
         evictable=stats["evictable_pages"],
+        retained=stats["retained_pages"],
         in_use=stats["used_pages"],
         evicted=stats["evicted_pages"],
     )

@@ -345,6 +345,10 @@ class _Exposition(Collector):
         ]
         for name, text, value in gauges:
             yield self._gauge(name, text, value, self._rank)
+        text = "Tokens of the KV cache that requests asked to keep, and whose time is not over."
+        retained = GaugeMetricFamily("mooli:kv_retained_tokens", text, labels=list(self._rank))
+        retained.add_metric(list(self._rank.values()), engine.tokens("retained_pages"))
+        yield retained
         startup: Labels = {**self._rank, "phase": "load_model"}
         yield self._gauge("startup_time_seconds", "Seconds to build the engine.", facts.load_time_s, startup)
 
