@@ -267,6 +267,24 @@ def test_a_client_that_leaves_before_a_whole_answer_ends_its_requests(live):
         ({"text": "a", "lora_path": "adapter"}, "lora_path"),
         ({"text": "a", "input_embeds": [[0.5]]}, "input_embeds"),
         ({"text": "a", "session_params": {"id": "x"}}, "session_params"),
+        ({"text": "a", "session_id": "x" * 257}, "session_id"),
+        ({"text": ["a", "b"], "session_id": "x"}, "session_id"),
+        ({"text": "a", "session_id": "x", "sampling_params": {"n": 2}}, "session_id"),
+        *(
+            ({"text": "a", "pin": pin}, "pin")
+            for pin in (
+                {},
+                {"ttl": "5 minutes"},
+                {"ttl": "25h"},
+                {"seconds": 0},
+                {"seconds": True},
+                {"seconds": 5, "ttl": "5m"},
+                {"seconds": 5, "weight": 0},
+                {"seconds": 5, "tokens": 0.5},
+                {"seconds": 5, "owner": "me"},
+                [{"seconds": 5}] * 9,
+            )
+        ),
         ({"text": "a", "return_hidden_states": True}, "return_hidden_states"),
         ({"text": "a", "custom_logit_processor": "x"}, "custom_logit_processor"),
     ],

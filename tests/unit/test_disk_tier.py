@@ -28,7 +28,7 @@ from mooli.scheduler.request_state import RequestState
 from mooli.scheduler.scheduler import Scheduler
 from mooli.scheduler.speed import BreakEven
 from mooli.scheduler.stats import StepStats
-from mooli.types import Request, RequestOutput, SamplingParams
+from mooli.types import Pin, Request, RequestOutput, SamplingParams
 
 PAGE = 4
 VOCAB = 50
@@ -92,7 +92,7 @@ class Placed:
         room = StateRoom(8, 0, snapshots, 40) if has_states else None
         num_states = 0 if room is None else room.num_slots
         self.runner = FakeRunner(num_pages, PAGE, VOCAB, gives_nan=gives_nan, num_states=num_states)
-        self.cache = KVCache(num_pages, PAGE, states=room)
+        self.cache = KVCache(num_pages, PAGE, states=room, retention_share=0.5)
         self.scheduler = Scheduler(
             self.cache, max_batch_tokens=chunk, max_running_requests=8, context_length=1000, vocab_size=VOCAB
         )
@@ -185,6 +185,15 @@ def test_a_short_sequence_is_written_when_it_is_used_again_or_at_the_end() -> No
     assert len(engine.store.pages) == 5, "the pages that were found"
     engine.tier.close(60.0)
     assert len(engine.store.pages) == 7, "all that is warm"
+
+
+def test_what_is_retained_is_written_first_at_the_end() -> None:
+    engine = Placed()
+    engine.run("a", [1, *LONG[:20]], pins=(Pin(60),))
+    engine.run("b", [2, *LONG[:20]])
+    engine.tier.close(60.0)
+    first, *_ = engine.store.pages.values()
+    assert np.frombuffer(first.tokens, "<i4")[0] == 1 and len(engine.store.pages) == 10
 
 
 def test_a_request_can_be_kept_off_the_disk() -> None:

@@ -80,6 +80,7 @@ def test_positional_arguments_have_sglangs_order():
         " require_reasoning return_hidden_states return_routed_experts routed_experts_start_len stream bootstrap_host"
         " bootstrap_port bootstrap_room routed_dp_rank disagg_prefill_dp_rank kv_hints data_parallel_rank"
         " external_trace_header rid session_params priority session_id cache_salt no_store return_cache_report"
+        " pin"
     )
 
 

@@ -390,10 +390,9 @@ def test_what_is_pinned_outlives_what_came_later_and_never_stands_in_the_way() -
 
 
 # -- recurrent states --------------------------------------------------------------------------------------------------
-def with_states(num_pages: int = 16, *, snapshots: int = 4, every: int = 64) -> KVCache:
-    return KVCache(
-        num_pages, 4, states=StateRoom(num_running=3, num_tried=2, num_snapshots=snapshots, every_tokens=every)
-    )
+def with_states(num_pages: int = 16, *, snapshots: int = 4, every: int = 64, **fields: Any) -> KVCache:
+    room = StateRoom(num_running=3, num_tried=2, num_snapshots=snapshots, every_tokens=every)
+    return KVCache(num_pages, 4, states=room, **fields)
 
 
 def begun(cache: KVCache, *token_ids: int) -> Admission:
@@ -451,8 +450,7 @@ def test_the_snapshot_used_least_recently_makes_room_and_its_pages_stay() -> Non
 
 
 def test_snapshots_of_what_is_retained_are_given_up_last_and_are_a_share_of_all() -> None:
-    room = StateRoom(num_running=3, num_tried=0, num_snapshots=4, every_tokens=64)
-    cache = KVCache(32, 4, states=room, retention_share=0.5)
+    cache = with_states(32, retention_share=0.5)
 
     def ended(*token_ids: int, pins: tuple[Pin, ...] = ()) -> None:
         admission = begun(cache, *token_ids)
@@ -469,6 +467,14 @@ def test_snapshots_of_what_is_retained_are_given_up_last_and_are_a_share_of_all(
     found = [begun(cache, *range(first, first + 9), 99).num_matched for first in (0, 20, 40)]
     assert found == [0, 8, 8], "two of four may be"
     assert cache.num_snapshots == 4
+
+
+def test_a_state_is_kept_where_a_pin_ends() -> None:
+    cache = with_states(retention_share=0.5)
+    admission = begun(cache, *range(20))
+    cache.want_states(admission, [6, None])
+    assert computed(cache, admission, *range(20)) == [4, 16]
+    assert begun(cache, *range(6), 90).num_matched == 4
 
 
 def test_snapshots_go_with_their_pages() -> None:

@@ -39,7 +39,7 @@ to the slot of whoever begins there; so none is ever shared, or locked.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import takewhile
@@ -250,6 +250,12 @@ class KVCache:
         """Pages of the tree that requests asked to keep, and whose time is not over."""
         return self._tree.num_retained
 
+    def is_retained(self, namespace: str, key: bytes) -> bool:
+        """Whether the tree has something of the beginning of `key` because a request asked to keep it."""
+        match = self._tree.match(namespace, key, self.page_size)
+        first = match.child if match.node is None or match.node.parent is None else match.node
+        return first is not None and first.weight > 0
+
     @property
     def num_available(self) -> int:
         """Pages that `grow` could hand out now: free, or in the tree and in nobody's use."""
@@ -357,6 +363,14 @@ class KVCache:
         wanted = {*range(num_matched // every * every + every, num_tokens, every)}
         wanted |= {agreeing // page_size * page_size, (num_tokens - 1) // page_size * page_size}
         return {count for count in wanted if count > num_matched}
+
+    def want_states(self, admission: Admission, ends: Iterable[int | None]) -> None:
+        """A request that begins keeps its state at the last page boundary before each of these numbers of tokens; None
+        is left aside. Does nothing for models without states."""
+        if self.states is None or not self.enabled:
+            return
+        wanted = {end // self.page_size * self.page_size for end in ends if end is not None}
+        admission.held.wanted.update(count for count in wanted if count > admission.num_matched)
 
     def _agreeing_tokens(self, match: Match) -> int:
         return (len(match.pages) - match.child_pages) * self.page_size + match.child_tokens

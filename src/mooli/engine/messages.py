@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mooli.errors import EngineError, RequestError
 from mooli.scheduler.stats import StepStats
-from mooli.types import Request, RequestOutput, SamplingParams, TokenBytes
+from mooli.types import Pin, Request, RequestOutput, SamplingParams, TokenBytes
 
 MAX_FRAME_BYTES = 2**30
 MAX_SUBMIT_TOKENS = 2**26
@@ -70,6 +70,9 @@ class WireShared(msgspec.Struct, array_like=True, frozen=True):
     is_background: bool
     no_store: bool
     wants_cache_end: bool
+    pins: tuple[Pin, ...]
+    session: str
+    previous: str
 
 
 class WireRequest(msgspec.Struct, array_like=True, frozen=True):
@@ -153,6 +156,9 @@ class Submit(Message, frozen=True):
             is_background=shared.is_background,
             no_store=shared.no_store,
             wants_cache_end=shared.wants_cache_end,
+            pins=shared.pins,
+            session=shared.session,
+            previous=shared.previous,
         )
 
 
@@ -177,6 +183,9 @@ def _shared(request: Request) -> WireShared:
         is_background=request.is_background,
         no_store=request.no_store,
         wants_cache_end=request.wants_cache_end,
+        pins=request.pins,
+        session=request.session,
+        previous=request.previous,
     )
 
 

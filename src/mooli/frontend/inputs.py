@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli.errors import ContextLengthError, PromptError, RequestError
+from mooli.frontend.retention import parse_pins, parse_sessions
 from mooli.frontend.sampling import parse_sampling_params, sample_params
 from mooli.frontend.unsupported import Api, refuse_unsupported
 from mooli.types import Request, SamplingParams
@@ -57,6 +58,9 @@ class GenerateCall:
     cache_salt: requests share cached prefixes only with requests of the same salt.
     no_store: nothing of prompt and answer is kept on disk (`kv_cache_dir`).
     return_cache_report: say in `meta_info` how much of the prompt was in the cache, and why no more.
+    session_id: of which conversation it is a turn: what of the turn before is not in this one may leave the cache
+        first. pin: keep the prompt in the cache for a time, {"seconds": 300} or {"ttl": "5m"}, with "weight" and, for
+        its beginning alone, "tokens"; or a list of those. Advice, see docs/cache.md.
 
     All others are for what Mooli does not have, and refused unless they have their default
     (`mooli.frontend.unsupported`).
@@ -96,6 +100,7 @@ class GenerateCall:
     cache_salt: str | None = field(default=None, kw_only=True)
     no_store: bool = field(default=False, kw_only=True)
     return_cache_report: bool = field(default=False, kw_only=True)
+    pin: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +191,7 @@ class InputRules:
             raise RequestError(
                 f"priority={str(rank)[:80]} is outside {-MAX_PRIORITY} … {MAX_PRIORITY}", argument="priority"
             )
+        pins, sessions = parse_pins(call.pin, rank), parse_sessions(call.session_id, size, n)
         rids = _rids(call.rid, size, n, is_batch)
         requests = []
         for i in range(size):
@@ -204,6 +210,8 @@ class InputRules:
                     is_background=caller.is_background,
                     no_store=call.no_store or caller.no_store,
                     wants_cache_end=call.return_cache_report,
+                    pins=pins,
+                    session=sessions[i],
                     **options,
                 )
                 requests.append(request)

@@ -67,9 +67,7 @@ _LIST: Mapping[str, tuple[tuple[Api, str], ...]] = {
     ),
     "cut the prompt before it is sent": ((Api.OPENAI, "truncate_prompt_tokens"),),
     "only what follows a prompt is made": ((Api.OPENAI, "suffix prediction"),),
-    "send the whole conversation: its beginning is found in the cache": (
-        (_NATIVE | Api.OPENAI, "session_params session_id"),
-    ),
+    "send the whole conversation: its beginning is found in the cache": ((_NATIVE | Api.OPENAI, "session_params"),),
     "one engine computes a whole request": (
         (_NATIVE, "bootstrap_host bootstrap_port bootstrap_room routed_dp_rank disagg_prefill_dp_rank"),
         (_NATIVE, "data_parallel_rank kv_hints"),

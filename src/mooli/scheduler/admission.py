@@ -548,6 +548,8 @@ class AdmissionControl:
         )
         if admission is None:
             return False
+        if state.request.pins:
+            self.cache.want_states(admission, [pin.num_tokens for pin in state.request.pins])
         self._queue_of(state).remove(state)
         self.running.begin(state, admission)
         plan.copies += admission.copies

@@ -210,10 +210,13 @@ class WriteBehind:
             return None
 
     def finish(self, end_s: float) -> None:
-        """Write everything that is worth it and still there, those used last first, until `end_s` of the monotonic
-        clock. Nothing steps any more."""
+        """Write everything that is worth it and still there, what is retained first, then those used last, until
+        `end_s` of the monotonic clock. Nothing steps any more."""
         if not self._is_broken:
             self._saves.extend(reversed(self._warm.values()))
+        if self._cache.num_retained:
+            retained = self._cache.is_retained
+            self._saves = deque(sorted(self._saves, key=lambda save: not retained(save.namespace, save.key)))
         self._warm.clear()
         self._num_warm = 0
         while self._saves and time.monotonic() < end_s:

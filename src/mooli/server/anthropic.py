@@ -29,15 +29,17 @@ from mooli.frontend.cache_report import Inquiry
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part, PartKind, PartReader, WireFormat, parser_for
+from mooli.frontend.retention import Mark, Place
 from mooli.frontend.tool_messages import choose, make_tool
 from mooli.frontend.tools import ToolSet
 from mooli.frontend.unsupported import Api, asked, names_of
 from mooli.server.anthropic_blocks import PART_SEPARATOR, Block, add_turn, assistant_turn, results_of, texts_of
 from mooli.server.cache_diagnostics import Diagnostics, anthropic_diagnostics, anthropic_usage, has_cache_control
-from mooli.server.conversation import Conversation, open_conversation, prompt_ids, told_of
+from mooli.server.conversation import Conversation, open_conversation, pins_of, prompt_ids, told_of
 from mooli.server.json_body import check_count
 from mooli.server.openai import require_tokenizer
 from mooli.server.openai_chat import effort_arguments, thinking_arguments
+from mooli.server.retention import cache_control, marked_blocks
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, ModelName, Reply, Route, sse
 from mooli.server.service import Service
 
@@ -79,8 +81,8 @@ class CountTokensBody(msgspec.Struct, kw_only=True):
 
 class MessagesBody(CountTokensBody, kw_only=True):
     """A request for an answer. metadata and service_tier change nothing here, as their meaning has it. diagnostics: say
-    what of an earlier request's prompt is not the same any more, and remember this one's. cache_control: all of the
-    prompt is kept for later, as all prompts are."""
+    what of an earlier request's prompt is not the same any more, and remember this one's. cache_control: keep all of
+    the prompt for a time; of a block or a tool, all up to its end."""
 
     max_tokens: Annotated[int, msgspec.Meta(ge=0)]
     stop_sequences: list[str] | None = None
@@ -166,6 +168,7 @@ def conversation(body: CountTokensBody, service: Service) -> Conversation:
     count = len(body.messages) + sum(len(content) for content in blocks if isinstance(content, list))
     check_count("messages", count, service.config.max_request_items)
     tools = tools_of(body)
+    marks, marked_turns = _head_marks(body), list[tuple[int, float]]()
     check_count("tools", 0 if tools is None else len(tools.for_template()), service.config.max_request_items)
     system = [PART_SEPARATOR.join(texts_of(body.system, "system", "text"))] if body.system else []
     turns: list[dict[str, Any]] = []
@@ -180,6 +183,9 @@ def conversation(body: CountTokensBody, service: Service) -> Conversation:
             said = texts_of(message.content, where, "text", beside=("tool_result",))
             if said or not isinstance(message.content, list) or not message.content:
                 add_turn(turns, {"role": "user", "content": PART_SEPARATOR.join(said)})
+        seconds = marked_blocks(message.content, where)
+        if seconds is not None:
+            marked_turns.append((0 if message.role == "system" else len(turns), seconds))
     if not turns:
         raise HttpError(400, "messages has only messages of the system: one must be the user's.", param="messages")
     continues = turns[-1]["role"] == "assistant"
@@ -187,7 +193,23 @@ def conversation(body: CountTokensBody, service: Service) -> Conversation:
         raise HttpError(400, "messages ends with a tool_use: send its tool_result behind it.", param="messages")
     told = [{"role": "system", "content": PART_SEPARATOR.join(system)}, *turns] if system else turns
     arguments = template_arguments(body)
-    return Conversation(messages=told, tools=tools, template_arguments=arguments, continues=continues)
+    for num_turns, seconds in marked_turns:
+        marks.append(Mark(seconds, Place("message", max(0, len(told) - len(turns) + num_turns - 1))))
+    return Conversation(messages=told, tools=tools, template_arguments=arguments, continues=continues, marks=marks)
+
+
+def _head_marks(body: CountTokensBody) -> list[Mark]:
+    """Of all there is of the prompt, of tools that the model hears of, and of the system prompt. Raises HttpError."""
+    found: list[tuple[float | None, Place | None]] = []
+    if isinstance(body, MessagesBody):
+        found.append((cache_control(body.cache_control, "cache_control"), None))
+    num_shown = 0
+    for index, tool in enumerate(body.tools or ()):
+        num_shown += tool.get("type") in (None, "custom")
+        seconds = cache_control(tool.get("cache_control"), f"tools[{index}].cache_control")
+        found.append((seconds, Place("tool", max(0, num_shown - 1))))
+    found.append((marked_blocks(body.system, "system"), Place("message", 0)))
+    return [Mark(seconds, place) for seconds, place in found if seconds is not None]
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -210,6 +232,7 @@ async def create_message(service: Service, request: Incoming) -> Reply | EventSt
         rid=rid,
         stream=bool(body.stream),
         return_cache_report=body.diagnostics is not None,
+        pin=await pins_of(service, told.marks, told),
     )
     inputs = await service.prepare(call, request.client.caller)
     inquiry = None

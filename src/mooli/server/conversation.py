@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from mooli.frontend.cache_report import Told
 from mooli.frontend.chat import with_calls
 from mooli.frontend.parts import WireFormat
+from mooli.frontend.retention import Mark, Place
 from mooli.frontend.tool_forcing import reasoning_ahead
 from mooli.frontend.tools import ToolSet
 from mooli.server.service import Service
@@ -35,6 +36,7 @@ class Conversation:
     tells_reasoning_apart: False reads reasoning as text, its markers too.
     owner: whose own answers of before are gone on with in the tokens they were made of (`Service.owner_of`); None:
         nobody's.
+    marks: up to where the prompt is to be kept for a time.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -43,6 +45,7 @@ class Conversation:
     continues: bool = False
     tells_reasoning_apart: bool = True
     owner: str | None = None
+    marks: Sequence[Mark] = ()
 
 
 class OpenedConversation(NamedTuple):
@@ -97,6 +100,33 @@ async def prompt_ids(service: Service, conversation: Conversation) -> list[int]:
 def told_of(service: Service, conversation: Conversation) -> Told:
     """What the template is told of it: for a report on the cache."""
     return Told(conversation.messages, conversation.tools, _template_arguments(service, conversation))
+
+
+MAX_MARKS = 4
+"""Of a request; the last ones count, as with both APIs that have marks."""
+
+
+async def pins_of(
+    service: Service, marks: Sequence[Mark], conversation: Conversation | None = None, *, own: Any = None
+) -> Any:
+    """For `GenerateCall.pin`; None where nothing is asked for. conversation: as it was told, for marks inside it.
+    own: the field `pin` of a body, unchecked.
+
+    A mark that a later one covers for as long says nothing more. So where a conversation marks its last message, as
+    agents do, nothing has to be counted.
+    """
+    if not marks:
+        return own
+    last = None if conversation is None else Place("message", len(conversation.messages) - 1)
+    longest = max((mark.seconds for mark in marks if mark.place in (None, last)), default=0.0)
+    pins: list[Any] = [{"seconds": longest}] if longest else []
+    inside = [(mark.place, mark.seconds) for mark in marks if mark.place is not None and mark.place != last]
+    for place, seconds in sorted(inside, key=lambda item: item[0].order, reverse=True):
+        if seconds > longest and conversation is not None and len(pins) < MAX_MARKS:
+            longest = seconds
+            num_tokens = await service.prefix_tokens(told_of(service, conversation), place)
+            pins.append({"seconds": seconds, "tokens": num_tokens})
+    return pins if own is None else [*pins, *(own if isinstance(own, list) else [own])]
 
 
 def _template_arguments(service: Service, conversation: Conversation) -> dict[str, Any]:

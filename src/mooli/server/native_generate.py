@@ -56,6 +56,8 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     no_store: bool = False
     log_metrics: bool = True
     return_cache_report: bool = False
+    session_id: str | list[str] | None = None
+    pin: dict[str, Any] | list[dict[str, Any]] | None = None
 
 
 async def generate(service: Service, request: Incoming) -> Reply | EventStream:
@@ -119,6 +121,8 @@ async def _prepare(service: Service, body: GenerateBody, client: Client) -> Call
         priority=body.priority,
         cache_salt=body.cache_salt or body.extra_key,
         no_store=body.no_store,
+        session_id=body.session_id,
+        pin=body.pin,
         stream=body.stream,
         return_cache_report=body.return_cache_report,
     )

@@ -97,6 +97,9 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     return_cached_tokens_details: bool | None = None
     return_cache_report: bool | None = None
     prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    session_id: str | None = None
+    pin: dict[str, Any] | list[dict[str, Any]] | None = None
     # What the answer is held to, in the words of OpenAI, vLLM and llama.cpp
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -111,8 +114,7 @@ def refuse_unsupported(given: Mapping[str, Any]) -> None:
     """Raise HttpError (400) naming the first field that asks for what is not served.
 
     All other names are left aside, as OpenAI's clients expect of newer fields. Some are known to mean nothing here:
-    user, metadata, store, service_tier, prompt_cache_key, prompt_cache_retention, safety_identifier,
-    verbosity.
+    user, metadata, store, service_tier, prompt_cache_key, safety_identifier, verbosity.
     """
     name = asked(given, Api.OPENAI)
     if name is not None:

@@ -18,10 +18,11 @@ from mooli.frontend.cache_report import Told
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part, PartKind, WireFormat, parser_for
+from mooli.frontend.retention import Mark, Place
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tool_messages import read_tools, text_argument
 from mooli.frontend.tools import ToolSet
-from mooli.server.conversation import Conversation, open_conversation, told_of
+from mooli.server.conversation import Conversation, open_conversation, pins_of, told_of
 from mooli.server.errors import in_names
 from mooli.server.json_body import check_count, num_entries
 from mooli.server.openai import (
@@ -38,6 +39,7 @@ from mooli.server.openai import (
     require_tokenizer,
     sampling_params,
 )
+from mooli.server.retention import openai_marks
 from mooli.server.routing import Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
 from mooli.types import FinishReason, TokenLogprobs
@@ -151,12 +153,20 @@ async def _prepare(
         cache_salt=cache_salt(body),
         no_store=bool(body.no_store),
         return_cache_report=bool(body.return_cache_report),
+        session_id=body.session_id,
+        pin=await pins_of(service, _marks(body), conversation, own=body.pin),
     )
     told = told_of(service, conversation)
     try:
         return await service.prepare(call, client.caller), opened.wire_format, told
     except RequestError as exc:
         raise in_names(exc, Dialect.OPENAI, {**NAMES, "max_new_tokens": length_name}) from exc
+
+
+def _marks(body: ChatBody) -> list[Mark]:
+    """What of the prompt is to be kept. Raises HttpError."""
+    contents = ((Place("message", i), message.content) for i, message in enumerate(body.messages))
+    return openai_marks(body.prompt_cache_retention, body.prompt_cache_options, contents)
 
 
 def read_functions(body: ChatBody) -> ToolSet | None:

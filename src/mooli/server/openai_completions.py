@@ -16,6 +16,7 @@ from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part
 from mooli.frontend.tokenizer import Tokenizer
+from mooli.server.conversation import pins_of
 from mooli.server.json_body import check_count
 from mooli.server.openai import (
     COMMON_NAMES,
@@ -31,6 +32,7 @@ from mooli.server.openai import (
     require_tokenizer,
     sampling_params,
 )
+from mooli.server.retention import openai_marks
 from mooli.server.routing import Access, Client, Dialect, EventStream, HttpError, Incoming, Reply, Route
 from mooli.server.service import Service
 from mooli.types import Request, TokenLogprobs
@@ -110,6 +112,8 @@ async def _prepare(service: Service, body: CompletionBody, client: Client) -> Ca
         cache_salt=cache_salt(body),
         no_store=bool(body.no_store),
         return_cache_report=bool(body.return_cache_report),
+        session_id=body.session_id,
+        pin=await pins_of(service, openai_marks(body.prompt_cache_retention, body.prompt_cache_options), own=body.pin),
     )
     inputs = await service.prepare(call, client.caller)
     if limit is not None:

@@ -28,9 +28,17 @@ from mooli.frontend.cache_report import Inquiry
 from mooli.frontend.generation import Generation
 from mooli.frontend.inputs import CallInputs, GenerateCall
 from mooli.frontend.parts import Part, PartReader, WireFormat, parser_for
+from mooli.frontend.retention import Mark, Place
 from mooli.server import responses_kept
 from mooli.server.cache_diagnostics import openai_diagnostics
-from mooli.server.conversation import Conversation, OpenedConversation, open_conversation, prompt_ids, told_of
+from mooli.server.conversation import (
+    Conversation,
+    OpenedConversation,
+    open_conversation,
+    pins_of,
+    prompt_ids,
+    told_of,
+)
 from mooli.server.errors import CONTEXT_LENGTH_EXCEEDED, is_for_client, problem_of
 from mooli.server.json_body import check_count
 from mooli.server.openai import comparison_id, require_tokenizer
@@ -38,6 +46,7 @@ from mooli.server.openai_chat import chat_logprobs, effort_arguments
 from mooli.server.responses_events import ResponseWriter
 from mooli.server.responses_items import CalledTool, Item, read_messages, read_tools, without_oldest
 from mooli.server.responses_kept import NOTHING_KEPT, SEND_ALL, Keep, all_items, keeper
+from mooli.server.retention import openai_marks
 from mooli.server.routing import Access, Dialect, EventStream, HttpError, Incoming, ModelName, Reply, Route, sse
 from mooli.server.service import Service
 
@@ -92,6 +101,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     max_tool_calls: Any = None
     prompt_cache_key: Any = None
     prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
     safety_identifier: Any = None
     user: Any = None
     # Extensions, as chats have them
@@ -104,6 +114,8 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    session_id: str | None = None
+    pin: dict[str, Any] | list[dict[str, Any]] | None = None
 
     @property
     def has_logprobs(self) -> bool:
@@ -206,8 +218,11 @@ async def _open(
 async def create_response(service: Service, request: Incoming) -> Reply | EventStream:
     """Raises HttpError for a request that is wrong, RequestError, and what `Call.changes` raises."""
     body: ResponsesBody = request.body
-    conversation, called = await _conversation(service, request)
-    opened, conversation = await _open(service, body, conversation)
+    told, called = await _conversation(service, request)
+    marks = _marks(body, told)
+    opened, conversation = await _open(service, body, told)
+    if conversation is not told:
+        marks = [replace(mark, place=None) for mark in marks]
     response_id = f"resp_{uuid.uuid4().hex}"
     call = GenerateCall(
         input_ids=opened.input_ids,
@@ -219,8 +234,13 @@ async def create_response(service: Service, request: Incoming) -> Reply | EventS
         priority=body.priority,
         cache_salt=body.cache_salt,
         return_cache_report=body.prompt_cache_options is not None,
+        session_id=body.session_id,
+        pin=await pins_of(service, marks, conversation, own=body.pin),
     )
     inputs = await service.prepare(call, request.client.caller)
+    if _is_kept(service, body) and not body.session_id:
+        for sequence in inputs.requests:
+            sequence.session, sequence.previous = response_id, body.previous_response_id or ""
     inquiry = None
     if body.prompt_cache_options is not None:
         inquiry = await service.inquire(
@@ -235,7 +255,7 @@ async def create_response(service: Service, request: Incoming) -> Reply | EventS
     has_logprobs, wire_format, keep = body.has_logprobs, opened.wire_format, None
     if _is_kept(service, body):
         keep = keeper(service, request.client, response_id, body.input, body.previous_response_id)
-    del request, body, conversation, opened, call
+    del request, body, told, conversation, opened, call
     if inputs.is_stream:
         return EventStream(_events(service, inputs, wire_format, writer, has_logprobs, keep, inquiry))
     with service.start(inputs, wire_format=wire_format) as answering:
@@ -246,6 +266,23 @@ async def create_response(service: Service, request: Incoming) -> Reply | EventS
         if keep is not None:
             keep(writer.response)
         return Reply(writer.response)
+
+
+def _marks(body: ResponsesBody, told: Conversation) -> list[Mark]:
+    """What of the prompt is to be kept: marks of the body's own items, which stand last. Raises HttpError."""
+    items = body.input if isinstance(body.input, list) else []
+    contents: list[tuple[Place, Any]] = []
+    num_own = -1
+    for index, item in enumerate(items):
+        content = item.get("content")
+        if isinstance(content, list) and any(
+            isinstance(part, dict) and part.get("prompt_cache_breakpoint") for part in content
+        ):
+            num_own = len(read_messages(items, body.instructions)) if num_own < 0 else num_own
+            num_behind = num_own - len(read_messages(items[: index + 1], body.instructions))
+            is_system = item.get("role") in ("system", "developer")
+            contents.append((Place("message", 0 if is_system else len(told.messages) - 1 - num_behind), content))
+    return openai_marks(body.prompt_cache_retention, body.prompt_cache_options, contents)
 
 
 def _num_items(items: str | list[Item]) -> int:
@@ -295,6 +332,7 @@ def _echo(service: Service, body: ResponsesBody, inputs: CallInputs) -> dict[str
         "metadata": body.metadata or {},
         "prompt_cache_key": body.prompt_cache_key,
         **({} if body.prompt_cache_options is None else {"prompt_cache_options": _cache_options(body)}),
+        **({} if body.prompt_cache_retention is None else {"prompt_cache_retention": body.prompt_cache_retention}),
         "safety_identifier": body.safety_identifier,
         "user": body.user,
     }

@@ -27,6 +27,8 @@ from mooli.frontend.infill import Infill, open_infill
 from mooli.frontend.inputs import NOBODY, Caller, CallInputs, GenerateCall, InputRules
 from mooli.frontend.own_answers import OwnAnswers
 from mooli.frontend.parts import PLAIN_TEXT, WireFormat
+from mooli.frontend.prefix_lengths import PrefixLengths
+from mooli.frontend.retention import Place
 from mooli.frontend.text_side import input_rules
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tool_forcing import begin_behind_reasoning
@@ -133,6 +135,7 @@ class Service:
             is_draining=lambda: self.is_draining,
         )
         """The cache and what runs in it, for who looks."""
+        self._prefix_lengths = None if tokenizer is None else PrefixLengths(tokenizer)
         self._token_bytes = token_bytes
         self._shared: dict[str, SharedWork[Any]] = {}
         self._tenants: frozenset[str] | None = None
@@ -208,6 +211,14 @@ class Service:
         preferred = self.engine_config.preferred_sampling
         own = {name: value for name, value in self.sampling_defaults.items() if name not in preferred}
         return {**own, **given}
+
+    async def prefix_tokens(self, told: Told, place: Place) -> int | None:
+        """Tokens of a conversation's prompt up to the end of a message or tool; None where that cannot be told."""
+        lengths = self._prefix_lengths
+        if lengths is None:
+            return None
+        num = num_chars((told.messages, told.template_arguments))
+        return await self.text_threads.run(num, lambda: lengths.up_to(told, place))
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Raises PromptError, or RequestError without a tokenizer."""
