@@ -31,7 +31,7 @@ from mooli.models.registry import create_model
 from mooli.runner.model_runner import ModelRunner
 from mooli.scheduler.drafts import DraftSettings, ForcedSettings
 from mooli.scheduler.scheduler import Scheduler
-from mooli.types import Request, RequestOutput, SamplingParams, TokenLogprobs
+from mooli.types import Pin, Request, RequestOutput, SamplingParams, TokenLogprobs
 from page_moves import Place
 from steps import Choice, Row, sampling_batch, step
 
@@ -154,6 +154,8 @@ def requests(vocab_size: int) -> list[Request]:
                 return_logprob=True,
                 logprob_start=0 if index % 8 == 0 else None,
                 num_top_logprobs=index % 3,
+                pins=(Pin(60, 1 + index % 3, len(prompt) // 2 if index % 2 else None),) if index % 4 == 1 else (),
+                session="a conversation" if index % 5 == 2 else "",
             )
         )
     return made
@@ -192,7 +194,7 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
         if mix % 10 == 0:  # too many pages wanted at once: somebody has to give way
             wanted, num_pages = draw.sample(long, 3), 5
         if cache is None or cache.num_pages != num_pages or draw.random() < 0.4:
-            cache = KVCache(num_pages, PAGE_SIZE, draw.random() < 0.85)  # otherwise warm from the mix before
+            cache = KVCache(num_pages, PAGE_SIZE, draw.random() < 0.85, retention_share=0.5)  # otherwise warm from the mix before
         chunk = draw.choice([4, 20, 50, MAX_TOKENS])
         drafts = DraftSettings(*((4, 8, 2, 12) if mix % 4 == 1 else (8, 16, 1, 3))) if mix % 2 else None
         forced = ForcedSettings(1 + mix % 12, 5 + mix % 30) if mix % 3 else None

@@ -342,7 +342,7 @@ def first_gone(cache: KVCache, *sequences: tuple[int, ...]) -> int:
         ({"session": "s"}, True),
         ({"session": "s2", "previous": "s"}, True),
         ({"session": "other"}, False),
-        ({"diverged_at": 4}, True),
+        ({"diverged_at": 5}, True),
         ({"pins": (Pin(5),)}, False),
     ],
 )
@@ -351,7 +351,7 @@ def test_what_a_newer_turn_has_left_behind_goes_first(turn: dict[str, Any], is_k
     other, older = (*HEAD, *range(30, 38)), (*HEAD, 90, 91, 92, 93, 94, 95, 96, 97)
     finished(cache, *other)
     finished(cache, *older, session="s")
-    newer = (*HEAD, 94, 95, 96, 97, 20, 21, 22, 23)
+    newer = (*HEAD, 90, 94, 95, 96, 97, 20, 21, 22)  # whose page begins as a copy
     finished(cache, *newer, **turn)
     assert first_gone(cache, other, older, newer) == (1 if is_known else 0)
 

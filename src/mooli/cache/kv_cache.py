@@ -613,6 +613,7 @@ class KVCache:
             slot, held.state = held.state, -1
             self._give_state(held, tail, 0, num_tokens, slot)
         if turn is not None and held.node is not None:
+            self.drop_copy_source(held)  # it may be what the turn has left behind
             self._turns.ended(held.node, turn)
             for pin in turn.pins:
                 num_tokens = len(turn.prompt) // TOKEN_BYTES
