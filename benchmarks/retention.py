@@ -11,10 +11,9 @@ trace's own:
   turn brings 120 tokens, the model reasons for 400, which the next prompt leaves out, and answers with 150;
 - one-off prompts of 4,000 tokens, one request in four: a scan that nobody asks for again.
 
-Printed is which share of the prompt tokens of each kind came from the cache, and the evictions. What differs between the
-lines is what requests ask for and the share that may be retained. Two show what a bounded share is for: `everybody
-pins` has all requests ask, for the same hour, and `the scan pins` has those ask, of the largest weight, that nobody asks
-for again.
+Printed is which share of the prompt tokens of each kind came from the cache, and the evictions. Lines differ by what
+requests ask for, and by the share that may be retained. Two show what a bounded share is for: with `everybody pins` all
+requests ask, for the same hour; with `the scan pins` those do, and with the largest weight, that nobody needs again.
 """
 
 from __future__ import annotations
