@@ -194,7 +194,8 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
         if mix % 10 == 0:  # too many pages wanted at once: somebody has to give way
             wanted, num_pages = draw.sample(long, 3), 5
         if cache is None or cache.num_pages != num_pages or draw.random() < 0.4:
-            cache = KVCache(num_pages, PAGE_SIZE, draw.random() < 0.85, retention_share=0.5)  # otherwise warm from the mix before
+            # Otherwise warm from the mix before.
+            cache = KVCache(num_pages, PAGE_SIZE, draw.random() < 0.85, retention_share=0.5)
         chunk = draw.choice([4, 20, 50, MAX_TOKENS])
         drafts = DraftSettings(*((4, 8, 2, 12) if mix % 4 == 1 else (8, 16, 1, 3))) if mix % 2 else None
         forced = ForcedSettings(1 + mix % 12, 5 + mix % 30) if mix % 3 else None
