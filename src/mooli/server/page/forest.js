@@ -5,8 +5,8 @@ import { call, eventsOf, json } from "./api.js";
 const EVICTED_KEPT_S = 300;
 const HAPPENED_KEPT = 60;
 
-/** Nodes by id, each {id, parent, namespace, start, tokens, pages, locks, stored: pages on disk too, used: Unix seconds of
- * its last use}. */
+/** Nodes by id, each {id, parent, namespace, start, tokens, pages, locks, stored: pages on disk too, retained: a request
+ * asked to keep it, used: Unix seconds of its last use}. */
 export class Forest {
   nodes = new Map();
   namespaces = new Map();
@@ -51,8 +51,8 @@ export class Forest {
   }
 
   #put(nodes, at) {
-    for (const { id, parent = null, namespace = null, start = 0, tokens = 0, pages = 0, idle_s = 0, locks = 0, stored = 0 } of nodes) {
-      this.nodes.set(id, { id, parent, namespace, start, tokens, pages, locks, stored, used: at - idle_s });
+    for (const { id, parent = null, namespace = null, start = 0, tokens = 0, pages = 0, idle_s = 0, locks = 0, stored = 0, retained = false } of nodes) {
+      this.nodes.set(id, { id, parent, namespace, start, tokens, pages, locks, stored, retained, used: at - idle_s });
     }
   }
 

@@ -49,13 +49,13 @@ export function layOut(forest) {
 /** Draw what is seen of a layout. view: {left, top: token and row at the corner, perToken, perRow: pixels}. colours:
  * {of: step of last use -> fill, inkOn: step -> ink, paper, held, chosen, disk, answer, steps}. marks: {selected, path:
  * Set of ids, found: Set of ids, answers: Map of ids -> position}. labelOf: words for a node, or "". Returns {rects,
- * stored, answers: how many were drawn, wide: nodes with room for words}. */
+ * stored, answers, retained: how many were drawn, wide: nodes with room for words}. */
 export function draw(context, size, layout, view, colours, marks, now, labelOf) {
   const { width, height } = size;
   context.clearRect(0, 0, width, height);
   context.font = '11px ui-monospace, Menlo, Consolas, monospace';
   context.textBaseline = "middle";
-  const seen = { rects: 0, stored: 0, answers: 0, wide: [] };
+  const seen = { rects: 0, stored: 0, answers: 0, retained: 0, wide: [] };
   // A band along a bar, from one position to another.
   const band = (from, to, y, height, below, colour) => {
     const x = Math.max((from - view.left) * view.perToken, -2);
@@ -117,6 +117,11 @@ export function draw(context, size, layout, view, colours, marks, now, labelOf) 
     }
     const from = marks.answers.get(node.id);
     if (thick && from !== undefined) seen.answers += band(from, node.start + node.tokens, y0, thick, 0, colours.answer);
+    if (thick && node.retained && x0 > -4) {
+      context.fillStyle = colours.chosen;
+      context.fillRect(x0, y0, Math.min(3, x1 - x0), y1 - gap - y0);
+      seen.retained++;
+    }
     if (node.locks > 0 || marks.path.has(node.id) || marks.found.has(node.id) || marks.selected === node.id) {
       outlines.push([node, left, y0, right, y1 - gap]);
     }

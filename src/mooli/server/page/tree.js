@@ -113,7 +113,7 @@ export class Tree {
     const legend = h(
       "p",
       { class: "legend" },
-      [["new", "legend_now"], ["old", "legend_old"], ["held", "legend_locked"], ["answer", "legend_answer"], ["disk", "legend_disk"]].map(([kind, word]) =>
+      [["new", "legend_now"], ["old", "legend_old"], ["held", "legend_locked"], ["answer", "legend_answer"], ["disk", "legend_disk"], ["kept", "legend_kept"]].map(([kind, word]) =>
         h("span", {}, h("span", { class: `swatch ${kind}`, "aria-hidden": "true" }), t(word))),
     );
     const part = (title, ...inner) => h("section", {}, h("h2", { text: t(title) }), inner);
@@ -256,7 +256,7 @@ export class Tree {
     const path = new Set(this.#followed === null ? [] : this.#forest.pathTo(this.#nodeOfFollowed()));
     const marks = { selected: this.#selected, path, found: this.#found, answers: this.#answers };
     const seen = draw(context, { width, height }, this.#layout, this.#view, this.colours, marks, Date.now() / 1000, (node) => this.#labelOf(node));
-    Object.assign(view.canvas.dataset, { rects: seen.rects, stored: seen.stored, answers: seen.answers, read: this.#texts.size });
+    Object.assign(view.canvas.dataset, { rects: seen.rects, stored: seen.stored, answers: seen.answers, retained: seen.retained, read: this.#texts.size });
     this.#readLabels(seen.wide);
   }
 
@@ -425,6 +425,7 @@ export class Tree {
     const words = [
       t("node_said", id, num(node.start), num(node.start + node.tokens), used, node.locks),
       node.stored ? t("stored_said", num(node.stored), num(node.pages)) : "",
+      node.retained ? t("legend_kept") : "",
       answer === undefined ? "" : t("answer_said", num(answer)),
     ].filter(Boolean).join(", ");
     if (isSaid) {
@@ -474,14 +475,14 @@ export class Tree {
     const from = this.#page * TABLE_ROWS;
     const now = Date.now() / 1000;
     const rows = nodes.slice(from, from + TABLE_ROWS).map((node) => {
-      const cells = [node.parent ?? "–", num(node.start), num(node.tokens), num(node.pages), num(node.stored), node.locks ? t("in_use") : t("ago", span(now - node.used)), node.locks, this.#forest.namespaces.get(node.namespace) ?? "–"];
+      const cells = [node.parent ?? "–", num(node.start), num(node.tokens), num(node.pages), num(node.stored), node.locks ? t("in_use") : t("ago", span(now - node.used)), node.locks, node.retained ? "✓" : "", this.#forest.namespaces.get(node.namespace) ?? "–"];
       return h("tr", {}, h("td", {}, button(String(node.id), () => this.#select(node.id, true))), cells.map((text) => h("td", { text })));
     });
     const go = (step) => () => {
       this.#page += step;
       this.#drawTable();
     };
-    const heads = ["node", "parent", "start", "tokens", "pages", "on_disk", "idle", "locks", "namespace"].map((word) => h("th", { scope: "col", text: t(word) }));
+    const heads = ["node", "parent", "start", "tokens", "pages", "on_disk", "idle", "locks", "legend_kept", "namespace"].map((word) => h("th", { scope: "col", text: t(word) }));
     const { tabled } = this.shown;
     keepFocus(tabled, () => tabled.replaceChildren(
       h(

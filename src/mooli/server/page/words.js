@@ -162,6 +162,7 @@ export const WORDS = {
   legend_locked: ["a request runs in it", "请求运行中"],
   legend_answer: ["an answer in the making", "正在生成的回答"],
   legend_disk: ["on disk too", "也在磁盘上"],
+  legend_kept: ["asked to be kept", "请求保留"],
   rows: ["Rows {0} to {1} of {2}", "第 {0}–{1} 行，共 {2} 行"],
   earlier: ["Earlier", "上一页"],
   later: ["Later", "下一页"],
