@@ -241,13 +241,28 @@ def test_the_engines_counters_come_from_its_last_report():
     metrics = Metrics("m", FACTS, ServerConfig())
     stats = {
         "running": 4, "waiting": 3, "used_pages": 50, "free_pages": 100, "evictable_pages": 50, "evicted_pages": 7,
-        "preemptions": 2, "generated_tokens": 9,
+        "preemptions": 2, "generated_tokens": 9, "host_total_tokens": 40, "host_used_tokens": 30,
+        "host_loaded_tokens": 8, "host_saved_tokens": 35, "host_dropped_tokens": 5,
+        "failed_loads": 1, "host_failed_loads": 2,
     }  # fmt: skip
     metrics.step(Outputs([], stats, StepStats(step=1)))
     samples = Samples(metrics.render().decode())
     assert samples("num_running_reqs") == 4 and samples("num_queue_reqs") == 3
     assert samples("token_usage") == 0.25 and samples("utilization") == 0.5
     assert samples("evicted_tokens_total") == 7 * PAGE_SIZE and samples("num_retracted_requests_total") == 2
+    assert samples("hicache_host_total_tokens") == 40 and samples("hicache_host_used_tokens") == 30
+    assert samples("load_back_tokens_total") == 8 and samples("hicache_backup_tokens_total") == 35
+    assert samples("hicache_dropped_tokens_total") == 5 and samples("hicache_load_failures_total") == 3
+
+
+def test_cached_tokens_are_counted_by_where_they_were():
+    metrics, generation = Metrics("m", FACTS, ServerConfig()), a_generation()
+    finish = FinishReason("length", length=1)
+    generation.update(RequestOutput("a", [5], finish, prompt_tokens=9, cached_tokens=8, loaded_tokens=3, host_tokens=4))
+    metrics.finished(generation, is_stream=False, elapsed_s=1.0)
+    samples = Samples(metrics.render().decode())
+    for source, count in {"device": 1, "host": 4, "storage": 3}.items():
+        assert samples("cached_tokens_total", cache_source=source) == count
 
 
 # -- the log lines of steps ------------------------------------------------------------------------------------------
