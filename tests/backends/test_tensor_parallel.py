@@ -26,11 +26,11 @@ from mooli.errors import ConfigError
 from mooli.models import registry
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.config import ModelConfig
-from mooli.models.deepseek import DeepseekConfig
-from mooli.models.gpt_oss import GptOssConfig
+from mooli.models.deepseek import DeepseekConfig, DeepseekExperts
+from mooli.models.experts import Experts
+from mooli.models.gpt_oss import GptOssExperts, SinkAttention
 from mooli.models.llama import LlamaConfig
 from mooli.models.mla import LatentHeads
-from mooli.models.qwen_moe import MoeConfig
 from mooli.models.registry import create_model
 from mooli.models.sharding import Place, part_checkpoint
 from mooli.runner.model_runner import ModelRunner
@@ -63,27 +63,30 @@ FAMILIES: dict[str, tuple[ModelConfig, int]] = {
     "qwen3": (config("qwen3", qk_norm=True, num_kv_heads=4, num_layers=1), 4),
     "qwen2, key heads on two ranks each": (config("qwen2", qkv_bias=True, num_layers=1), 4),
     "qwen2 with experts and one that is shared": (
-        MoeConfig(
+        LlamaConfig(
             family="qwen2_moe", architecture="Qwen2MoeForCausalLM", vocab_size=121, hidden_size=32,
             intermediate_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=512,
-            qkv_bias=True, num_experts=6, top_k=2, expert_width=16, shared_width=48, dense_layers=(1,),
+            qkv_bias=True, experts=Experts(num_experts=6, top_k=2, width=16, shared_width=48, dense_layers=(1,)),
         ),
         2,
     ),
     "latents and experts": (
         DeepseekConfig(
             family="deepseek_v3", architecture="DeepseekV3ForCausalLM", vocab_size=121, hidden_size=32, num_layers=2,
-            intermediate_size=64, max_position_embeddings=512, num_experts=4, top_k=2, expert_width=16, shared_width=32,
-            dense_layers=(0,), groups=2, kept_groups=1,
+            intermediate_size=64, max_position_embeddings=512, experts=Experts(
+                kind=DeepseekExperts, num_experts=4, top_k=2, width=16, shared_width=32, dense_layers=(0,),
+                correction=True, score="sigmoid", normalise=True, eps=1e-20, groups=2, kept_groups=1,
+            ),
             heads=LatentHeads(num_heads=4, q_rank=24, rank=32, nope_dim=16, rope_dim=16, value_dim=24, bias=True),
         ),
         2,
     ),
     "gpt-oss: sinks, and experts with biases": (
-        GptOssConfig(
+        LlamaConfig(
             family="gpt_oss", architecture="GptOssForCausalLM", vocab_size=121, hidden_size=32, intermediate_size=16,
             num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=512, qkv_bias=True,
-            o_bias=True, num_experts=6, top_k=2, expert_width=16, windows=(24, 0),
+            o_bias=True, windows=(24, 0), attention=SinkAttention,
+            experts=Experts(kind=GptOssExperts, num_experts=6, top_k=2, width=16, score="chosen_softmax"),
         ),
         2,
     ),

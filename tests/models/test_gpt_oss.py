@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from test_llama_family import Golden
 from tiny_families import SIZES, assert_near, check, logits_of, middle_error, save, write_gguf
 
+from mooli.backends.base import PagedLayer
 from mooli.errors import CheckpointError, UnsupportedModelError
-from mooli.models.gpt_oss import GptOssConfig
+from mooli.models.llama import LlamaConfig
 from mooli.models.registry import read_gguf_config, read_hf_config
 from variants import VARIANTS, Variant, require
 from weight_formats import mxfp4
@@ -91,25 +92,26 @@ def test_a_gguf_file_gives_the_same_logits(tmp_path: Path, golden: Golden, varia
         assert_near(actual, expected, variant)
 
 
-def config(**changes: Any) -> GptOssConfig:
+def config(**changes: Any) -> LlamaConfig:
     read = read_hf_config({**CONFIG.to_dict(), "architectures": ["GptOssForCausalLM"], **changes})
-    assert isinstance(read, GptOssConfig)
+    assert isinstance(read, LlamaConfig)
     return read
 
 
 def test_defaults_are_those_of_transformers() -> None:
     default = transformers.GptOssConfig()
     read = read_hf_config({"model_type": "gpt_oss", **json.loads(default.to_json_string())})
-    assert isinstance(read, GptOssConfig)
+    assert isinstance(read, LlamaConfig)
     assert read.windows == tuple(128 if kind == "sliding_attention" else 0 for kind in default.layer_types)
-    assert (read.head_dim, read.num_experts, read.top_k, read.rope_theta) == (64, 128, 4, 150000.0)
+    assert read.experts is not None and (read.experts.num_experts, read.experts.top_k) == (128, 4)
+    assert (read.head_dim, read.rope_theta) == (64, 150000.0)
     assert read.rope_scaling is not None and not read.rope_scaling.truncate
     bare = {"vocab_size": 9, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8}
     read = read_hf_config({"model_type": "gpt_oss", **bare, "intermediate_size": 32})
-    assert isinstance(read, GptOssConfig)
+    assert isinstance(read, LlamaConfig)
     assert read.windows == (128, 0, 128) and read.qkv_bias and read.o_bias
     assert read.rope_scaling is not None and read.rope_scaling.factor == 32.0
-    assert [layer.window for layer in read.cache_layers()] == [128, 0, 128]
+    assert [layer.window for layer in read.cache_layers() if isinstance(layer, PagedLayer)] == [128, 0, 128]
 
 
 def test_what_is_not_computed_is_refused_by_name() -> None:
@@ -137,7 +139,7 @@ def test_a_gguf_file_that_says_less_is_refused_by_key() -> None:
     }
     shapes = {"token_embd.weight": (199, 64)}
     read = read_gguf_config(metadata, shapes)
-    assert isinstance(read, GptOssConfig) and read.windows == (9, 0, 9)
+    assert isinstance(read, LlamaConfig) and read.windows == (9, 0, 9)
     del metadata["gpt-oss.expert_used_count"]
     with pytest.raises(CheckpointError, match=r"gpt-oss\.expert_used_count"):
         read_gguf_config(metadata, shapes)

@@ -17,8 +17,9 @@ from model_files import interleaved
 from mooli.backends import create_backend
 from mooli.backends.dequant import dequantize
 from mooli.errors import CheckpointError, UnsupportedModelError
+from mooli.models.experts import Experts
+from mooli.models.llama import LlamaConfig
 from mooli.models.loader import open_model, stored_types
-from mooli.models.qwen_moe import MoeConfig
 from mooli.models.registry import create_model, read_hf_config
 from mooli.models.stacks import Places, Stacked
 from mooli.plan import plan_memory
@@ -193,11 +194,8 @@ def test_gguf_files_have_the_same_model(folder: Path, name: str, tmp_path: Path)
     config, checkpoint = open_model(tmp_path / "m.gguf")
     checkpoint.close()
     expected, _ = open_model(folder)
-    assert isinstance(config, MoeConfig) and isinstance(expected, MoeConfig)
-    for field in ("family", "num_experts", "top_k", "expert_width", "shared_width", "dense_layers", "sliding_window"):
+    for field in ("family", "sliding_window", "experts"):
         assert getattr(config, field) == getattr(expected, field), field
-    if name in ("qwen2-moe", "olmoe"):  # whose files do not say it, and whose published models do not
-        assert (config.normalise, expected.normalise) == (False, False)
     np.testing.assert_array_equal(logits_of(tmp_path / "m.gguf"), logits_of(folder))
 
 
@@ -313,14 +311,14 @@ QWEN3: dict[str, Any] = {
 
 def test_what_a_config_does_not_say_is_the_default_of_its_class() -> None:
     config = read_hf_config(QWEN3)
-    assert isinstance(config, MoeConfig)
-    assert (config.num_experts, config.top_k, config.expert_width, config.normalise) == (128, 8, 768, False)
-    assert config.dense_layers == () and config.qk_norm
+    assert isinstance(config, LlamaConfig) and config.qk_norm
+    assert config.experts == Experts(num_experts=128, top_k=8, width=768)
     stepped = read_hf_config({**QWEN3, "decoder_sparse_step": 2, "mlp_only_layers": [1]})
-    assert isinstance(stepped, MoeConfig) and stepped.dense_layers == (0, 1, 2)
+    assert isinstance(stepped, LlamaConfig) and stepped.experts is not None
+    assert stepped.experts.dense_layers == (0, 1, 2)
     shared = read_hf_config({**QWEN3, "architectures": ["Qwen2MoeForCausalLM"]})
-    assert isinstance(shared, MoeConfig)
-    assert (shared.num_experts, shared.top_k, shared.shared_width, shared.qkv_bias) == (60, 4, 5632, True)
+    assert isinstance(shared, LlamaConfig) and shared.qkv_bias
+    assert shared.experts == Experts(num_experts=60, top_k=4, width=1408, shared_width=5632)
     for changes, error, words in (
         ({"num_experts_per_tok": 129}, CheckpointError, "num_experts_per_tok is 129"),
         ({"num_experts": 5000}, CheckpointError, "num_experts is 5000"),

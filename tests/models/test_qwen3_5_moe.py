@@ -16,7 +16,8 @@ from test_qwen3_5_files import KEY_DIM, KEY_HEADS, VALUE_DIM, VALUE_HEADS, conve
 from test_sparse_families import FEW
 from tiny_families import SIZES, assert_near, check, logits_of, save, stacked_experts
 
-from mooli.models.qwen3_5_moe import Qwen3NextConfig, Qwen35MoeConfig
+from mooli.models.qwen3_5 import Qwen35Config
+from mooli.models.qwen3_5_moe import Qwen3NextConfig
 from mooli.models.registry import read_hf_config
 from variants import VARIANTS, Variant, require
 
@@ -129,11 +130,12 @@ def test_the_text_part_of_a_model_that_sees_may_have_its_experts_in_one_tensor(t
 def test_defaults_are_those_of_transformers() -> None:
     default = transformers.Qwen3_5MoeTextConfig()
     config = read_hf_config({"architectures": ["Qwen3_5MoeForCausalLM"], **default.to_dict()})
-    assert isinstance(config, Qwen35MoeConfig)
-    assert (config.num_experts, config.top_k, config.expert_width, config.shared_width) == (256, 8, 512, 512)
-    assert config.route.normalise and config.rotary_dim == 64 and sum(config.attends) == 10
+    assert isinstance(config, Qwen35Config) and config.experts is not None
+    experts = config.experts
+    assert (experts.num_experts, experts.top_k, experts.width, experts.shared_width) == (256, 8, 512, 512)
+    assert experts.normalise and config.rotary_dim == 64 and sum(config.attends) == 10
     following = transformers.Qwen3NextConfig()
     config = read_hf_config({"architectures": ["Qwen3NextForCausalLM"], **following.to_dict()})
-    assert isinstance(config, Qwen3NextConfig)
-    assert (config.num_experts, config.top_k) == (following.num_experts, following.num_experts_per_tok)
-    assert config.route.normalise == following.norm_topk_prob and not config.dense_layers
+    assert isinstance(config, Qwen3NextConfig) and config.experts is not None
+    assert (config.experts.num_experts, config.experts.top_k) == (following.num_experts, following.num_experts_per_tok)
+    assert config.experts.normalise == following.norm_topk_prob and not config.experts.dense_layers

@@ -52,7 +52,12 @@ def test_what_is_not_said_is_as_transformers_has_it() -> None:
     assert olmo.windows == (4096, 4096, 4096, 0) and olmo.rope_theta == 5e5
     assert read("olmo2").windows == (0,) * 4 and read("olmo2").rope_theta == 1e4
     gemma = read("gemma2")
-    assert (gemma.attention_cap, gemma.logit_cap, gemma.scale, gemma.windows) == (50, 30, 1 / 16, (4096, 0) * 2)
+    assert (gemma.attention_cap, gemma.logit_cap, gemma.attention_multiplier, gemma.windows) == (
+        50,
+        30,
+        1 / 16,
+        (4096, 0) * 2,
+    )
     assert (gemma.rope_theta, gemma.local_rope_theta) == (1e4, 1e4)
     assert read("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None).attention_cap == 0
     pangu = read("PanguEmbedded", bias=True)

@@ -48,8 +48,8 @@ def test_both_spellings_say_the_same() -> None:
     assert old.windows == (8, 0, 8, 0)
     assert (old.rope_theta, old.local_rope_theta) == (5e5, 2e4)
     assert old.rope_scaling == RopeScaling(type="linear", factor=8.0)
-    assert old.scale == 0.25
-    assert old.embedding_scale == pytest.approx(32**0.5)
+    assert old.attention_multiplier == 0.25
+    assert old.embedding_multiplier == pytest.approx(32**0.5)
     new = read(
         sliding_window_pattern=None,
         layer_types=["sliding_attention", "full_attention"] * 2,
@@ -74,8 +74,8 @@ def test_what_is_not_said_is_as_the_family_has_it() -> None:
 
 
 def test_the_embedding_is_scaled_by_what_its_type_can_hold() -> None:
-    assert read(torch_dtype="bfloat16", hidden_size=640).embedding_scale == 25.25
-    assert read(torch_dtype="float16", hidden_size=640).embedding_scale == float(np.float16(640**0.5))
+    assert read(torch_dtype="bfloat16", hidden_size=640).embedding_multiplier == 25.25
+    assert read(torch_dtype="float16", hidden_size=640).embedding_multiplier == float(np.float16(640**0.5))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,10 @@ def test_a_gguf_file_has_the_same_weights_and_nearly_the_same_configuration(tmp_
     found, checkpoint = open_model(tmp_path / "m.gguf")
     assert isinstance(found, GemmaConfig)
     assert found.windows == (8, 8, 8, 8, 8, 0, 8)
-    assert (found.scale, found.embedding_scale) == (config.scale, config.embedding_scale)
+    assert (found.attention_multiplier, found.embedding_multiplier) == (
+        config.attention_multiplier,
+        config.embedding_multiplier,
+    )
     assert (found.rope_theta, found.local_rope_theta) == (config.rope_theta, 1e4)
     for name, spec in config.tensors().items():
         of_folder = RawTensor(name, TensorType.F32, spec.shape, values[name].reshape(-1, spec.shape[-1]).view(np.uint8))

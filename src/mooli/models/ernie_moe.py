@@ -9,17 +9,16 @@ Sources: ERNIE 4.5 technical report, and the model's code in Transformers.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mooli.backends.routing import RouteSpec
 from mooli.errors import UnsupportedModelError
 from mooli.models import llama, rope
-from mooli.models.experts import SparseMLP
+from mooli.models.experts import Experts, SparseMLP
 from mooli.models.family import Family
 from mooli.models.fields import Fields, GGUFSource, HFSource, check_range
+from mooli.models.layer_kinds import MAX_LAYERS
 from mooli.models.layers import ALWAYS_PAIRS, Tensors
-from mooli.models.qwen_moe import MoeConfig, MoeModel
+from mooli.models.llama import LlamaConfig
 from mooli.models.stacks import Stacked
 
 
@@ -27,6 +26,8 @@ class ErnieExperts(SparseMLP):
     """The correction stands elsewhere."""
 
     __slots__ = ()
+    shared_name: ClassVar[str] = "mlp.shared_experts"
+    shared_has_gate: ClassVar[bool] = False
 
     @classmethod
     def tensors(cls, name: str, gguf: str, **sizes: Any) -> Tensors:
@@ -36,29 +37,8 @@ class ErnieExperts(SparseMLP):
         return {**tensors, correction: dataclasses.replace(tensors[correction], hf_stacks=(place,))}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ErnieMoeConfig(MoeConfig):
-    """Of a decoder of the family. minimum: of the sum that weights are divided by. CheckpointError for a number out of
-    its bounds."""
-
-    sparse: ClassVar[type[SparseMLP]] = ErnieExperts
-    shared_name: ClassVar[str] = "shared_experts"
-    shared_has_gate: ClassVar[bool] = False
-    has_correction: ClassVar[bool] = True
-
-    minimum: float = 1e-12
-
-    def __post_init__(self) -> None:
-        MoeConfig.__post_init__(self)
-        check_range("moe_norm_min", self.minimum, 0.0, 1.0)
-
-    @property
-    def route(self) -> RouteSpec:
-        return RouteSpec(num_experts=self.num_experts, top_k=self.top_k, normalise=True, minimum=self.minimum)
-
-
 def _dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
-    check_range("num_layers", num_layers, 1, 1024)
+    check_range("num_layers", num_layers, 1, MAX_LAYERS)
     first, last = fields.integer("moe_layer_start_index", 1), fields.integer("moe_layer_end_index", -1)
     every = fields.integer("moe_layer_interval", 1)
     check_range("moe_layer_interval", every, 1, 1024)
@@ -66,43 +46,52 @@ def _dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
     return tuple(i for i in range(num_layers) if (i + 1) % every or not first <= i <= last)
 
 
-def _hf(source: HFSource) -> ErnieMoeConfig:
+def _hf(source: HFSource) -> LlamaConfig:
     fields = source.fields
     if fields.flag("use_bias"):
         raise UnsupportedModelError(f"biases (use_bias) are not implemented for {source.family} models")
     common = source.common(max_position_embeddings=131072, bos_id=1, eos_id=2)
     width = fields.integer("moe_intermediate_size", 1536)
+    experts = Experts(
+        kind=ErnieExperts,
+        num_experts=fields.optional_integer("moe_num_experts") or fields.integer("num_experts", 64),
+        top_k=fields.optional_integer("moe_k") or fields.integer("num_experts_per_tok", 6),
+        width=width,
+        shared_width=width * fields.integer("moe_num_shared_experts", 2),
+        dense_layers=_dense_layers(fields, common["num_layers"]),
+        correction=True,
+        normalise=True,
+        minimum=fields.number("moe_norm_min", 1e-12),
+    )
     own: dict[str, Any] = {
         "num_kv_heads": fields.optional_integer("num_key_value_heads", 4) or fields.integer("num_attention_heads"),
         "tie_word_embeddings": fields.flag("tie_word_embeddings", True),
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-5),
         "rope_theta": rope.hf_rope({"rope_theta": 5e5, **source.values})[0],
-        "num_experts": fields.optional_integer("moe_num_experts") or fields.integer("num_experts", 64),
-        "top_k": fields.optional_integer("moe_k") or fields.integer("num_experts_per_tok", 6),
-        "expert_width": width,
-        "shared_width": width * fields.integer("moe_num_shared_experts", 2),
-        "dense_layers": _dense_layers(fields, common["num_layers"]),
-        "minimum": fields.number("moe_norm_min", 1e-12),
+        "experts": experts,
         "pairs": ALWAYS_PAIRS,
     }
-    return ErnieMoeConfig(**llama.read_hf(source, common, **own))
+    return LlamaConfig(**llama.read_hf(source, common, **own))
 
 
-def _gguf(source: GGUFSource) -> ErnieMoeConfig:
+def _gguf(source: GGUFSource) -> LlamaConfig:
     """The tensors say which layers have experts."""
     fields, shapes = source.fields, source.shapes
     alike = llama.read_gguf(source, has_experts=True)
-    layers = range(alike["num_layers"])
+    layers = range(min(alike["num_layers"], MAX_LAYERS))
     shared = {shapes[name][0] for i in layers if (name := f"blk.{i}.ffn_up_shexp.weight") in shapes}
-    return ErnieMoeConfig(
-        **alike,
+    experts = Experts(
+        kind=ErnieExperts,
         num_experts=fields.integer("expert_count"),
         top_k=fields.integer("expert_used_count"),
-        expert_width=fields.integer("expert_feed_forward_length"),
+        width=fields.integer("expert_feed_forward_length"),
         shared_width=int(max(shared, default=0)),
         dense_layers=tuple(i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in shapes),
-        pairs=ALWAYS_PAIRS,
+        correction=True,
+        normalise=True,
+        minimum=1e-12,
     )
+    return LlamaConfig(**alike, experts=experts, pairs=ALWAYS_PAIRS)
 
 
 ERNIE4_5_MOE = Family(
@@ -118,5 +107,4 @@ ERNIE4_5_MOE = Family(
     gguf_keys=llama.GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
-    model=MoeModel,
 )

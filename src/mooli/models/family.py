@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from mooli.backends.base import Array, Ops
 from mooli.models.config import ModelConfig
+from mooli.models.decoder import Decoder
 from mooli.models.fields import GGUFSource, HFSource
 from mooli.models.packer import Packer
 
@@ -42,13 +43,14 @@ class Family:
     read_hf, read_gguf: raise UnsupportedModelError for a feature that is not implemented, CheckpointError for a value
     that cannot be.
     model: of a configuration (one rank's part, perhaps), with its weights taken from the packer in the order of use.
+    Nearly all families are a `Decoder` of their own configuration.
     """
 
     name: str
     architectures: tuple[str, ...]
     hf_keys: frozenset[str]
     read_hf: Callable[[HFSource], ModelConfig]
-    model: Callable[[Any, Ops, Packer], Model]
+    model: Callable[[Any, Ops, Packer], Model] = Decoder
     gguf: tuple[str, ...] = ()
     gguf_with: str | None = None
     gguf_keys: frozenset[str] = frozenset()

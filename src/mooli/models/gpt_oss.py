@@ -12,20 +12,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mooli.backends.base import Array, AttentionSpec, Ops, PagedLayer, RopeSpec, Weight
-from mooli.backends.routing import RouteSpec
-from mooli.errors import CheckpointError, UnsupportedModelError
+from mooli.backends.base import Activation, Array, AttentionSpec, Ops, RopeSpec, Weight
+from mooli.errors import UnsupportedModelError
 from mooli.models import llama, rope
 from mooli.models.config import ROWS, Split, TensorSpec
-from mooli.models.experts import SparseMLP
+from mooli.models.experts import Experts, SparseMLP
 from mooli.models.family import Family
-from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, short
+from mooli.models.fields import GGUFSource, HFSource, short
+from mooli.models.layer_kinds import named_windows, windows_but_every
 from mooli.models.layers import Attention, Tensors
+from mooli.models.llama import LlamaConfig
 from mooli.models.packer import Packer
-from mooli.models.qwen_moe import MoeConfig
 from mooli.models.stacks import Stacked
 
-WINDOWED, FULL = "sliding_attention", "full_attention"
+_NORMS = (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "post_attention_norm"))
 
 _ROPE = {
     "rope_type": "yarn",
@@ -79,6 +79,8 @@ class GptOssExperts(SparseMLP):
 
     __slots__ = ()
     router_name: ClassVar[str] = "router"
+    has_bias: ClassVar[bool] = True
+    activation: ClassVar[Activation] = "clamped_swiglu"
 
     @classmethod
     def hf_stacks(cls, name: str, kind: str, part: int, expert: int, num_experts: int) -> tuple[Stacked, ...]:
@@ -93,76 +95,11 @@ class GptOssExperts(SparseMLP):
         return dataclasses.replace(where, name=whole, is_transposed=True), in_four_bits
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GptOssConfig(MoeConfig):
-    """Of a decoder of the family. windows: for each layer how many last positions a token attends to, itself included;
-    0 for all. CheckpointError for a number out of its bounds."""
-
-    attention: ClassVar[type[Attention]] = SinkAttention
-    sparse: ClassVar[type[SparseMLP]] = GptOssExperts
-    gguf_mlp_norm: ClassVar[str] = "post_attention_norm"
-
-    windows: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        MoeConfig.__post_init__(self)
-        if len(self.windows) != self.num_layers:
-            raise CheckpointError(f"{len(self.windows)} kinds of layers for {self.num_layers} layers")
-        for window in self.windows:
-            check_range("sliding_window", window, 0, 2**31)
-
-    @property
-    def route(self) -> RouteSpec:
-        return RouteSpec(num_experts=self.num_experts, top_k=self.top_k, score="chosen_softmax")
-
-    def mlp_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
-        return self.sparse.tensors(
-            f"{name}.{self.module}",
-            gguf,
-            hidden_size=self.hidden_size,
-            num_experts=self.num_experts,
-            width=self.expert_width,
-            bias=True,
-            router_bias=True,
-        )
-
-    def cache_layers(self) -> tuple[PagedLayer, ...]:
-        return tuple(PagedLayer(self.num_kv_heads, self.head_dim, window) for window in self.windows)
+def _experts(**numbers: Any) -> Experts:
+    return Experts(kind=GptOssExperts, score="chosen_softmax", **numbers)
 
 
-class GptOssModel(llama.LlamaModel):
-    """T tokens in a step, H hidden size."""
-
-    def __init__(self, config: GptOssConfig, ops: Ops, packer: Packer) -> None:
-        self.config = config
-        self._ops = ops
-        rotary = rope.rope_spec(config.head_dim, config.rope_theta, config.rope_scaling)
-        self._embedding, self._head = llama.load_vocabulary(config, packer)
-        self._layers = []
-        for index, window in enumerate(config.windows):
-            name = f"model.layers.{index}"
-            spec = dataclasses.replace(llama.attention_spec(config, scale=config.head_dim**-0.5), window=window)
-            attention = config.attention.load(
-                packer, f"{name}.self_attn", ops, spec, rotary, config.rms_norm_eps, qk_norm=False
-            )
-            experts = config.sparse.load(
-                packer, f"{name}.{config.module}", ops, config.route, activation="clamped_swiglu"
-            )
-            self._layers.append(llama.load_layer(name, attention, ops, packer, experts))
-        self._norm = packer.vector("model.norm.weight")
-
-
-def _windows(kinds: Any, window: int, num_layers: int) -> tuple[int, ...]:
-    known = {FULL: 0, WINDOWED: window}
-    if kinds is None:
-        check_range("num_layers", num_layers, 1, 1024)
-        kinds = [FULL if index % 2 else WINDOWED for index in range(num_layers)]
-    if not isinstance(kinds, list) or any(not isinstance(kind, str) or kind not in known for kind in kinds):
-        raise CheckpointError(f"config.json: layer_types must be a list of {', '.join(known)}, got {short(kinds)}")
-    return tuple(known[kind] for kind in kinds)
-
-
-def _hf(source: HFSource) -> GptOssConfig:
+def _hf(source: HFSource) -> LlamaConfig:
     fields, values = source.fields, source.values
     common = source.common(max_position_embeddings=131072)
     for name, expected in (("swiglu_limit", _LIMIT), ("swiglu_alpha", _ALPHA)):
@@ -171,9 +108,9 @@ def _hf(source: HFSource) -> GptOssConfig:
     if not values.get("rope_parameters") and not values.get("rope_scaling"):
         values = {**values, "rope_parameters": _ROPE}
     theta, scaling = rope.hf_rope({"rope_theta": 150000.0, **values})
-    bias = fields.flag("attention_bias", True)
+    bias, kinds = fields.flag("attention_bias", True), source.values.get("layer_types")
+    window = fields.optional_integer("sliding_window", 128) or 0  # null: layers that have one see all
     own: dict[str, Any] = {
-        "intermediate_size": fields.integer("intermediate_size"),
         "head_dim": fields.integer("head_dim", 64),
         "num_kv_heads": fields.optional_integer("num_key_value_heads", 8) or fields.integer("num_attention_heads"),
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-5),
@@ -181,35 +118,35 @@ def _hf(source: HFSource) -> GptOssConfig:
         "rope_scaling": scaling,
         "qkv_bias": bias,
         "o_bias": bias,
-        "windows": _windows(source.values.get("layer_types"), _window(fields), common["num_layers"]),
-        "num_experts": fields.optional_integer("num_experts") or fields.integer("num_local_experts", 128),
-        "top_k": fields.optional_integer("num_experts_per_tok") or fields.integer("experts_per_token", 4),
+        "windows": windows_but_every(2, window, common["num_layers"])
+        if kinds is None
+        else named_windows(kinds, window),
+        "experts": _experts(
+            num_experts=fields.optional_integer("num_experts") or fields.integer("num_local_experts", 128),
+            top_k=fields.optional_integer("num_experts_per_tok") or fields.integer("experts_per_token", 4),
+            width=fields.integer("intermediate_size"),
+        ),
     }
-    return GptOssConfig(**llama.read_hf(source, common, **own, expert_width=own["intermediate_size"]))
+    return LlamaConfig(**llama.read_hf(source, common, **own), attention=SinkAttention, norm_names=_NORMS)
 
 
-def _window(fields: Fields) -> int:
-    """0 where layers that have one see all: `sliding_window` may be null."""
-    return fields.optional_integer("sliding_window", 128) or 0
-
-
-def _gguf(source: GGUFSource) -> GptOssConfig:
+def _gguf(source: GGUFSource) -> LlamaConfig:
     fields = source.fields
     alike = llama.read_gguf(source, has_experts=True, has_window=True)
     window, scaling = alike["sliding_window"] or 0, alike["rope_scaling"]
     if scaling is not None and scaling.type == "yarn":
         scaling = dataclasses.replace(scaling, truncate=False)  # which files cannot say
-    return GptOssConfig(
-        **alike
-        | {
-            "sliding_window": None,
-            "windows": _windows(None, window, alike["num_layers"]),
-            "rope_scaling": scaling,
-            "num_experts": fields.integer("expert_count"),
-            "top_k": fields.integer("expert_used_count"),
-            "expert_width": fields.integer("expert_feed_forward_length"),
-        }
+    experts = _experts(
+        num_experts=fields.integer("expert_count"),
+        top_k=fields.integer("expert_used_count"),
+        width=fields.integer("expert_feed_forward_length"),
     )
+    own: dict[str, Any] = {
+        "sliding_window": None,
+        "windows": windows_but_every(2, window, alike["num_layers"]),
+        "rope_scaling": scaling,
+    }
+    return LlamaConfig(**alike | own, attention=SinkAttention, experts=experts, norm_names=_NORMS)
 
 
 GPT_OSS = Family(
@@ -224,5 +161,4 @@ GPT_OSS = Family(
     gguf_keys=llama.GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
-    model=GptOssModel,
 )

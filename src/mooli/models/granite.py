@@ -1,9 +1,7 @@
-"""Granite 3, dense and with experts: Llama's layers with four multipliers.
+"""Granite 3, dense and with experts: Llama's layers with a multiplier of scores, embedding, branches and logits.
 
-Owns the multipliers and where they go. With m the residual multiplier, what runs through the layers here is h / m:
-branches are then added as they are, the embedding is scaled by (embedding multiplier) / m, and every norm of h is that
-of h / m with eps / m^2. Logits are divided by scaling the gains of the last norm. So no operation is added. Folders
-have all experts of a layer in two tensors.
+Owns how their configuration is read, and the names of experts. Folders have all experts of a layer in two tensors, and
+the gate and up projection of what every token goes through besides in one.
 
 Source: the Granite 3 models' configuration and code in Transformers.
 """
@@ -11,93 +9,43 @@ Source: the Granite 3 models' configuration and code in Transformers.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mooli.backends.base import Array, Ops, RopeSpec
-from mooli.backends.routing import MAX_EXPERTS, MAX_TOP_K, RouteSpec
 from mooli.errors import UnsupportedModelError
-from mooli.models import llama, rope
-from mooli.models.config import TensorSpec
-from mooli.models.experts import SparseMLP
+from mooli.models import llama
+from mooli.models.experts import Experts, SparseMLP
 from mooli.models.family import Family
-from mooli.models.fields import GGUFSource, HFSource, check_range
-from mooli.models.layers import MLP, PAIRS_IN_GGUF, Attention, Mixer, Tensors
-from mooli.models.packer import Packer
-from mooli.models.stacks import Stacked
+from mooli.models.fields import GGUFSource, HFSource
+from mooli.models.layers import PAIRS_IN_GGUF, GatedMLP, Tensors
+from mooli.models.llama import LlamaConfig
+from mooli.models.stacks import Rows, Stacked
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraniteConfig(llama.LlamaConfig):
-    """Of a decoder of the family. attention_multiplier: of scores. CheckpointError for a number out of its bounds."""
+class GraniteSharedMLP(GatedMLP):
+    """Of all tokens. Folders have its gate and its up projection in one tensor."""
 
-    attention_multiplier: float = 1.0
-    embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    logits_scaling: float = 1.0
+    __slots__ = ()
+    module: ClassVar[str] = "shared_mlp"
+    names: ClassVar[tuple[str, str, str]] = ("gate", "up", "output_linear")
 
-    def __post_init__(self) -> None:
-        llama.LlamaConfig.__post_init__(self)
-        for name in ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"):
-            check_range(name, getattr(self, name), 1e-6, 1e6)
-
-    def tensors(self) -> dict[str, TensorSpec]:
-        tensors = llama.LlamaConfig.tensors(self)
-        last = "model.norm.weight"
-        return {**tensors, last: dataclasses.replace(tensors[last], factor=1.0 / self.logits_scaling)}
-
-
-class GraniteModel:
-    """T tokens in a step, H hidden size."""
-
-    def __init__(self, config: GraniteConfig, ops: Ops, packer: Packer) -> None:
-        self.config = config
-        self._ops = ops
-        self._eps = config.rms_norm_eps / config.residual_multiplier**2
-        self._spec = llama.attention_spec(config, scale=config.attention_multiplier)
-        rotary = rope.rope_spec(config.head_dim, config.rope_theta, config.rope_scaling)
-        self._embedding, self._head = llama.load_vocabulary(config, packer)
-        self._layers = []
-        for index in range(config.num_layers):
-            name = f"model.layers.{index}"
-            mixer = self.load_mixer(packer, index, rotary)
-            self._layers.append(llama.load_layer(name, mixer, ops, packer, self.load_mlp(packer, name)))
-        self._norm = packer.vector("model.norm.weight")
-
-    def load_mixer(self, packer: Packer, index: int, rotary: RopeSpec) -> Mixer:
-        """What layer `index` takes from other tokens by."""
-        return self.load_attention(packer, f"model.layers.{index}.self_attn", rotary)
-
-    def load_attention(self, packer: Packer, name: str, rotary: RopeSpec | None) -> Attention:
-        return Attention.load(packer, name, self._ops, self._spec, rotary, self._eps, qk_norm=False)
-
-    def load_mlp(self, packer: Packer, name: str) -> MLP | None:
-        """Of the layer called `name`, where it is no gated MLP."""
-        return None
-
-    def forward(self, batch: Any) -> Array:
-        """The hidden states (T, H) of a planned step over the residual multiplier, before the final norm, of asked
-        tokens. Stores the KV of all."""
-        ops, config = self._ops, self.config
-        hidden = ops.embed(batch, self._embedding, config.embedding_multiplier / config.residual_multiplier)
-        for index, layer in enumerate(self._layers):
-            mixed = layer.attention.mix(batch, index, ops.rms_norm(hidden, layer.input_norm, self._eps))
-            if index + 1 == len(self._layers):
-                mixed, hidden = ops.asked_rows(batch, mixed), ops.asked_rows(batch, hidden)
-            hidden = layer.attention.output(batch, mixed, residual=hidden)
-            hidden = layer.mlp.output(batch, ops.rms_norm(hidden, layer.post_attention_norm, self._eps), hidden)
-        return hidden
-
-    def logits(self, batch: Any, hidden: Array) -> Array:
-        """The logits (S, vocab_size) of rows of hidden states (S, H), as `forward` returned them, and their batch."""
-        return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, self._eps), self._head)
+    @classmethod
+    def tensors(cls, name: str, gguf: str, *, hidden_size: int, width: int, bias: bool) -> Tensors:
+        tensors = super().tensors(name, gguf, hidden_size=hidden_size, width=width, bias=bias)
+        for part, module in enumerate(cls.names[:2]):
+            key, place = f"{name}.{module}.weight", Rows(f"{name}.input_linear.weight", part * width, width, 2 * width)
+            tensors[key] = dataclasses.replace(tensors[key], hf_stacks=(place,))
+        return tensors
 
 
 class GraniteExperts(SparseMLP):
     """Other names."""
 
     __slots__ = ()
+    module: ClassVar[str] = "block_sparse_moe"
     router_name: ClassVar[str] = "router.layer"
+    shared_mlp: ClassVar[type[GatedMLP]] = GraniteSharedMLP
+    shared_name: ClassVar[str] = "shared_mlp"
+    shared_has_gate: ClassVar[bool] = False
 
     @classmethod
     def hf_stacks(cls, name: str, kind: str, part: int, expert: int, num_experts: int) -> tuple[Stacked, ...]:
@@ -107,81 +55,49 @@ class GraniteExperts(SparseMLP):
         return (Stacked(f"{block}.input_linear.{kind}", expert, num_experts, part, 2),)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraniteMoeConfig(GraniteConfig):
-    """Of a decoder with experts of intermediate_size in every layer. CheckpointError for a number out of its
-    bounds."""
-
-    num_experts: int
-    top_k: int
-
-    def __post_init__(self) -> None:
-        GraniteConfig.__post_init__(self)
-        check_range("num_local_experts", self.num_experts, 1, MAX_EXPERTS)
-        check_range("num_experts_per_tok", self.top_k, 1, min(self.num_experts, MAX_TOP_K))
-
-    @property
-    def route(self) -> RouteSpec:
-        return RouteSpec(num_experts=self.num_experts, top_k=self.top_k, score="chosen_softmax")
-
-    def mlp_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
-        return GraniteExperts.tensors(
-            f"{name}.block_sparse_moe",
-            gguf,
-            hidden_size=self.hidden_size,
-            num_experts=self.num_experts,
-            width=self.intermediate_size,
-        )
+def experts(num_experts: int, top_k: int, width: int, shared_width: int = 0) -> Experts:
+    """Of the whole family: the softmax is over the chosen experts alone."""
+    return Experts(
+        kind=GraniteExperts,
+        num_experts=num_experts,
+        top_k=top_k,
+        width=width,
+        shared_width=shared_width,
+        score="chosen_softmax",
+    )
 
 
-class GraniteMoeModel(GraniteModel):
-    """With experts."""
-
-    config: GraniteMoeConfig
-
-    def load_mlp(self, packer: Packer, name: str) -> MLP:
-        return GraniteExperts.load(packer, f"{name}.block_sparse_moe", self._ops, self.config.route)
+def _hf(source: HFSource) -> LlamaConfig:
+    return LlamaConfig(**read_hf(source), mlp_bias=source.fields.flag("mlp_bias"))
 
 
-def _hf(source: HFSource) -> GraniteConfig:
-    return GraniteConfig(**read_hf(source, mlp_bias=source.fields.flag("mlp_bias")))
-
-
-def _hf_moe(source: HFSource) -> GraniteMoeConfig:
-    fields = source.fields
+def _hf_moe(source: HFSource) -> LlamaConfig:
+    fields, alike = source.fields, read_hf(source)
     num_experts = fields.optional_integer("num_experts") or fields.integer("num_local_experts", 8)
-    return GraniteMoeConfig(**read_hf(source), num_experts=num_experts, top_k=fields.integer("num_experts_per_tok", 2))
+    top_k = fields.integer("num_experts_per_tok", 2)
+    return LlamaConfig(**alike, experts=experts(num_experts, top_k, alike["intermediate_size"]))
 
 
-def read_hf(source: HFSource, **own: Any) -> dict[str, Any]:
+def read_hf(source: HFSource) -> dict[str, Any]:
     """What all of the family read of a config.json alike."""
     fields, bias = source.fields, source.fields.flag("attention_bias")
     common = source.common(max_position_embeddings=2048, bos_id=1, eos_id=2)
     multipliers: dict[str, Any] = {name: fields.number(name, 1.0) for name in MULTIPLIERS}
-    alike = llama.read_hf(source, common, qkv_bias=bias, o_bias=bias, **own)
-    return {**alike, **multipliers, "pairs": PAIRS_IN_GGUF}
+    return llama.read_hf(source, common, qkv_bias=bias, o_bias=bias, pairs=PAIRS_IN_GGUF, **multipliers)
 
 
-def _gguf(source: GGUFSource) -> GraniteConfig:
-    return GraniteConfig(**_read_gguf(source))
+def _gguf(source: GGUFSource) -> LlamaConfig:
+    return LlamaConfig(**llama.read_gguf(source), **gguf_multipliers(source), pairs=PAIRS_IN_GGUF)
 
 
-def _gguf_moe(source: GGUFSource) -> GraniteMoeConfig:
-    fields = source.fields
+def _gguf_moe(source: GGUFSource) -> LlamaConfig:
+    fields, alike = source.fields, llama.read_gguf(source, has_experts=True)
     if "blk.0.ffn_up_shexp.weight" in source.shapes:
         raise UnsupportedModelError(
             "experts beside an MLP that all tokens go through (GraniteMoeShared) are not implemented"
         )
-    return GraniteMoeConfig(
-        **_read_gguf(source, has_experts=True),
-        num_experts=fields.integer("expert_count"),
-        top_k=fields.integer("expert_used_count"),
-    )
-
-
-def _read_gguf(source: GGUFSource, *, has_experts: bool = False) -> dict[str, Any]:
-    alike = llama.read_gguf(source, has_experts=has_experts)
-    return {**alike, **gguf_multipliers(source), "pairs": PAIRS_IN_GGUF}
+    mixture = experts(fields.integer("expert_count"), fields.integer("expert_used_count"), alike["intermediate_size"])
+    return LlamaConfig(**alike, **gguf_multipliers(source), experts=mixture, pairs=PAIRS_IN_GGUF)
 
 
 def gguf_multipliers(source: GGUFSource) -> dict[str, Any]:
@@ -205,7 +121,6 @@ GRANITE = Family(
     gguf_keys=llama.GGUF_KEYS | MULTIPLIERS.keys(),
     read_hf=_hf,
     read_gguf=_gguf,
-    model=GraniteModel,
 )
 GRANITE_MOE = Family(
     name="granitemoe",
@@ -217,5 +132,4 @@ GRANITE_MOE = Family(
     gguf_keys=llama.GGUF_KEYS | MULTIPLIERS.keys(),
     read_hf=_hf_moe,
     read_gguf=_gguf_moe,
-    model=GraniteMoeModel,
 )

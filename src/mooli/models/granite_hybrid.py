@@ -8,48 +8,23 @@ Sources: Mamba-2, arXiv 2405.21060; the Granite 4 models' configuration and code
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
-from mooli.backends.base import Array, CacheLayer, DeltaSpec, Ops, PagedLayer, RopeSpec, StateLayer, Weight
-from mooli.backends.routing import MAX_EXPERTS, MAX_TOP_K, RouteSpec
-from mooli.errors import CheckpointError, UnsupportedModelError
+from mooli.backends.base import Array, CacheLayer, DeltaSpec, Ops, RopeSpec, StateLayer, Weight
+from mooli.errors import UnsupportedModelError
 from mooli.models import granite, llama
 from mooli.models.config import TensorSpec
-from mooli.models.experts import SharedMLP
 from mooli.models.family import Family
-from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, equal_heads, short
-from mooli.models.layers import MLP, PAIRS_IN_GGUF, Attention, GatedMLP, Tensors, norm_tensors, vocabulary_tensors
+from mooli.models.fields import GGUFSource, HFSource, check_range, equal_heads, short
+from mooli.models.layer_kinds import MAX_LAYERS, check_attends, gguf_attends, gguf_kv_heads, hf_attends
+from mooli.models.layers import PAIRS_IN_GGUF, GatedMLP, Mixer, Tensors, norm_tensors
 from mooli.models.packer import Packer
 from mooli.models.stacks import Rows
 
 ATTENTION = ("attention", "full_attention")
 MAMBA = ("mamba", "linear_attention")
 """What layers are called, in published files and by Transformers 5."""
-
-
-@dataclass(frozen=True, slots=True)
-class GraniteSharedMLP(GatedMLP):
-    """Of all tokens. Folders have its gate and its up projection in one tensor."""
-
-    names: ClassVar[tuple[str, str, str]] = ("gate", "up", "output_linear")
-
-    @classmethod
-    def shared_tensors(cls, name: str, gguf: str, suffix: str, *, hidden_size: int, width: int) -> Tensors:
-        """suffix: of its names in GGUF files."""
-        tensors = cls.tensors(name, gguf, hidden_size=hidden_size, width=width, bias=False)
-        for part, module in enumerate(cls.names):
-            key = f"{name}.{module}.weight"
-            place = Rows(f"{name}.input_linear.weight", part * width, width, 2 * width)
-            tensors[key] = dataclasses.replace(
-                tensors[key],
-                gguf=tensors[key].gguf.replace(".weight", f"{suffix}.weight"),
-                hf_stacks=(place,) if part < 2 else (),
-            )
-        return tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,38 +107,28 @@ def _rows(whole: str, gguf: str, sizes: dict[str, int], *columns: int) -> Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GraniteHybridConfig(granite.GraniteConfig):
+class GraniteHybridConfig(llama.LlamaConfig):
     """Of a decoder of the family. attends: of each layer, whether it is attention. mamba_heads .. conv_bias: of the
-    others. intermediate_size: of experts; shared_width: of the MLP that all tokens go through. num_experts: 0 for none.
+    others. intermediate_size: of the MLP that all tokens go through, where there are no experts beside it.
     CheckpointError for a number out of its bounds."""
 
+    mlp: ClassVar[type[GatedMLP]] = granite.GraniteSharedMLP
+
     attends: tuple[bool, ...] = ()
-    is_rotated: bool = False
     mamba_heads: int = 128
     mamba_head_dim: int = 64
     state_size: int = 256
     num_groups: int = 1
     num_columns: int = 4
     conv_bias: bool = True
-    shared_width: int = 1024
-    num_experts: int = 0
-    top_k: int = 0
 
     def __post_init__(self) -> None:
-        granite.GraniteConfig.__post_init__(self)
+        llama.LlamaConfig.__post_init__(self)
         check_range("mamba_n_heads", self.mamba_heads, 1, 4096)
         check_range("mamba_d_head", self.mamba_head_dim, 1, 1024)
         check_range("mamba_d_state", self.state_size, 1, 1024)
         check_range("mamba_d_conv", self.num_columns, 2, 16)
-        check_range("shared_intermediate_size", self.shared_width, 1, 2**20)
-        check_range("num_local_experts", self.num_experts, 0, MAX_EXPERTS)
-        if self.num_experts:
-            check_range("num_experts_per_tok", self.top_k, 1, min(self.num_experts, MAX_TOP_K))
-        if len(self.attends) != self.num_layers or not any(self.attends):
-            raise CheckpointError(
-                f"{sum(self.attends)} of {len(self.attends)} layers are attention; there must be {self.num_layers}"
-                " layers, and one with attention"
-            )
+        check_attends(self.attends, self.num_layers)
         if self.num_groups != 1:
             raise UnsupportedModelError(
                 f"Mamba layers with states in {self.num_groups} groups (mamba_n_groups) are not implemented"
@@ -173,80 +138,21 @@ class GraniteHybridConfig(granite.GraniteConfig):
     def scan(self) -> DeltaSpec:
         return DeltaSpec(self.num_groups, self.state_size, self.mamba_head_dim, (0,) * self.mamba_heads)
 
-    @property
-    def route(self) -> RouteSpec:
-        return RouteSpec(num_experts=self.num_experts, top_k=self.top_k, score="chosen_softmax")
+    def mixer_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
+        if self.attends[layer]:
+            return llama.LlamaConfig.mixer_tensors(self, layer, name, gguf)
+        return Mamba.tensors(f"{name}.mamba", gguf, self)
 
-    def tensors(self) -> dict[str, TensorSpec]:
-        hidden = self.hidden_size
-        tensors = vocabulary_tensors("model.embed_tokens", "token_embd", self.vocab_size, hidden)
-        for layer, attends in enumerate(self.attends):
-            name, gguf = f"model.layers.{layer}", f"blk.{layer}"
-            tensors |= norm_tensors(f"{name}.input_layernorm", f"{gguf}.attn_norm", hidden)
-            if attends:
-                tensors |= Attention.tensors(
-                    f"{name}.self_attn",
-                    gguf,
-                    hidden_size=hidden,
-                    num_heads=self.num_heads,
-                    num_kv_heads=self.num_kv_heads,
-                    head_dim=self.head_dim,
-                    qkv_bias=self.qkv_bias,
-                    o_bias=self.o_bias,
-                    qk_norm=False,
-                    pairs=self.pairs,
-                )
-            else:
-                tensors |= Mamba.tensors(f"{name}.mamba", gguf, self)
-            tensors |= norm_tensors(f"{name}.post_attention_layernorm", f"{gguf}.ffn_norm", hidden)
-            tensors |= self.mlp_tensors(layer, name, gguf)
-        last = norm_tensors("model.norm", "output_norm", hidden)
-        tensors |= {key: dataclasses.replace(spec, factor=1.0 / self.logits_scaling) for key, spec in last.items()}
-        if not self.tie_word_embeddings:
-            tensors |= vocabulary_tensors("lm_head", "output", self.vocab_size, hidden)
-        return tensors
-
-    def mlp_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
-        suffix = "_shexp" if self.num_experts else ""
-        tensors = GraniteSharedMLP.shared_tensors(
-            f"{name}.shared_mlp", gguf, suffix, hidden_size=self.hidden_size, width=self.shared_width
-        )
-        if self.num_experts:
-            tensors |= granite.GraniteExperts.tensors(
-                f"{name}.block_sparse_moe",
-                gguf,
-                hidden_size=self.hidden_size,
-                num_experts=self.num_experts,
-                width=self.intermediate_size,
-            )
-        return tensors
+    def load_mixer(self, packer: Packer, ops: Ops, layer: int, name: str, rotation: RopeSpec | None) -> Mixer:
+        if self.attends[layer]:
+            return llama.LlamaConfig.load_mixer(self, packer, ops, layer, name, rotation)
+        return Mamba.load(packer, f"{name}.mamba", ops, self)
 
     def cache_layers(self) -> tuple[CacheLayer, ...]:
         spec = self.scan
-        paged = PagedLayer(self.num_kv_heads, self.head_dim)
         state = StateLayer((self.num_columns - 1, spec.row_width), (spec.num_heads, spec.key_dim, spec.value_dim))
-        return tuple(paged if attends else state for attends in self.attends)
-
-
-class GraniteHybridModel(granite.GraniteModel):
-    """T tokens in a step, H hidden size."""
-
-    config: GraniteHybridConfig
-
-    def load_mixer(self, packer: Packer, index: int, rotary: RopeSpec) -> Attention | Mamba:
-        config, name = self.config, f"model.layers.{index}"
-        if not config.attends[index]:
-            return Mamba.load(packer, f"{name}.mamba", self._ops, config)
-        return self.load_attention(packer, f"{name}.self_attn", rotary if config.is_rotated else None)
-
-    def load_mlp(self, packer: Packer, name: str) -> MLP:
-        shared = GraniteSharedMLP.load(packer, f"{name}.shared_mlp", self._ops)
-        if not self.config.num_experts:
-            return shared
-        experts = f"{name}.block_sparse_moe"
-        return granite.GraniteExperts.load(
-            packer, experts, self._ops, self.config.route, shared=SharedMLP(shared, None)
-        )
+        paged = llama.LlamaConfig.cache_layers(self)
+        return tuple(paged[layer] if attends else state for layer, attends in enumerate(self.attends))
 
 
 def _hf(source: HFSource) -> GraniteHybridConfig:
@@ -265,42 +171,35 @@ def _hf(source: HFSource) -> GraniteHybridConfig:
     inner = fields.integer("mamba_expand", 2) * fields.integer("hidden_size")
     given = values.get("mamba_d_head", "auto")
     num_experts = fields.optional_integer("num_local_experts", 8) or 0
-    return GraniteHybridConfig(
-        **granite.read_hf(source),
-        attends=_attends(fields),
-        is_rotated=position == "rope",
-        mamba_heads=heads,
-        mamba_head_dim=inner // heads if given == "auto" else fields.integer("mamba_d_head"),
-        state_size=fields.integer("mamba_d_state", 256),
-        num_groups=fields.integer("mamba_n_groups", 1),
-        num_columns=fields.integer("mamba_d_conv", 4),
-        conv_bias=fields.flag("mamba_conv_bias", True),
-        shared_width=fields.integer("shared_intermediate_size", 1024),
-        num_experts=num_experts,
-        top_k=fields.integer("num_experts_per_tok", 2) if num_experts else 0,
-    )
+    alike = granite.read_hf(source)
+    shared_width, mixture = fields.integer("shared_intermediate_size", 1024), None
+    if num_experts:
+        top_k = fields.integer("num_experts_per_tok", 2)
+        mixture = granite.experts(num_experts, top_k, alike["intermediate_size"], shared_width)
+    own: dict[str, Any] = {
+        "intermediate_size": shared_width,
+        "experts": mixture,
+        "unrotated": () if position == "rope" else tuple(range(min(alike["num_layers"], MAX_LAYERS))),
+        "attends": hf_attends(values.get("layer_types") or values.get("layers_block_type"), ATTENTION, MAMBA),
+        "mamba_heads": heads,
+        "mamba_head_dim": inner // heads if given == "auto" else fields.integer("mamba_d_head"),
+        "state_size": fields.integer("mamba_d_state", 256),
+        "num_groups": fields.integer("mamba_n_groups", 1),
+        "num_columns": fields.integer("mamba_d_conv", 4),
+        "conv_bias": fields.flag("mamba_conv_bias", True),
+    }
+    return GraniteHybridConfig(**alike | own)
 
 
 _NO_LIMITS: tuple[Any, ...] = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])
 """Of time steps, as they are written."""
 
 
-def _attends(fields: Fields) -> tuple[bool, ...]:
-    kinds = fields.values.get("layer_types") or fields.values.get("layers_block_type")
-    if not isinstance(kinds, list) or any(kind not in (*ATTENTION, *MAMBA) for kind in kinds):
-        raise CheckpointError(f"config.json: layer_types must be a list of attention and mamba, got {short(kinds)}")
-    return tuple(kind in ATTENTION for kind in kinds)
-
-
 def _gguf(source: GGUFSource) -> GraniteHybridConfig:
     fields, shapes = source.fields, source.shapes
     common = source.common()
-    num_heads = fields.per_layer("attention.head_count")
-    kv_heads = fields.values.get(f"{fields.prefix}attention.head_count_kv", num_heads)
-    counts = set(np.atleast_1d(np.asarray(kv_heads)).tolist()) - {0}  # of a Mamba layer
-    if len(counts) != 1 or not all(isinstance(count, int) for count in counts):
-        raise UnsupportedModelError(f"layers with different numbers of key and value heads: {short(kv_heads)}")
-    multipliers = granite.gguf_multipliers(source)
+    num_layers, num_heads = common["num_layers"], fields.per_layer("attention.head_count")
+    attends = gguf_attends(source, num_layers)
     changed = source.overridden(
         {
             "rope_theta": fields.number("rope.freq_base", 10000.0),
@@ -309,30 +208,30 @@ def _gguf(source: GGUFSource) -> GraniteHybridConfig:
     )
     heads, inner = fields.integer("ssm.time_step_rank"), fields.integer("ssm.inner_size")
     check_range("ssm.time_step_rank", heads, 1, 4096)
-    num_experts = fields.integer("expert_count", 0)
-    width = fields.per_layer("feed_forward_length")
+    width, num_experts = fields.per_layer("feed_forward_length"), fields.integer("expert_count", 0)
+    shared_width, mixture = fields.integer("expert_shared_feed_forward_length", width), None
+    if num_experts:
+        mixture = granite.experts(num_experts, fields.integer("expert_used_count"), width, shared_width)
     return GraniteHybridConfig(
         **common,
-        **multipliers,
-        intermediate_size=width,
+        **granite.gguf_multipliers(source),
+        intermediate_size=shared_width,
+        experts=mixture,
         num_heads=num_heads,
-        num_kv_heads=counts.pop(),
+        num_kv_heads=gguf_kv_heads(fields, num_heads),
         head_dim=fields.optional_integer("attention.key_length") or equal_heads(common["hidden_size"], num_heads),
         rms_norm_eps=changed.number("rms_norm_eps"),
         rope_theta=changed.number("rope_theta"),
         tie_word_embeddings="output.weight" not in shapes,
         pairs=PAIRS_IN_GGUF,
-        attends=tuple(f"blk.{index}.attn_q.weight" in shapes for index in range(min(common["num_layers"], 1024))),
-        is_rotated=fields.flag("rope.scaling.finetuned"),
+        attends=attends,
+        unrotated=() if fields.flag("rope.scaling.finetuned") else tuple(range(num_layers)),
         mamba_heads=heads,
         mamba_head_dim=inner // heads,
         state_size=fields.integer("ssm.state_size"),
         num_groups=fields.integer("ssm.group_count"),
         num_columns=fields.integer("ssm.conv_kernel"),
         conv_bias=any(name.endswith(".ssm_conv1d.bias") for name in shapes),
-        shared_width=fields.integer("expert_shared_feed_forward_length", width),
-        num_experts=num_experts,
-        top_k=fields.integer("expert_used_count", 0),
     )
 
 
@@ -353,5 +252,4 @@ GRANITE_HYBRID = Family(
     gguf_keys=frozenset(("rope_theta", "rms_norm_eps")) | granite.MULTIPLIERS.keys(),
     read_hf=_hf,
     read_gguf=_gguf,
-    model=GraniteHybridModel,
 )

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 from mooli.backends.base import Array
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import llama
-from mooli.models.experts import SparseMLP
+from mooli.models.experts import Experts, SparseMLP
 from mooli.models.family import Family
 from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, equal_heads, short
 from mooli.models.layers import Attention
-from mooli.models.qwen_moe import MoeConfig, MoeModel
+from mooli.models.llama import LlamaConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,35 +34,20 @@ class HunyuanAttention(Attention):
         return self.ops.attend(batch, layer, qkv, self.spec)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HunyuanConfig(llama.LlamaConfig):
-    """Of a decoder of the family."""
-
-    attention: ClassVar[type[Attention]] = HunyuanAttention
-
-
 class HunyuanExperts(SparseMLP):
-    """Another name."""
+    """Other names, and an MLP of every token without a gate."""
 
     __slots__ = ()
     router_name: ClassVar[str] = "gate.wg"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HunyuanMoeConfig(MoeConfig):
-    """Of a decoder with experts in every layer."""
-
-    attention: ClassVar[type[Attention]] = HunyuanAttention
-    sparse: ClassVar[type[SparseMLP]] = HunyuanExperts
-    shared_name: ClassVar[str] = "shared_mlp"
+    shared_name: ClassVar[str] = "mlp.shared_mlp"
     shared_has_gate: ClassVar[bool] = False
 
 
-def _hf(source: HFSource) -> HunyuanConfig:
-    return HunyuanConfig(**_read_hf(source))
+def _hf(source: HFSource) -> LlamaConfig:
+    return LlamaConfig(**_read_hf(source))
 
 
-def _hf_moe(source: HFSource) -> HunyuanMoeConfig:
+def _hf_moe(source: HFSource) -> LlamaConfig:
     fields, values = source.fields, source.values
     width = fields.integer("intermediate_size")
     for name, expected in (("moe_intermediate_size", width), ("num_shared_expert", 1)):
@@ -70,14 +55,15 @@ def _hf_moe(source: HFSource) -> HunyuanMoeConfig:
             raise UnsupportedModelError(f"{name} {short(values[name])} is not implemented for HunYuan: {expected} is")
     if not fields.flag("norm_topk_prob", True):
         raise UnsupportedModelError("norm_topk_prob=false is not implemented for HunYuan")
-    return HunyuanMoeConfig(
-        **_read_hf(source),
+    experts = Experts(
+        kind=HunyuanExperts,
         num_experts=_of_all_layers(values.get("num_experts"), "num_experts", 1),
         top_k=_of_all_layers(values.get("moe_topk", values.get("num_experts_per_tok")), "moe_topk", 1),
-        expert_width=width,
+        width=width,
         shared_width=width,
         normalise=True,
     )
+    return LlamaConfig(**_read_hf(source), experts=experts)
 
 
 def _of_all_layers(value: Any, name: str, default: int) -> int:
@@ -97,6 +83,7 @@ def _read_hf(source: HFSource) -> dict[str, Any]:
     own: dict[str, Any] = {
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-5),
         "head_dim": head_dim,
+        "attention": HunyuanAttention,
         "qk_norm": True,
     }
     return llama.read_hf(source, common, qkv_bias=bias, o_bias=bias, **own)
@@ -122,22 +109,22 @@ def _with_stretched_base(values: Mapping[str, Any], head_dim: int) -> Mapping[st
     return values
 
 
-def _gguf(source: GGUFSource) -> HunyuanConfig:
-    return HunyuanConfig(**llama.read_gguf(source))
+def _gguf(source: GGUFSource) -> LlamaConfig:
+    return LlamaConfig(**llama.read_gguf(source), attention=HunyuanAttention)
 
 
-def _gguf_moe(source: GGUFSource) -> HunyuanMoeConfig:
+def _gguf_moe(source: GGUFSource) -> LlamaConfig:
     fields = source.fields
-    width = fields.optional_integer("expert_feed_forward_length")
     alike = llama.read_gguf(source, has_experts=True)
-    return HunyuanMoeConfig(
-        **alike,
+    experts = Experts(
+        kind=HunyuanExperts,
         num_experts=fields.integer("expert_count"),
         top_k=fields.integer("expert_used_count"),
-        expert_width=width or alike["intermediate_size"],
+        width=fields.optional_integer("expert_feed_forward_length") or alike["intermediate_size"],
         shared_width=fields.integer("expert_shared_feed_forward_length", alike["intermediate_size"]),
         normalise=True,
     )
+    return LlamaConfig(**alike, attention=HunyuanAttention, experts=experts)
 
 
 HUNYUAN = Family(
@@ -148,7 +135,6 @@ HUNYUAN = Family(
     gguf_keys=llama.GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
-    model=llama.LlamaModel,
 )
 HUNYUAN_MOE = Family(
     name="hunyuan_v1_moe",
@@ -162,5 +148,4 @@ HUNYUAN_MOE = Family(
     gguf_keys=llama.GGUF_KEYS,
     read_hf=_hf_moe,
     read_gguf=_gguf_moe,
-    model=MoeModel,
 )

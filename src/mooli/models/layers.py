@@ -218,8 +218,13 @@ class GatedMLP:
     Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
     """
 
+    module: ClassVar[str] = "mlp"
+    """What a layer calls it, in folders."""
+
     names: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
-    """Of the modules, in folders."""
+    """Of its own modules, in folders."""
+
+    activation: ClassVar[Activation] = "silu"
 
     ops: Ops
     gate_up: Weight
@@ -238,9 +243,9 @@ class GatedMLP:
         }
 
     @classmethod
-    def load(cls, packer: Packer, name: str, ops: Ops, activation: Activation = "silu") -> GatedMLP:
-        gate, up, down = cls.names
-        return cls(ops, packer.gated(f"{name}.{gate}", f"{name}.{up}", activation), packer.linear(f"{name}.{down}"))
+    def load(cls, packer: Packer, name: str, ops: Ops) -> GatedMLP:
+        gate, up, down = (f"{name}.{module}" for module in cls.names)
+        return cls(ops, packer.gated(gate, up, cls.activation), packer.linear(down))
 
     def output(self, batch: Any, x: Array, residual: Array | None = None) -> Array:
         """(T, H), the residual added where there is one."""

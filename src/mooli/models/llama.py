@@ -1,9 +1,8 @@
 """The Llama family: Llama (SmolLM2 too), Mistral, Qwen2 and Qwen2.5, Qwen3, SmolLM3, ERNIE 4.5, openPangu-Embedded. One
-decoder; each is a declaration below.
+decoder with grouped-query attention; each is a declaration below.
 
-Owns their configuration, the names of their tensors in every kind of file, and the order of operations. What differs
-between them (biases, norms of queries and keys, a window, rope scaling, layers without rotation, a tied head) is a
-field of `LlamaConfig`.
+Owns the configuration of such a decoder, which other families take too, and how these are read. What differs between
+them (biases, norms of queries and keys, a window, rope scaling, layers without rotation, a tied head) is a field.
 
 Sources: LLaMA, arXiv 2302.13971; Mistral 7B, arXiv 2310.06825; Qwen2, arXiv 2407.10671; Qwen3, arXiv 2505.09388; layers
 without rotation: arXiv 2501.18795; ERNIE 4.5 technical report.
@@ -11,29 +10,17 @@ without rotation: arXiv 2501.18795; ERNIE 4.5 technical report.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from mooli.backends.base import Array, AttentionSpec, CacheLayer, Ops, PagedLayer, RopeSpec, Weight
+from mooli.backends.base import AttentionSpec, CacheLayer, Ops, PagedLayer, RopeSpec
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import rope
-from mooli.models.config import ModelConfig, TensorSpec
+from mooli.models.decoder import DecoderConfig
 from mooli.models.family import Family
 from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, equal_heads, short
-from mooli.models.layers import (
-    ALWAYS_PAIRS,
-    MLP,
-    NO_PAIRS,
-    PAIRS_IN_GGUF,
-    Attention,
-    GatedMLP,
-    Mixer,
-    Pairs,
-    Tensors,
-    norm_tensors,
-    vocabulary_tensors,
-)
+from mooli.models.layer_kinds import check_windows
+from mooli.models.layers import ALWAYS_PAIRS, NO_PAIRS, PAIRS_IN_GGUF, Attention, Mixer, Pairs, Tensors
 from mooli.models.packer import Packer
 from mooli.models.rope import RopeScaling
 
@@ -42,45 +29,40 @@ _UNROTATED_EVERY = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LlamaConfig(ModelConfig):
-    """Hyper-parameters of a decoder of the family. CheckpointError if any is out of its bounds.
+class LlamaConfig(DecoderConfig):
+    """Of a decoder with grouped-query attention. CheckpointError if a number is out of its bounds.
 
-    sliding_window: each token attends to this many last positions, itself included, in every layer; None for all.
-    unrotated: layers whose queries and keys are not rotated. rotary_dim: so many first values of a head are rotated; 0
-    for all. pairs: see `Pairs`.
+    attention: of which kind. attention_multiplier: of scores; None for one over the root of head_dim. sliding_window:
+    each token attends to this many last positions, itself included, in every layer; None for all. windows: the same of
+    each layer, 0 for all, where layers differ. unrotated: layers whose queries and keys are not rotated. rotary_dim: so
+    many first values of a head are rotated; 0 for all. pairs: see `Pairs`.
     """
 
-    attention: ClassVar[type[Attention]] = Attention
-    gguf_mlp_norm: ClassVar[str] = "ffn_norm"
-    """What GGUF files call the norm before the MLP."""
-
-    intermediate_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = False
+    attention: type[Attention] = Attention
+    attention_multiplier: float | None = None
     qkv_bias: bool = False
     o_bias: bool = False
-    mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    windows: tuple[int, ...] = ()
     unrotated: tuple[int, ...] = ()
     rotary_dim: int = 0
     pairs: Pairs = NO_PAIRS
 
     def __post_init__(self) -> None:
-        ModelConfig.__post_init__(self)
-        check_range("intermediate_size", self.intermediate_size, 1, 2**20)
+        DecoderConfig.__post_init__(self)
         check_range("num_heads", self.num_heads, 1, 4096)
         check_range("num_kv_heads", self.num_kv_heads, 1, self.num_heads)
         check_range("head_dim", self.head_dim, 2, 1024)
-        check_range("rms_norm_eps", self.rms_norm_eps, 1e-30, 1.0)
-        check_range("rope_theta", self.rope_theta, 1e-3, 1e15)
+        if self.attention_multiplier is not None:
+            check_range("attention_multiplier", self.attention_multiplier, 1e-6, 1e6)
         if self.sliding_window is not None:
             check_range("sliding_window", self.sliding_window, 1, 2**31)
+        if self.windows:
+            check_windows(self.windows, self.num_layers)
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -91,129 +73,44 @@ class LlamaConfig(ModelConfig):
         if self.rope_scaling is not None:
             self.rope_scaling.check(self.rotary_dim or self.head_dim)
 
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else self.sliding_window or 0
+
+    def attention_spec(self, layer: int) -> AttentionSpec:
+        scale = self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+        return AttentionSpec(self.num_heads, self.num_kv_heads, self.head_dim, scale, self.window(layer))
+
     def rotation(self) -> RopeSpec:
-        """Of queries and keys, in the layers that have one."""
         return rope.rope_spec(self.rotary_dim or self.head_dim, self.rope_theta, self.rope_scaling)
 
-    def tensors(self) -> dict[str, TensorSpec]:
-        hidden = self.hidden_size
-        tensors = vocabulary_tensors("model.embed_tokens", "token_embd", self.vocab_size, hidden)
-        for layer in range(self.num_layers):
-            name, gguf = f"model.layers.{layer}", f"blk.{layer}"
-            tensors |= norm_tensors(f"{name}.input_layernorm", f"{gguf}.attn_norm", hidden)
-            tensors |= self.attention.tensors(
-                f"{name}.self_attn",
-                gguf,
-                hidden_size=hidden,
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
-                qkv_bias=self.qkv_bias,
-                o_bias=self.o_bias,
-                qk_norm=self.qk_norm,
-                pairs=self.pairs,
-            )
-            tensors |= norm_tensors(f"{name}.post_attention_layernorm", f"{gguf}.{self.gguf_mlp_norm}", hidden)
-            tensors |= self.mlp_tensors(layer, name, gguf)
-        tensors |= norm_tensors("model.norm", "output_norm", hidden)
-        if not self.tie_word_embeddings:
-            tensors |= vocabulary_tensors("lm_head", "output", self.vocab_size, hidden)
-        return tensors
+    def rotations(self) -> tuple[RopeSpec | None, ...]:
+        rotation = self.rotation()
+        return tuple(None if layer in self.unrotated else rotation for layer in range(self.num_layers))
 
-    def mlp_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
-        """Of layer `layer`, called `name` in folders and `gguf` in GGUF files."""
-        return GatedMLP.tensors(
-            f"{name}.mlp", gguf, hidden_size=self.hidden_size, width=self.intermediate_size, bias=self.mlp_bias
+    def mixer_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
+        return self.attention.tensors(
+            f"{name}.self_attn",
+            gguf,
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            qkv_bias=self.qkv_bias,
+            o_bias=self.o_bias,
+            qk_norm=self.qk_norm,
+            pairs=self.pairs,
         )
 
-    def may_ignore(self, name: str) -> bool:
-        # The head is stored next to a tied embedding by some tools; the others are frequencies, which the config gives.
-        return name in ("lm_head.weight", "rope_freqs.weight") or name.endswith("rotary_emb.inv_freq")
+    def load_mixer(self, packer: Packer, ops: Ops, layer: int, name: str, rotation: RopeSpec | None) -> Mixer:
+        spec, eps = self.attention_spec(layer), self.rms_norm_eps
+        return self.attention.load(packer, f"{name}.self_attn", ops, spec, rotation, eps, qk_norm=self.qk_norm)
 
     def cache_layers(self) -> tuple[CacheLayer, ...]:
-        return (PagedLayer(self.num_kv_heads, self.head_dim, self.sliding_window or 0),) * self.num_layers
+        return tuple(PagedLayer(self.num_kv_heads, self.head_dim, self.window(n)) for n in range(self.num_layers))
 
-    def part(self, size: int) -> LlamaConfig:
-        return dataclasses.replace(
-            self,
-            num_heads=self.num_heads // size,
-            num_kv_heads=max(1, self.num_kv_heads // size),
-            intermediate_size=self.intermediate_size // size,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaLayer:
-    """One decoder layer."""
-
-    input_norm: Weight
-    attention: Mixer
-    post_attention_norm: Weight
-    mlp: MLP
-
-
-def attention_spec(config: LlamaConfig, scale: float) -> AttentionSpec:
-    """Of all layers."""
-    return AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, scale, config.sliding_window or 0)
-
-
-def load_vocabulary(config: LlamaConfig, packer: Packer) -> tuple[Weight, Weight]:
-    """The embedding and the head, which may be one table."""
-    if config.tie_word_embeddings:
-        return packer.tied("model.embed_tokens")
-    return packer.embedding("model.embed_tokens"), packer.head("lm_head")
-
-
-def load_layer(name: str, attention: Mixer, ops: Ops, packer: Packer, mlp: MLP | None = None) -> LlamaLayer:
-    """The rest of a layer, after its attention. mlp: where it is another than `GatedMLP`."""
-    return LlamaLayer(
-        input_norm=packer.vector(f"{name}.input_layernorm.weight"),
-        attention=attention,
-        post_attention_norm=packer.vector(f"{name}.post_attention_layernorm.weight"),
-        mlp=GatedMLP.load(packer, f"{name}.mlp", ops) if mlp is None else mlp,
-    )
-
-
-class LlamaModel:
-    """A decoder with norms before attention and before the MLP. T tokens in a step, H hidden size."""
-
-    def __init__(self, config: LlamaConfig, ops: Ops, packer: Packer) -> None:
-        self.config = config
-        self._ops = ops
-        spec = attention_spec(config, scale=config.head_dim**-0.5)
-        rotary = config.rotation()
-        self._embedding, self._head = load_vocabulary(config, packer)
-        self._layers = []
-        for index in range(config.num_layers):
-            name, rotation = f"model.layers.{index}", None if index in config.unrotated else rotary
-            attention = config.attention.load(
-                packer, f"{name}.self_attn", ops, spec, rotation, config.rms_norm_eps, qk_norm=config.qk_norm
-            )
-            self._layers.append(load_layer(name, attention, ops, packer, self.load_mlp(packer, index, name)))
-        self._norm = packer.vector("model.norm.weight")
-
-    def load_mlp(self, packer: Packer, layer: int, name: str) -> MLP:
-        """Of layer `layer`, called `name`."""
-        return GatedMLP.load(packer, f"{name}.mlp", self._ops)
-
-    def forward(self, batch: Any) -> Array:
-        """The hidden states (T, H) of a planned step, before the final norm, of asked tokens. Stores the KV of all."""
-        ops, eps = self._ops, self.config.rms_norm_eps
-        hidden = ops.embed(batch, self._embedding)
-        for index, layer in enumerate(self._layers):
-            mixed = layer.attention.mix(batch, index, ops.rms_norm(hidden, layer.input_norm, eps))
-            if index + 1 == len(self._layers):
-                mixed, hidden = ops.asked_rows(batch, mixed), ops.asked_rows(batch, hidden)
-            hidden = layer.attention.output(batch, mixed, residual=hidden)
-            hidden = layer.mlp.output(batch, ops.rms_norm(hidden, layer.post_attention_norm, eps), residual=hidden)
-        return hidden
-
-    def logits(self, batch: Any, hidden: Array) -> Array:
-        """The logits (S, vocab_size) of rows of hidden states (S, H), as `forward` returned them.
-
-        batch: of these rows alone.
-        """
-        return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head)
+    def shares(self, size: int) -> dict[str, Any]:
+        heads, kv_heads = self.num_heads // size, max(1, self.num_kv_heads // size)
+        return DecoderConfig.shares(self, size) | {"num_heads": heads, "num_kv_heads": kv_heads}
 
 
 def check_silu(source: HFSource) -> None:
@@ -357,12 +254,17 @@ def _gguf_smollm3(source: GGUFSource) -> LlamaConfig:
 
 
 def read_gguf(
-    source: GGUFSource, *, has_window: bool = False, is_partial: bool = False, has_experts: bool = False
+    source: GGUFSource,
+    *,
+    has_window: bool = False,
+    is_partial: bool = False,
+    has_experts: bool = False,
+    theta: float = 10000.0,
 ) -> dict[str, Any]:
     """What all read of a GGUF file alike: what has a bias or a norm is seen by its tensors.
 
     has_window: whether the family may have a window in all layers; is_partial: whether it may rotate parts of heads;
-    has_experts: whether it may have experts.
+    has_experts: whether it may have experts; theta: the rotary base where the file does not say.
     """
     fields, shapes = source.fields, source.shapes
     if fields.integer("expert_count", 0) and not has_experts:
@@ -381,7 +283,7 @@ def read_gguf(
         raise UnsupportedModelError(f"a sliding window in a {source.family} GGUF file is not implemented")
     changed = source.overridden(
         {
-            "rope_theta": fields.number("rope.freq_base", 10000.0),
+            "rope_theta": fields.number("rope.freq_base", theta),
             "rope_scaling": rope.gguf_scaling(fields, source.freq_factors),
             "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
             "sliding_window": window,
@@ -424,14 +326,12 @@ LLAMA = Family(
     gguf_keys=GGUF_KEYS,
     read_hf=_hf_llama,
     read_gguf=_gguf_llama,
-    model=LlamaModel,
 )
 MISTRAL = Family(
     name="mistral",  # its GGUF files call themselves llama
     architectures=("MistralForCausalLM",),
     hf_keys=HF_KEYS | {"sliding_window"},
     read_hf=_hf_mistral,
-    model=LlamaModel,
 )
 QWEN2 = Family(
     name="qwen2",
@@ -441,7 +341,6 @@ QWEN2 = Family(
     gguf_keys=GGUF_KEYS,
     read_hf=_hf_qwen2,
     read_gguf=_gguf,
-    model=LlamaModel,
 )
 QWEN3 = Family(
     name="qwen3",
@@ -451,7 +350,6 @@ QWEN3 = Family(
     gguf_keys=GGUF_KEYS,
     read_hf=_hf_qwen3,
     read_gguf=_gguf,
-    model=LlamaModel,
 )
 SMOLLM3 = Family(
     name="smollm3",
@@ -469,7 +367,6 @@ SMOLLM3 = Family(
     gguf_keys=GGUF_KEYS,
     read_hf=_hf_smollm3,
     read_gguf=_gguf_smollm3,
-    model=LlamaModel,
 )
 ERNIE4_5 = Family(
     name="ernie4_5",
@@ -479,7 +376,6 @@ ERNIE4_5 = Family(
     gguf_keys=GGUF_KEYS,
     read_hf=_hf_ernie,
     read_gguf=_gguf_paired,
-    model=LlamaModel,
 )
 PANGU_EMBEDDED = Family(
     name="PanguEmbedded",
@@ -489,5 +385,4 @@ PANGU_EMBEDDED = Family(
     gguf_keys=GGUF_KEYS,
     read_hf=_hf_pangu,
     read_gguf=_gguf,
-    model=LlamaModel,
 )

@@ -8,16 +8,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mooli.models import granite, llama, rope
+from mooli.models import llama, rope
 from mooli.models.family import Family
 from mooli.models.fields import GGUFSource, HFSource, check_range, equal_heads
 from mooli.models.layers import PAIRS_IN_GGUF
+from mooli.models.llama import LlamaConfig
 from mooli.models.longrope import gguf_longrope, hf_longrope
 
 _CONTEXT = 2048
 
 
-def _hf(source: HFSource) -> granite.GraniteConfig:
+def _hf(source: HFSource) -> LlamaConfig:
     fields = source.fields
     common = source.common(max_position_embeddings=_CONTEXT, bos_id=1, eos_id=2)
     num_heads, bias = fields.integer("num_attention_heads"), fields.flag("attention_bias")
@@ -34,7 +35,7 @@ def _hf(source: HFSource) -> granite.GraniteConfig:
     alike = llama.read_hf(
         dataclasses.replace(source, values=values), common, qkv_bias=bias, o_bias=bias, head_dim=head_dim, **own
     )
-    return granite.GraniteConfig(
+    return LlamaConfig(
         **alike,
         attention_multiplier=head_dim**-0.5,
         embedding_multiplier=fields.number("scale_emb", 1),
@@ -44,10 +45,10 @@ def _hf(source: HFSource) -> granite.GraniteConfig:
     )
 
 
-def _gguf(source: GGUFSource) -> granite.GraniteConfig:
+def _gguf(source: GGUFSource) -> LlamaConfig:
     source, scaling = gguf_longrope(source)
     fields, alike = source.fields, llama.read_gguf(source)
-    return granite.GraniteConfig(
+    return LlamaConfig(
         **alike if scaling is None else {**alike, "rope_scaling": scaling},
         attention_multiplier=alike["head_dim"] ** -0.5,
         embedding_multiplier=fields.number("embedding_scale"),
@@ -66,5 +67,4 @@ MINICPM = Family(
     gguf_keys=llama.GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
-    model=granite.GraniteModel,
 )

@@ -9,43 +9,31 @@ Source: MiniMax-M2's configuration and code in Transformers.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mooli.backends.routing import RouteSpec
 from mooli.errors import UnsupportedModelError
 from mooli.models import llama, rope
-from mooli.models.experts import SparseMLP
+from mooli.models.experts import Experts, SparseMLP
 from mooli.models.family import Family
 from mooli.models.fields import GGUFSource, HFSource, check_range, short
-from mooli.models.layers import Attention
+from mooli.models.llama import LlamaConfig
 from mooli.models.olmo import OlmoAttention
-from mooli.models.qwen_moe import MoeConfig, MoeModel
 
 
 class MiniMaxExperts(SparseMLP):
     """Other names."""
 
     __slots__ = ()
+    module: ClassVar[str] = "block_sparse_moe"
     names: ClassVar[tuple[str, str, str]] = ("w1", "w3", "w2")
     correction_name: ClassVar[str] = "e_score_correction_bias"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MiniMaxConfig(MoeConfig):
-    """Of a decoder of the family, with experts in every layer."""
-
-    attention: ClassVar[type[Attention]] = OlmoAttention
-    sparse: ClassVar[type[SparseMLP]] = MiniMaxExperts
-    module: ClassVar[str] = "block_sparse_moe"
-    has_correction: ClassVar[bool] = True
-
-    @property
-    def route(self) -> RouteSpec:
-        return RouteSpec(num_experts=self.num_experts, top_k=self.top_k, score="sigmoid", normalise=True)
+def _experts(**numbers: Any) -> Experts:
+    return Experts(kind=MiniMaxExperts, correction=True, score="sigmoid", normalise=True, **numbers)
 
 
-def _hf(source: HFSource) -> MiniMaxConfig:
+def _hf(source: HFSource) -> LlamaConfig:
     fields, values = source.fields, source.values
     for name, usual in (("use_qk_norm", True), ("use_routing_bias", True)):
         if fields.flag(name, usual) is not usual:
@@ -59,28 +47,32 @@ def _hf(source: HFSource) -> MiniMaxConfig:
     head_dim = fields.integer("head_dim", 128)
     check_range("head_dim", head_dim, 2, 1024)
     partial, plain = rope.without_partial(values, fields.integer("rotary_dim", head_dim) / head_dim)
-    width = fields.integer("intermediate_size")
+    experts = _experts(
+        num_experts=fields.optional_integer("num_experts") or fields.integer("num_local_experts", 256),
+        top_k=fields.integer("num_experts_per_tok", 8),
+        width=fields.integer("intermediate_size"),
+    )
     own: dict[str, Any] = {
         "head_dim": head_dim,
         "num_kv_heads": fields.optional_integer("num_key_value_heads", 8) or fields.integer("num_attention_heads"),
         "qk_norm": True,
         "rope_theta": rope.hf_rope({"rope_theta": 5e6, **plain})[0],
         "rotary_dim": rope.rotary_dim(head_dim, partial),
-        "num_experts": fields.optional_integer("num_experts") or fields.integer("num_local_experts", 256),
-        "top_k": fields.integer("num_experts_per_tok", 8),
-        "expert_width": width,
+        "attention": OlmoAttention,
+        "experts": experts,
     }
-    return MiniMaxConfig(**llama.read_hf(dataclasses.replace(source, values=plain), common, **own))
+    return LlamaConfig(**llama.read_hf(dataclasses.replace(source, values=plain), common, **own))
 
 
-def _gguf(source: GGUFSource) -> MiniMaxConfig:
+def _gguf(source: GGUFSource) -> LlamaConfig:
     fields = source.fields
-    return MiniMaxConfig(
-        **llama.read_gguf(source, has_experts=True, is_partial=True),
+    experts = _experts(
         num_experts=fields.integer("expert_count"),
         top_k=fields.integer("expert_used_count"),
-        expert_width=fields.integer("expert_feed_forward_length"),
+        width=fields.integer("expert_feed_forward_length"),
     )
+    alike = llama.read_gguf(source, has_experts=True, is_partial=True)
+    return LlamaConfig(**alike, attention=OlmoAttention, experts=experts)
 
 
 MINIMAX_M2 = Family(
@@ -95,5 +87,4 @@ MINIMAX_M2 = Family(
     gguf_keys=llama.GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
-    model=MoeModel,
 )

@@ -68,5 +68,4 @@ MINISTRAL3 = Family(
     gguf_keys=llama.GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
-    model=llama.LlamaModel,
 )

@@ -14,20 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mooli.backends.base import Array, Ops, PagedLayer, Weight
+from mooli.backends.base import Array, RopeSpec
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import llama, rope
 from mooli.models.config import ROWS, Split, TensorSpec
+from mooli.models.decoder import DecoderLayer, Names
 from mooli.models.family import Family
 from mooli.models.fields import GGUFSource, HFSource, short
-from mooli.models.layers import Attention, GatedMLP, Tensors, norm_tensors
-from mooli.models.packer import Packer
-from mooli.models.windows import check_windows, gguf_windows, hf_windows
+from mooli.models.layer_kinds import gguf_windows, hf_windows
+from mooli.models.layers import Attention, Tensors
 
 _FULL_EVERY = 4
-_NORMS = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
-"""Of a layer: their names in folders and in GGUF files."""
-
 _WHOLE = Split(ROWS, 1, "norms over all heads")
 
 
@@ -46,80 +43,34 @@ class OlmoAttention(Attention):
         return self.ops.projection_norm(qkv, self.spec, self.q_norm, self.k_norm, self.eps)
 
 
+class OlmoLayer(DecoderLayer):
+    """One layer with a norm behind each of its branches."""
+
+    __slots__ = ()
+
+    def mix(self, batch: Any, layer: int, hidden: Array) -> Array:
+        return self.mixer.mix(batch, layer, hidden)
+
+    def output(self, batch: Any, mixed: Array, hidden: Array) -> Array:
+        hidden = self.ops.rms_norm(self.mixer.output(batch, mixed), self.norms[0], self.eps, residual=hidden)
+        return self.ops.rms_norm(self.mlp.output(batch, hidden), self.norms[1], self.eps, residual=hidden)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OlmoConfig(llama.LlamaConfig):
-    """Of a decoder of the family. windows: of each layer; 0 for none."""
+    """Of a decoder of the family. rope_scaling: of layers without a window."""
 
-    attention: ClassVar[type[Attention]] = OlmoAttention
+    layer: ClassVar[type[DecoderLayer]] = OlmoLayer
 
-    windows: tuple[int, ...] = ()
+    norm_names: tuple[Names, ...] = (
+        ("post_attention_layernorm", "post_attention_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+    )
+    attention: type[Attention] = OlmoAttention
 
-    def __post_init__(self) -> None:
-        llama.LlamaConfig.__post_init__(self)
-        check_windows(self.windows, self.num_layers)
-
-    def tensors(self) -> dict[str, TensorSpec]:
-        tensors = llama.LlamaConfig.tensors(self)
-        for layer in range(self.num_layers):
-            del tensors[f"model.layers.{layer}.input_layernorm.weight"]
-            for norm, gguf in _NORMS.items():
-                tensors |= norm_tensors(f"model.layers.{layer}.{norm}", f"blk.{layer}.{gguf}", self.hidden_size)
-        return tensors
-
-    def cache_layers(self) -> tuple[PagedLayer, ...]:
-        return tuple(PagedLayer(self.num_kv_heads, self.head_dim, window) for window in self.windows)
-
-
-@dataclass(frozen=True, slots=True)
-class OlmoLayer:
-    """One decoder layer."""
-
-    attention: OlmoAttention
-    post_attention_norm: Weight
-    mlp: GatedMLP
-    post_mlp_norm: Weight
-
-
-class OlmoModel:
-    """T tokens in a step, H hidden size."""
-
-    def __init__(self, config: OlmoConfig, ops: Ops, packer: Packer) -> None:
-        self.config = config
-        self._ops = ops
-        eps = config.rms_norm_eps
-        spec = llama.attention_spec(config, scale=config.head_dim**-0.5)
-        scaled = rope.rope_spec(config.head_dim, config.rope_theta, config.rope_scaling)
-        plain = rope.rope_spec(config.head_dim, config.rope_theta)
-        self._embedding, self._head = llama.load_vocabulary(config, packer)
-        self._layers = []
-        for index, window in enumerate(config.windows):
-            name = f"model.layers.{index}"
-            windowed, rotary = dataclasses.replace(spec, window=window), plain if window else scaled
-            layer = OlmoLayer(
-                attention=OlmoAttention.load(packer, f"{name}.self_attn", ops, windowed, rotary, eps, qk_norm=True),
-                post_attention_norm=packer.vector(f"{name}.post_attention_layernorm.weight"),
-                mlp=GatedMLP.load(packer, f"{name}.mlp", ops),
-                post_mlp_norm=packer.vector(f"{name}.post_feedforward_layernorm.weight"),
-            )
-            self._layers.append(layer)
-        self._norm = packer.vector("model.norm.weight")
-
-    def forward(self, batch: Any) -> Array:
-        """The hidden states (T, H) of a planned step, before the final norm, of asked tokens. Stores the KV of all."""
-        ops, eps = self._ops, self.config.rms_norm_eps
-        hidden = ops.embed(batch, self._embedding)
-        for index, layer in enumerate(self._layers):
-            mixed = layer.attention.mix(batch, index, hidden)
-            if index + 1 == len(self._layers):
-                mixed, hidden = ops.asked_rows(batch, mixed), ops.asked_rows(batch, hidden)
-            attended = layer.attention.output(batch, mixed)
-            hidden = ops.rms_norm(attended, layer.post_attention_norm, eps, residual=hidden)
-            hidden = ops.rms_norm(layer.mlp.output(batch, hidden), layer.post_mlp_norm, eps, residual=hidden)
-        return hidden
-
-    def logits(self, batch: Any, hidden: Array) -> Array:
-        """The logits (S, vocab_size) of rows of hidden states (S, H), as `forward` returned them, and their batch."""
-        return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head)
+    def rotations(self) -> tuple[RopeSpec, ...]:
+        scaled, plain = self.rotation(), rope.rope_spec(self.head_dim, self.rope_theta)
+        return tuple(plain if self.window(layer) else scaled for layer in range(self.num_layers))
 
 
 def _read_hf(source: HFSource, windows: tuple[int, ...]) -> OlmoConfig:
@@ -179,12 +130,10 @@ OLMO2 = Family(
     gguf_keys=llama.GGUF_KEYS,
     read_hf=_hf_olmo2,
     read_gguf=_gguf,
-    model=OlmoModel,
 )
 OLMO3 = Family(
     name="olmo3",  # its GGUF files call themselves olmo2
     architectures=("Olmo3ForCausalLM",),
     hf_keys=llama.HF_KEYS | {"attention_bias", "sliding_window", "sliding_window_pattern", "layer_types"},
     read_hf=_hf_olmo3,
-    model=OlmoModel,
 )

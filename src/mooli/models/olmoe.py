@@ -1,50 +1,41 @@
 """OLMoE: Llama's order with experts in every layer, and norms of queries and keys over all heads together.
 
-Owns its configuration. Experts are as wide as an MLP would be.
+Owns how its configuration is read. Experts are as wide as an MLP would be.
 
 Source: OLMoE, arXiv 2409.02060.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
 from mooli.errors import UnsupportedModelError
 from mooli.models import llama
+from mooli.models.experts import Experts
 from mooli.models.family import Family
 from mooli.models.fields import GGUFSource, HFSource
-from mooli.models.layers import Attention
+from mooli.models.llama import LlamaConfig
 from mooli.models.olmo import OlmoAttention
-from mooli.models.qwen_moe import MoeConfig, MoeModel, read_gguf
+from mooli.models.qwen_moe import read_gguf
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OlmoeConfig(MoeConfig):
-    """Of a decoder of the family."""
-
-    attention: ClassVar[type[Attention]] = OlmoAttention
-
-
-def _hf(source: HFSource) -> OlmoeConfig:
+def _hf(source: HFSource) -> LlamaConfig:
     fields, bias = source.fields, source.fields.flag("attention_bias")
     if source.values.get("clip_qkv") is not None:
         raise UnsupportedModelError(
             f"clipped queries, keys and values (clip_qkv) are not implemented for {source.family}"
         )
     common = source.common(max_position_embeddings=4096, eos_id=50279)
-    own: dict[str, Any] = {
-        "rms_norm_eps": fields.number("rms_norm_eps", 1e-5),
-        "num_experts": fields.optional_integer("num_experts") or fields.integer("num_local_experts", 64),
-        "top_k": fields.integer("num_experts_per_tok", 8),
-        "expert_width": fields.integer("intermediate_size"),
-        "normalise": fields.flag("norm_topk_prob"),
-    }
-    return OlmoeConfig(**llama.read_hf(source, common, qkv_bias=bias, o_bias=bias, qk_norm=True, **own))
+    experts = Experts(
+        num_experts=fields.optional_integer("num_experts") or fields.integer("num_local_experts", 64),
+        top_k=fields.integer("num_experts_per_tok", 8),
+        width=fields.integer("intermediate_size"),
+        normalise=fields.flag("norm_topk_prob"),
+    )
+    alike = llama.read_hf(source, common, qkv_bias=bias, o_bias=bias, rms_norm_eps=fields.number("rms_norm_eps", 1e-5))
+    return LlamaConfig(**alike, attention=OlmoAttention, qk_norm=True, experts=experts)
 
 
-def _gguf(source: GGUFSource) -> OlmoeConfig:
-    return OlmoeConfig(**read_gguf(source, normalise=False))
+def _gguf(source: GGUFSource) -> LlamaConfig:
+    return LlamaConfig(**read_gguf(source, normalise=False), attention=OlmoAttention)
 
 
 OLMOE = Family(
@@ -56,5 +47,4 @@ OLMOE = Family(
     gguf_keys=llama.GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
-    model=MoeModel,
 )

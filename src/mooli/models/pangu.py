@@ -12,19 +12,11 @@ from collections import ChainMap
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-from mooli.backends.base import Array, Ops
 from mooli.errors import CheckpointError, UnsupportedModelError
-from mooli.models import mla
-from mooli.models.deepseek import (
-    HF_KEYS,
-    DeepseekConfig,
-    DeepseekLayer,
-    DeepseekModel,
-    check_sigmoid,
-    read_hf,
-)
+from mooli.models.decoder import DecoderLayer, Names, SandwichLayer
+from mooli.models.deepseek import HF_KEYS, DeepseekConfig, check_sigmoid, read_hf
 from mooli.models.family import Family
-from mooli.models.fields import HFSource, check_range, short
+from mooli.models.fields import HFSource, short
 from mooli.models.layers import ALWAYS_PAIRS
 
 _SPELLINGS = {
@@ -45,30 +37,14 @@ _SPELLINGS = {
 class PanguUltraConfig(DeepseekConfig):
     """With four norms in each layer."""
 
-    norm_names: ClassVar[tuple[tuple[str, str], ...]] = (
+    layer: ClassVar[type[DecoderLayer]] = SandwichLayer
+
+    norm_names: tuple[Names, ...] = (
         ("input_layernorm", "attn_norm"),
         ("post_attention_layernorm", "post_attention_norm"),
         ("pre_mlp_layernorm", "ffn_norm"),
         ("post_mlp_layernorm", "post_ffw_norm"),
     )
-
-
-class SandwichLayer(DeepseekLayer):
-    """A norm before and one behind each half."""
-
-    __slots__ = ()
-
-    def after_attention(self, ops: Ops, batch: Any, mixed: Array, hidden: Array) -> Array:
-        _, behind_attention, before_mlp, behind_mlp = self.norms
-        hidden = ops.rms_norm(self.attention.output(batch, mixed), behind_attention, self.eps, residual=hidden)
-        computed = self.mlp.output(batch, ops.rms_norm(hidden, before_mlp, self.eps))
-        return ops.rms_norm(computed, behind_mlp, self.eps, residual=hidden)
-
-
-class PanguUltraModel(DeepseekModel):
-    """DeepSeek's, of other layers."""
-
-    layer: ClassVar[type[DeepseekLayer]] = SandwichLayer
 
 
 def _hf(source: HFSource) -> PanguUltraConfig:
@@ -85,15 +61,14 @@ def _hf(source: HFSource) -> PanguUltraConfig:
     check_sigmoid(source)
     if not fields.flag("sandwich_norm", True):
         raise UnsupportedModelError("sandwich_norm false is not implemented: layers have four norms")
-    num_layers, dense = common["num_layers"], fields.integer("first_k_dense_replace", 0)
-    check_range("num_hidden_layers", num_layers, 1, 1024)
-    return PanguUltraConfig(
-        **read_hf(source, common, rms_norm_eps=fields.number("rms_norm_eps", 1e-5), groups=1, kept_groups=1),
-        heads=mla.hf_heads(fields, ALWAYS_PAIRS),
-        dense_layers=tuple(range(min(dense, num_layers))),
-        normalise=fields.flag("norm_topk_prob", True),
-        correction=fields.flag("router_enable_expert_bias"),
-    )
+    changed: dict[str, Any] = {
+        "groups": 1,
+        "kept_groups": 1,
+        "normalise": fields.flag("norm_topk_prob", True),
+        "correction": fields.flag("router_enable_expert_bias"),
+    }
+    alike = read_hf(source, common, ALWAYS_PAIRS, **changed)
+    return PanguUltraConfig(**alike | {"rms_norm_eps": fields.number("rms_norm_eps", 1e-5)})
 
 
 PANGU_ULTRA_MOE = Family(
@@ -108,5 +83,4 @@ PANGU_ULTRA_MOE = Family(
         )
     ),
     read_hf=_hf,
-    model=PanguUltraModel,
 )

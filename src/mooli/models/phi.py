@@ -13,10 +13,9 @@ from typing import Any
 
 from mooli.errors import UnsupportedModelError
 from mooli.models import llama, rope
-from mooli.models.config import TensorSpec
 from mooli.models.family import Family
 from mooli.models.fields import GGUFSource, HFSource, equal_heads, short
-from mooli.models.layers import in_one
+from mooli.models.layers import Tensors, in_one
 from mooli.models.longrope import NAMES, gguf_longrope, hf_longrope
 
 _CONTEXT = 4096
@@ -27,15 +26,15 @@ _FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 class PhiConfig(llama.LlamaConfig):
     """Of a decoder of the family."""
 
-    def tensors(self) -> dict[str, TensorSpec]:
-        tensors = llama.LlamaConfig.tensors(self)
-        for layer in range(self.num_layers):
-            name, gguf = f"model.layers.{layer}", f"blk.{layer}"
-            qkv = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
-            tensors = in_one(tensors, f"{name}.self_attn.qkv_proj", f"{gguf}.attn_qkv", *qkv)
-            gated = [f"{name}.mlp.{part}_proj" for part in ("gate", "up")]
-            tensors = in_one(tensors, f"{name}.mlp.gate_up_proj", f"{gguf}.ffn_up", *gated)
-        return tensors
+    def mixer_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
+        tensors = llama.LlamaConfig.mixer_tensors(self, layer, name, gguf)
+        qkv = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
+        return in_one(tensors, f"{name}.self_attn.qkv_proj", f"{gguf}.attn_qkv", *qkv)
+
+    def mlp_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
+        tensors = llama.LlamaConfig.mlp_tensors(self, layer, name, gguf)
+        gated = [f"{name}.mlp.{part}_proj" for part in ("gate", "up")]
+        return in_one(tensors, f"{name}.mlp.gate_up_proj", f"{gguf}.ffn_up", *gated)
 
     def may_ignore(self, name: str) -> bool:
         return name in _FACTORS or llama.LlamaConfig.may_ignore(self, name)
@@ -80,5 +79,4 @@ PHI3 = Family(
     gguf_keys=llama.GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
-    model=llama.LlamaModel,
 )

@@ -12,34 +12,31 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from mooli.backends.base import Array, CacheLayer, DeltaSpec, Ops, PagedLayer, RopeSpec, StateLayer, Weight
+from mooli.backends.base import Array, CacheLayer, DeltaSpec, Ops, RopeSpec, StateLayer, Weight
 from mooli.errors import CheckpointError, UnsupportedModelError
 from mooli.models import llama, rope
 from mooli.models.config import TensorSpec
+from mooli.models.decoder import Names
 from mooli.models.family import Family
 from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, short
-from mooli.models.layers import MLP, Attention, GatedMLP, Tensors, norm_tensors, vocabulary_tensors
+from mooli.models.layer_kinds import check_attends, first_layers, gguf_attends, gguf_kv_heads, hf_attends
+from mooli.models.layers import Attention, Mixer, Tensors, norm_tensors
 from mooli.models.packer import Packer
 
-ATTENTION, DELTA_NET = "full_attention", "linear_attention"
 _SEES = "Qwen3_5ForConditionalGeneration"
 _ATTENDS_EVERY = 4
 
 
-def _offset_norm(name: str, gguf: str, length: int) -> Tensors:
-    """Folders have the gain less one, GGUF files as it is."""
-    return {key: dataclasses.replace(spec, hf_offset=1.0) for key, spec in norm_tensors(name, gguf, length).items()}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen35Config(llama.LlamaConfig):
-    """Of a decoder of the family. attends: of each layer, whether it is attention. rotary_dim: values of a head that
-    are rotated. num_key_heads .. num_columns: of the DeltaNets. is_tiled: heads of values that share a head of keys lie
-    apart, as in GGUF files. num_extra_blocks: of a GGUF file, which guess tokens ahead. prefix: of names.
-    CheckpointError for a number out of its bounds."""
+    """Of a decoder of the family. attends: of each layer, whether it is attention. num_key_heads .. num_columns: of the
+    DeltaNets. is_tiled: heads of values that share a head of keys lie apart, as in GGUF files. CheckpointError for a
+    number out of its bounds."""
 
+    norm_names: tuple[Names, ...] = (
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "post_attention_norm"),
+    )
     attends: tuple[bool, ...] = ()
     rotary_dim: int = 64
     num_key_heads: int = 16
@@ -48,8 +45,6 @@ class Qwen35Config(llama.LlamaConfig):
     value_dim: int = 128
     num_columns: int = 4
     is_tiled: bool = False
-    num_extra_blocks: int = 0
-    prefix: str = "model."
 
     def __post_init__(self) -> None:
         llama.LlamaConfig.__post_init__(self)
@@ -59,15 +54,11 @@ class Qwen35Config(llama.LlamaConfig):
         check_range("linear_value_head_dim", self.value_dim, 1, 1024)
         check_range("linear_conv_kernel_dim", self.num_columns, 2, 16)
         check_range("rotary values of a head", self.rotary_dim, 2, self.head_dim)
-        if self.num_value_heads % self.num_key_heads or self.rotary_dim % 2:
+        check_attends(self.attends, self.num_layers)
+        if self.num_value_heads % self.num_key_heads:
             raise CheckpointError(
-                f"{self.num_value_heads} heads of values on {self.num_key_heads} of keys, or {self.rotary_dim} rotated"
-                " values: the first must be a multiple of the second, the third even"
-            )
-        if len(self.attends) != self.num_layers or not any(self.attends):
-            raise CheckpointError(
-                f"{sum(self.attends)} of {len(self.attends)} layers are attention; there must be {self.num_layers}"
-                " layers, and one with attention"
+                f"{self.num_value_heads} heads of values on {self.num_key_heads} of keys: the first must be a multiple"
+                " of the second"
             )
 
     @property
@@ -77,60 +68,47 @@ class Qwen35Config(llama.LlamaConfig):
         return DeltaSpec(self.num_key_heads, self.key_dim, self.value_dim, key_heads)
 
     def tensors(self) -> dict[str, TensorSpec]:
-        hidden = self.hidden_size
-        tensors = vocabulary_tensors(f"{self.prefix}embed_tokens", "token_embd", self.vocab_size, hidden)
-        for layer, attends in enumerate(self.attends):
-            name, gguf = f"{self.prefix}layers.{layer}", f"blk.{layer}"
-            tensors |= _offset_norm(f"{name}.input_layernorm", f"{gguf}.attn_norm", hidden)
-            tensors |= self._attention(f"{name}.self_attn", gguf) if attends else self._net(f"{name}.linear_attn", gguf)
-            tensors |= _offset_norm(f"{name}.post_attention_layernorm", f"{gguf}.post_attention_norm", hidden)
-            tensors |= self.mlp_tensors(layer, name, gguf)
-        tensors |= _offset_norm(f"{self.prefix}norm", "output_norm", hidden)
-        if not self.tie_word_embeddings:
-            tensors |= vocabulary_tensors("lm_head", "output", self.vocab_size, hidden)
-        return tensors
-
-    def _attention(self, name: str, gguf: str) -> Tensors:
-        hidden, queries, keys = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        """Folders have the gains of norms less one, but for those of DeltaNets."""
         return {
-            f"{name}.q_proj.weight": TensorSpec((2 * queries, hidden), f"{gguf}.attn_q.weight"),
-            f"{name}.k_proj.weight": TensorSpec((keys, hidden), f"{gguf}.attn_k.weight"),
-            f"{name}.v_proj.weight": TensorSpec((keys, hidden), f"{gguf}.attn_v.weight"),
-            f"{name}.o_proj.weight": TensorSpec((hidden, queries), f"{gguf}.attn_output.weight"),
-            **_offset_norm(f"{name}.q_norm", f"{gguf}.attn_q_norm", self.head_dim),
-            **_offset_norm(f"{name}.k_norm", f"{gguf}.attn_k_norm", self.head_dim),
+            name: dataclasses.replace(spec, hf_offset=1.0)
+            if name.endswith("norm.weight") and ".linear_attn." not in name
+            else spec
+            for name, spec in llama.LlamaConfig.tensors(self).items()
         }
 
-    def _net(self, name: str, gguf: str) -> Tensors:
-        hidden, heads, spec = self.hidden_size, self.num_value_heads, self.delta
-        values = heads * self.value_dim
+    def mixer_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
+        if self.attends[layer]:
+            return GatedAttention.tensors(f"{name}.self_attn", gguf, self)
+        return GatedDeltaNet.tensors(f"{name}.linear_attn", gguf, self)
+
+    def load_mixer(self, packer: Packer, ops: Ops, layer: int, name: str, rotation: RopeSpec | None) -> Mixer:
+        if self.attends[layer]:
+            return GatedAttention.load(packer, f"{name}.self_attn", ops, self, layer, rotation)
+        return GatedDeltaNet.load(packer, f"{name}.linear_attn", ops, self)
+
+    def projections(self, name: str, gguf: str) -> Tensors:
+        """What a DeltaNet projects hidden states by."""
+        hidden, heads = self.hidden_size, self.num_value_heads
         return {
-            f"{name}.in_proj_qkv.weight": TensorSpec((spec.row_width, hidden), f"{gguf}.attn_qkv.weight"),
-            f"{name}.conv1d.weight": TensorSpec((spec.row_width, self.num_columns), f"{gguf}.ssm_conv1d.weight"),
+            f"{name}.in_proj_qkv.weight": TensorSpec((self.delta.row_width, hidden), f"{gguf}.attn_qkv.weight"),
+            f"{name}.in_proj_z.weight": TensorSpec((heads * self.value_dim, hidden), f"{gguf}.attn_gate.weight"),
             f"{name}.in_proj_b.weight": TensorSpec((heads, hidden), f"{gguf}.ssm_beta.weight"),
             f"{name}.in_proj_a.weight": TensorSpec((heads, hidden), f"{gguf}.ssm_alpha.weight"),
-            f"{name}.A_log": TensorSpec((heads,), f"{gguf}.ssm_a", hf_is_log=True),
-            f"{name}.dt_bias": TensorSpec((heads,), f"{gguf}.ssm_dt.bias"),
-            f"{name}.in_proj_z.weight": TensorSpec((values, hidden), f"{gguf}.attn_gate.weight"),
-            **norm_tensors(f"{name}.norm", f"{gguf}.ssm_norm", self.value_dim),
-            f"{name}.out_proj.weight": TensorSpec((hidden, values), f"{gguf}.ssm_out.weight"),
         }
 
     def load_projections(self, packer: Packer, name: str) -> tuple[Weight, Weight, Weight]:
-        """Of the DeltaNet of this name: to queries, keys and values; to z; to b and a."""
+        """To queries, keys and values; to z; to b and a."""
         qkv = packer.linear(f"{name}.in_proj_qkv")
         return qkv, packer.linear(f"{name}.in_proj_z"), packer.linear(f"{name}.in_proj_b", f"{name}.in_proj_a")
 
     def may_ignore(self, name: str) -> bool:
-        # What sees, and what guesses tokens ahead: in GGUF files blocks behind the others.
-        extra = (f"blk.{self.num_layers + block}." for block in range(self.num_extra_blocks))
-        return llama.LlamaConfig.may_ignore(self, name) or name.startswith(("model.visual.", "mtp.", *extra))
+        # What sees, and what guesses tokens ahead.
+        return llama.LlamaConfig.may_ignore(self, name) or name.startswith(("model.visual.", "mtp."))
 
     def cache_layers(self) -> tuple[CacheLayer, ...]:
-        spec = self.delta
-        paged = PagedLayer(self.num_kv_heads, self.head_dim)
+        spec, paged = self.delta, llama.LlamaConfig.cache_layers(self)
         state = StateLayer((self.num_columns - 1, spec.row_width), (spec.num_heads, spec.key_dim, spec.value_dim))
-        return tuple(paged if attends else state for attends in self.attends)
+        return tuple(paged[layer] if attends else state for layer, attends in enumerate(self.attends))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +118,24 @@ class GatedAttention:
     attention: Attention
     gate: Weight
 
+    @staticmethod
+    def tensors(name: str, gguf: str, config: Qwen35Config) -> Tensors:
+        hidden, keys = config.hidden_size, config.num_kv_heads * config.head_dim
+        queries = config.num_heads * config.head_dim
+        return {
+            f"{name}.q_proj.weight": TensorSpec((2 * queries, hidden), f"{gguf}.attn_q.weight"),
+            f"{name}.k_proj.weight": TensorSpec((keys, hidden), f"{gguf}.attn_k.weight"),
+            f"{name}.v_proj.weight": TensorSpec((keys, hidden), f"{gguf}.attn_v.weight"),
+            f"{name}.o_proj.weight": TensorSpec((hidden, queries), f"{gguf}.attn_output.weight"),
+            **norm_tensors(f"{name}.q_norm", f"{gguf}.attn_q_norm", config.head_dim),
+            **norm_tensors(f"{name}.k_norm", f"{gguf}.attn_k_norm", config.head_dim),
+        }
+
     @classmethod
-    def load(cls, packer: Packer, name: str, ops: Ops, config: Qwen35Config, rotary: RopeSpec) -> GatedAttention:
-        spec = llama.attention_spec(config, scale=config.head_dim**-0.5)
+    def load(
+        cls, packer: Packer, name: str, ops: Ops, config: Qwen35Config, layer: int, rotary: RopeSpec | None
+    ) -> GatedAttention:
+        spec = config.attention_spec(layer)
         qkv, gate = packer.queries_and_gates(
             f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj", num_heads=config.num_heads
         )
@@ -173,6 +166,18 @@ class GatedDeltaNet:
     norm: Weight
     out: Weight
 
+    @staticmethod
+    def tensors(name: str, gguf: str, config: Qwen35Config) -> Tensors:
+        hidden, heads, spec = config.hidden_size, config.num_value_heads, config.delta
+        return {
+            **config.projections(name, gguf),
+            f"{name}.conv1d.weight": TensorSpec((spec.row_width, config.num_columns), f"{gguf}.ssm_conv1d.weight"),
+            f"{name}.A_log": TensorSpec((heads,), f"{gguf}.ssm_a", hf_is_log=True),
+            f"{name}.dt_bias": TensorSpec((heads,), f"{gguf}.ssm_dt.bias"),
+            **norm_tensors(f"{name}.norm", f"{gguf}.ssm_norm", config.value_dim),
+            f"{name}.out_proj.weight": TensorSpec((hidden, heads * config.value_dim), f"{gguf}.ssm_out.weight"),
+        }
+
     @classmethod
     def load(cls, packer: Packer, name: str, ops: Ops, config: Qwen35Config) -> GatedDeltaNet:
         qkv, z, gates = config.load_projections(packer, name)
@@ -198,63 +203,6 @@ class GatedDeltaNet:
 
     def output(self, batch: Any, mixed: Array, residual: Array | None = None) -> Array:
         return self.ops.linear(batch, mixed, self.out, residual=residual)
-
-
-@dataclass(frozen=True, slots=True)
-class Qwen35Layer:
-    """One decoder layer."""
-
-    input_norm: Weight
-    mixer: GatedAttention | GatedDeltaNet
-    post_attention_norm: Weight
-    mlp: MLP
-
-
-class Qwen35Model:
-    """T tokens in a step, H hidden size."""
-
-    def __init__(self, config: Qwen35Config, ops: Ops, packer: Packer) -> None:
-        self.config = config
-        self._ops = ops
-        rotary = rope.rope_spec(config.rotary_dim, config.rope_theta, config.rope_scaling)
-        embedding = f"{config.prefix}embed_tokens"
-        if config.tie_word_embeddings:
-            self._embedding, self._head = packer.tied(embedding)
-        else:
-            self._embedding, self._head = packer.embedding(embedding), packer.head("lm_head")
-        self._layers = []
-        for index, attends in enumerate(config.attends):
-            name = f"{config.prefix}layers.{index}"
-            input_norm = packer.vector(f"{name}.input_layernorm.weight")
-            mixer: GatedAttention | GatedDeltaNet
-            if attends:
-                mixer = GatedAttention.load(packer, f"{name}.self_attn", ops, config, rotary)
-            else:
-                mixer = GatedDeltaNet.load(packer, f"{name}.linear_attn", ops, config)
-            post_attention_norm = packer.vector(f"{name}.post_attention_layernorm.weight")
-            self._layers.append(Qwen35Layer(input_norm, mixer, post_attention_norm, self.load_mlp(packer, index, name)))
-        self._norm = packer.vector(f"{config.prefix}norm.weight")
-
-    def load_mlp(self, packer: Packer, layer: int, name: str) -> MLP:
-        """Of layer `layer`, called `name`."""
-        return GatedMLP.load(packer, f"{name}.mlp", self._ops)
-
-    def forward(self, batch: Any) -> Array:
-        """The hidden states (T, H) of a planned step, before the final norm, of asked tokens. Stores the KV of all, and
-        the states."""
-        ops, eps = self._ops, self.config.rms_norm_eps
-        hidden = ops.embed(batch, self._embedding)
-        for index, layer in enumerate(self._layers):
-            mixed = layer.mixer.mix(batch, index, ops.rms_norm(hidden, layer.input_norm, eps))
-            if index + 1 == len(self._layers):
-                mixed, hidden = ops.asked_rows(batch, mixed), ops.asked_rows(batch, hidden)
-            hidden = layer.mixer.output(batch, mixed, residual=hidden)
-            hidden = layer.mlp.output(batch, ops.rms_norm(hidden, layer.post_attention_norm, eps), residual=hidden)
-        return hidden
-
-    def logits(self, batch: Any, hidden: Array) -> Array:
-        """The logits (S, vocab_size) of rows of hidden states (S, H), as `forward` returned them, and their batch."""
-        return self._ops.linear(batch, self._ops.rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head)
 
 
 def _hf(source: HFSource) -> Qwen35Config:
@@ -306,17 +254,11 @@ def read_hf(source: HFSource) -> dict[str, Any]:
 
 
 def _attends(fields: Fields, num_layers: int) -> tuple[bool, ...]:
-    kinds = fields.values.get("layer_types")
-    every = fields.integer("full_attention_interval", _ATTENDS_EVERY)
-    check_range("num_layers", num_layers, 1, 1024)
+    every, kinds = fields.integer("full_attention_interval", _ATTENDS_EVERY), fields.values.get("layer_types")
     check_range("full_attention_interval", every, 1, 1024)
-    if kinds is None:
-        return tuple((index + 1) % every == 0 for index in range(num_layers))
-    if not isinstance(kinds, list) or any(kind not in (ATTENTION, DELTA_NET) for kind in kinds):
-        raise CheckpointError(
-            f"config.json: layer_types must be a list of {ATTENTION} and {DELTA_NET}, got {short(kinds)}"
-        )
-    return tuple(kind == ATTENTION for kind in kinds)
+    if kinds is not None:
+        return hf_attends(kinds, ("full_attention",), ("linear_attention",))
+    return tuple((layer + 1) % every == 0 for layer in first_layers(num_layers, num_layers))
 
 
 def _gguf(source: GGUFSource) -> Qwen35Config:
@@ -328,12 +270,7 @@ def read_gguf(source: GGUFSource, intermediate_size: int) -> dict[str, Any]:
     fields, shapes = source.fields, source.shapes
     common = source.common()
     num_layers = common["num_layers"] - fields.integer("nextn_predict_layers", 0)
-    check_range("block_count", num_layers, 1, 1024)
     num_heads = fields.per_layer("attention.head_count")
-    kv_heads = fields.values.get(f"{fields.prefix}attention.head_count_kv", num_heads)
-    counts = set(np.atleast_1d(np.asarray(kv_heads)).tolist()) - {0}  # of a DeltaNet
-    if len(counts) != 1 or not all(isinstance(count, int) for count in counts):
-        raise UnsupportedModelError(f"layers with different numbers of key and value heads: {short(kv_heads)}")
     head_dim = fields.integer("attention.key_length")
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError("key and value heads of different length are not implemented")
@@ -350,14 +287,14 @@ def read_gguf(source: GGUFSource, intermediate_size: int) -> dict[str, Any]:
         "num_layers": num_layers,
         "intermediate_size": intermediate_size,
         "num_heads": num_heads,
-        "num_kv_heads": counts.pop(),
+        "num_kv_heads": gguf_kv_heads(fields, num_heads),
         "head_dim": head_dim,
         "rms_norm_eps": changed.number("rms_norm_eps"),
         "rope_theta": changed.number("rope_theta"),
         "rope_scaling": rope.gguf_scaling(fields, source.freq_factors),
         "tie_word_embeddings": "output.weight" not in shapes,
         "qk_norm": True,
-        "attends": tuple(f"blk.{index}.attn_q.weight" in shapes for index in range(num_layers)),
+        "attends": gguf_attends(source, num_layers),
         "rotary_dim": fields.integer("rope.dimension_count", head_dim),
         "num_key_heads": fields.integer("ssm.group_count"),
         "num_value_heads": num_value_heads,
@@ -386,5 +323,4 @@ QWEN3_5 = Family(
     gguf_keys=GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
-    model=Qwen35Model,
 )

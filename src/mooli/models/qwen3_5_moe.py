@@ -16,78 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli.backends.base import Weight
-from mooli.backends.routing import MAX_EXPERTS, MAX_TOP_K, RouteSpec
-from mooli.models import llama, qwen3_5, qwen_moe
+from mooli.models import qwen3_5
 from mooli.models.config import TensorSpec
-from mooli.models.experts import SparseMLP
+from mooli.models.experts import Experts
 from mooli.models.family import Family
-from mooli.models.fields import GGUFSource, HFSource, check_range
-from mooli.models.layers import MLP, Tensors
+from mooli.models.fields import Fields, GGUFSource, HFSource
+from mooli.models.layers import Tensors
 from mooli.models.packer import Packer
+from mooli.models.qwen3_5 import Qwen35Config
+from mooli.models.qwen_moe import dense_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen35MoeConfig(qwen3_5.Qwen35Config):
-    """Of a decoder of the family. shared_width: of the MLP beside the experts. dense_layers: which have an MLP of
-    intermediate_size instead. CheckpointError for a number out of its bounds."""
-
-    num_experts: int
-    top_k: int
-    expert_width: int
-    shared_width: int
-    normalise: bool = True
-    dense_layers: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        qwen3_5.Qwen35Config.__post_init__(self)
-        check_range("num_experts", self.num_experts, 1, MAX_EXPERTS)
-        check_range("num_experts_per_tok", self.top_k, 1, min(self.num_experts, MAX_TOP_K))
-        check_range("moe_intermediate_size", self.expert_width, 1, 2**20)
-        check_range("shared_expert_intermediate_size", self.shared_width, 1, 2**20)
-
-    @property
-    def route(self) -> RouteSpec:
-        return RouteSpec(num_experts=self.num_experts, top_k=self.top_k, normalise=self.normalise)
-
-    def mlp_tensors(self, layer: int, name: str, gguf: str) -> Tensors:
-        if layer in self.dense_layers:
-            return llama.LlamaConfig.mlp_tensors(self, layer, name, gguf)
-        hidden, shared = self.hidden_size, f"{name}.mlp.shared_expert"
-        experts = SparseMLP.tensors(
-            f"{name}.mlp", gguf, hidden_size=hidden, num_experts=self.num_experts, width=self.expert_width
-        )
-        gate = {f"{shared}_gate.weight": TensorSpec((1, hidden), f"{gguf}.ffn_gate_inp_shexp.weight")}
-        return experts | qwen_moe.shared_tensors(shared, gguf, hidden_size=hidden, width=self.shared_width) | gate
-
-
-class Qwen35MoeModel(qwen3_5.Qwen35Model):
-    """With experts in most layers."""
-
-    config: Qwen35MoeConfig
-
-    def load_mlp(self, packer: Packer, layer: int, name: str) -> MLP:
-        if layer in self.config.dense_layers:
-            return qwen3_5.Qwen35Model.load_mlp(self, packer, layer, name)
-        shared = qwen_moe.load_shared(packer, f"{name}.mlp.shared_expert", self._ops, has_gate=True)
-        return SparseMLP.load(packer, f"{name}.mlp", self._ops, self.config.route, shared=shared)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen3NextConfig(Qwen35MoeConfig):
+class Qwen3NextConfig(Qwen35Config):
     """Of Qwen3-Next."""
 
-    def _net(self, name: str, gguf: str) -> Tensors:
+    def projections(self, name: str, gguf: str) -> Tensors:
         """Each head of keys has the rows of its query, its key, and of the values and z of its heads of values; in the
         other projection those of b, then of a."""
-        tensors = qwen3_5.Qwen35Config._net(self, name, gguf)
         hidden, heads = self.hidden_size, self.num_value_heads
-        for part in ("qkv", "z", "b", "a"):
-            del tensors[f"{name}.in_proj_{part}.weight"]
         rows = self.delta.row_width + heads * self.value_dim
         return {
             f"{name}.in_proj_qkvz.weight": TensorSpec((rows, hidden), f"{gguf}.ssm_in.weight"),
             f"{name}.in_proj_ba.weight": TensorSpec((2 * heads, hidden), f"{gguf}.ssm_ba.weight"),
-            **tensors,
         }
 
     def load_projections(self, packer: Packer, name: str) -> tuple[Weight, Weight, Weight]:
@@ -105,42 +56,46 @@ def _rows_of_heads(num_heads: int, widths: tuple[int, ...]) -> list[NDArray[np.i
     return [part.reshape(-1) for part in np.split(rows, np.cumsum(widths)[:-1], axis=1)]
 
 
-def _hf(source: HFSource) -> Qwen35MoeConfig:
-    return Qwen35MoeConfig(**_read_hf(source, num_experts=256, top_k=8))
+def _hf(source: HFSource) -> Qwen35Config:
+    source = qwen3_5.text_source(source)
+    return Qwen35Config(**_alike(source), experts=_experts(source.fields, num_experts=256, top_k=8, normalise=True))
 
 
 def _hf_next(source: HFSource) -> Qwen3NextConfig:
-    alike = _read_hf(source, num_experts=512, top_k=10)
-    dense = qwen_moe.dense_layers(source.fields, alike["num_layers"])
-    return Qwen3NextConfig(**alike, dense_layers=dense, normalise=source.fields.flag("norm_topk_prob", True))
-
-
-def _read_hf(source: HFSource, *, num_experts: int, top_k: int) -> dict[str, Any]:
-    """num_experts, top_k: where nothing is said."""
     source = qwen3_5.text_source(source)
-    fields = source.fields
-    width = fields.integer("moe_intermediate_size", 512)
-    own = {
-        "num_experts": fields.integer("num_experts", num_experts),
-        "top_k": fields.integer("num_experts_per_tok", top_k),
-        "expert_width": width,
-        "shared_width": fields.integer("shared_expert_intermediate_size", 512),
-    }
-    # Models without plain MLPs do not say how wide those would be.
-    values = {"intermediate_size": width, **source.values}
-    return qwen3_5.read_hf(dataclasses.replace(source, values=values)) | own
+    fields, alike = source.fields, _alike(source)
+    own = {"dense_layers": dense_layers(fields, alike["num_layers"]), "normalise": fields.flag("norm_topk_prob", True)}
+    return Qwen3NextConfig(**alike, experts=_experts(fields, num_experts=512, top_k=10, **own))
 
 
-def _gguf(source: GGUFSource) -> Qwen35MoeConfig:
+def _alike(source: HFSource) -> dict[str, Any]:
+    """Models without plain MLPs do not say how wide those would be."""
+    width = source.fields.integer("moe_intermediate_size", 512)
+    return qwen3_5.read_hf(dataclasses.replace(source, values={"intermediate_size": width, **source.values}))
+
+
+def _experts(fields: Fields, *, num_experts: int, top_k: int, **own: Any) -> Experts:
+    """num_experts, top_k: where nothing is said."""
+    return Experts(
+        num_experts=fields.integer("num_experts", num_experts),
+        top_k=fields.integer("num_experts_per_tok", top_k),
+        width=fields.integer("moe_intermediate_size", 512),
+        shared_width=fields.integer("shared_expert_intermediate_size", 512),
+        **own,
+    )
+
+
+def _gguf(source: GGUFSource) -> Qwen35Config:
     fields = source.fields
     width = fields.integer("expert_feed_forward_length")
-    return Qwen35MoeConfig(
-        **qwen3_5.read_gguf(source, width),
+    experts = Experts(
         num_experts=fields.integer("expert_count"),
         top_k=fields.integer("expert_used_count"),
-        expert_width=width,
+        width=width,
         shared_width=fields.integer("expert_shared_feed_forward_length"),
+        normalise=True,
     )
+    return Qwen35Config(**qwen3_5.read_gguf(source, width), experts=experts)
 
 
 _KEYS = qwen3_5.HF_KEYS | {
@@ -155,12 +110,10 @@ QWEN3_5_MOE = Family(
     gguf_keys=qwen3_5.GGUF_KEYS,
     read_hf=_hf,
     read_gguf=_gguf,
-    model=Qwen35MoeModel,
 )
 QWEN3_NEXT = Family(
     name="qwen3_next",
     architectures=("Qwen3NextForCausalLM",),
     hf_keys=_KEYS | {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"},
     read_hf=_hf_next,
-    model=Qwen35MoeModel,
 )
