@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,48 @@ def test_a_gguf_file_gives_the_logits_of_the_folder(tmp_path: Path, version: str
         expected = model(torch.tensor([PROMPT])).logits[0].numpy()
     for backend in ("reference", "cpu"):
         np.testing.assert_allclose(logits_of(path, backend), expected, atol=2e-4)
+
+
+def test_minicpm3_has_longrope_and_gguf_files(tmp_path: Path) -> None:
+    """A file has neither the multipliers nor the length of values: they are those of the published model."""
+    long, short = ([scale + i / 8 for i in range(8)] for scale in (4.0, 1.0))
+    sizes = {key: value for key, value in SIZES.items() if "expert" not in key and "moe" not in key}
+    sizes |= {"v_head_dim": 16, "tie_word_embeddings": True}
+    rotary = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": long, "short_factor": short}
+    config = transformers.MiniCPM3Config(**sizes, rope_parameters={**rotary, "original_max_position_embeddings": 4})
+    model = built(config)
+    model.save_pretrained(tmp_path / "folder")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "minicpm3")
+    for add, number in (
+        (writer.add_block_count, config.num_hidden_layers),
+        (writer.add_context_length, config.max_position_embeddings),
+        (writer.add_embedding_length, config.hidden_size),
+        (writer.add_feed_forward_length, config.intermediate_size),
+        (writer.add_head_count, config.num_attention_heads),
+        (writer.add_head_count_kv, config.num_attention_heads),
+        (writer.add_layer_norm_rms_eps, config.rms_norm_eps),
+        (writer.add_q_lora_rank, config.q_lora_rank),
+        (writer.add_kv_lora_rank, config.kv_lora_rank),
+        (writer.add_key_length, config.qk_nope_head_dim + config.qk_rope_head_dim),
+        (writer.add_rope_dimension_count, config.qk_rope_head_dim),
+        (writer.add_rope_scaling_orig_ctx_len, 4),
+        (writer.add_rope_scaling_attn_factors, math.sqrt(1 + math.log(config.max_position_embeddings / 4, 4))),
+    ):
+        add(number)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MINICPM3, config.num_hidden_layers)
+    for name, values in state_of(model).items():
+        if not name.endswith(("inv_freq", "embed_scale", "lm_head.weight")):
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(values))
+    for kind, factors in (("long", long), ("short", short)):
+        writer.add_tensor(f"rope_factors_{kind}.weight", np.asarray(factors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT])).logits[0].numpy()
+    for file in ("folder", "model.gguf"):
+        np.testing.assert_allclose(logits_of(tmp_path / file, "reference"), expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("is_split", [True, False], ids=["keys and values apart", "in one"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from test_llama_family import Golden
 from test_qwen3_5_files import KEY_DIM, KEY_HEADS, VALUE_DIM, VALUE_HEADS, converted
 from test_sparse_families import FEW
-from tiny_families import SIZES, assert_near, check, logits_of, save, stacked_experts
+from tiny_families import SIZES, Floats, assert_near, check, logits_of, save, stacked_experts
 
 from mooli.models.qwen3_5 import Qwen35Config
 from mooli.models.qwen3_5_moe import Qwen3NextConfig
@@ -61,8 +62,32 @@ EXPERTS = {
 }
 
 
-def write_gguf(path: Path, folder: Path) -> None:
-    writer = gguf.GGUFWriter(path, "qwen35moe")
+def next_converted(name: str, value: Floats, *, is_split: bool) -> Iterator[tuple[str, Floats]]:
+    """As converters write Qwen3-Next; old ones leave the projection that has z in one."""
+    value = value.squeeze(1) if value.ndim == 3 and "conv1d" in name else value
+    if name.endswith("in_proj_qkvz.weight") and is_split:
+        block, shares = f"blk.{name.split('.')[2]}", VALUE_HEADS // KEY_HEADS * VALUE_DIM
+        heads = np.split(value.reshape(KEY_HEADS, -1, 64), [KEY_DIM, 2 * KEY_DIM, 2 * KEY_DIM + shares], axis=1)
+        q, k, v, z = (np.ascontiguousarray(part).reshape(-1, 64) for part in heads)
+        yield from ((f"{block}.attn_qkv.weight", np.concatenate([q, k, v])), (f"{block}.attn_gate.weight", z))
+        return
+    if "norm.weight" in name and "linear_attn" not in name:
+        value = value + 1
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3NEXT, 3)
+    dense = {f"model.layers.1.mlp.{part}_proj.weight": f"blk.1.ffn_{part}.weight" for part in ("gate", "up", "down")}
+    if name in dense:  # which no published model has
+        yield dense[name], value
+    elif name.endswith("A_log"):
+        yield f"blk.{name.split('.')[2]}.ssm_a", -np.exp(value)
+    else:
+        found = known.get_name(name.replace("dt_bias", "dt_proj.bias"), try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        yield found, value
+
+
+def write_gguf(path: Path, folder: Path, *, architecture: str = "qwen35moe", is_split: bool = True) -> None:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_feed_forward_length(64)
     writer.add_block_count(3)
     writer.add_context_length(512)
     writer.add_embedding_length(64)
@@ -86,7 +111,10 @@ def write_gguf(path: Path, folder: Path) -> None:
     names = {gguf.TENSOR_NAMES[tensor].rpartition(".")[2] for tensor in known}
     for name, values in stacked_experts(load_file(folder / "model.safetensors")).items():
         part = name.split(".", 3)[-1]
-        if part in EXPERTS:
+        if architecture == "qwen3next":
+            for converted_name, value in next_converted(name, values, is_split=is_split):
+                writer.add_tensor(converted_name, value)
+        elif part in EXPERTS:
             assert EXPERTS[part].removesuffix(".weight") in names
             # Converters have long left out lengths of one: the shared gate is a vector.
             writer.add_tensor(f"blk.{name.split('.')[2]}.{EXPERTS[part]}", values.squeeze())
@@ -103,6 +131,18 @@ def write_gguf(path: Path, folder: Path) -> None:
 def test_a_gguf_file_gives_the_same_logits(tmp_path: Path, golden: Golden, backend_name: str) -> None:
     require(backend_name)
     write_gguf(tmp_path / "model.gguf", golden.folder)
+    variant = next(variant for variant in VARIANTS if variant.backend == backend_name)
+    for actual, expected in zip(logits_of(tmp_path / "model.gguf", variant), golden.logits, strict=True):
+        assert_near(actual, expected, variant)
+
+
+@pytest.mark.parametrize("golden", ["qwen3-next"], indirect=True)
+@pytest.mark.parametrize(("backend_name", "is_split"), [("cpu", True), ("reference", True), ("reference", False)])
+def test_a_gguf_file_of_qwen3_next_gives_the_same_logits(
+    tmp_path: Path, golden: Golden, backend_name: str, is_split: bool
+) -> None:
+    require(backend_name)
+    write_gguf(tmp_path / "model.gguf", golden.folder, architecture="qwen3next", is_split=is_split)
     variant = next(variant for variant in VARIANTS if variant.backend == backend_name)
     for actual, expected in zip(logits_of(tmp_path / "model.gguf", variant), golden.logits, strict=True):
         assert_near(actual, expected, variant)

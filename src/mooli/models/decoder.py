@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 from mooli.backends.base import Array, Ops, RopeSpec, Weight
 from mooli.models.config import ModelConfig, TensorSpec
 from mooli.models.experts import Experts
-from mooli.models.fields import check_range
+from mooli.models.fields import ROPE_VECTORS, check_range
 from mooli.models.layers import MLP, GatedMLP, Mixer, Tensors, norm_tensors, vocabulary_tensors
 from mooli.models.packer import Packer
 from mooli.models.rope import RopeScaling
@@ -154,9 +154,8 @@ class DecoderConfig(ModelConfig):
         # The head is stored next to a tied embedding by some tools; the others the configuration gives.
         further = range(self.num_layers, self.num_layers + self.num_extra_blocks)
         blocks = tuple(f"{block}{layer}." for layer in further for block in (f"{self.prefix}layers.", "blk."))
-        known = ("lm_head.weight", "rope_freqs.weight")
         return (
-            name in known
+            name in ("lm_head.weight", *ROPE_VECTORS)
             or name.endswith(("rotary_emb.inv_freq", "embed_tokens.embed_scale"))
             or name.startswith(blocks)
         )

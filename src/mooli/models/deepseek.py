@@ -17,7 +17,7 @@ from mooli.models import llama, mla, rope
 from mooli.models.decoder import DecoderConfig
 from mooli.models.experts import Experts, SparseMLP
 from mooli.models.family import Family
-from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, short
+from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, equal_heads, short
 from mooli.models.layer_kinds import MAX_LAYERS, first_layers
 from mooli.models.layers import ALWAYS_PAIRS, PAIRS_IN_GGUF, Mixer, Pairs, Tensors
 from mooli.models.mla import LatentAttention, LatentHeads
@@ -174,15 +174,15 @@ def _gguf(source: GGUFSource) -> DeepseekConfig:
         factor=fields.number("expert_weights_scale", 1.0) or 1.0,
         correction=f"blk.{len(dense)}.exp_probs_b.bias" in shapes,
     )
-    return DeepseekConfig(**common, **read_gguf(source), experts=experts, num_extra_blocks=num_mtp)
+    return DeepseekConfig(**common, **read_gguf(source, ALWAYS_PAIRS), experts=experts, num_extra_blocks=num_mtp)
 
 
-def read_gguf(source: GGUFSource) -> dict[str, Any]:
+def read_gguf(source: GGUFSource, pairs: Pairs) -> dict[str, Any]:
     """What all with latents read of GGUF metadata alike: their attention and norms."""
     fields, shapes = source.fields, source.shapes
     # With keys and values apart, the lengths of a key and a value are those of the latents.
     ending = "_mla" if fields.optional_integer("attention.key_length_mla") is not None else ""
-    rope_dim = fields.integer("rope.dimension_count")
+    rope_dim, num_heads = fields.integer("rope.dimension_count"), fields.per_layer("attention.head_count")
     changed = source.overridden(
         {
             "rope_theta": fields.number("rope.freq_base", 10000.0),
@@ -196,14 +196,15 @@ def read_gguf(source: GGUFSource) -> dict[str, Any]:
     return {
         "intermediate_size": fields.per_layer("feed_forward_length"),
         "heads": LatentHeads(
-            num_heads=fields.per_layer("attention.head_count"),
+            num_heads=num_heads,
             q_rank=fields.optional_integer("attention.q_lora_rank") if "blk.0.attn_q_a.weight" in shapes else None,
             rank=fields.integer("attention.kv_lora_rank"),
             nope_dim=fields.integer(f"attention.key_length{ending}") - rope_dim,
             rope_dim=rope_dim,
-            value_dim=fields.integer(f"attention.value_length{ending}"),
+            value_dim=fields.optional_integer(f"attention.value_length{ending}")
+            or equal_heads(fields.integer("embedding_length"), num_heads),
             is_split="blk.0.attn_k_b.weight" in shapes,
-            pairs=ALWAYS_PAIRS,
+            pairs=pairs,
         ),
         "rms_norm_eps": changed.number("rms_norm_eps"),
         "rope_theta": changed.number("rope_theta"),
@@ -227,6 +228,7 @@ HF_KEYS = (
         )
     )
 )
+GGUF_KEYS = frozenset(("rope_theta", "rope_scaling", "rms_norm_eps"))
 _SIGMOID_KEYS = frozenset(("scoring_func", "topk_method", "norm_topk_prob", "rope_interleave"))
 
 DEEPSEEK_V2 = Family(
@@ -240,7 +242,7 @@ DEEPSEEK_V3 = Family(
     architectures=("DeepseekV3ForCausalLM",),
     gguf=("deepseek2",),
     hf_keys=HF_KEYS | _SIGMOID_KEYS | {"first_k_dense_replace"},
-    gguf_keys=frozenset(("rope_theta", "rope_scaling", "rms_norm_eps")),
+    gguf_keys=GGUF_KEYS,
     read_hf=_hf_v3,
     read_gguf=_gguf,
 )

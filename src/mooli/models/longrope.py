@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mooli.errors import CheckpointError
-from mooli.models.fields import Fields, GGUFSource, check_range, number, short
-from mooli.models.rope import RopeScaling
+from mooli.models.fields import Fields, GGUFSource, HFSource, check_range, number, short
+from mooli.models.rope import RopeScaling, hf_parameters
 
 NAMES = ("longrope", "su", "yarn")
 """What Phi-3's files call it; the last two are older."""
@@ -45,6 +45,17 @@ def hf_longrope(
         freq_factors=tuple(number(value, f"rope parameters: {kind}") for value in factors),
         attention_factor=given.number("attention_factor", usual),
     )
+
+
+def without_longrope(source: HFSource, default_context: int) -> tuple[HFSource, RopeScaling | None]:
+    """A config.json without this scaling, and the scaling, which is None where it has another or none."""
+    parameters = hf_parameters(source.values)
+    if "longrope" not in (parameters.get("rope_type"), parameters.get("type")):
+        return source, None
+    scaling = hf_longrope(parameters, source.values, default_context=default_context, context=source.context)
+    theta = parameters.get("rope_theta") or source.values.get("rope_theta")
+    values = {**source.values, "rope_parameters": None, "rope_scaling": None, "rope_theta": theta}
+    return dataclasses.replace(source, values=values), scaling
 
 
 def gguf_longrope(source: GGUFSource) -> tuple[GGUFSource, RopeScaling | None]:

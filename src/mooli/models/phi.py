@@ -19,7 +19,6 @@ from mooli.models.layers import Tensors, in_one
 from mooli.models.longrope import NAMES, gguf_longrope, hf_longrope
 
 _CONTEXT = 4096
-_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +34,6 @@ class PhiConfig(llama.LlamaConfig):
         tensors = llama.LlamaConfig.mlp_tensors(self, layer, name, gguf)
         gated = [f"{name}.mlp.{part}_proj" for part in ("gate", "up")]
         return in_one(tensors, f"{name}.mlp.gate_up_proj", f"{gguf}.ffn_up", *gated)
-
-    def may_ignore(self, name: str) -> bool:
-        return name in _FACTORS or llama.LlamaConfig.may_ignore(self, name)
 
 
 def _hf(source: HFSource) -> PhiConfig:

@@ -29,23 +29,30 @@ from mooli.models.qwen_moe import dense_layers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen3NextConfig(Qwen35Config):
-    """Of Qwen3-Next."""
+    """Of Qwen3-Next. is_split: the file has z apart, and queries, keys and values one behind the other (GGUF)."""
+
+    is_split: bool = False
 
     def projections(self, name: str, gguf: str) -> Tensors:
         """Each head of keys has the rows of its query, its key, and of the values and z of its heads of values; in the
         other projection those of b, then of a."""
         hidden, heads = self.hidden_size, self.num_value_heads
+        tensors = {f"{name}.in_proj_ba.weight": TensorSpec((2 * heads, hidden), f"{gguf}.ssm_ba.weight")}
+        if self.is_split:
+            usual = Qwen35Config.projections(self, name, gguf)
+            return tensors | {part: usual[part] for part in (f"{name}.in_proj_qkv.weight", f"{name}.in_proj_z.weight")}
         rows = self.delta.row_width + heads * self.value_dim
-        return {
-            f"{name}.in_proj_qkvz.weight": TensorSpec((rows, hidden), f"{gguf}.ssm_in.weight"),
-            f"{name}.in_proj_ba.weight": TensorSpec((2 * heads, hidden), f"{gguf}.ssm_ba.weight"),
-        }
+        return tensors | {f"{name}.in_proj_qkvz.weight": TensorSpec((rows, hidden), f"{gguf}.ssm_in.weight")}
 
     def load_projections(self, packer: Packer, name: str) -> tuple[Weight, Weight, Weight]:
         share, keys = self.num_value_heads // self.num_key_heads, self.key_dim
-        q, k, v, z = _rows_of_heads(self.num_key_heads, (keys, keys, share * self.value_dim, share * self.value_dim))
         b, a = _rows_of_heads(self.num_key_heads, (share, share))
-        qkv, to_z = packer.linears_of(f"{name}.in_proj_qkvz", np.concatenate([q, k, v]), z)
+        if self.is_split:
+            qkv, to_z = packer.linear(f"{name}.in_proj_qkv"), packer.linear(f"{name}.in_proj_z")
+        else:
+            widths = (keys, keys, share * self.value_dim, share * self.value_dim)
+            q, k, v, z = _rows_of_heads(self.num_key_heads, widths)
+            qkv, to_z = packer.linears_of(f"{name}.in_proj_qkvz", np.concatenate([q, k, v]), z)
         (gates,) = packer.linears_of(f"{name}.in_proj_ba", np.concatenate([b, a]))
         return qkv, to_z, gates
 
@@ -86,16 +93,29 @@ def _experts(fields: Fields, *, num_experts: int, top_k: int, **own: Any) -> Exp
 
 
 def _gguf(source: GGUFSource) -> Qwen35Config:
+    return Qwen35Config(**_read_gguf(source))
+
+
+def _gguf_next(source: GGUFSource) -> Qwen3NextConfig:
+    is_split = not any(name.endswith(".ssm_in.weight") for name in source.shapes)
+    return Qwen3NextConfig(**_read_gguf(source) | {"is_tiled": False}, is_split=is_split)
+
+
+def _read_gguf(source: GGUFSource) -> dict[str, Any]:
+    """Which layers have no experts is seen by their tensors."""
     fields = source.fields
     width = fields.integer("expert_feed_forward_length")
+    alike = qwen3_5.read_gguf(source, fields.integer("feed_forward_length", 0) or width)
+    layers = range(alike["num_layers"])
     experts = Experts(
         num_experts=fields.integer("expert_count"),
         top_k=fields.integer("expert_used_count"),
         width=width,
         shared_width=fields.integer("expert_shared_feed_forward_length"),
-        normalise=True,
+        dense_layers=tuple(i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in source.shapes),
+        normalise=fields.flag("expert_weights_norm", True),
     )
-    return Qwen35Config(**qwen3_5.read_gguf(source, width), experts=experts)
+    return {**alike, "experts": experts}
 
 
 _KEYS = qwen3_5.HF_KEYS | {
@@ -114,6 +134,9 @@ QWEN3_5_MOE = Family(
 QWEN3_NEXT = Family(
     name="qwen3_next",
     architectures=("Qwen3NextForCausalLM",),
+    gguf=("qwen3next",),
     hf_keys=_KEYS | {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"},
+    gguf_keys=qwen3_5.GGUF_KEYS,
     read_hf=_hf_next,
+    read_gguf=_gguf_next,
 )
