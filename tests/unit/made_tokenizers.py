@@ -11,10 +11,30 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+from mooli.frontend.gguf_tokenizer import DEEPSEEK_LETTERS
+
 ROOT = Path(__file__).parents[2]
 TEXTS = json.loads((ROOT / "tests/golden/torture_text.json").read_text(encoding="utf-8"))
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 USER_DEFINED = ["<think>", "</think>"]
+
+
+PUBLISHED = {
+    "deepseek-llm": (
+        "[\r\n]",
+        f"\\s?[{DEEPSEEK_LETTERS}]+",
+        "\\s?[!-/:-~！-／：-～‘-\u201f\u3000-。]+",
+        "\\s+$",
+        "[一-龥ࠀ-一가-\ud7ff]+",
+    ),
+    "deepseek-v3": (
+        "\\p{N}{1,3}",
+        "[一-龥\u3040-ゟ゠-ヿ]+",
+        "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+        "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    ),
+}
+"""The patterns of a tokenizer.json, one after the other, of which transformers keeps none."""
 
 
 def published_pre_tokenizer(name):
@@ -24,9 +44,11 @@ def published_pre_tokenizer(name):
     if name in ("smollm", "starcoder"):
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[name]), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([split, byte_level])
+    patterns = PUBLISHED.get(name) or (GGUF_PRE_TOKENIZER_SPLITS[name],)
+    steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    if name == "deepseek-llm":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def trained_byte_level(name, control_first=False):

@@ -26,7 +26,20 @@ from mooli.errors import PromptError
 from mooli.frontend.gguf_tokenizer import tokenizer_from_gguf
 from mooli.frontend.tokenizer import Tokenizer, load_tokenizer
 
-FAMILIES = ["gpt-2", "llama-bpe", "qwen2", "qwen35", "lfm2", "smollm", "starcoder", "tekken", "dbrx", "gpt-4o"]
+FAMILIES = [
+    "gpt-2",
+    "llama-bpe",
+    "qwen2",
+    "qwen35",
+    "lfm2",
+    "smollm",
+    "starcoder",
+    "tekken",
+    "dbrx",
+    "gpt-4o",
+    "deepseek-llm",
+    "deepseek-v3",
+]
 
 
 @pytest.fixture(

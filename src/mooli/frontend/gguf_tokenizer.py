@@ -47,21 +47,51 @@ _GPT4O_SPLIT = (
     .replace(r"\p{M}]*|", rf"\p{{M}}]*{_CONTRACTION}|")
     .replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 )
+DEEPSEEK_LETTERS = (
+    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
+    "\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556"
+    "\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a"
+    "\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4"
+    "\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc"
+    "\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f"
+    "\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b"
+    "\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a"
+    "\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2"
+    "\U000118a0-\U000118df\U0001e900-\U0001e943"
+)
+"""Letters with a case, as Unicode had them when this vocabulary was made; escaped, as several look alike."""
+
+_DEEPSEEK_LLM_SPLITS = (
+    "[\r\n]",
+    rf"\s?[{DEEPSEEK_LETTERS}]+",
+    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+    r"\s+$",
+    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+)
+_DEEPSEEK_V3_SPLITS = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 
 
 @dataclass(frozen=True)
 class _PreTokenizer:
-    """How text is cut before the merges. split None: GPT-2's own rule."""
+    """How text is cut before the merges: by each of `splits` in turn, then by digits. (): GPT-2's own rule."""
 
-    split: str | None = None
+    splits: tuple[str, ...] = ()
     single_digits: bool = False
     nfc: bool = False
     ignore_merges: bool = False
     adds_bos: bool = False
 
 
-_CL100K = _PreTokenizer(split=_LLAMA3_SPLIT)
-_LLAMA3 = _PreTokenizer(split=_LLAMA3_SPLIT, ignore_merges=True, adds_bos=True)
+_CL100K = _PreTokenizer(splits=(_LLAMA3_SPLIT,))
+_LLAMA3 = _PreTokenizer(splits=(_LLAMA3_SPLIT,), ignore_merges=True, adds_bos=True)
+_QWEN2 = _PreTokenizer(splits=(_QWEN2_SPLIT,), nfc=True)
+_GPT4O = _PreTokenizer(splits=(_GPT4O_SPLIT,))
+_DEEPSEEK_V3 = _PreTokenizer(splits=_DEEPSEEK_V3_SPLITS)
 _STARCODER = _PreTokenizer(single_digits=True)
 _PRE_TOKENIZERS = {
     "gpt-2": _PreTokenizer(),
@@ -72,12 +102,17 @@ _PRE_TOKENIZERS = {
     "dbrx": _CL100K,
     "glm4": _CL100K,
     "chatglm-bpe": _CL100K,
-    "gpt-4o": _PreTokenizer(split=_GPT4O_SPLIT),
-    "qwen2": _PreTokenizer(split=_QWEN2_SPLIT, nfc=True),
-    "qwen35": _PreTokenizer(split=_QWEN35_SPLIT, nfc=True),
+    "gpt-4o": _GPT4O,
+    "qwen2": _QWEN2,
+    "qwen35": _PreTokenizer(splits=(_QWEN35_SPLIT,), nfc=True),
     "smollm": _STARCODER,
     "starcoder": _STARCODER,
-    "tekken": _PreTokenizer(split=_TEKKEN_SPLIT, ignore_merges=True, adds_bos=True),
+    "deepseek-llm": _PreTokenizer(splits=_DEEPSEEK_LLM_SPLITS, single_digits=True),
+    "deepseek-v3": _DEEPSEEK_V3,
+    "hunyuan-dense": _DEEPSEEK_V3,
+    "hunyuan": _QWEN2,
+    "minimax-m2": _GPT4O,
+    "tekken": _PreTokenizer(splits=(_TEKKEN_SPLIT,), ignore_merges=True, adds_bos=True),
 }
 
 _INFILL_KEYS = {
@@ -90,7 +125,7 @@ _INFILL_KEYS = {
 }
 """The second are older names."""
 
-_SENTENCEPIECE_ARCHITECTURES = ("llama", "gemma2", "gemma3", "phi3", "minicpm", "pangu-embedded")
+_SENTENCEPIECE_ARCHITECTURES = ("llama", "gemma2", "gemma3", "phi3", "minicpm", "minicpm3", "pangu-embedded")
 
 _END_ID_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -281,12 +316,10 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool
         raise TokenizerError(f"building the vocabulary of {vocabulary.source} failed: {str(exc)[:500]}") from exc
     if rule.nfc:
         backend.normalizer = normalizers.NFC()
-    own_rule = rule.split is None
-    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_rule)]
-    if rule.split is not None:
-        steps.insert(0, pre_tokenizers.Split(Regex(rule.split), behavior="isolated"))
+    steps: list[Any] = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in rule.splits]
     if rule.single_digits:
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not rule.splits))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
     return backend, rule.adds_bos
