@@ -71,6 +71,18 @@ CASES: dict[str, Case] = {
         gguf.MODEL_ARCH.GRANITE_MOE,
         {**GRANITE_KEYS, "attention.layer_norm_rms_epsilon": 1e-3},
     ),
+    "granitemoeshared": Case(
+        transformers.GraniteMoeSharedConfig(
+            **SIZES,
+            **GRANITE,
+            intermediate_size=96,
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            shared_intermediate_size=80,
+        ),
+        gguf.MODEL_ARCH.GRANITE_MOE,
+        {**GRANITE_KEYS, "attention.layer_norm_rms_epsilon": 1e-6, "expert_shared_feed_forward_length": 80},
+    ),
     "granite 4": Case(
         transformers.GraniteMoeHybridConfig(**SIZES, **GRANITE, **MAMBA, num_local_experts=8, num_experts_per_tok=3),
         gguf.MODEL_ARCH.GRANITE_HYBRID,
@@ -252,7 +264,7 @@ def converted(name: str, tensors: Tensors) -> Iterator[tuple[str, NDArray[np.flo
         elif ".mamba." in key:
             yield from converted_mamba(key, values)
         elif ".shared_mlp." in key and "granite" in name:
-            yield from converted_shared(key, values, has_experts=name == "granite 4")
+            yield from converted_shared(key, values, has_experts="dense" not in name)
         elif key.endswith("conv.conv.weight"):
             yield key, values.squeeze(1)
         elif key.endswith("input_linear.weight"):

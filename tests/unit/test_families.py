@@ -228,7 +228,7 @@ LATENT = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
 }  # fmt: skip
 WITH_LATENTS = ("minicpm3", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "pangu_ultra_moe")
-MIXTURES = ("gpt_oss", "granitemoe", "ernie4_5_moe", "hunyuan_v1_moe")
+MIXTURES = ("gpt_oss", "granitemoe", "granitemoeshared", "ernie4_5_moe", "hunyuan_v1_moe")
 
 
 @pytest.mark.parametrize(

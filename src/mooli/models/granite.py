@@ -1,5 +1,7 @@
 """Granite 3, dense and with experts: Llama's layers with a multiplier of scores, embedding, branches and logits.
 
+Experts may have an MLP beside them that all tokens go through (GraniteMoeShared).
+
 Owns how their configuration is read, and the names of experts. Folders have all experts of a layer in two tensors, and
 the gate and up projection of what every token goes through besides in one.
 
@@ -11,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from mooli.errors import UnsupportedModelError
 from mooli.models import llama
 from mooli.models.experts import Experts, SparseMLP
 from mooli.models.family import Family
@@ -78,6 +79,13 @@ def _hf_moe(source: HFSource) -> LlamaConfig:
     return LlamaConfig(**alike, experts=experts(num_experts, top_k, alike["intermediate_size"]))
 
 
+def _hf_shared(source: HFSource) -> LlamaConfig:
+    fields, alike = source.fields, read_hf(source)
+    num_experts, top_k = fields.integer("num_local_experts", 8), fields.integer("num_experts_per_tok", 2)
+    shared_width = fields.integer("shared_intermediate_size", 0)
+    return LlamaConfig(**alike, experts=experts(num_experts, top_k, alike["intermediate_size"], shared_width))
+
+
 def read_hf(source: HFSource) -> dict[str, Any]:
     """What all of the family read of a config.json alike."""
     fields, bias = source.fields, source.fields.flag("attention_bias")
@@ -92,11 +100,12 @@ def _gguf(source: GGUFSource) -> LlamaConfig:
 
 def _gguf_moe(source: GGUFSource) -> LlamaConfig:
     fields, alike = source.fields, llama.read_gguf(source, has_experts=True)
-    if "blk.0.ffn_up_shexp.weight" in source.shapes:
-        raise UnsupportedModelError(
-            "experts beside an MLP that all tokens go through (GraniteMoeShared) are not implemented"
-        )
-    mixture = experts(fields.integer("expert_count"), fields.integer("expert_used_count"), alike["intermediate_size"])
+    mixture = experts(
+        fields.integer("expert_count"),
+        fields.integer("expert_used_count"),
+        alike["intermediate_size"],
+        fields.integer("expert_shared_feed_forward_length", 0),
+    )
     return LlamaConfig(**alike, **gguf_multipliers(source), experts=mixture, pairs=PAIRS_IN_GGUF)
 
 
@@ -132,4 +141,12 @@ GRANITE_MOE = Family(
     gguf_keys=llama.GGUF_KEYS | MULTIPLIERS.keys(),
     read_hf=_hf_moe,
     read_gguf=_gguf_moe,
+)
+GRANITE_MOE_SHARED = Family(
+    name="granitemoeshared",  # its GGUF files call themselves granitemoe
+    architectures=("GraniteMoeSharedForCausalLM",),
+    hf_keys=llama.HF_KEYS
+    | {"attention_bias", "num_local_experts", "num_experts_per_tok", "shared_intermediate_size"}
+    | MULTIPLIERS.keys(),
+    read_hf=_hf_shared,
 )

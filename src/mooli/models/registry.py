@@ -57,6 +57,7 @@ FAMILIES: dict[str, Family] = {
         glm.GLM4,
         granite.GRANITE,
         granite.GRANITE_MOE,
+        granite.GRANITE_MOE_SHARED,
         granite_hybrid.GRANITE_HYBRID,
         hunyuan.HUNYUAN,
         hunyuan.HUNYUAN_MOE,
