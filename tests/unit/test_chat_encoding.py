@@ -169,7 +169,7 @@ TEXTS_OF_FEW_LETTERS = st.text(alphabet="<|>ab \n", max_size=12)
 @given(st.frozensets(st.text(alphabet="<|>ab \n", min_size=1, max_size=5), max_size=5), TEXTS_OF_FEW_LETTERS)
 @settings(max_examples=300, deadline=None)
 def test_what_is_hidden_is_the_longest_token_wherever_one_begins(special_texts, text):
-    mask = _Mask(special_texts, set())
+    mask = _Mask(special_texts, set)
     hidden = mask.hide(text)
     assert mask.show(hidden) == text
     assert re.sub("[\U000f0000-\U000ffffd]", "\U000f0000", hidden) == by_expressions(special_texts, text)
@@ -177,10 +177,10 @@ def test_what_is_hidden_is_the_longest_token_wherever_one_begins(special_texts, 
 
 def test_thousands_of_special_tokens_are_prepared_once(monkeypatch):
     texts = frozenset(f"<|unused_{i}|>" for i in range(5000))
-    mask = _Mask(texts, set())
+    mask = _Mask(texts, set)
     assert mask.show(mask.hide("a<|unused_77|>b<|unused_")) == "a<|unused_77|>b<|unused_"
     monkeypatch.setattr(chat_encoding, "_Specials", None)
-    assert _Mask(frozenset(texts), set()).hide("a") == "a"
+    assert _Mask(frozenset(texts), set).hide("a") == "a"
 
 
 @pytest.mark.slow

@@ -123,4 +123,4 @@ def test_no_text_of_a_tool_or_an_argument_becomes_a_control_token(make):
     prepare = engine._prepare
     engine._prepare = lambda call, *others: sent.append(call.input_ids) or prepare(call, *others)
     engine.chat([USER, {"role": "assistant", "tool_calls": [call]}], {"max_new_tokens": 1}, tools=tools)
-    assert EOS not in sent[0] and bytes(sent[0]).decode().count("<eos>") == 4
+    assert EOS not in sent[0] and bytes(sent[0].tolist()).decode().count("<eos>") == 4

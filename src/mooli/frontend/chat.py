@@ -11,9 +11,11 @@ from typing import Any
 
 from mooli.errors import ChatTemplateError, RequestError
 from mooli.frontend.cache_report import Told
-from mooli.frontend.chat_encoding import encode_chat
+from mooli.frontend.chat_encoding import encode_conversation
+from mooli.frontend.inputs import Ids
 from mooli.frontend.parts import WireFormat
 from mooli.frontend.response_format import response_format_params
+from mooli.frontend.text_memory import Encode
 from mooli.frontend.tokenizer import Tokenizer
 from mooli.frontend.tool_forcing import tool_grammar
 from mooli.frontend.tool_messages import read_tools
@@ -46,13 +48,14 @@ def chat_call(
     options: ChatOptions,
     arguments: Mapping[str, Any],
     context_length: int,
-    take_up: Callable[[list[int]], list[int]],
+    encode: Encode,
+    take_up: Callable[[list[int]], Ids],
 ) -> tuple[dict[str, Any], WireFormat]:
     """Arguments of `GenerateCall` for a conversation or a list of them, and the format by which answers are read.
 
-    wire_format: the model's. arguments: of `GenerateCall`, with `sampling_params`. take_up: puts own answers of before
-    into a prompt, in the tokens they were made of. Raises RequestError for what is
-    wrong in them, and what `encode_chat` raises.
+    wire_format: the model's. arguments: of `GenerateCall`, with `sampling_params`. encode: does what `tokenizer.encode`
+    does. take_up: puts own answers of before into a prompt, in the tokens they were made of. Raises RequestError for
+    what is wrong in them, and what `encode_conversation` raises.
     """
     for name in ("prompt", "input_ids"):
         if name in arguments:
@@ -63,9 +66,9 @@ def chat_call(
     if options.continue_final_message:
         wire_format = wire_format.continued
     is_batch = isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], (list, tuple))
-    ids = [_ids(tokenizer, item, tools, options, context_length) for item in (messages if is_batch else [messages])]
-    if not options.continue_final_message:
-        ids = [take_up(item) for item in ids]
+    conversations = messages if is_batch else [messages]
+    read = [_ids(tokenizer, item, tools, options, context_length, encode) for item in conversations]
+    ids: list[Ids] = [item if options.continue_final_message else take_up(item) for item in read]
     form = response_format_params(options.response_format)
     given = arguments.get("sampling_params")
     params: Any = [_params(item, form, tools, wire_format) for item in (given if isinstance(given, list) else [given])]
@@ -93,20 +96,20 @@ def _template_arguments(options: ChatOptions) -> dict[str, Any]:
 
 
 def _ids(
-    tokenizer: Tokenizer, messages: Any, tools: ToolSet | None, options: ChatOptions, context_length: int
+    tokenizer: Tokenizer,
+    messages: Any,
+    tools: ToolSet | None,
+    options: ChatOptions,
+    context_length: int,
+    encode: Encode,
 ) -> list[int]:
     template = tokenizer.chat_template
     if template is None:
         raise ChatTemplateError("the model has no chat template: give one with chat_template")
     is_list = isinstance(messages, (list, tuple))  # all else is the template's to refuse
     told, shown = for_template(template, messages, tools) if is_list else (messages, None)
-    return encode_chat(
-        tokenizer,
-        told,
-        tools=shown,
-        context_length=context_length,
-        **_template_arguments(options),
-    )
+    arguments = _template_arguments(options)
+    return encode_conversation(tokenizer, told, shown, arguments, context_length=context_length, encode=encode)
 
 
 def _params(given: Any, form: Mapping[str, Any], tools: ToolSet | None, wire_format: WireFormat) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from mooli.errors import ChatTemplateError, PromptError
 from mooli.frontend.inputs import refuse_too_long
+from mooli.frontend.text_memory import Encode
 from mooli.frontend.tokenizer import Tokenizer
 
 _PRIVATE = range(0xF0000, 0xFFFFE)
@@ -34,6 +35,27 @@ def encode_chat(
     context_length: int | None = None,
     **template_arguments: Any,
 ) -> list[int]:
+    """`encode_conversation` with the template's arguments by name."""
+    return encode_conversation(
+        tokenizer,
+        messages,
+        tools,
+        template_arguments,
+        parse_special_in_content=parse_special_in_content,
+        context_length=context_length,
+    )
+
+
+def encode_conversation(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    template_arguments: Mapping[str, Any],
+    *,
+    parse_special_in_content: bool = False,
+    context_length: int | None = None,
+    encode: Encode | None = None,
+) -> list[int]:
     """The ids of a conversation, by default up to where the assistant is to go on.
 
     messages, tools, template_arguments: as `ChatTemplate.render` takes them.
@@ -42,6 +64,7 @@ def encode_chat(
         begin another.
         Messages without such texts have the same ids either way.
     context_length: refuse a conversation that is certainly longer before it is tokenised; None tokenises any.
+    encode: does what `tokenizer.encode` does (`TextMemory.of`).
 
     Only special tokens are held back: added tokens that a vocabulary does not call special, such as "<think>" of some
     models, are read in messages as well.
@@ -53,19 +76,20 @@ def encode_chat(
     template = tokenizer.chat_template
     if template is None:
         raise ChatTemplateError("the model has no chat template: give one with chat_template")
+    encode = encode or tokenizer.encode
     text = template.render(messages, tools=tools, **template_arguments)
     if context_length is not None:
         refuse_too_long(tokenizer, text, context_length)
-    mask = _Mask(tokenizer.special_texts, set(text).union(*_strings([messages, tools or ()])))
+    mask = _Mask(tokenizer.special_texts, lambda: set(text).union(*_strings([messages, tools or ()])))
     masked_messages = [mask.hide(message) for message in messages]
     masked_tools = None if tools is None else [mask.hide(tool) for tool in tools]
     if parse_special_in_content or not mask.has_hidden:
-        return tokenizer.encode(text, add_special_tokens=False)
+        return encode(text, add_special_tokens=False)
     masked = template.render(masked_messages, tools=masked_tools, **template_arguments)
     spans = tokenizer.special_spans(masked)
     if [span[0] for span in spans] == [span[0] for span in tokenizer.special_spans(text)]:
-        return tokenizer.encode(text, add_special_tokens=False)  # what looked like one did not become one
-    return _encode_around(tokenizer, masked, spans, mask)
+        return encode(text, add_special_tokens=False)  # what looked like one did not become one
+    return _encode_around(encode, masked, spans, mask)
 
 
 class _Mask:
@@ -75,11 +99,11 @@ class _Mask:
     part of the message for example, could complete it.
     """
 
-    def __init__(self, special_texts: frozenset[str], used: set[str]) -> None:
-        """`used`: characters that cannot stand for something else."""
+    def __init__(self, special_texts: frozenset[str], used: Callable[[], set[str]]) -> None:
+        """`used`: characters that cannot stand for something else; asked for when one is to."""
         self._specials = _specials(special_texts)
         self._hidden: dict[str, str] = {}
-        self._free = (chr(code) for code in _PRIVATE if chr(code) not in used)
+        self._free = _free(used)
 
     @property
     def has_hidden(self) -> bool:
@@ -173,6 +197,11 @@ def _specials(texts: frozenset[str]) -> _Specials:
     return _Specials(texts)
 
 
+def _free(used: Callable[[], set[str]]) -> Iterator[str]:
+    taken = used()
+    yield from (chr(code) for code in _PRIVATE if chr(code) not in taken)
+
+
 def _strings(value: Any) -> Iterator[str]:
     """Every string inside a value made of JSON types."""
     if isinstance(value, str):
@@ -182,7 +211,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _encode_around(tokenizer: Tokenizer, masked: str, spans: Sequence[tuple[int, int, int]], mask: _Mask) -> list[int]:
+def _encode_around(encode: Encode, masked: str, spans: Sequence[tuple[int, int, int]], mask: _Mask) -> list[int]:
     """The ids of `masked` with its special tokens at `spans` and everything between them as ordinary text."""
     ids: list[int] = []
     as_masked: list[int] = []
@@ -190,14 +219,14 @@ def _encode_around(tokenizer: Tokenizer, masked: str, spans: Sequence[tuple[int,
     for token_id, start, end in [*spans, (-1, len(masked), len(masked))]:
         between = masked[position:start]
         if between:
-            as_masked += tokenizer.encode(between, add_special_tokens=False, parse_special=False)
-            ids += tokenizer.encode(mask.show(between), add_special_tokens=False, parse_special=False)
+            as_masked += encode(between, add_special_tokens=False, parse_special=False)
+            ids += encode(mask.show(between), add_special_tokens=False, parse_special=False)
         if token_id >= 0:
             as_masked.append(token_id)
             ids.append(token_id)
         position = end
     # Some tokenizers (SentencePiece) read a text differently when it stands alone.
-    if as_masked != tokenizer.encode(masked, add_special_tokens=False):
+    if as_masked != encode(masked, add_special_tokens=False):
         raise PromptError(
             "a message holds the text of a special token, which this tokenizer cannot read as ordinary characters in a"
             " conversation; remove it from the message",

@@ -294,6 +294,7 @@ class Engine:
             options,
             arguments,
             context_length,
+            encode=self._tokenizer.encode if self._rules.texts is None else self._rules.texts.of(owner),
             take_up=list if own is None else functools.partial(own.taken_up, owner),
         )
         told = told_of(messages, options) if arguments.get("return_cache_report") else []

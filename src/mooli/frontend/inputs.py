@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from mooli.errors import ContextLengthError, PromptError, RequestError
 from mooli.frontend.retention import parse_pins, parse_sessions
 from mooli.frontend.sampling import parse_sampling_params, sample_params
+from mooli.frontend.text_memory import TextMemory
 from mooli.frontend.unsupported import Api, refuse_unsupported
 from mooli.types import Request, SamplingParams
 
@@ -31,6 +32,10 @@ MAX_LOGPROB_TOKEN_IDS = 1024
 MAX_RID_CHARS = 256
 MAX_PRIORITY = 2**31 - 1
 MAX_SALT_CHARS = 4096
+
+
+Ids = list[int] | NDArray[np.int32]
+"""Token ids on their way to a request: those of a long prompt are best not made Python's numbers."""
 
 
 class Encoder(Protocol):
@@ -68,7 +73,7 @@ class GenerateCall:
 
     prompt: str | Sequence[str] | None = None
     sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None
-    input_ids: Sequence[int] | Sequence[Sequence[int]] | Sequence[int | Sequence[int]] | None = None
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | Sequence[int | Sequence[int]] | NDArray[Any] | None = None
     image_data: Any = None
     audio_data: Any = None
     video_data: Any = None
@@ -131,11 +136,11 @@ class CallInputs:
 class InputRules:
     """What every call to one engine has in common.
 
-    encoder: None if the engine has no tokenizer. context_length: most tokens of prompt and answer together.
-    namespace: of requests without a salt. preferred: sampling parameters laid under each request's.
-    next_seed: seeds for requests that bring none. max_sequences: prompts times `n` of one call; more are refused before
-    anything is done for them. max_stop_chars: of all stop strings of one call, those of each sequence counted.
-    has_reasoning: it is known how the model marks its reasoning.
+    encoder: None if the engine has no tokenizer. texts: long ones that were tokenised before. context_length: most
+    tokens of prompt and answer together. namespace: of requests without a salt. preferred: sampling parameters laid
+    under each request's. next_seed: seeds for requests that bring none. max_sequences: prompts times `n` of one call;
+    more are refused before anything is done for them. max_stop_chars: of all stop strings of one call, those of each
+    sequence counted. has_reasoning: it is known how the model marks its reasoning.
     """
 
     encoder: Encoder | None
@@ -149,6 +154,7 @@ class InputRules:
     max_sequences: int = sys.maxsize
     max_stop_chars: int = sys.maxsize
     has_reasoning: bool = False
+    texts: TextMemory | None = None
 
     def prepare(self, call: GenerateCall, caller: Caller = NOBODY) -> CallInputs:
         """Its requests.
@@ -167,7 +173,8 @@ class InputRules:
                 f"return_cache_report must be True or False, not {call.return_cache_report!r}",
                 argument="return_cache_report",
             )
-        prompts, is_batch = self._prompts(call.prompt, call.input_ids)
+        namespace = self.namespace_of(call.cache_salt, caller.tenant)
+        prompts, is_batch = self._prompts(call.prompt, call.input_ids, None if caller.is_background else namespace)
         size = len(prompts)
         given = _per_item("sampling_params", call.sampling_params, size, is_batch)
         explicit = [isinstance(item, Mapping) and item.get("max_new_tokens") is not None for item in given]
@@ -185,7 +192,6 @@ class InputRules:
             )
         rows = _logprob_rows(call, size, is_batch, n)
         chosen = self._chosen_ids(rows)
-        namespace = self.namespace_of(call.cache_salt, caller.tenant)
         rank = 0 if call.priority is None else _index("priority", call.priority)
         if not -MAX_PRIORITY <= rank <= MAX_PRIORITY:
             raise RequestError(
@@ -257,7 +263,7 @@ class InputRules:
         if self.encoder is not None and not self.allow_auto_truncate:
             refuse_too_long(self.encoder, text, self.context_length, index)
 
-    def _prompts(self, prompt: Any, input_ids: Any) -> tuple[list[NDArray[np.int32]], bool]:
+    def _prompts(self, prompt: Any, input_ids: Any, owner: str | None) -> tuple[list[NDArray[np.int32]], bool]:
         """The prompts as ids, and whether the call is a batch."""
         if (prompt is None) == (input_ids is None):
             raise PromptError("give either prompt or input_ids" + ("" if prompt is None else ", not both"))
@@ -267,7 +273,7 @@ class InputRules:
             if not texts:
                 raise PromptError("the list of prompts is empty", argument="prompt")
             self._check_count(len(texts))
-            return [self._encode(text, i if is_batch else None) for i, text in enumerate(texts)], is_batch
+            return [self._encode(text, i if is_batch else None, owner) for i, text in enumerate(texts)], is_batch
         is_array = isinstance(input_ids, np.ndarray) and input_ids.ndim > 0
         is_flat = is_array and input_ids.ndim == 1
         if not isinstance(input_ids, (list, tuple)) and not is_array:
@@ -295,7 +301,7 @@ class InputRules:
                 argument="stop",
             )
 
-    def _encode(self, text: Any, index: int | None) -> NDArray[np.int32]:
+    def _encode(self, text: Any, index: int | None, owner: str | None) -> NDArray[np.int32]:
         where = "" if index is None else f"prompt {index}: "
         if self.encoder is None:
             raise PromptError(
@@ -312,7 +318,8 @@ class InputRules:
         except UnicodeEncodeError as exc:
             raise PromptError(f"{where}the prompt is not valid Unicode: {exc}", argument="prompt") from exc
         self.check_length(text, index)
-        ids = np.asarray(self.encoder.encode(text), dtype=np.int64)  # a vocabulary may have any id of 32 bits
+        encode = self.encoder.encode if self.texts is None else self.texts.of(owner)
+        ids = np.asarray(encode(text), dtype=np.int64)  # a vocabulary may have any id of 32 bits
         if not len(ids):
             raise PromptError(f"{where}the prompt is empty: there must be at least one token", argument="prompt")
         if ids.max() >= self.vocab_size:
@@ -325,6 +332,12 @@ class InputRules:
             raise PromptError(f"{where}input_ids must be a list of ids, not {_type(ids)}", argument="input_ids")
         if not len(ids):
             raise PromptError(f"{where}input_ids is empty: there must be at least one token", argument="input_ids")
+        # As nearly always: to look at one id after the other takes ten times as long.
+        if isinstance(ids, list) and set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < self.vocab_size:
+            return np.array(ids, dtype=np.int32)
+        numbers = ids if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu" and ids.ndim == 1 else None
+        if numbers is not None and numbers.min() >= 0 and numbers.max() < self.vocab_size:
+            return numbers.astype(np.int32)
         checked = np.empty(len(ids), dtype=np.int32)
         for position, token_id in enumerate(ids):
             try:

@@ -6,6 +6,9 @@ be computed again. So the answer's own ids are put in the place of those that we
 answer that came back as another text is left as it is, and the log says how much of it is computed again. Never looks
 at a text of a conversation, and never at the cache.
 
+What an answer is read as is worked out on a thread of its own when it has ended, as nobody waits for it then; who asks
+for a prompt sooner works it out first.
+
 An answer is found by what stands before it and by what it is read as, both in ids: words of a user that look like a
 control token are other ids, and so are never mistaken for one. Those of different owners are apart.
 
@@ -17,8 +20,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +56,10 @@ class OwnAnswers:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._waiting: deque[tuple[Request, list[int]]] = deque()
+        """Answers that have ended and are not read yet."""
+        self._reading = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "mooli-own-answers")
         self._lock = threading.Lock()
         self._answers: OrderedDict[bytes, _Answer] = OrderedDict()
         """By the owner and all ids, as they are read, up to the answer's end."""
@@ -63,19 +72,20 @@ class OwnAnswers:
         """By the owner and a prompt as it is read, up to the last special token: its length, and all that followed."""
         self._has_told = False
 
-    def taken_up(self, owner: str, ids: Sequence[int]) -> list[int]:
+    def taken_up(self, owner: str, ids: Sequence[int]) -> NDArray[np.int32]:
         """The prompt `ids` with the own ids of the answers in it."""
+        self.settle()
+        read = np.asarray(ids, dtype=np.int32)
         with self._lock:
-            read = np.asarray(ids, dtype=np.int32)
             found = self._found(owner, read)
-            own: list[int] = []
+            pieces: list[NDArray[np.int32]] = []
             position = 0
             for answer in found:
-                own += [*ids[position : answer.end - answer.num_read], *answer.ids]
+                pieces += [read[position : answer.end - answer.num_read], np.asarray(answer.ids, dtype=np.int32)]
                 position = answer.end
-            own += ids[position:]
+            own = np.concatenate([*pieces, read[position:]])
             if found:
-                self._remember_prompt(_digest(owner, np.asarray(own, dtype=np.int32)), read)
+                self._remember_prompt(_digest(owner, own), read)
             self._tell_lost(owner, read, own, found)
             return own
 
@@ -89,7 +99,7 @@ class OwnAnswers:
                 found.append(answer)
         return found
 
-    def _tell_lost(self, owner: str, read: NDArray[np.int32], own: Sequence[int], found: Sequence[_Answer]) -> None:
+    def _tell_lost(self, owner: str, read: NDArray[np.int32], own: NDArray[np.int32], found: Sequence[_Answer]) -> None:
         """Say how much of the last answer in a prompt is not found in the cache."""
         starts = {start for start, _ in self._last.values()}
         known = [digest for digest, _ in _digests(owner, read, starts) if digest in self._last]
@@ -97,7 +107,7 @@ class OwnAnswers:
             return
         start, written = self._last.pop(known[-1])
         start += sum(len(answer.ids) - answer.num_read for answer in found if answer.end <= start)
-        now = np.asarray(own[start : start + len(written)], dtype=np.int32)
+        now = own[start : start + len(written)]
         differs = np.flatnonzero(now != written[: len(now)])
         if len(differs):  # otherwise it is there, or asked for once more
             level = logging.DEBUG if self._has_told else logging.INFO
@@ -111,8 +121,18 @@ class OwnAnswers:
             )
 
     def add(self, request: Request, output_ids: Sequence[int]) -> None:
-        """Remember an answer if it is not read as it was written. `request.namespace` is its owner."""
-        written = [*output_ids]
+        """Remember an answer if it is not read as it was written. `request.namespace` is its owner. Returns at once."""
+        self._waiting.append((request, [*output_ids]))
+        with suppress(RuntimeError):  # at the end of the process there are no new threads
+            self._thread.submit(self.settle)
+
+    def settle(self) -> None:
+        """Read what has been added."""
+        with self._reading:
+            while self._waiting:
+                self._take_in(*self._waiting.popleft())
+
+    def _take_in(self, request: Request, written: list[int]) -> None:
         while written and written[-1] in request.eos_ids:
             written.pop()
         prompt = request.prompt_ids

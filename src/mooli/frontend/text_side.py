@@ -22,6 +22,7 @@ from mooli.frontend.chat_template import ChatTemplate
 from mooli.frontend.inputs import InputRules
 from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.sampling import parse_sampling_params
+from mooli.frontend.text_memory import TextMemory
 from mooli.frontend.tokenizer import MAX_TEMPLATE_BYTES, Tokenizer, load_tokenizer
 from mooli.hub import resolve
 from mooli.types import TokenBytes
@@ -75,6 +76,7 @@ def input_rules(
         preferred=config.preferred_sampling,
         allow_auto_truncate=config.allow_auto_truncate,
         has_reasoning=wire_format.name is not None,
+        texts=None if tokenizer is None else TextMemory(tokenizer),
     )
 
 

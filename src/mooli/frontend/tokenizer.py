@@ -115,6 +115,8 @@ class Tokenizer:
         self._byte_of = byte_level_alphabet() if self.is_byte_level else {}
         self._bytes_cache: dict[int, bytes] = {}
         self._grammar_tokens: TokenBytes | None = None
+        self._cuts: tuple[re.Pattern[str] | None] | None = None
+        self._around: tuple[list[int], list[int]] | None = None
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of `text`.
@@ -129,12 +131,42 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise PromptError(f"a prompt must be a str, got {type(text).__name__}")
-        backend = self._backend if parse_special else self._plain_backend()
-        encoding = self._encoding(backend, text, add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
-        if not parse_special and not self.special_ids.isdisjoint(ids):
-            self._refuse_control_ids(encoding)
+        (ids,) = self._ids([text], add_special_tokens=add_special_tokens, parse_special=parse_special)
         return ids
+
+    def encode_parts(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:
+        """The ids of each, without begin and end tokens. Raises as `encode`."""
+        return self._ids(texts, add_special_tokens=False, parse_special=parse_special)
+
+    def safe_cuts(self) -> re.Pattern[str] | None:
+        """Finds where a text may be cut (`mooli.frontend.text_cuts`); worked out when it is first asked for."""
+        with self._plain_lock:
+            if self._cuts is None:
+                from mooli.frontend.text_cuts import safe_cuts
+
+                self._cuts = (safe_cuts(self._backend),)
+            return self._cuts[0]
+
+    @property
+    def ids_around(self) -> tuple[list[int], list[int]]:
+        """The begin and end tokens that `encode` puts around a text."""
+        if self._around is None:
+            encoding = self._encodings(self._backend, ["a"], add_special_tokens=True)[0]
+            marks = encoding.special_tokens_mask
+            start = marks.index(0) if 0 in marks else len(marks)
+            num_after = marks[::-1].index(0) if 0 in marks else 0
+            self._around = encoding.ids[:start], encoding.ids[len(marks) - num_after :]
+        return self._around
+
+    def _ids(self, texts: Sequence[str], *, add_special_tokens: bool, parse_special: bool) -> list[list[int]]:
+        backend = self._backend if parse_special else self._plain_backend()
+        found: list[list[int]] = []
+        for encoding in self._encodings(backend, texts, add_special_tokens=add_special_tokens):
+            ids = encoding.ids
+            if not parse_special and not self.special_ids.isdisjoint(ids):
+                self._refuse_control_ids(encoding)
+            found.append(ids)
+        return found
 
     def apply_chat_template(
         self,
@@ -205,7 +237,7 @@ class Tokenizer:
         """Where `encode` reads special tokens in `text`: (id, start, end) in characters, in order."""
         if not any(special in text for special in self.special_texts):
             return []
-        encoding = self._encoding(self._backend, text, add_special_tokens=False, with_places=True)
+        (encoding,) = self._encodings(self._backend, [text], add_special_tokens=False, with_places=True)
         found = [(at, token_id) for at, token_id in enumerate(encoding.ids) if token_id in self.special_ids]
         return [(token_id, *place) for at, token_id in found if (place := encoding.token_to_chars(at)) is not None]
 
@@ -334,18 +366,24 @@ class Tokenizer:
                     self._plain = _ignoring_special(self._backend)
             return self._plain
 
-    def _encoding(
-        self, backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool, with_places: bool = False
-    ) -> tokenizers.Encoding:
-        if len(text) > self._max_chars:
+    def _encodings(
+        self,
+        backend: tokenizers.Tokenizer,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool,
+        with_places: bool = False,
+    ) -> list[tokenizers.Encoding]:
+        num_chars = sum(map(len, texts))
+        if num_chars > self._max_chars:
             raise PromptError(
-                f"the text has {len(text)} characters; the tokenizer of this model is given at most {self._max_chars}"
+                f"the text has {num_chars} characters; the tokenizer of this model is given at most {self._max_chars}"
             )
         encode = backend.encode_batch if with_places else backend.encode_batch_fast
         try:
-            return encode([text], add_special_tokens=add_special_tokens)[0]
+            encodings: list[tokenizers.Encoding] = encode(list(texts), add_special_tokens=add_special_tokens)
         except TypeError as exc:
-            raise PromptError(f"the prompt is not valid Unicode, it holds lone surrogates: {text[:80]!r}") from exc
+            raise PromptError(f"the prompt is not valid Unicode, it holds lone surrogates: {texts[0][:80]!r}") from exc
         except (KeyboardInterrupt, SystemExit):
             raise
         # A panic of the library is a BaseException, and one prompt must not end the process.
@@ -353,6 +391,7 @@ class Tokenizer:
             raise PromptError(
                 f"the tokenizer of this model cannot read the text: {str(exc)[:_MAX_REASON_CHARS]}"
             ) from exc
+        return encodings
 
     def _refuse_control_ids(self, encoding: tokenizers.Encoding) -> None:
         """Raise if text became a special id; the begin and end tokens around it and unknown characters may be one."""

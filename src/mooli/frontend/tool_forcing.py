@@ -14,11 +14,12 @@ reasoning is its wire format's (`mooli.frontend.wire_formats`), and what a gramm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from mooli.errors import RequestError
+from mooli.frontend.inputs import Ids
 from mooli.frontend.parts import WireFormat, prompt_tail
 from mooli.frontend.sampling import CALLS, GRAMMARS, REASONING, reasoning_before
 from mooli.frontend.tokenizer import Tokenizer
@@ -87,9 +88,7 @@ def _as_it_is_held(tool: Tool) -> Tool:
     return tool if tool.strict else replace(tool, parameters=_ANY_OBJECT)
 
 
-def reasoning_ahead(
-    wire_format: WireFormat, prompt_ids: Sequence[int], tokenizer: Tokenizer
-) -> dict[str, Reasoning | None]:
+def reasoning_ahead(wire_format: WireFormat, prompt_ids: Ids, tokenizer: Tokenizer) -> dict[str, Reasoning | None]:
     """The sampling parameter by which grammars and budgets know of the reasoning that an answer begins with; {} where
     the model has none. Where the prompt shows that it does not think, grammars hold from the first token on.
 
@@ -113,7 +112,7 @@ def begin_behind_reasoning(
         is_asked = thinking is not None and thinking.reasoning is None
         if not is_asked and (grammar is None or not grammars):
             continue
-        found = {} if tokenizer is None else reasoning_ahead(wire_format, request.prompt_ids.tolist(), tokenizer)
+        found = {} if tokenizer is None else reasoning_ahead(wire_format, request.prompt_ids, tokenizer)
         if is_asked and not found:
             raise RequestError(
                 "max_thinking_tokens is given, but nothing is known of reasoning in this model's answers: leave it out",

@@ -257,7 +257,8 @@ async def create_message(service: Service, request: Incoming) -> Reply | EventSt
 async def count_tokens(service: Service, request: Incoming) -> Reply:
     """POST /v1/messages/count_tokens: the tokens of the prompt, cached or not. Raises as `create_message`."""
     check_served(request.unsupported)
-    ids = await prompt_ids(service, conversation(request.body, service))
+    told = replace(conversation(request.body, service), owner=service.owner_of(request.client.caller))
+    ids = await prompt_ids(service, told)
     return Reply({"input_tokens": len(ids)})
 
 

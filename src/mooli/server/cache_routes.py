@@ -188,9 +188,8 @@ async def _ids(service: Service, body: FindBody, namespace: str) -> list[int]:
     if body.prompt is not None:
         service.rules.check_length(body.prompt)
         return await service.tokenize(body.prompt)
-    conversation = Conversation(messages=body.messages or [], tools=read_tools(body.tools or []))
-    ids = await prompt_ids(service, conversation)
-    return ids if service.own_answers is None else service.own_answers.taken_up(namespace, ids)
+    conversation = Conversation(messages=body.messages or [], tools=read_tools(body.tools or []), owner=namespace)
+    return [int(token_id) for token_id in await prompt_ids(service, conversation, takes_up=True)]
 
 
 async def watch_cache(service: Service, request: Incoming) -> EventStream:

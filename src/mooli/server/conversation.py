@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mooli.frontend.cache_report import Told
 from mooli.frontend.chat import with_calls
+from mooli.frontend.inputs import Ids
 from mooli.frontend.parts import WireFormat
 from mooli.frontend.retention import Mark, Place
 from mooli.frontend.tool_forcing import reasoning_ahead
@@ -34,8 +35,8 @@ class Conversation:
         (`--chat-template-kwargs`) lie under them. `add_generation_prompt` may be among them.
     continues: the last message, the assistant's, is gone on with.
     tells_reasoning_apart: False reads reasoning as text, its markers too.
-    owner: whose own answers of before are gone on with in the tokens they were made of (`Service.owner_of`); None:
-        nobody's.
+    owner: whose texts of before need not be tokenised again, and whose own answers are gone on with in the tokens they
+        were made of (`Service.owner_of`); None: nobody's.
     marks: up to where the prompt is to be kept for a time.
     """
 
@@ -52,7 +53,7 @@ class OpenedConversation(NamedTuple):
     """input_ids: the prompt. sampling_params: for `GenerateCall`. wire_format: for `Service.start`, and by which
     `parser_for(wire_format, …)` reads each answer."""
 
-    input_ids: list[int]
+    input_ids: Ids
     sampling_params: dict[str, Any]
     wire_format: WireFormat
 
@@ -69,9 +70,7 @@ async def open_conversation(
     Raises RequestError for what is wrong in messages or tools, or where there is no template; what
     `Service.encode_chat` raises.
     """
-    ids = await prompt_ids(service, conversation)
-    if conversation.owner is not None and service.own_answers is not None and not conversation.continues:
-        ids = service.own_answers.taken_up(conversation.owner, ids)
+    ids = await prompt_ids(service, conversation, takes_up=not conversation.continues)
     wire_format = service.wire_format
     if not conversation.tells_reasoning_apart:
         wire_format = wire_format.without_reasoning
@@ -90,10 +89,15 @@ async def open_conversation(
     return OpenedConversation(ids, params, wire_format)
 
 
-async def prompt_ids(service: Service, conversation: Conversation) -> list[int]:
-    """The ids of a conversation alone, up to where the assistant goes on. Raises as `open_conversation`."""
+async def prompt_ids(service: Service, conversation: Conversation, *, takes_up: bool = False) -> Ids:
+    """The ids of a conversation alone, up to where the assistant goes on. takes_up: with the own ids of its owner's
+    answers. Raises as `open_conversation`."""
     return await service.encode_chat(
-        conversation.messages, conversation.tools, **_template_arguments(service, conversation)
+        conversation.messages,
+        conversation.tools,
+        _template_arguments(service, conversation),
+        owner=conversation.owner,
+        takes_up=takes_up,
     )
 
 

@@ -239,7 +239,7 @@ async def _conversation_ids(service: Service, body: TokenizeBody) -> list[int]:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
-    return await prompt_ids(service, conversation_of(service, conversation))
+    return list(await prompt_ids(service, conversation_of(service, conversation)))
 
 
 async def detokenize(service: Service, request: Incoming) -> Reply:

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from mooli.frontend.generation import Generation
-from mooli.frontend.inputs import CallInputs, GenerateCall
+from mooli.frontend.inputs import CallInputs, GenerateCall, Ids
 from mooli.frontend.parts import PLAIN_TEXT, Part, PartReader, WireFormat, parser_for
 from mooli.frontend.tool_messages import read_tools
 from mooli.server.conversation import Conversation, open_conversation
@@ -177,6 +177,7 @@ async def generate(service: Service, request: Incoming) -> Reply | EventStream:
     tokenizer = require_tokenizer(service)
     params = _sampling(service, body)
     wire_format: WireFormat = PLAIN_TEXT
+    ids: Ids
     if body.suffix:
         infill = service.require_infill("suffix")
         params["stop_token_ids"] = infill.stop_token_ids(params.get("stop_token_ids"))
@@ -278,7 +279,7 @@ async def _answer(
     service: Service,
     client: Client,
     body: AnswerBody,
-    ids: list[int],
+    ids: Ids,
     params: dict[str, Any],
     wire_format: WireFormat,
     *,

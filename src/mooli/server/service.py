@@ -14,6 +14,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from mooli.config import EngineConfig
@@ -21,10 +22,10 @@ from mooli.engine.facts import EngineFacts
 from mooli.errors import KeyBusyError, QueueFullError, RequestError
 from mooli.frontend.cache_report import Asked, CacheExplainer, Inquiry, Told
 from mooli.frontend.call import Call, Listener
-from mooli.frontend.chat_encoding import encode_chat
+from mooli.frontend.chat_encoding import encode_conversation
 from mooli.frontend.generation import Generation, generations_of
 from mooli.frontend.infill import Infill, open_infill
-from mooli.frontend.inputs import NOBODY, Caller, CallInputs, GenerateCall, InputRules
+from mooli.frontend.inputs import NOBODY, Caller, CallInputs, GenerateCall, Ids, InputRules
 from mooli.frontend.own_answers import OwnAnswers
 from mooli.frontend.parts import PLAIN_TEXT, WireFormat
 from mooli.frontend.prefix_lengths import PrefixLengths
@@ -163,10 +164,18 @@ class Service:
         return inputs
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: ToolSet | None = None, **template_arguments: Any
-    ) -> list[int]:
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: ToolSet | None = None,
+        template_arguments: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        owner: str | None = None,
+        takes_up: bool = False,
+    ) -> Ids:
         """Ids of a conversation in OpenAI's chat shape (`mooli.frontend.tool_prompt.for_template`,
-        `mooli.frontend.chat_encoding.encode_chat`). What users write never becomes a control token.
+        `mooli.frontend.chat_encoding.encode_conversation`). What users write never becomes a control token.
+
+        owner: whose texts of before are remembered, see `owner_of`. takes_up: with the ids of their own answers.
 
         Raises ChatTemplateError, PromptError, ContextLengthError before the text is tokenised where it is certainly too
         long, or RequestError for messages that are wrong, and without a tokenizer or a template."""
@@ -178,16 +187,26 @@ class Service:
             raise RequestError("this model has no chat template: use /v1/completions or /generate", argument="messages")
         limit = None if self.rules.allow_auto_truncate else self.rules.context_length
 
-        def encode() -> list[int]:
+        texts, own = self.rules.texts, self.own_answers
+
+        def encode() -> Ids:
             told, shown = for_template(template, messages, tools)
-            return encode_chat(tokenizer, told, tools=shown, context_length=limit, **template_arguments)
+            ids = encode_conversation(
+                tokenizer,
+                told,
+                shown,
+                template_arguments,
+                context_length=limit,
+                encode=None if texts is None else texts.of(owner),
+            )
+            return ids if own is None or owner is None or not takes_up else own.taken_up(owner, ids)
 
         given = (messages, template_arguments, [] if tools is None else tools.for_template())
         return await self.text_threads.run(num_chars(given), encode)
 
     def owner_of(self, caller: Caller, cache_salt: str | None = None) -> str | None:
-        """Whose conversations share what is computed for them, in the cache and in `own_answers`. None for one in the
-        background, whose answers are not to depend on what was answered before."""
+        """Whose conversations share what is computed for them: in the cache, in `own_answers`, and of their texts. None
+        for one in the background, whose answers are not to depend on what was answered before."""
         return None if caller.is_background else self.rules.namespace_of(cache_salt, caller.tenant)
 
     async def inquire(
