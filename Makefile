@@ -10,7 +10,8 @@
 # make bench-grammar   what constrained output costs and brings: masks, steps, forced runs, hostile grammars (3 minutes)
 # make check-grammar   500 schemas and 300 sets of tools, sampled and judged (some minutes)
 # make bench-server    what serving costs beside computing, and whether users hold each other up
-# make bench-restart   what a server finds again of 200,000 tokens after SIGTERM and kill -9, and how soon (15 minutes)
+# make bench-restart   what a server finds again of 200,000 tokens after SIGTERM and kill -9, and how soon; what a
+#                      slow disk does to steps (20 minutes)
 # make sanitize    the native tests under the compiler's sanitizers: addresses, undefined behaviour, threads
 # make soak        20 minutes of a server under several times its capacity
 # make wheels      wheels for every Python and processor, compiled here, and each of them run (needs apt and QEMU for Arm)
@@ -77,8 +78,9 @@ bench-server: $(VENV)/.installed $(VENV)/.demo
 	$(PY) benchmarks/serving_cost.py
 	$(PY) benchmarks/fairness.py
 
-bench-restart: $(VENV)/.installed .models/.fetched
+bench-restart: $(VENV)/.installed $(VENV)/.demo .models/.fetched
 	$(PY) benchmarks/restart.py $(RESTART)
+	$(PY) benchmarks/slow_disk.py
 
 sanitize:
 	$(PYTHON) tests/native/sanitize.py

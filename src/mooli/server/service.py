@@ -155,7 +155,8 @@ class Service:
         it then. Raises RequestError."""
         if isinstance(call.prompt, str):
             self.rules.check_length(call.prompt)  # here: it need not wait for a thread
-        inputs = await self.text_threads.run(num_chars(vars(call)), lambda: self.rules.prepare(call, caller))
+        num = num_chars((call.prompt, call.input_ids, call.sampling_params, call.token_ids_logprob))
+        inputs = await self.text_threads.run(num, lambda: self.rules.prepare(call, caller))
         begin_behind_reasoning(inputs.requests, self.wire_format, self.tokenizer, grammars=call.require_reasoning)
         # The first time it takes long, and the link asks for it in the event loop.
         if self._token_bytes is not None and any(item.sampling.needs_vocabulary for item in inputs.requests):
