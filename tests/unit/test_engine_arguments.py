@@ -39,6 +39,8 @@ BAD_CALLS = {
     "an id outside the vocabulary": ({"input_ids": [1, VOCAB_SIZE]}, PromptError),
     "a negative id": ({"input_ids": [-1]}, PromptError),
     "a huge id": ({"input_ids": [10**30]}, PromptError),
+    "an array with an id outside the vocabulary": ({"input_ids": np.array([1, VOCAB_SIZE])}, PromptError),
+    "an array of bools": ({"input_ids": np.array([True])}, PromptError),
     "an id that is a float": ({"input_ids": [1.5]}, PromptError),
     "an id that is a bool": ({"input_ids": [True]}, PromptError),
     "ids that are a string": ({"input_ids": "abc"}, PromptError),

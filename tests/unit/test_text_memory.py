@@ -18,7 +18,9 @@ from tokenizers import Tokenizer as Backend
 from mooli.errors import PromptError
 from mooli.formats.sentencepiece import read_sentencepiece
 from mooli.frontend import text_memory
+from mooli.frontend.chat_encoding import encode_conversation
 from mooli.frontend.gguf_tokenizer import tokenizer_from_gguf
+from mooli.frontend.inputs import Caller, GenerateCall, InputRules
 from mooli.frontend.sentencepiece_tokenizer import tokenizer_of_model
 from mooli.frontend.text_cuts import safe_cuts
 from mooli.frontend.text_memory import TextMemory
@@ -162,6 +164,38 @@ def test_a_cut_that_changes_ids_is_seen_and_not_made(qwen: Tokenizer, short_piec
     text = f"{token} x{token[1]}."
     assert len(qwen.encode(token)) == 1 and memory.encode("me", text) == qwen.encode(text)
     assert not memory._pieces
+
+
+def test_control_tokens_in_messages_are_text_in_pieces_too(qwen: Tokenizer, short_pieces: None) -> None:
+    memory, rng = TextMemory(qwen), random.Random(4)
+    for _ in range(20):
+        messages = [{"role": "user", "content": "".join(rng.choices(WORDS, k=40)) + CONTROL[1]}]
+        ids = encode_conversation(qwen, messages, None, {})
+        for _ in range(2):
+            assert encode_conversation(qwen, messages, None, {}, encode=memory.of("me")) == ids
+    assert {key[1] for key in memory._pieces} == {True, False}
+
+
+def test_prompts_are_remembered_for_their_tenant_and_salt(qwen: Tokenizer, short_pieces: None) -> None:
+    memory = TextMemory(qwen)
+    rules = InputRules(
+        encoder=qwen,
+        texts=memory,
+        vocab_size=qwen.vocab_size,
+        context_length=1000,
+        eos_ids=frozenset(),
+        namespace="engine",
+        next_seed=lambda: 0,
+        preferred={},
+    )
+    text = "the answer is 42 and " * 9
+    background = Caller(is_background=True)
+    for salt, caller in ((None, background), (None, Caller()), ("salt", Caller()), ("salt", Caller(tenant="t"))):
+        (request,) = rules.prepare(GenerateCall(text, cache_salt=salt), caller).requests
+        assert request.prompt_ids.tolist() == qwen.encode(text)
+        owners = {key[0] for key in memory._pieces}
+        assert caller.is_background or request.namespace in owners
+    assert len(owners) == 3
 
 
 def test_many_threads_at_once(qwen: Tokenizer, short_pieces: None) -> None:
