@@ -118,6 +118,10 @@ def test_random_edits_of_a_text_have_the_ids_of_the_whole(tokenizer: Tokenizer, 
             for encode in (tokenizer.encode, memory.of("me"))
         )
         assert found == expected, repr(text)
+        (whole,) = tokenizer._encodings(tokenizer._backend, [text], add_special_tokens=False, with_places=True)
+        places = [(token_id, *whole.token_to_chars(i)) for i, token_id in enumerate(whole.ids)]
+        special = [place for place in places if text[place[1] : place[2]].strip() in tokenizer.special_texts]
+        assert tokenizer.special_spans(text) == special
     assert memory._num_bytes == sum(text_memory._num_bytes(*item) for item in memory._pieces.items()) > 0
 
 

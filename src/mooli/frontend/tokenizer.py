@@ -88,6 +88,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._backend = backend
         self._plain: tokenizers.Tokenizer | None = None
+        self._marker: tuple[tokenizers.Tokenizer, dict[int, int]] | None = None
         self._plain_lock = threading.Lock()
         if vocab_size is None:
             vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -237,8 +238,9 @@ class Tokenizer:
         """Where `encode` reads special tokens in `text`: (id, start, end) in characters, in order."""
         if not any(special in text for special in self.special_texts):
             return []
-        (encoding,) = self._encodings(self._backend, [text], add_special_tokens=False, with_places=True)
-        found = [(at, token_id) for at, token_id in enumerate(encoding.ids) if token_id in self.special_ids]
+        marker, own_ids = self._marker_backend()
+        (encoding,) = self._encodings(marker, [text], add_special_tokens=False, with_places=True)
+        found = [(at, own_ids[token_id]) for at, token_id in enumerate(encoding.ids) if token_id in own_ids]
         return [(token_id, *place) for at, token_id in found if (place := encoding.token_to_chars(at)) is not None]
 
     def decode(
@@ -366,6 +368,16 @@ class Tokenizer:
                     self._plain = _ignoring_special(self._backend)
             return self._plain
 
+    def _marker_backend(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """One that finds added tokens and tells nothing else apart, and the ids of special ones by those it gives."""
+        with self._plain_lock:
+            if self._marker is None:
+                with tokenizer_errors("preparing the tokenizer to find special tokens"):
+                    marker = _knowing_added_alone(self._backend)
+                own_ids = {marker.token_to_id(text): self._added[text] for text in self.special_texts}
+                self._marker = marker, own_ids
+            return self._marker
+
     def _encodings(
         self,
         backend: tokenizers.Tokenizer,
@@ -486,6 +498,20 @@ def _ignoring_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         plain = tokenizers.Tokenizer.from_str(backend.to_str())
     plain.encode_special_tokens = True
     return plain
+
+
+def _knowing_added_alone(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same steps up to where added tokens are found. All between two of them is one unknown word."""
+    import tokenizers
+    from tokenizers import models
+
+    marker = tokenizers.Tokenizer(models.WordLevel({"\0": 0}, unk_token="\0"))
+    added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    if backend.normalizer is not None and any(token.normalized for token in added):
+        marker.normalizer = backend.normalizer  # the others are looked for before it
+    for special, group in itertools.groupby(added, key=lambda token: token.special):
+        (marker.add_special_tokens if special else marker.add_tokens)(list(group))
+    return marker
 
 
 def _decoder_kinds(backend: tokenizers.Tokenizer) -> list[str]:
