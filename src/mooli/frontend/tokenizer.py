@@ -374,7 +374,11 @@ class Tokenizer:
             if self._marker is None:
                 with tokenizer_errors("preparing the tokenizer to find special tokens"):
                     marker = _knowing_added_alone(self._backend)
-                own_ids = {marker.token_to_id(text): self._added[text] for text in self.special_texts}
+                own_ids: dict[int, int] = {
+                    token_id: self._added[token.content]
+                    for token_id, token in marker.get_added_tokens_decoder().items()
+                    if token.content in self.special_texts
+                }
                 self._marker = marker, own_ids
             return self._marker
 
