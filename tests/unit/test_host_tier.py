@@ -131,6 +131,15 @@ def test_evicting_and_copying_back_a_part_leaves_the_rest_where_it_is() -> None:
     assert engine.host.num_used == 51
 
 
+def test_a_prompt_of_whole_pages_finds_all_that_it_may() -> None:
+    engine = Hosted()
+    cold = engine.run("a", LONG[:200])
+    engine.cache.evict(100)
+    assert engine.run("b", LONG[:200]) == cold
+    last = engine.last("b")
+    assert (last.cached_tokens, last.host_tokens, engine.end("b")) == (199, 199, (None, 0)), "not evicted"
+
+
 def test_a_host_that_is_full_drops_tails_of_what_was_used_least_recently() -> None:
     engine = Hosted(num_rows=60)
     engine.run("a", LONG)

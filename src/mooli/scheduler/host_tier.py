@@ -167,14 +167,16 @@ class HostTier:
         before = self._open.get(state.rid)
         chain = before.chain if before is not None else self._chain_of(state)
         found = self._open[state.rid] = _Found(chain)
-        namespace, most = state.request.namespace, state.match_limit // self._cache.page_size
+        namespace, page_size = state.request.namespace, self._cache.page_size
+        # Of a full page that ends behind what may be found, the head can be copied.
+        most = min(state.num_tokens // page_size, -(-state.match_limit // page_size))
         chain.extend(state.key, most)
         first = found.first = found.come = found.last = len(pages_there(self._cache, namespace, state.key, most))
         count = self._host.leading(chain.digests[first:most], chain.tokens[first:most])
         found.num_there = first + count
         if not count:
             return found
-        if count * self._cache.page_size < self.even.least_tokens:
+        if count * page_size < self.even.least_tokens:
             found.reason = MissReason.JUDGED_SLOWER
             return found
         # Until it can be brought: it may begin without, where others give way to it.
