@@ -154,7 +154,7 @@ def requests(vocab_size: int) -> list[Request]:
                 return_logprob=True,
                 logprob_start=0 if index % 8 == 0 else None,
                 num_top_logprobs=index % 3,
-                pins=(Pin(60, 1 + index % 3, len(prompt) // 2 if index % 2 else None),) if index % 4 == 1 else (),
+                pins=(Pin(86400, 1 + index % 3, len(prompt) // 2 if index % 2 else None),) if index % 4 == 1 else (),
                 session="a conversation" if index % 5 == 2 else "",
             )
         )
