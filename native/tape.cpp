@@ -367,7 +367,8 @@ void Tape::drain() {
   for (Part& part : parts_) part.range.store(0);
 }
 
-// Its stages, with the time at which each began on the calling thread, which is there from the first.
+// Its stages, with the time at which each operation began on the calling thread. One that the others began while that slept has
+// no time of its own: it counts as part of the one before.
 class Tape::Timed : public Region {
  public:
   explicit Timed(Tape& tape) : began(tape.ops_.size() + 1), tape_(tape) {}
@@ -391,6 +392,8 @@ std::vector<double> Tape::run_timed(int rows) {
   Timed timed(*this);
   device_.pool.run(timed);
   timed.began.back() = std::chrono::steady_clock::now();
+  for (size_t i = ops_.size(); i-- > 0;)
+    if (timed.began[i] == std::chrono::steady_clock::time_point{}) timed.began[i] = timed.began[i + 1];
   std::vector<double> seconds(ops_.size());
   for (size_t i = 0; i < seconds.size(); i++) seconds[i] = std::chrono::duration<double>(timed.began[i + 1] - timed.began[i]).count();
   return seconds;
