@@ -38,6 +38,7 @@ from random_gguf import random_rows
 
 from mooli.backends.cpu.backend import PackedExperts
 from mooli.batch import ScheduleBatch
+from mooli.models.experts import SparseMLP
 from mooli.tensor import TensorType
 
 CONTEXT, PROMPT = 512, 512
@@ -261,6 +262,8 @@ class Writer:
 
 def packed(weight: Any) -> Iterator[int]:
     """Bytes of all matrices that it has, experts aside."""
+    if isinstance(weight, PackedExperts):
+        return
     if dataclasses.is_dataclass(weight):
         for field in dataclasses.fields(weight):
             yield from packed(getattr(weight, field.name))
@@ -273,9 +276,9 @@ def packed(weight: Any) -> Iterator[int]:
         yield from packed([*weight.keys, *weight.values])
 
 
-def mixtures(weight: Any) -> Iterator[Any]:
-    if isinstance(weight, PackedExperts):
-        yield weight.native
+def mixtures(weight: Any) -> Iterator[SparseMLP]:
+    if isinstance(weight, SparseMLP):
+        yield weight
     elif dataclasses.is_dataclass(weight):
         for field in dataclasses.fields(weight):
             yield from mixtures(getattr(weight, field.name))
@@ -283,12 +286,11 @@ def mixtures(weight: Any) -> Iterator[Any]:
 
 def read_bytes(loaded: Loaded, rows: int) -> float:
     """Of weights, as packed, in a step of so many rows, each of which chooses its experts at random."""
-    layers, config = loaded.model._layers, loaded.config
-    size = float(sum(packed(layers)) + sum(packed(loaded.model._head)))
-    for layer in layers:
-        for native in mixtures(layer):
-            untouched = (1 - getattr(config, "top_k", 1) / getattr(config, "num_experts", 1)) ** rows
-            size += (1 - untouched) * sum(each.native.num_bytes for each in native.each)
+    size = float(sum(packed(loaded.model._layers)) + sum(packed(loaded.model._head)))
+    for layer in loaded.model._layers:
+        for mixture in mixtures(layer):
+            untouched = (1 - mixture.spec.top_k / mixture.spec.num_experts) ** rows
+            size += (1 - untouched) * sum(each.native.num_bytes for each in mixture.experts.native.each)
     return size
 
 
