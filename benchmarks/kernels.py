@@ -72,7 +72,7 @@ def matrix_values(loaded: Loaded, *, head: bool) -> int:
 
 def read_bytes(loaded: Loaded) -> int:
     """Packed bytes a decode step reads: all linear weights, head included; the embedding is only gathered from."""
-    blocks = [(layer.attention, layer.mlp) for layer in loaded.model._layers]
+    blocks = [(layer.mixer, layer.mlp) for layer in loaded.model._layers]
     weights = [w for attention, mlp in blocks for w in (attention.qkv, attention.o, mlp.gate_up, mlp.down)]
     weights.append(loaded.model._head)
     return sum(weight.native.num_bytes for weight in weights)

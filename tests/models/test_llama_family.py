@@ -219,12 +219,13 @@ def runnable(golden: Golden, variant: Variant) -> Iterator[Runnable]:
         yield made
 
 
-def assert_same(actual: Floats, expected: Floats, variant: Variant) -> None:
-    """Equal to the bit where the backend promises it, else within the rounding of its activations."""
+def assert_same(actual: Floats, expected: Floats, variant: Variant, num_sums: int = 1) -> None:
+    """Equal to the bit where the backend promises it, else within the rounding of its activations.
+    num_sums: in so many places of a layer the order in which numbers are added depends on the batch."""
     if variant.exact_rows:
         np.testing.assert_array_equal(actual, expected)
     elif variant.embed == 0:
-        np.testing.assert_allclose(actual, expected, atol=2e-5)
+        np.testing.assert_allclose(actual, expected, atol=2e-5 * num_sums)
     else:
         error = np.sqrt(np.mean((actual - expected) ** 2)) / np.sqrt(np.mean(expected**2))
         assert error <= variant.model
@@ -250,7 +251,8 @@ def test_a_prompt_in_chunks_gives_what_it_gives_whole(
     pages = runnable.pages.take(len(prompt))
     bounds = [0, *cuts, len(prompt)]
     parts = [runnable.logits([Row(prompt[a:b], a, pages)]) for a, b in pairwise(bounds)]
-    assert_same(np.concatenate(parts), whole, variant)
+    # The chunks of a recurrence are cut where the steps are, on backends that compute it in chunks.
+    assert_same(np.concatenate(parts), whole, variant, num_sums=2 if runnable.has_states else 1)
 
 
 def test_rows_in_a_batch_give_what_they_give_alone(runnable: Runnable, variant: Variant) -> None:

@@ -200,7 +200,7 @@ def test_every_argument_that_is_refused_says_why_and_no_other_is_in_the_list(mak
     known = {
         "prompt", "sampling_params", "input_ids", "return_logprob", "logprob_start_len", "top_logprobs_num",
         "token_ids_logprob", "stream", "rid", "priority", "cache_salt", "no_store", "return_cache_report",
-        "require_reasoning",
+        "require_reasoning", "pin", "session_id",
     }  # fmt: skip
     assert set(names) - known == set(names_of(Api.ENGINE))
     engine = make_engine(says("x"))

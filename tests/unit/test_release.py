@@ -86,6 +86,8 @@ def test_a_version_without_changes_is_refused(tool, project: Path) -> None:
 def test_the_projects_own_files_can_be_cut(tool, tmp_path: Path) -> None:
     for name in ("pyproject.toml", "CHANGELOG.md"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    changes = tmp_path / "CHANGELOG.md"  # of a version that has just been cut, nothing is unreleased
+    changes.write_text(changes.read_text().replace("## [Unreleased]", "## [Unreleased]\n\n### Added\n\n- A thing.", 1))
     assert tool("release").cut(tmp_path, "77.0.0", DAY) == "77.0.0"
     assert "## [77.0.0] - 2026-12-01\n\n#" in (tmp_path / "CHANGELOG.md").read_text()
 

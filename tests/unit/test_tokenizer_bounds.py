@@ -187,6 +187,8 @@ def test_whatever_the_library_raises_is_an_error_of_ours(error):
     tokenizer = Tokenizer(Failing(trained_byte_level("gpt-2"), error))
     with pytest.raises(PromptError, match="over"):
         tokenizer.encode("a")
+    marker, own_ids = tokenizer._marker_backend()
+    tokenizer._marker_backend = lambda: (Failing(marker, error), own_ids)
     with pytest.raises(PromptError, match="over"):
         tokenizer.special_spans(next(iter(tokenizer.special_texts)))
     for ids in ([5], [5] * 1000):

@@ -54,7 +54,7 @@ def test_what_would_fit_is_named(folder: Path) -> None:
     assert f"with quantization int8 ({eight / GIB:.2f} GiB) or int4 ({four / GIB:.2f} GiB) they would" in str(
         error.value
     )
-    assert f"mooli plan --model {folder} --memory {(whole - 1) // 2**20}Mi" in str(error.value)
+    assert f"mooli plan {folder} --memory {(whole - 1) // 2**20}Mi" in str(error.value)
     with pytest.raises(OutOfMemoryError, match=r"with quantization int4 \(.*\) they would fit"):
         check(folder, eight - 1, device="cpu")
     with pytest.raises(OutOfMemoryError, match=f"the least they can take here is {four / GIB:.2f} GiB"):
