@@ -27,7 +27,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "golden" / "http"
 
 VOLATILE = (
     "created", "e2e_latency", "response_sent_to_client_ts", "timestamp", "startup_time", "version",
-    "last_gen_throughput", "gen_throughput", "created_at", "modified_at", "expires_at", "total_duration",
+    "mooli", "last_gen_throughput", "gen_throughput", "created_at", "modified_at", "expires_at", "total_duration",
     "load_duration", "prompt_eval_duration", "eval_duration",
 )  # fmt: skip
 
