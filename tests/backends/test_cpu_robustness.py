@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -436,25 +436,20 @@ def until(condition: Any) -> bool:
     return False
 
 
-@needs_proc
-def test_threads_end_with_the_backend_without_waiting_for_the_collector() -> None:
+def threads_end_with_the_backend() -> None:
     before = thread_ids()
     gc.collect()
     gc.disable()
-    try:
-        with cpu_backend(num_threads=4) as backend:
-            Model(backend, table(), "float32").logits(good_step())
-            assert len(thread_ids() - before) == 3
-            gone = weakref.ref(backend)
-        del backend
-        assert gone() is None
-        assert until(lambda: not thread_ids() - before)
-    finally:
-        gc.enable()
+    with cpu_backend(num_threads=4) as backend:
+        Model(backend, table(), "float32").logits(good_step())
+        assert len(thread_ids() - before) == 3
+        gone = weakref.ref(backend)
+    del backend
+    assert gone() is None
+    assert until(lambda: not thread_ids() - before)
 
 
-@needs_proc
-def test_idle_threads_sleep_and_wake_for_the_next_step() -> None:
+def idle_threads_sleep_and_wake() -> None:
     before = thread_ids()
     with cpu_backend(num_threads=3) as backend:
         model = Model(backend, table(), "float32")
@@ -469,6 +464,17 @@ def test_idle_threads_sleep_and_wake_for_the_next_step() -> None:
         for _ in range(3):
             assert until(lambda: all(map(asleep, workers)))
             assert_same_bits(model.logits(good_step()), expected)
+
+
+@needs_proc
+@pytest.mark.parametrize("check", [threads_end_with_the_backend, idle_threads_sleep_and_wake], ids=lambda f: f.__name__)
+def test_threads_in_a_process_of_their_own(check: Callable[[], None]) -> None:
+    """Without the collector, and with no thread that another test has left to come or go meanwhile."""
+    here = Path(__file__)
+    paths = [str(here.parent), str(here.parents[1])]
+    code = f"import sys; sys.path[:0] = {paths!r}; import {here.stem} as tests; tests.{check.__name__}()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_a_closed_backend_says_so() -> None:
