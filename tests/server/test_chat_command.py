@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -147,6 +148,7 @@ class Terminal:
     def __init__(self, *words: str, home: Path) -> None:
         self.output = ""
         self._seen = 0
+        self._text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two reads
         self._ours, theirs = pty.openpty()
         environment = {**os.environ, "HOME": str(home), "XDG_STATE_HOME": str(home), "TERM": "xterm", "COLUMNS": "80"}
         self.process = subprocess.Popen(
@@ -186,7 +188,7 @@ class Terminal:
             data = os.read(self._ours, 65536) if ready else b""
         except OSError:  # the other end is closed
             data = b""
-        self.output += data.decode("utf-8", "replace")
+        self.output += self._text.decode(data)
         return bool(data)
 
 
