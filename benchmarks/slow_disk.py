@@ -1,7 +1,8 @@
 """What a slow disk under the KV cache does to steps. Runs engines in this process and prints a table.
 
-A stream decodes while prompts come one after another, new ones and some of before that have left memory: they are
-written, and loaded or computed again. Each step is timed: without a disk, with the disk as it is, and with a layer
+One stream decodes all the time while prompts come one after another, new ones and some of before that have left memory:
+they are written, and loaded or computed again. Beside a stream no step is longer than its prompts are let be. Each step
+is timed: without a disk, with the disk as it is, and with a layer
 under the store that lets so many bytes a second through, in both directions. The three take turns, each with a folder
 of its own.
 
@@ -32,6 +33,9 @@ from mooli.engine import disk
 PROMPT_TOKENS = 512
 POOL_TOKENS = 8192
 """So that the prompts of some seconds ago have left it."""
+
+STREAM_TOKENS = 4096
+"""More than are decoded in a run: while no stream is there, a step may take a whole prompt."""
 
 NAMES = ("no disk", "this disk", "slow disk")
 
@@ -88,15 +92,19 @@ def run(model: str, folder: Path, bytes_per_s: float, seconds: float, seed: int)
         model_path=model, max_total_tokens=POOL_TOKENS, kv_cache_dir=where, log_level="error", **options
     ) as engine:
         engine.generate(input_ids=[5] * 600, sampling_params={**greedy, "max_new_tokens": 4})
-        is_over = threading.Event()
+        has_begun, is_over = threading.Event(), threading.Event()
 
         def decode() -> None:
-            while not is_over.is_set():
-                engine.generate(input_ids=[7] * 8, sampling_params={**greedy, "max_new_tokens": 256})
+            sampling = {**greedy, "max_new_tokens": STREAM_TOKENS}
+            for _ in engine.generate(input_ids=[7] * 8, sampling_params=sampling, stream=True):
+                has_begun.set()
+                if is_over.is_set():
+                    return
 
         stream = threading.Thread(target=decode)
-        steps = timed_steps(engine)
         stream.start()
+        has_begun.wait(60)
+        steps = timed_steps(engine)
         ends_s = time.perf_counter() + seconds
         while time.perf_counter() < ends_s:
             if len(prompts) > 24 and draw.random() < 0.3:
@@ -106,6 +114,8 @@ def run(model: str, folder: Path, bytes_per_s: float, seconds: float, seed: int)
                 prompts.append(ids)
             engine.generate(input_ids=ids, sampling_params={**greedy, "max_new_tokens": 2})
         measured = steps.copy()
+        if not stream.is_alive():
+            raise SystemExit(f"the stream of {STREAM_TOKENS} tokens ended before the measurement: take fewer --seconds")
         is_over.set()
         stream.join()
     return measured, files.num_bytes
