@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mooli.cache.kv_cache import KVCache, MissReason
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.match_end import MissReason
 from mooli.cache.radix_tree import TOKEN_BYTES, token_key
 from mooli.cache.turns import Turn
 from mooli.types import Pin

@@ -26,7 +26,8 @@ from mooli import Engine
 from mooli.backends import create_backend
 from mooli.backends.base import Backend, Limits
 from mooli.cache.host_pool import HostPool
-from mooli.cache.kv_cache import KVCache, StateRoom
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.states import StateRoom
 from mooli.engine.core import EngineCore
 from mooli.models.checkpoint import DummyCheckpoint
 from mooli.models.llama import LlamaConfig

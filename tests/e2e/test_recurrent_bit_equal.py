@@ -20,7 +20,8 @@ from test_bit_equal import requests, run
 from constraints import Automaton, Bold, Even, Rule, RuleConstraint, Spelled
 from mooli.backends import create_backend
 from mooli.backends.base import Limits
-from mooli.cache.kv_cache import KVCache, StateRoom
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.states import StateRoom
 from mooli.engine.core import EngineCore
 from mooli.models.loader import open_model
 from mooli.models.registry import create_model
@@ -159,7 +160,7 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: TinyModel) ->
         chunk = draw.choice([4, 20, 50, MAX_TOKENS])
         drafts = DraftSettings(*((4, 8, 2, 12) if mix % 4 == 1 else (8, 16, 1, 3))) if mix % 2 else None
         forced = ForcedSettings(1 + mix % 12, 5 + mix % 30) if mix % 3 else None
-        before = cache.num_dropped_snapshots
+        before = 0 if cache.states is None else cache.states.num_dropped
         core = model.core(cache, chunk, drafts, forced)
         answers = run(core, wanted, draw)
         for request in wanted:
@@ -170,7 +171,7 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: TinyModel) ->
         right += stats["correct_drafts"]
         proposed += stats["proposed_drafts"]
         forced_tokens += stats["forced_tokens"]
-        dropped += cache.num_dropped_snapshots - before
+        dropped += 0 if cache.states is None else cache.states.num_dropped - before
     assert cached > 3 * NUM_MIXES, "the mixes must reuse what others computed"
     assert right > NUM_MIXES and proposed > right, "the mixes must have right guesses, and wrong ones"
     assert preempted >= NUM_MIXES // 20, "the mixes must preempt"

@@ -8,7 +8,7 @@ from urllib.parse import urljoin
 import pytest
 from fake_engine import says
 
-from mooli.cache.kv_cache import MissReason
+from mooli.cache.match_end import MissReason
 from mooli.server.page_files import page_files
 
 HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}

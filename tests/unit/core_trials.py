@@ -17,7 +17,8 @@ import numpy as np
 
 from constraints import Automaton, Bold, Even, NotTwice, Rule, RuleConstraint, Spelled
 from mooli.batch import SamplingBatch, ScheduleBatch
-from mooli.cache.kv_cache import KVCache, StateRoom
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.states import StateRoom
 from mooli.engine.core import EngineCore
 from mooli.errors import PromptError
 from mooli.runner.fake import FakeRunner, fake_logits, logprob_row, recurrent_states, sample, stored_values
@@ -372,8 +373,8 @@ class Trial:
             self._compare(rid, request)
         assert self.core.flush_cache()
         assert self.cache.num_free == self.cache.num_pages, "pages are missing after everything has ended"
-        num_slots = 0 if self.setting.states is None else self.setting.states.num_slots
-        assert self.cache.num_free_slots == num_slots, "states are missing after everything has ended"
+        if (states := self.cache.states) is not None:
+            assert states.num_free == states.room.num_slots, "states are missing after everything has ended"
 
     def _add(self, rid: str) -> None:
         request = random_request(self.rng, rid, self.stems, self.setting.is_crowded)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mooli.cache.evicted import EvictedPages
-from mooli.cache.kv_cache import KVCache, StateRoom
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.states import StateRoom
 from mooli.engine.core import EngineCore
 from mooli.runner.fake import FakeRunner
 from mooli.scheduler.scheduler import Scheduler

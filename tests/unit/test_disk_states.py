@@ -11,7 +11,7 @@ from test_disk_tier import LONG, PAGE, PAGE_BYTES, Placed, on_files, run_awake
 from test_page_store_faults import damage
 
 from disk_fakes import MemoryStore
-from mooli.cache.kv_cache import MissReason
+from mooli.cache.match_end import MissReason
 from mooli.errors import EngineError
 from mooli.scheduler import disk_tier
 
@@ -80,7 +80,7 @@ def test_a_request_goes_on_from_pages_and_one_state(left: Left) -> None:
     engine = left.engine()
     engine.add("a", LONG)
     served(engine)
-    assert engine.tokens("a") == COLD and engine.cache.num_snapshots >= 1
+    assert engine.tokens("a") == COLD and engine.cache.states.num_snapshots >= 1
     assert (engine.last("a").cached_tokens, engine.last("a").loaded_tokens) == (200, 200)
     stats = engine.core.stats()
     assert (stats["loaded_tokens"], stats["loaded_states"], stats["failed_loads"]) == (200, 1, 0)
@@ -137,14 +137,14 @@ def test_no_room_for_a_snapshot_and_a_device_that_fails_end_no_request(left: Lef
     engine.runner.write_state = broken  # type: ignore[method-assign]
     engine.add("a", LONG)
     served(engine)
-    assert engine.tokens("a") == COLD and engine.cache.num_snapshots <= 20
+    assert engine.tokens("a") == COLD and engine.cache.states.num_snapshots <= 20
 
 
 def test_nan_that_came_from_disk_leaves_no_state_there(left: Left) -> None:
     engine = left.engine(gives_nan=lambda context: True)
     engine.add("a", LONG)
     served(engine)
-    assert engine.cache.num_snapshots == 0 and sorted(left.states.pages) == [left.after[51].digest]
+    assert engine.cache.states.num_snapshots == 0 and sorted(left.states.pages) == [left.after[51].digest]
 
 
 def test_damaged_files_of_pages_and_of_states_are_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 from disk_fakes import ChosenEven, ErraticIO, MemoryStore
-from mooli.cache.kv_cache import Given, KVCache, MissReason, StateRoom
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.match_end import MissReason
 from mooli.cache.page_moves import pages_there, put_pages
 from mooli.cache.radix_tree import token_key
+from mooli.cache.request_pages import Given
+from mooli.cache.states import StateRoom
 from mooli.cache.store.page_store import PageStore, StoredPage
 from mooli.cache.store_io import Piece, StoreIO
 from mooli.engine.core import EngineCore

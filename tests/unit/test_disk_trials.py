@@ -18,7 +18,8 @@ from core_trials import Trial, random_setting
 
 from disk_fakes import ChosenEven, ErraticIO, MemoryStore
 from mooli.cache.host_pool import HostPool
-from mooli.cache.kv_cache import KVCache, MissReason
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.match_end import MissReason
 from mooli.cache.store_io import Piece
 from mooli.scheduler.disk_tier import DiskTier
 from mooli.scheduler.drafts import ForcedSettings

@@ -11,9 +11,10 @@ import pytest
 
 from mooli import cli
 from mooli.backends.base import CacheSpec, StateLayer
-from mooli.cache.kv_cache import KVCache, StateRoom
+from mooli.cache.kv_cache import KVCache
 from mooli.cache.page_hash import PageChain, root_of
 from mooli.cache.radix_tree import token_key
+from mooli.cache.states import StateRoom
 from mooli.cache.store.inspection import kept_pages
 from mooli.config import EngineConfig
 from mooli.engine.disk import FOLDER_VARIABLE, SGLANG_FOLDER_VARIABLE, kv_cache_folder, open_disk

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from mooli.batch import PageCopy
-from mooli.cache.kv_cache import Admission, Given, KVCache, MatchEnd, MissReason, RequestPages, StateRoom
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.match_end import MatchEnd, MissReason
 from mooli.cache.page_pool import PagePool
 from mooli.cache.radix_tree import token_key
+from mooli.cache.request_pages import Admission, Given, RequestPages
+from mooli.cache.states import StateRoom
 from mooli.cache.turns import Turn
 from mooli.errors import ConfigError, EngineError
 from mooli.types import Pin
@@ -415,7 +418,7 @@ def computed(cache: KVCache, admission: Admission, *token_ids: int) -> list[int]
 def test_a_match_ends_at_the_deepest_snapshot_whose_state_is_copied() -> None:
     cache = with_states()
     assert computed(cache, begun(cache, *range(10)), *range(10)) == [8], "a page less than all that could be asked"
-    assert cache.num_snapshots == 2, "and that of the end"
+    assert cache.states.num_snapshots == 2, "and that of the end"
     longer = begun(cache, *range(10), 50)
     assert (longer.num_matched, longer.end.reason) == (10, None)
     assert [copy.target for copy in longer.state_copies] == [longer.held.state]
@@ -433,7 +436,7 @@ def test_a_match_ends_at_the_deepest_snapshot_whose_state_is_copied() -> None:
     assert third.num_matched == 4
     cache.discard(third.held)
     cache.flush()
-    assert (cache.num_snapshots, cache.num_free_slots, cache.num_free) == (0, 9, 16)
+    assert (cache.states.num_snapshots, cache.states.num_free, cache.num_free) == (0, 9, 16)
     cache.check([])
 
 
@@ -442,7 +445,7 @@ def test_the_snapshot_used_least_recently_makes_room_and_its_pages_stay() -> Non
     computed(cache, begun(cache, *range(6)), *range(6))  # at 4 and 6
     cache.discard(begun(cache, *range(4), 80).held)  # that of 4 is used
     computed(cache, begun(cache, 90, 91), 90, 91)
-    assert (cache.num_snapshots, cache.num_dropped_snapshots, cache.num_tree_pages) == (2, 1, 3)
+    assert (cache.states.num_snapshots, cache.states.num_dropped, cache.num_tree_pages) == (2, 1, 3)
     assert begun(cache, *range(6), 80).num_matched == 4
     none = with_states(snapshots=0)
     assert computed(none, begun(none, *range(9)), *range(9)) == []
@@ -466,7 +469,7 @@ def test_snapshots_of_what_is_retained_are_given_up_last_and_are_a_share_of_all(
             ended(100 + first + other, 90)
     found = [begun(cache, *range(first, first + 9), 99).num_matched for first in (0, 20, 40)]
     assert found == [0, 8, 8], "two of four may be"
-    assert cache.num_snapshots == 4
+    assert cache.states.num_snapshots == 4
 
 
 def test_a_state_is_kept_where_a_pin_ends() -> None:
@@ -480,10 +483,10 @@ def test_a_state_is_kept_where_a_pin_ends() -> None:
 def test_snapshots_go_with_their_pages() -> None:
     cache = with_states()
     computed(cache, begun(cache, *range(14)), *range(14))
-    assert cache.num_snapshots == 2
+    assert cache.states.num_snapshots == 2
     cache.evict(1)
     cache.check([])
-    assert cache.num_snapshots == 1, "the last page had the state of the end"
+    assert cache.states.num_snapshots == 1, "the last page had the state of the end"
     assert begun(cache, *range(14)).num_matched == 12
 
 
@@ -545,7 +548,7 @@ def test_a_snapshot_from_outside_comes_to_its_pages_or_not_at_all() -> None:
     given = Given()
     assert cache.put_state("", tokens, 1, written.append, given) and given.states == set(written)
     cache.check([])
-    assert cache.states_there("", tokens, 3) == {1: written[0]} and cache.num_dropped_snapshots == 1
+    assert cache.states_there("", tokens, 3) == {1: written[0]} and cache.states.num_dropped == 1
     used = begun(cache, *range(4), 90)
     assert used.num_matched == 4 and used.state_copies[0].source == written[0]
     cache.discard(used.held)
@@ -560,4 +563,4 @@ def test_a_snapshot_from_outside_comes_to_its_pages_or_not_at_all() -> None:
     assert not none.put_state("", tokens, 1, written.append)
     cache.flush()
     cache.check([])
-    assert cache.num_free_slots == 3 + 2 + 2
+    assert cache.states.num_free == 3 + 2 + 2

@@ -11,8 +11,10 @@ import pytest
 from core_trials import Trial, run_trial
 
 from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, TokenMasks
-from mooli.cache.kv_cache import Admission, Given, KVCache, RequestPages
+from mooli.cache.kv_cache import KVCache
 from mooli.cache.radix_tree import TOKEN_BYTES, Insertion, Match, Node, RadixTree, token_key
+from mooli.cache.request_pages import Admission, Given, RequestPages
+from mooli.cache.states import States
 from mooli.cache.turns import Turn
 from mooli.scheduler import batch_builder
 from mooli.scheduler import running as running_room
@@ -577,12 +579,12 @@ def pages_used_without_a_state(patch: pytest.MonkeyPatch) -> None:
 
 
 def state_of_wrong_drafts_kept(patch: pytest.MonkeyPatch) -> None:
-    original = KVCache.end_step
+    original = States.end_step
 
-    def end_step(cache: KVCache, held: RequestPages, num_computed: int) -> bool:
-        return original(cache, held, held.state_tokens)
+    def end_step(states: States, held: RequestPages, num_computed: int) -> bool:
+        return original(states, held, held.state_tokens)
 
-    patch.setattr(KVCache, "end_step", end_step)
+    patch.setattr(States, "end_step", end_step)
 
 
 def snapshot_a_token_late(patch: pytest.MonkeyPatch) -> None:
@@ -608,7 +610,7 @@ def states_of_evicted_pages_leak(patch: pytest.MonkeyPatch) -> None:
 
 
 def snapshots_beyond_their_room(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(KVCache, "_make_room_for_snapshot", lambda cache: cache.num_free_slots > 1)
+    patch.setattr(States, "make_room", lambda states: states.num_free > 1)
 
 
 def state_freed_and_kept(patch: pytest.MonkeyPatch) -> None:
@@ -618,7 +620,7 @@ def state_freed_and_kept(patch: pytest.MonkeyPatch) -> None:
         slot = held.state
         original(cache, held, key, turn)
         if slot in cache._tree.snapshots:
-            cache._slots.free([slot])
+            cache.states._slots.free([slot])
 
     patch.setattr(KVCache, "release", release)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mooli.batch import ScheduleBatch
-from mooli.cache.kv_cache import KVCache, MatchEnd
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.match_end import MatchEnd
 from mooli.errors import ConfigError, EngineError, PromptError, RequestError
 from mooli.runner.fake import FakeRunner
 from mooli.scheduler.admission import head_start

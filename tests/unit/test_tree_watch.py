@@ -12,7 +12,8 @@ import pytest
 from core_trials import Trial
 
 from mooli.cache import tree_watch
-from mooli.cache.kv_cache import KVCache, MissReason
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.match_end import MissReason
 from mooli.cache.page_hash import PageChain, root_of
 from mooli.cache.radix_tree import Node, token_key
 from mooli.engine.core import EngineCore

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mooli.cache.kv_cache import Given, KVCache
+from mooli.cache.kv_cache import KVCache
 from mooli.cache.radix_tree import TOKEN_BYTES
+from mooli.cache.request_pages import Given
 
 
 def pages_there(cache: KVCache, namespace: str, key: bytes, num_pages: int) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mooli.cache.kv_cache import StateRoom
+from mooli.cache.states import StateRoom
 from mooli.errors import ConfigError, OutOfMemoryError
 
 GIB = 2**30

@@ -13,7 +13,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mooli.cache.kv_cache import KVCache, MatchEnd, MissReason
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.match_end import MatchEnd, MissReason
 from mooli.cache.radix_tree import TOKEN_BYTES
 from mooli.scheduler.request_state import RequestState
 from mooli.types import CacheEnd

@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mooli.cache.kv_cache import KVCache, MissReason
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.match_end import MissReason
 from mooli.cache.page_hash import PageChain, root_of
 from mooli.cache.page_moves import pages_there, put_pages
 from mooli.cache.store_io import Piece, StoreIO
@@ -208,8 +209,8 @@ class DiskTier:
         most = max(found.num_on_disk, found.first)
         if found.most_pages is not None:
             most = min(most, found.most_pages)
-        room = self._cache.states
-        can_come = room is not None and room.num_snapshots > 0
+        states = self._cache.states
+        can_come = states is not None and states.room.num_snapshots > 0
         found.num_on_disk = self._io.deepest_state(found.chain.digests[:most]) if can_come else 0
         match = self._cache.match(state.request.namespace, state.key, state.match_limit)
         found.num_before = len(match.pages) * self._cache.page_size + match.head_tokens

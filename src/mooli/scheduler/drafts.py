@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mooli.cache.kv_cache import KVCache, RequestPages
+from mooli.cache.kv_cache import KVCache
 from mooli.cache.radix_tree import token_key
+from mooli.cache.request_pages import RequestPages
 from mooli.errors import ConfigError
 from mooli.types import DraftCounts
 

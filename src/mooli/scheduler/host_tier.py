@@ -27,7 +27,8 @@ from enum import Enum
 from typing import Protocol
 
 from mooli.cache.host_pool import HostPool, PageName
-from mooli.cache.kv_cache import KVCache, MissReason
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.match_end import MissReason
 from mooli.cache.page_hash import PageChain, root_of
 from mooli.cache.page_moves import pages_there, put_pages, room_behind
 from mooli.scheduler.request_state import RequestState

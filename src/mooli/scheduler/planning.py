@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mooli.cache.kv_cache import KVCache, RequestPages
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.request_pages import RequestPages
 from mooli.scheduler.admission import AdmissionControl, Waiting
 from mooli.scheduler.batch_builder import Plan
 from mooli.scheduler.drafts import Drafts, ForcedSettings
@@ -168,8 +169,8 @@ class Planner:
         """Have the rows verify guesses, behind what is forced, where all continue outputs and together are few."""
         rows = plan.rows
         tokens_left = min(plan.tokens_left, drafts.settings.tokens_per_step - sum(row.length for row in rows))
-        if self.cache.most_tried is not None:
-            tokens_left = min(tokens_left, self.cache.most_tried)
+        if self.cache.states is not None:
+            tokens_left = min(tokens_left, self.cache.states.room.num_tried)
         if tokens_left < 1 or not all(row.continues_output for row in rows):
             return
         for index, row in enumerate(rows):

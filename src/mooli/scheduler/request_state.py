@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooli.batch import LogprobRow
-from mooli.cache.kv_cache import Given, MatchEnd, MissReason, RequestPages
+from mooli.cache.match_end import MatchEnd, MissReason
 from mooli.cache.radix_tree import token_key
+from mooli.cache.request_pages import Given, RequestPages
 from mooli.cache.turns import Turn
 from mooli.scheduler.constraint import Constrained
 from mooli.scheduler.drafts import DraftRecord

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from bisect import insort
 
-from mooli.cache.kv_cache import Admission, KVCache, RequestPages
+from mooli.cache.kv_cache import KVCache
 from mooli.cache.radix_tree import token_key
+from mooli.cache.request_pages import Admission, RequestPages
 from mooli.errors import EngineError
 from mooli.scheduler.batch_builder import BatchBuilder
 from mooli.scheduler.request_state import RequestState

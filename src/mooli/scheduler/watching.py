@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mooli.cache.kv_cache import KVCache, MatchEnd
+from mooli.cache.kv_cache import KVCache
+from mooli.cache.match_end import MatchEnd
 from mooli.cache.radix_tree import Node, token_key
 from mooli.scheduler.admission import Hold
 from mooli.scheduler.request_state import RequestState
