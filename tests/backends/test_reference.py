@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mooli.backends.base import AttentionSpec
-from mooli.backends.reference import ReferenceBackend, round_to
+from mooli.backends.reference import ReferenceBackend
+from mooli.backends.reference_ops import round_to
 from mooli.errors import ConfigError
 from steps import LIMITS, Pages, Row, step, uniform_cache
 
