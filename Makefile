@@ -11,7 +11,7 @@
 # make check-grammar   500 schemas and 300 sets of tools, sampled and judged (some minutes)
 # make bench-server    what serving costs beside computing, and whether users hold each other up
 # make bench-restart   what a server finds again of 200,000 tokens after SIGTERM and kill -9, and how soon; what a
-#                      slow disk does to steps (20 minutes)
+#                      slow disk does to steps (10 minutes)
 # make sanitize    the native tests under the compiler's sanitizers: addresses, undefined behaviour, threads
 # make soak        20 minutes of a server under several times its capacity
 # make wheels      wheels for every Python and processor, compiled here, and each of them run (needs apt and QEMU for Arm)
