@@ -131,7 +131,7 @@ def test_a_prompt_gives_what_transformers_gives_however_it_is_computed(golden: G
     require(variant.backend)
     with opened(golden.folder, variant) as runnable:
         alike.test_logits_agree_with_transformers(runnable, golden, variant)
-        alike.test_a_prompt_in_chunks_gives_what_it_gives_whole(runnable, variant, (1, 2, 3, 39))
+        alike.test_a_prompt_in_chunks_gives_what_it_gives_whole(runnable, variant, ((1, 2, 3, 39),))
         alike.test_rows_in_a_batch_give_what_they_give_alone(runnable, variant)
         alike.test_a_cached_prefix_gives_what_computing_it_gives(runnable, variant)
 
