@@ -6,6 +6,8 @@ Owns nothing that other backends' tests need; those are in `steps` and `variants
 from __future__ import annotations
 
 import importlib
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -134,3 +136,17 @@ class Inputs:
 def assert_same_bits(actual: Floats, expected: Floats, message: str = "") -> None:
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     assert actual.tobytes() == expected.tobytes(), message
+
+
+def thread_ids() -> set[str]:
+    """Of this process, where the system has a list of them."""
+    return set(os.listdir("/proc/self/task"))
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Whether the condition comes true before long: a thread that has ended may be seen for a moment."""
+    for _ in range(2000):
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False

@@ -20,6 +20,9 @@ from mooli.tensor import TensorType
 ROOT = Path(__file__).resolve().parents[2]
 FUSED_LEVELS = [level for level in LEVELS if level not in ("scalar", "amx")]
 """Those with a fused multiply-add, whose float sums are alike. AMX multiplies integers as bfloat16: test_cpu_amx.py."""
+MODEL_LEVELS = ("avx2", "neon")
+"""The lowest that people have. Models are made of the operations, which are tested at every level."""
+
 LEFT_OUT = (
     "llama-tied or llama-3 or llama-linear or qwen2 or qwen3-tied or smollm3 or ernie or granite or hunyuan or mistral"
 )
@@ -33,12 +36,14 @@ def needs(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", ALL_LEVELS[:-1])
-def test_a_lower_level_passes_the_tests_of_operations_sampling_and_models(level: str) -> None:
+def test_a_lower_level_passes_the_tests_of_operations_and_sampling(level: str) -> None:
     needs(level)
     if level == LEVELS[-1]:
         pytest.skip("the best level of this processor, on which all other tests run")
     names = ("ops", "sampling", "recurrent_ops", "experts", "latent", "sinks")
-    tests = [*(f"tests/backends/test_{name}.py" for name in names), "tests/models/test_llama_family.py"]
+    tests = [f"tests/backends/test_{name}.py" for name in names]
+    if level in MODEL_LEVELS:
+        tests.append("tests/models/test_llama_family.py")
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", f"cpu and not ({LEFT_OUT})"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests],
