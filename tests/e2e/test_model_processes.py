@@ -16,9 +16,14 @@ def engines_of(server: ServerProcess) -> set[int]:
     """Child processes that are not over."""
     pid = server.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {
-        int(child) for child in children if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    }
+    return {int(child) for child in children if not is_over(child)}
+
+
+def is_over(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):  # it was there a moment ago
+        return True
 
 
 def ask(server: ServerProcess, model: str) -> str:

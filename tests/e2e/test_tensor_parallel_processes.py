@@ -68,21 +68,27 @@ def stored(engine: Engine) -> int:
     return int(engine.get_server_info()["internal_states"][0]["loaded_tokens"])
 
 
+def read(path: Path) -> bytes:
+    """Of /proc; nothing where the process or the thread has just ended."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def ranks_below(pid: int) -> list[int]:
     """Ids of the rank processes among the children of a process, by /proc alone."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            if b"mooli.engine.rank_process" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
+        for child in map(int, read(task / "children").split()):
+            if b"mooli.engine.rank_process" in read(Path(f"/proc/{child}/cmdline")):
+                found.append(child)
     return found
 
 
 def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    state = read(Path(f"/proc/{pid}/stat")).rpartition(b")")[2].split()
+    return bool(state) and state[0] != b"Z"
 
 
 def test_two_processes_answer_as_one_until_one_is_killed_which_ends_the_engine(folder: str) -> None:
