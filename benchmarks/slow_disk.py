@@ -2,9 +2,8 @@
 
 One stream decodes all the time while prompts come one after another, new ones and some of before that have left memory:
 they are written, and loaded or computed again. Beside a stream no step is longer than its prompts are let be. Each step
-is timed: without a disk, with the disk as it is, and with a layer
-under the store that lets so many bytes a second through, in both directions. The three take turns, each with a folder
-of its own.
+is timed: without a disk, with the disk as it is, and with a layer under the store that lets so many bytes a second
+through, in both directions. The three take turns, each with a folder of its own.
 
     python benchmarks/slow_disk.py [--model FILE] [--mb-per-s 5] [--seconds 20] [--rounds 2]
 """

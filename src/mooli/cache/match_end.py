@@ -66,7 +66,7 @@ class MatchEnds:
         self._is_enabled = is_enabled
 
     def agreeing_tokens(self, match: Match) -> int:
-        """How many tokens agree with the tree, pages that end inside a node's included."""
+        """How many tokens agree with the tree: of the last node, where it goes on otherwise, those that do."""
         return (len(match.pages) - match.child_pages) * self._page_size + match.child_tokens
 
     def of(self, match: Match, usable: Match, num_tokens: int, max_matched: int) -> MatchEnd:
