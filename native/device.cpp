@@ -57,11 +57,11 @@ class Processor {
   bool has_avx_vnni() const { return all(a1_, 4); }
   bool has_avx512() const { return keeps(0xe6) && all(b_, 16, 17, 30, 31) && all(c_, 11); }  // F, DQ, BW, VL; VNNI
   bool has_avx512_bf16() const { return all(a1_, 5); }
-  // Tiles of bfloat16 beside VBMI. Linux gives them to a process that asks for them, once.
+  // Tiles of bfloat16 and of bytes. Linux gives them to a process that asks for them, once.
   bool has_tiles() const {
 #if defined(MOOLI_AMX)
     constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, which older headers lack
-    return keeps(0x600e6) && all(c_, 1) && all(d_, 22, 24) && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+    return keeps(0x600e6) && all(d_, 22, 24, 25) && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 #else
     return false;
 #endif
@@ -302,7 +302,9 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
   max_tokens = 0;  // no step may run on buffers whose allocation failed
   const size_t beyond = 256 + kMaxRows * size_t(head) * 4;  // what kernels read behind the last row and do not use
   activations = Buffer(size_t(max_tokens_) * ((max_k + 31) / 32 * 32) * 4 + beyond);
-  const int group_bytes = std::max(kernels.few[Q8].group_bytes, kernels.many[Q8].group_bytes);
+  int group_bytes = 0;
+  for (int kind = 0; is_integer(Kind(kind)); kind++)
+    group_bytes = std::max({group_bytes, kernels.few[kind].group_bytes, kernels.many[kind].group_bytes});
   gated = Buffer(size_t(max_tokens_) * ((max_k + 31) / 32) * group_bytes + beyond);
   queries = Buffer(size_t(max_tokens_) * num_heads * head * 4 + beyond);
   units = Buffer(size_t(max_tokens_) * units_width * 4);
@@ -313,7 +315,7 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
   for (auto& w : work) {
     if (has_latents) w.latent = Buffer(size_t(kMaxRows) * padded(max_k) * 4 + beyond);
     w.rows = Buffer(size_t(kMaxRows) * max_k * 4);
-    w.wide = Buffer(panel_bytes(BF16, kChunk));
+    w.wide = Buffer(panel_bytes(F32, kChunk));
     w.sums = Buffer(size_t(kPanelsTogether) * (size_t(max_tokens_) + kMaxRows) * kPanel * 4);
     w.half = Buffer(size_t(max_tokens_) * 16 * 4);
     w.out = Buffer(rows * head * 4);

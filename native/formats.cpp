@@ -133,6 +133,16 @@ void q3_k_codes(const uint8_t* row, int g, int8_t* code, int* scales) {
   }
 }
 
+// Q6_K: 32 codes, value + 32, and the scale of each half of them.
+void q6_k_codes(const uint8_t* row, int g, uint8_t* code, float* scales) {
+  const uint8_t* b = row + size_t(g / 8) * 210;
+  const int half = g % 8 / 4, quarter = g % 4;
+  const uint8_t *low = b + half * 64 + quarter % 2 * 32, *high = b + 128 + half * 32;
+  for (int i = 0; i < 32; i += 8)
+    store8(code + i, ((load8(low + i) >> quarter / 2 * 4) & kLow) | ((load8(high + i) >> 2 * quarter) & (3 * kOnes)) << 4);
+  for (int i = 0; i < 2; i++) scales[i] = half_at(b + 208) * float(int8_t(b[192 + g % 8 * 2 + i]));
+}
+
 // Integer codes of 32 values with value = scale * code + minimum, for the formats that have them per 32.
 struct Group { uint8_t code[32]; float scale, minimum; };
 
@@ -195,6 +205,36 @@ void put_q4(char* panel, int column, int g, bool with_minimum, uint16_t scale, u
   }
 }
 
+// The 32 codes of a group, value + 32; of each half a scale.
+void put_q6(char* panel, int column, int g, const uint16_t* scales, const uint8_t* code) {
+  char* group = panel + size_t(g) * 896;
+  for (int part = 0; part < 2; part++) put_half(group + part * 64 + column * 2, scales[part]);
+  char* p = group + 128 + column / 16 * 384 + column % 16 * 4;
+  for (int line = 0; line < 4; line++) {
+    uint32_t low_step, high_step;
+    memcpy(&low_step, code + line * 8, 4);
+    memcpy(&high_step, code + line * 8 + 4, 4);
+    constexpr uint32_t kNibbles = 0x0f0f0f0fu;
+    const uint32_t both = (low_step & kNibbles) | (high_step & kNibbles) << 4;
+    memcpy(p + line * 64, &both, 4);
+  }
+  for (int part = 0; part < 2; part++) {
+    uint32_t high = 0;
+    for (int step = 0; step < 4; step++) {
+      uint32_t codes;
+      memcpy(&codes, code + part * 16 + step * 4, 4);
+      high |= (codes >> 4 & 0x03030303u) << 2 * step;
+    }
+    memcpy(p + 256 + part * 64, &high, 4);
+  }
+}
+int q6_code(const char* panel, int column, int k) {  // without its 32
+  const int j = k % 32, step = j / 4;
+  const char* p = panel + size_t(k / 32) * 896 + 128 + column / 16 * 384 + column % 16 * 4 + j % 4;
+  const int low = uint8_t(p[step / 2 * 64]) >> step % 2 * 4 & 15, high = uint8_t(p[256 + step / 4 * 64]) >> step % 4 * 2 & 3;
+  return (low | high << 4) - 32;
+}
+
 // Added and taken away, it leaves the nearest whole number, ties to even, for |x| < 2^22.
 constexpr float kRound = 12582912.f;
 
@@ -239,6 +279,19 @@ void quantize_q8(const float* x, float& scale, uint8_t* code) {
     memcpy(whole + 4 * i, &four, 16);
   }
   for (int i = 0; i < 32; i++) code[i] = uint8_t(whole[i] + 128);
+}
+
+// Sixteen values to six bits, for files of other formats: tests and measures ask for it.
+void quantize_q6(const float* x, uint16_t& half_scale, uint8_t* code) {
+  float largest = 0.f;
+  bool is_fit = true;
+  for (int i = 0; i < 16; i++) {
+    is_fit &= std::fabs(x[i]) <= std::numeric_limits<float>::max();
+    largest = std::max(largest, std::fabs(x[i]));
+  }
+  half_scale = float_to_half(is_fit && largest <= 31.f * kLargestHalf ? largest / 31.f : kBadScale);
+  const float scale = half_to_float(half_scale);
+  for (int i = 0; i < 16; i++) code[i] = uint8_t(32 + (scale > 0.f ? std::clamp(int(std::lrintf(x[i] / scale)), -32, 31) : 0));
 }
 
 // To the nearest of sixteen values, the largest at that of largest size and its sign: no file asks for it, tests and measures do.
@@ -304,19 +357,12 @@ void decode_row(Format format, const uint8_t* row, int columns, float* out) {
       for (int i = 0; i < columns; i++) { uint16_t h; memcpy(&h, row + 2 * i, 2); out[i] = bf16_to_float(h); }
       return;
     case kQ6_K:
-      for (int s = 0; s < columns / 256; s++) {
-        const uint8_t* b = row + size_t(s) * 210;
-        float d = half_at(b + 208);
-        for (int part = 0; part < 16; part++) {  // 16 values with one scale
-          const int half = part / 8, quarter = part % 8 / 2, first = part % 2 * 16;
-          const uint8_t *low = b + half * 64 + quarter % 2 * 32 + first, *high = b + 128 + half * 32 + first;
-          const int low_shift = quarter / 2 * 4, high_shift = quarter * 2;
-          const float scale = d * float(((const int8_t*)b)[192 + half * 8 + part % 8]);
-          uint8_t code[16];
-          for (int i = 0; i < 16; i += 8)
-            store8(code + i, ((load8(low + i) >> low_shift) & kLow) | ((load8(high + i) >> high_shift) & (3 * kOnes)) << 4);
-          for (int i = 0; i < 16; i++) out[s * 256 + part * 16 + i] = scale * float(int(code[i]) - 32);
-        }
+      for (int g = 0; g < columns / 32; g++) {
+        uint8_t code[32];
+        float scales[2];
+        q6_k_codes(row, g, code, scales);
+        for (int half = 0; half < 2; half++)
+          for (int i = 16 * half; i < 16 * half + 16; i++) out[g * 32 + i] = scales[half] * float(int(code[i]) - 32);
       }
       return;
     case kQ2_K:
@@ -412,6 +458,16 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
     }
     return;
   }
+  if (kind == Q6 && format == kQ6_K) {
+    for (int i = 0; i < groups; i++) {
+      uint8_t code[32];
+      float scales[2];
+      q6_k_codes(row, i, code, scales);
+      const uint16_t halves[2] = {float_to_half(scales[0]), float_to_half(scales[1])};
+      put_q6(panel, column, g + i, halves, code);
+    }
+    return;
+  }
   if (kind == BF16 && format == kBF16 && k == groups * 32) {  // in pairs, as they are
     for (int j = 0; j < k; j += 2) memcpy(panel + size_t(g * 16 + j / 2) * 128 + column * 4, row + 2 * j, 4);
     return;
@@ -448,6 +504,12 @@ void pack_groups(Kind kind, Format format, const uint8_t* row, int k, char* pane
         else for (int j = 0; j < 32; j++)
           code[j] = uint8_t(scale > 0.f ? std::clamp(int(std::lrintf((v[j] - minimum) / scale)), 0, 15) : 0);
         put_q4(panel, column, g + i, true, float_to_half(scale), float_to_half(minimum), code);
+        break;
+      }
+      case Q6: {
+        uint16_t halves[2];
+        for (int half = 0; half < 2; half++) quantize_q6(v + 16 * half, halves[half], code + 16 * half);
+        put_q6(panel, column, g + i, halves, code);
         break;
       }
       case IQ4: case FP4:
@@ -519,6 +581,9 @@ void unpack_column(Kind kind, const char* panel, int k, int column, float* out) 
         out[i] = half_at(s) * float(high ? c >> 4 : c & 15) + half_at(s + 64);
         break;
       }
+      case Q6:
+        out[i] = half_at((const uint8_t*)p + size_t(g) * 896 + i % 32 / 16 * 64 + column * 2) * float(q6_code(p, column, i));
+        break;
       case BF16: {
         uint16_t h;
         memcpy(&h, p + size_t(i / 2) * 128 + column * 4 + (i & 1) * 2, 2);

@@ -19,8 +19,8 @@ size_t row_bytes(Format format, int columns);
 void decode_row(Format format, const uint8_t* row, int columns, float* out);
 
 // Write `count` weight rows (k values of `format` each, `row_stride` bytes apart) as columns of a panel of `kind`. These keep
-// their integers: Q8_0, Q5_0, Q4_0, Q3_K, IQ4_NL, IQ4_XS and MXFP4 to Q8, Q4_0 to Q4, Q4_1 and Q4_K to Q4M, IQ4_NL and IQ4_XS to
-// IQ4, MXFP4 to FP4. Everything else goes through float, and to Q4 through `quantize_q4`.
+// their integers: Q8_0, Q5_0, Q4_0, Q3_K, IQ4_NL, IQ4_XS and MXFP4 to Q8, Q4_0 to Q4, Q4_1 and Q4_K to Q4M, Q6_K to Q6, IQ4_NL and
+// IQ4_XS to IQ4, MXFP4 to FP4. Everything else goes through float, and to Q4 through `quantize_q4`.
 void pack_columns(Kind kind, Format format, const uint8_t* rows, size_t row_stride, int count, int k, int padded_k, char* panel,
                   int first_column, QuantizeFn quantize_q4);
 // The inverse, for tests: the values the kernels compute with.

@@ -7,10 +7,14 @@
 //                     high nibble k-step 2j+1, value + 8]                                                576 bytes
 //   Q4M  as Q4 with [32 x f16 scale][32 x f16 minimum], value = scale * code + minimum                   640 bytes
 //   IQ4, FP4  as Q4, value = scale * one of sixteen, which the code chooses                            576 bytes
+//   Q6   per 32 of K: [2 x 32 x f16 scale: of the first and the last 16 of K][2 halves][4 lines as of Q4, with the low
+//                     four bits of value + 32; 2 lines [16 columns][4 bytes: the high two bits of k-steps
+//                     4j, 4j+1, 4j+2, 4j+3, lowest first]]                                                       896 bytes
 //   BF16 per 2 of K: [32 columns][2];  F16 / F32 per 1 of K: [32 columns]
 // Activations of a block of R rows:
 //   int  per 32 of K: [R x f32 scale][R x i32 -zero * sum; Q4M: R x f32 scale * sum][8 k-steps][R][4 x s8];
-//        IQ4, FP4: as Q8; Q4: [R x f32 c][R x bits of c - 8 * sum] and the same codes, c as in kernels.inc
+//        IQ4, FP4: as Q8; Q4: [R x f32 c][R x bits of c - 8 * sum] and the same codes, c as in kernels.inc;
+//        Q6: [R x f32 scale][R x i32 -32 * sum of the first 16][R x i32 the same of the last 16] and the same codes
 //   BF16 per 2 of K: [R][2], without a dot product for it as float;  float per 1 of K: [R] as f32
 // With AMX they lie as its tiles do, and integers are widened to bfloat16: kernels_amx.inc.
 #pragma once
@@ -19,7 +23,7 @@
 
 namespace mooli {
 
-enum Kind : int { Q8 = 0, Q4 = 1, Q4M = 2, IQ4 = 3, FP4 = 4, BF16 = 5, F16 = 6, F32 = 7, kNumKinds = 8 };
+enum Kind : int { Q8 = 0, Q4 = 1, Q4M = 2, IQ4 = 3, FP4 = 4, Q6 = 5, BF16 = 6, F16 = 7, F32 = 8, kNumKinds = 9 };
 inline bool is_integer(Kind kind) { return kind < BF16; }
 
 // What codes stand for: of IQ4 (ggml's formats of that name) and, doubled, of FP4 (E2M1 of OCP's Microscaling Formats 1.0).
@@ -44,6 +48,7 @@ inline size_t panel_bytes(Kind kind, int padded_k) {
     case Q8: return size_t(padded_k / kGroup) * (64 + 1024);
     case Q4: case IQ4: case FP4: return size_t(padded_k / kGroup) * (64 + 512);
     case Q4M: return size_t(padded_k / kGroup) * (128 + 512);
+    case Q6: return size_t(padded_k / kGroup) * (128 + 512 + 256);
     case BF16: case F16: return size_t(padded_k) * kPanel * 2;
     default: return size_t(padded_k) * kPanel * 4;
   }

@@ -66,6 +66,15 @@ MOOLI_INLINE WeightLine low_nibbles(const char* p) { return {_mm512_and_si512(_m
 MOOLI_INLINE WeightLine high_nibbles(const char* p) {
   return {_mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15))};
 }
+// Codes of six bits of k-step `step` of four: their low bits are nibbles of a line for two steps, their high ones have a line
+// for all four.
+MOOLI_INLINE WeightLine six_bits(const char* low, const char* high, int step) {
+  const vi l = _mm512_loadu_si512(low), h = _mm512_loadu_si512(high);
+  const vi nibbles = step % 2 ? _mm512_srli_epi16(l, 4) : l;
+  const vi top = step == 0 ? _mm512_slli_epi16(h, 4) : step == 1 ? _mm512_slli_epi16(h, 2) : step == 2 ? h : _mm512_srli_epi16(h, 2);
+  constexpr int kSelect = 0xe4;  // the first where the third has ones, elsewhere the second
+  return {_mm512_and_si512(_mm512_ternarylogic_epi32(nibbles, top, _mm512_set1_epi8(15), kSelect), _mm512_set1_epi8(63))};
+}
 // The weights that codes choose in a table of sixteen.
 MOOLI_INLINE WeightLine look_up(WeightLine codes, const uint8_t* table) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), codes.w)};
@@ -141,6 +150,12 @@ MOOLI_INLINE float hmax(vf a) {
 MOOLI_INLINE bool any_nan(vf a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
 struct Activation { vi x; };
 MOOLI_INLINE Activation ld_activation(const int* a) { return {_mm256_set1_epi32(*a)}; }
+MOOLI_INLINE vi six_bit_codes(const char* low, const char* high, int step) {
+  const vi l = _mm256_loadu_si256((const vi*)low), h = _mm256_loadu_si256((const vi*)high);
+  const vi nibbles = step % 2 ? _mm256_srli_epi16(l, 4) : l;
+  const vi top = step == 0 ? _mm256_slli_epi16(h, 4) : step == 1 ? _mm256_slli_epi16(h, 2) : step == 2 ? h : _mm256_srli_epi16(h, 2);
+  return _mm256_or_si256(_mm256_and_si256(nibbles, _mm256_set1_epi8(15)), _mm256_and_si256(top, _mm256_set1_epi8(48)));
+}
 #if defined(__AVXVNNI__)
 struct WeightLine { vi w; };
 MOOLI_INLINE WeightLine ld_weights(const char* p) { return {_mm256_loadu_si256((const vi*)p)}; }
@@ -148,6 +163,7 @@ MOOLI_INLINE WeightLine low_nibbles(const char* p) { return {_mm256_and_si256(ld
 MOOLI_INLINE WeightLine high_nibbles(const char* p) {
   return {_mm256_and_si256(_mm256_srli_epi16(ld_weights(p).w, 4), _mm256_set1_epi8(15))};
 }
+MOOLI_INLINE WeightLine six_bits(const char* low, const char* high, int step) { return {six_bit_codes(low, high, step)}; }
 MOOLI_INLINE WeightLine look_up(WeightLine codes, const uint8_t* table) {
   return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table)), codes.w)};
 }
@@ -186,6 +202,15 @@ MOOLI_INLINE WeightLine look_up(NibbleLine codes, const uint8_t* table) {
 MOOLI_INLINE vi dot4(vi acc, NibbleLine w, Activation a) {
   vi t;
   __asm__("vpmaddubsw %3,%2,%1\n\tvpaddw %1,%0,%0" : "+x"(acc), "=&x"(t) : "x"(w.w), "x"(a.x));
+  return acc;
+}
+// Products with codes of six bits are added up in 32 bits: two of them come to 2 x 63 x 127.
+struct SixBitLine { vi w; };
+MOOLI_INLINE SixBitLine six_bits(const char* low, const char* high, int step) { return {six_bit_codes(low, high, step)}; }
+MOOLI_INLINE vi dot4(vi acc, SixBitLine w, Activation a) {
+  vi t;
+  __asm__("vpmaddubsw %3,%2,%1\n\tvpmaddwd %4,%1,%1\n\tvpaddd %1,%0,%0"
+          : "+x"(acc), "=&x"(t) : "x"(w.w), "x"(a.x), "x"(_mm256_set1_epi16(1)));
   return acc;
 }
 MOOLI_INLINE vi begin_nibbles(int) { return _mm256_setzero_si256(); }
@@ -278,6 +303,11 @@ struct WeightLine { uint8_t b[16]; };
 MOOLI_INLINE WeightLine ld_weights(const char* p) { WeightLine w; memcpy(w.b, p, 16); return w; }
 MOOLI_INLINE WeightLine low_nibbles(const char* p) { WeightLine w = ld_weights(p); for (auto& x : w.b) x &= 15; return w; }
 MOOLI_INLINE WeightLine high_nibbles(const char* p) { WeightLine w = ld_weights(p); for (auto& x : w.b) x >>= 4; return w; }
+MOOLI_INLINE WeightLine six_bits(const char* low, const char* high, int step) {
+  WeightLine l = ld_weights(low), h = ld_weights(high);
+  for (int i = 0; i < 16; i++) l.b[i] = uint8_t((l.b[i] >> step % 2 * 4 & 15) | (h.b[i] >> 2 * step & 3) << 4);
+  return l;
+}
 MOOLI_INLINE WeightLine look_up(WeightLine codes, const uint8_t* table) { for (auto& x : codes.b) x = table[x]; return codes; }
 // not inlined: unrolled by the callers it would only bloat the slowest level
 __attribute__((noinline, unused)) vi dot4(vi acc, const WeightLine& w, const int* a) {

@@ -55,8 +55,8 @@ MOOLI_INLINE float hmax(vf a) {
 MOOLI_INLINE bool any_nan(vf a) { return vminvq_u32(vceqq_f32(a, a)) == 0; }
 
 // The dot product takes two signed operands. A Q8 weight is stored as value + 128: with its top bit flipped it is the value
-// itself, and the sum needs no correction, so rows are prepared with a zero of 0 instead of 128. Codes of 4 bits are
-// positive in either reading and keep their zero of 8. The int32 sum of a group is the same number at every level.
+// itself, and the sum needs no correction, so rows are prepared with a zero of 0 instead of 128. Codes of 4 and 6
+// bits are positive in either reading and keep their zeros of 8 and 32. The int32 sum of a group is the same number at every level.
 #define MOOLI_SIGNED_WEIGHTS
 constexpr int kQ8Zero = 0;
 struct WeightLine { int8x16_t w; };
@@ -67,6 +67,12 @@ MOOLI_INLINE WeightLine low_nibbles(const char* p) {
   return {vreinterpretq_s8_u8(vandq_u8(vld1q_u8((const uint8_t*)p), vdupq_n_u8(15)))};
 }
 MOOLI_INLINE WeightLine high_nibbles(const char* p) { return {vreinterpretq_s8_u8(vshrq_n_u8(vld1q_u8((const uint8_t*)p), 4))}; }
+MOOLI_INLINE WeightLine six_bits(const char* low, const char* high, int step) {
+  const uint8x16_t l = vld1q_u8((const uint8_t*)low), h = vld1q_u8((const uint8_t*)high);
+  const uint8x16_t nibbles = step % 2 ? vshrq_n_u8(l, 4) : vandq_u8(l, vdupq_n_u8(15));
+  const uint8x16_t top = step == 0 ? vshlq_n_u8(h, 4) : step == 1 ? vshlq_n_u8(h, 2) : step == 2 ? h : vshrq_n_u8(h, 2);
+  return {vreinterpretq_s8_u8(vorrq_u8(nibbles, vandq_u8(top, vdupq_n_u8(48))))};
+}
 MOOLI_INLINE WeightLine look_up(WeightLine codes, const uint8_t* table) {
   return {vqtbl1q_s8(vld1q_s8((const int8_t*)table), vreinterpretq_u8_s8(codes.w))};
 }

@@ -136,6 +136,14 @@ def assert_within_a_step(
         scale = (extreme / values[np.abs(values).argmax()]).astype(np.float32).astype(np.float16).astype(np.float64)
         nearest = np.abs(exact[..., None] - scale[..., None] * values).min(-1)
         assert (error <= nearest + 1e-6 * np.abs(extreme)).all()
+    elif kind == Kind.Q6:
+        halves = exact.reshape(*exact.shape[:-1], 2, 16)
+        step = np.repeat(np.abs(halves).max(-1) / 31, 16, -1)
+        if tensor.type == TensorType.Q6_K:
+            # the same codes; scales, products of two numbers, are rounded to float16
+            assert (error <= np.abs(exact) * HALF_ROUNDING + 32 * SMALLEST_HALF).all()
+        else:
+            assert (error <= step * (0.5 + 32 * HALF_ROUNDING) + 32 * SMALLEST_HALF).all()
     elif kind == Kind.Q4M and tensor.type == TensorType.Q4_K:
         # the same codes; scale and minimum, products of two numbers, are rounded to float16
         assert (error <= q4_k_rounding(tensor)).all()
@@ -218,8 +226,9 @@ def test_what_no_code_can_hold_makes_its_group_nan_and_no_other(device: Any, kin
     clean = packed(device, kind, stored(values))
     values[7, 40] = bad
     actual = packed(device, kind, stored(values))
-    assert np.isnan(actual[7, 32:64]).all()
-    actual[7, 32:64] = clean[7, 32:64]
+    group = slice(32, 48 if kind == Kind.Q6 else 64)  # what shares a scale
+    assert np.isnan(actual[7, group]).all()
+    actual[7, group] = clean[7, group]
     assert_same_bits(actual, clean)
 
 

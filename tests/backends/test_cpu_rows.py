@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpu_ops import LEVELS, Floats, Inputs, allocate, assert_same_bits, cpu_backend, random, random_tensor, stored
+from cpu_ops import (
+    BLOCK,
+    LEVELS,
+    Floats,
+    Inputs,
+    allocate,
+    assert_same_bits,
+    cpu_backend,
+    random,
+    random_tensor,
+    stored,
+)
 
 from mooli.backends.base import AttentionSpec, Limits, RopeSpec
 from mooli.tensor import TensorType
@@ -20,6 +31,7 @@ KINDS = {
     "Q4M": (TensorType.Q4_1, "float32"),
     "IQ4": (TensorType.IQ4_NL, "float32"),
     "FP4": (TensorType.MXFP4, "float32"),
+    "Q6": (TensorType.Q6_K, "float32"),
     "BF16": (TensorType.BF16, "bfloat16"),
     "F16": (TensorType.F16, "float16"),
     "F32": (TensorType.F32, "float32"),
@@ -34,8 +46,9 @@ every_kind = pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("gated", [False, True], ids=["linear", "gated"])
 def test_a_row_of_a_linear_has_the_same_bits_among_1_to_40(level: str, kind: str, gated: bool) -> None:
     storage, dtype = KINDS[kind]
+    columns = -(-160 // BLOCK[storage][0]) * BLOCK[storage][0]
     with cpu_backend(level, dtype=dtype) as backend:
-        parts = [random_tensor(storage, 50, 160, seed=seed) for seed in (1, 2)]
+        parts = [random_tensor(storage, 50, columns, seed=seed) for seed in (1, 2)]
         if gated:
             weight = backend.load_gated(*parts)
             captured = backend.capture(lambda batch, x: backend.ops.gated_linear(batch, x, weight))
@@ -43,7 +56,7 @@ def test_a_row_of_a_linear_has_the_same_bits_among_1_to_40(level: str, kind: str
             weight = backend.load_linear(parts)
             captured = backend.capture(lambda batch, x: backend.ops.linear(batch, x, weight))
         assert backend.describe()["weight_kinds"] == {kind: 1}
-        values = random(3, MOST_ROWS, 160) * np.logspace(-3, 3, MOST_ROWS, dtype=np.float32)[:, None]
+        values = random(3, MOST_ROWS, columns) * np.logspace(-3, 3, MOST_ROWS, dtype=np.float32)[:, None]
         inputs = Inputs(backend, values)
         alone = np.concatenate([inputs.through(captured, [row]) for row in range(MOST_ROWS)])
         assert np.isfinite(alone).all()
@@ -170,7 +183,7 @@ def test_rows_that_share_pages_have_the_bits_of_each_alone(
 @every_level
 @pytest.mark.parametrize(
     ("down_kind", "width"),  # blocks of 32 are quantised as they are; other widths when they are loaded
-    [("Q8", 16), ("Q8", 50), ("Q8", 224), ("Q4", 16), ("Q4", 50), ("Q4", 224), ("Q4M", 224), ("BF16", 50)],
+    [("Q8", 16), ("Q8", 50), ("Q8", 224), ("Q4", 16), ("Q4", 50), ("Q4", 224), ("Q4M", 224), ("Q6", 256), ("BF16", 50)],
 )
 @pytest.mark.parametrize("kind", ["Q8", "Q4M", "F32"])
 def test_a_gated_linear_and_the_next_in_one_have_the_bits_of_one_after_the_other(

@@ -26,7 +26,7 @@ CONFIG = LlamaConfig(
     head_dim=32,
     qk_norm=True,
 )
-VERSION = 1
+VERSION = 2
 BITS = {
     # dtype, quantization, KV type: digests at the levels of scalar and of avx2
     ("float32", None, "float32"): ("4f3ecd792c3669ab", "ca5815458591d53e"),

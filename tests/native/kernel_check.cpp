@@ -21,7 +21,7 @@ using namespace check;
 
 namespace {
 
-const char* const kKindNames[] = {"q8", "q4", "q4m", "iq4", "fp4", "bf16", "f16", "f32"};
+const char* const kKindNames[] = {"q8", "q4", "q4m", "iq4", "fp4", "q6", "bf16", "f16", "f32"};
 
 Bytes prepare(const Kernels& k, int kind, const Floats& x, int first, int rows, int columns) {
   const int padded = (columns + kGroup - 1) / kGroup * kGroup;
@@ -32,14 +32,15 @@ Bytes prepare(const Kernels& k, int kind, const Floats& x, int first, int rows, 
 
 // ---------------------------------------------------------------- rows as the integer kernels see them
 
-struct Quantised { float scale; int32_t start; int8_t q[kGroup]; };
+struct Quantised { float scale; int32_t start[2]; int8_t q[kGroup]; };
 
-Quantised group_of(const Bytes& block, int group, int row, int rows) {
-  Quantised out;
-  const char* b = block.data() + size_t(group) * (8 + kGroup) * size_t(rows);
+Quantised group_of(const Bytes& block, int kind, int group, int row, int rows) {
+  Quantised out{};
+  const int parts = kind == Q6 ? 2 : 1, head = 4 + 4 * parts;
+  const char* b = block.data() + size_t(group) * size_t(head + kGroup) * size_t(rows);
   memcpy(&out.scale, b + 4 * row, 4);
-  memcpy(&out.start, b + 4 * rows + 4 * row, 4);
-  for (int i = 0; i < kGroup / 4; i++) memcpy(out.q + 4 * i, b + 8 * rows + 4 * row + 4 * rows * i, 4);
+  for (int part = 0; part < parts; part++) memcpy(&out.start[part], b + 4 * (1 + part) * rows + 4 * row, 4);
+  for (int i = 0; i < kGroup / 4; i++) memcpy(out.q + 4 * i, b + head * rows + 4 * row + 4 * rows * i, 4);
   return out;
 }
 
@@ -63,18 +64,20 @@ void check_rows(const Kernels& k) {
   x[kColumns + 64] = -127.f;
   x[2 * kColumns + 7] = std::nanf("");
   x[3 * kColumns + 40] = INFINITY;
-  for (int kind : {Q8, Q4, Q4M, IQ4, FP4}) {
+  for (int kind = 0; is_integer(Kind(kind)); kind++) {
     const std::string name = std::string("exact/quantised/") + kKindNames[kind];
     Bytes actual = prepare(k, kind, x, 0, kRows, kColumns), expected = prepare(scalar, kind, x, 0, kRows, kColumns), digested;
     for (int r = 0; r < kRows; r++)
       for (int g = 0; g < kGroups; g++) {
-        Quantised a = group_of(actual, g, r, kRows), e = group_of(expected, g, r, kRows);
+        Quantised a = group_of(actual, kind, g, r, kRows), e = group_of(expected, kind, g, r, kRows);
         const bool bad = (r == 2 && g == 0) || (r == 3 && g == 1);
         expect(std::isnan(a.scale) == bad, k.name, name + ": a fault of the input does not show, or one shows that is none");
         expect(bad || a.scale == e.scale, k.name, name + ": scale");
         expect(memcmp(a.q, e.q, kGroup) == 0, k.name, name + ": codes");
         // Q8 may be prepared for signed or for unsigned weights
-        expect(a.start == e.start || (kind != Q4 && kind != Q4M && a.start == 0), k.name, name + ": start of the sum");
+        const bool may_be_signed = kind == Q8 || kind == IQ4 || kind == FP4;
+        for (int part = 0; part < 2; part++)
+          expect(a.start[part] == e.start[part] || (may_be_signed && a.start[part] == 0), k.name, name + ": start of the sum");
         digested.insert(digested.end(), a.q, a.q + kGroup);
       }
     print_digest(k.name, name, digested.data(), digested.size());
@@ -135,20 +138,21 @@ void check_linear(const Kernels& k, int kind) {
 
 // Codes over their whole range under scales of one: sums are whole numbers below 2^24, and every level must have them.
 void check_integer_sums(const Kernels& k, int kind) {
-  constexpr int kColumns = 320;
+  constexpr int kColumns = 512;
   Random random(4);
   Bytes panel(panel_bytes(Kind(kind), kColumns) + 64);
   Floats weights(size_t(kPanel) * kColumns), x(size_t(kMaxRows) * kColumns);
-  const Format formats[] = {kQ8_0, kQ4_0, kQ4_1, kIQ4_NL, kMXFP4}, format = formats[kind];
-  const size_t block = row_bytes(format, kGroup), header = kind == Q4M ? 4 : 2;
+  const Format formats[] = {kQ8_0, kQ4_0, kQ4_1, kIQ4_NL, kMXFP4, kQ6_K}, format = formats[kind];
+  const size_t block = row_bytes(format, block_values(format));
   for (int column = 0; column < kPanel; column++) {
     std::vector<uint8_t> row(row_bytes(format, kColumns));
     for (size_t i = 0; i < row.size(); i++) row[i] = column == 0 ? 0x80 : column == 1 ? 0x7f : column == 2 ? 0xff : uint8_t(random.bits());
     for (size_t i = 0; i < row.size(); i += block) {
       const uint16_t one = float_to_half(1.f), minimum = float_to_half(-5.f);
       if (kind == FP4) row[i] = 128;
-      else memcpy(&row[i], &one, 2);
-      if (header == 4) memcpy(&row[i + 2], &minimum, 2);
+      else memcpy(&row[i + (kind == Q6 ? 208 : 0)], &one, 2);
+      if (kind == Q4M) memcpy(&row[i + 2], &minimum, 2);
+      if (kind == Q6) for (size_t part = 0; part < 16; part++) row[i + 192 + part] = part % 3 ? 1 : uint8_t(-2);
     }
     decode_row(format, row.data(), kColumns, &weights[size_t(column) * kColumns]);
     pack_columns(Kind(kind), format, row.data(), 0, 1, kColumns, kColumns, panel.data(), column, k.quantize_q4);

@@ -195,7 +195,7 @@ inline void check_choosing(const std::string& level, const std::string& name, La
 
 inline void check_tape(const std::string& level) {
   using namespace mooli;
-  const std::pair<Kind, KvType> variants[] = {{Q8, KV_F32}, {Q4, KV_F16}, {Q4M, KV_BF16}, {IQ4, KV_F32}, {FP4, KV_F16}, {BF16, KV_BF16}, {F16, KV_F16}, {F32, KV_F32}, {F32, KV_INT8}};
+  const std::pair<Kind, KvType> variants[] = {{Q8, KV_F32}, {Q4, KV_F16}, {Q4M, KV_BF16}, {IQ4, KV_F32}, {FP4, KV_F16}, {Q6, KV_BF16}, {BF16, KV_BF16}, {F16, KV_F16}, {F32, KV_F32}, {F32, KV_INT8}};
   std::vector<int32_t> ids;
   Random random(21);
   for (int i = 0; i < 150; i++) ids.push_back(random.below(Layer::kVocabulary));

@@ -21,7 +21,7 @@ from mooli.batch import PageCopy, SamplingBatch, ScheduleBatch, StateCopy
 from mooli.errors import ConfigError
 from mooli.tensor import RawTensor
 
-NUMERIC_VERSION = 1
+NUMERIC_VERSION = 2
 """Raised by whoever changes a bit of what a model leaves in a KV page, on any backend: operations, packing, layouts,
 models. Pages of another version are never used. `tests/backends/test_numeric_version.py` notices most changes."""
 

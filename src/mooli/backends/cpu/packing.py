@@ -31,13 +31,14 @@ class Kind(IntEnum):
     Q4M = 2
     IQ4 = 3
     FP4 = 4
-    BF16 = 5
-    F16 = 6
-    F32 = 7
+    Q6 = 5
+    BF16 = 6
+    F16 = 7
+    F32 = 8
 
 
 FLOAT_KINDS = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16}
-_BLOCK_KINDS = {
+_FOUR_BIT_KINDS = {
     TensorType.Q4_0: Kind.Q4,
     TensorType.Q4_1: Kind.Q4M,
     TensorType.Q4_K: Kind.Q4M,
@@ -45,12 +46,14 @@ _BLOCK_KINDS = {
     TensorType.IQ4_XS: Kind.IQ4,
     TensorType.MXFP4: Kind.FP4,
 }
+_BLOCK_KINDS = {**_FOUR_BIT_KINDS, TensorType.Q6_K: Kind.Q6}
 _EXACT_TYPES = {
     Kind.Q8: {TensorType.Q8_0, TensorType.Q5_0, TensorType.Q4_0, TensorType.IQ4_NL},
     Kind.Q4: {TensorType.Q4_0},
     Kind.Q4M: {TensorType.Q4_1},
     Kind.IQ4: {TensorType.IQ4_NL},
     Kind.FP4: set(),
+    Kind.Q6: set(),
     Kind.BF16: {TensorType.BF16},
     Kind.F16: {TensorType.F16},
     Kind.F32: {TensorType.F32},
@@ -78,7 +81,7 @@ class Packing:
             if head or self.quantization == "int8":
                 return Kind.Q8
             # What already has four bits keeps them: quantising again would only add error.
-            kinds = {_BLOCK_KINDS.get(t.type, Kind.Q4) for t in tensors}
+            kinds = {_FOUR_BIT_KINDS.get(t.type, Kind.Q4) for t in tensors}
             return kinds.pop() if len(kinds) == 1 else Kind.Q4
         kinds = {self._native_kind(t) for t in tensors}
         if len(kinds) == 1:

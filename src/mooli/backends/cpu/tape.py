@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from mooli import _native
 from mooli.backends.base import AttentionSpec, DeltaSpec, RopeSpec
 from mooli.backends.cpu.latent import LatentWeight
+from mooli.backends.cpu.packing import Kind
 from mooli.backends.latent import LatentSpec, check_rows
 from mooli.backends.routing import RouteSpec, Score
 from mooli.batch import TokenMasks
 from mooli.errors import ConfigError, EngineClosedError, OutOfMemoryError
 
-LAST_INTEGER_KIND = 2
-"""Packed kinds up to this one (native/kernels.h) multiply integers, in row blocks of the same size."""
+LAST_INTEGER_KIND = Kind.Q6
+"""Packed kinds up to this one multiply integers, in row blocks of the same size."""
 
 SCORES: dict[Score, int] = {"softmax": 0, "sigmoid": 1, "chosen_softmax": 2}
 """As native/experts.h numbers them."""
