@@ -16,7 +16,7 @@
 //        IQ4, FP4: as Q8; Q4: [R x f32 c][R x bits of c - 8 * sum] and the same codes, c as in kernels.inc;
 //        Q6: [R x f32 scale][R x i32 -32 * sum of the first 16][R x i32 the same of the last 16] and the same codes
 //   BF16 per 2 of K: [R][2], without a dot product for it as float;  float per 1 of K: [R] as f32
-// With AMX they lie as its tiles do, and integers are widened to bfloat16: kernels_amx.inc.
+// With AMX, of many rows and beside BF16, they lie as its tiles do: kernels_amx.inc.
 #pragma once
 #include <cstddef>
 #include <cstdint>

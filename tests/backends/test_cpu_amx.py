@@ -15,17 +15,12 @@ if "amx" not in LEVELS:
     pytest.skip("this processor has no AMX", allow_module_level=True)
 
 K = 608  # two chunks and a part of one
-NARROW = [TensorType.Q4_0, TensorType.Q4_1, TensorType.IQ4_NL, TensorType.MXFP4, TensorType.Q6_K]
+INTEGERS = [TensorType.Q8_0, TensorType.Q4_0, TensorType.Q4_1, TensorType.IQ4_NL, TensorType.MXFP4, TensorType.Q6_K]
 
 
 def rounded(values: Floats) -> Floats:
     """To bfloat16 and back."""
     return (to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
-
-
-def rounded_away(values: Floats) -> Floats:
-    """The same, but ties go away from zero: so weights of eight bits are rounded as they are widened."""
-    return ((values.view(np.uint32) + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def product(x: Floats, weight: Floats) -> Floats:
@@ -52,17 +47,15 @@ def through_linear(level: str, tensor: RawTensor, x: Floats, rows: range) -> Flo
 
 
 @pytest.mark.parametrize("count", [1, 16, 17, 40])
-@pytest.mark.parametrize("storage", [TensorType.Q8_0, TensorType.BF16], ids=str)
-def test_a_linear_is_the_sum_of_products_in_bfloat16(storage: TensorType, count: int) -> None:
-    """Weights are scale * code, rounded once; all of these are exact in float32."""
-    tensor = random_tensor(storage, 48, K, seed=1)
+def test_a_linear_of_bfloat16_is_the_sum_of_its_products(count: int) -> None:
+    tensor = random_tensor(TensorType.BF16, 48, K, seed=1)
     x = random(2, count, K, scale=3)
     actual = through_linear("amx", tensor, x, range(count))
-    assert_same_bits(actual, product(x, rounded_away(np.asarray(dequantize(tensor), np.float32))))
+    assert_same_bits(actual, product(x, np.asarray(dequantize(tensor), np.float32)))
 
 
-@pytest.mark.parametrize("storage", NARROW, ids=str)
-def test_fewer_bits_are_multiplied_as_without_tiles(storage: TensorType) -> None:
+@pytest.mark.parametrize("storage", INTEGERS, ids=str)
+def test_integers_are_multiplied_as_without_tiles(storage: TensorType) -> None:
     columns = -(-K // BLOCK[storage][0]) * BLOCK[storage][0]
     tensor = random_tensor(storage, 80, columns, seed=1)
     x = random(2, 70, columns, scale=3)
@@ -78,14 +71,6 @@ def test_fewer_bits_are_multiplied_as_without_tiles(storage: TensorType) -> None
 def assert_same_bits_but_nan(actual: Floats, expected: Floats) -> None:
     np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
     assert_same_bits(np.nan_to_num(actual), np.nan_to_num(expected))
-
-
-def test_eight_bits_are_nearer_to_the_exact_product_than_with_activations_of_eight_bits() -> None:
-    tensor = random_tensor(TensorType.Q8_0, 48, K, seed=3)
-    x = random(4, 40, K, scale=3)
-    exact = x.astype(np.float64) @ np.asarray(dequantize(tensor), np.float64).T
-    errors = [np.abs(through_linear(level, tensor, x, range(40)) - exact).mean() for level in ("amx", "avx512")]
-    assert errors[0] < 0.7 * errors[1]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -18,8 +18,8 @@ from mooli.errors import ConfigError
 from mooli.tensor import TensorType
 
 ROOT = Path(__file__).resolve().parents[2]
-FUSED_LEVELS = [level for level in LEVELS if level not in ("scalar", "amx")]
-"""Those with a fused multiply-add, whose float sums are alike. AMX multiplies integers as bfloat16: test_cpu_amx.py."""
+FUSED_LEVELS = [level for level in LEVELS if level != "scalar"]
+"""Those with a fused multiply-add, whose float sums are alike."""
 MODEL_LEVELS = ("avx2", "neon")
 """The lowest that people have. Models are made of the operations, which are tested at every level."""
 
