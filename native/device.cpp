@@ -315,7 +315,7 @@ void Device::allocate_scratch(int max_tokens_, int max_k, int num_heads, int hea
   for (auto& w : work) {
     if (has_latents) w.latent = Buffer(size_t(kMaxRows) * padded(max_k) * 4 + beyond);
     w.rows = Buffer(size_t(kMaxRows) * max_k * 4);
-    w.wide = Buffer(panel_bytes(F32, kChunk));
+    w.opened = Buffer(panel_bytes(F32, kChunk));
     w.sums = Buffer(size_t(kPanelsTogether) * (size_t(max_tokens_) + kMaxRows) * kPanel * 4);
     w.half = Buffer(size_t(max_tokens_) * 16 * 4);
     w.out = Buffer(rows * head * 4);

@@ -224,7 +224,7 @@ class Device {
   Buffer expert_values;  // float32: what a gated linear gives of each, and then what the expert gives
   Buffer queries;      // (kv_heads, tokens, group, head_dim) of the attention being computed
   struct Work {
-    Buffer rows, half, wide, sums, out, lanes, maxima, scores, weights, queries;
+    Buffer rows, half, opened, sums, out, lanes, maxima, scores, weights, queries;
     Buffer latent;  // prepared rows of one head, where there are latents
     std::vector<int> positions;
     // Of the rows whose tokens are chosen while their logits are computed: see Kernels::keep_largest.

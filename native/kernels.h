@@ -140,8 +140,8 @@ using StoreKvFn = void (*)(const float* k, const float* v, int head_dim, char* k
 // `groups` of 32 weights: a scale and 32 codes for each.
 using QuantizeFn = void (*)(const float* x, int groups, float* scales, uint8_t* codes);
 
-// Part of a panel of integers as one of BF16.
-using WidenFn = void (*)(const char* panel, int padded_k, char* wide);
+// Part of a panel of integers as many rows are multiplied with it.
+using OpenFn = void (*)(const char* panel, int padded_k, char* opened);
 
 // How a block of rows is prepared and multiplied. Which one of a kind's two is taken never changes a bit of a result.
 struct RowKernels {
@@ -149,7 +149,7 @@ struct RowKernels {
   int group_bytes;  // of a row's activations, for 32 of K
   bool is_chunked;  // all blocks are multiplied with kChunk of K before those that follow, which gemm_more adds
   PrepareFn prepare;
-  WidenFn widen;    // null: gemm reads the panel itself
+  OpenFn open;      // null: gemm reads the panel itself
   GemmFn gemm[kMaxRows + 1], gemm_more[kMaxRows + 1];
   size_t row_bytes(int padded_k) const { return size_t(padded_k / kGroup) * group_bytes; }
 };

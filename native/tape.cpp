@@ -406,7 +406,7 @@ Tape::Ahead Tape::ahead_of(const Product& x, int panel, int block, int first, in
   const Linear& w = x.weight;
   const bool is_whole = count == w.padded_k;
   const size_t steps = size_t(count / kGroup);
-  if (x.blocks.count == 1 && is_whole && !x.blocks.kernels.widen)
+  if (x.blocks.count == 1 && is_whole && !x.blocks.kernels.open)
     return {w.panel(panel) + stream_fetch_bytes(w.kind, x.blocks.rows), int((w.stride / 64 + steps - 1) / steps)};
   const char* next = w.panel(panel + 1) + panel_bytes(w.kind, first);
   if (panel + 1 == x.end && !is_whole) next = w.panel(x.begin) + panel_bytes(w.kind, first + count);

@@ -210,9 +210,9 @@ template <class F> void Tape::multiply(const Product& x, F f) const {
     const int count = std::min(chunk, w.padded_k - first);
     for (int p = x.begin; p < x.end; p++) {
       const char* panel = w.panel(p) + panel_bytes(w.kind, first);
-      if (k.widen) {
-        k.widen(panel, count, work.wide.data());
-        panel = work.wide.data();
+      if (k.open) {
+        k.open(panel, count, work.opened.data());
+        panel = work.opened.data();
       }
       for (int b = 0; b < blocks.count; b++) {
         const int r0 = blocks.first_row(b), r = blocks.first_row(b + 1) - r0;
