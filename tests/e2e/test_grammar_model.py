@@ -98,7 +98,7 @@ def asked_of(engine):
     """Everything at once: forced calls, forms, bounds, with and without reasoning."""
     answers = []
     for thinks in (True, False):
-        params = [{"temperature": 1.5, "max_new_tokens": 70, "sampling_seed": seed} for seed in (1, 2)]
+        params = [{"temperature": 1.5, "max_new_tokens": 200, "sampling_seed": seed} for seed in (1, 2)]
         if thinks:
             params = [{**item, "max_thinking_tokens": 4 + 9 * i} for i, item in enumerate(params)]
         form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMAS[2]}}
