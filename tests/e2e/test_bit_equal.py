@@ -211,9 +211,8 @@ def test_random_mixes_answer_as_each_request_alone_and_cold(model: RealModel) ->
         num_forced += stats["forced_tokens"]
     least = 10 if model.num_mixes >= 40 else 5  # a mix, on average: few mixes have shared less
     assert cached > least * model.num_mixes, "the mixes must reuse what others computed"
-    # How many there are hangs on what the model says, which is not the same on all processors.
-    assert right > model.num_mixes // 4, "the mixes must have right guesses"
-    assert wrong > model.num_mixes // 4 or model.repeats_itself, "the mixes must have wrong guesses"
+    assert right > model.num_mixes, "the mixes must have right guesses"
+    assert wrong > model.num_mixes or model.repeats_itself, "the mixes must have wrong guesses"
     assert preempted >= model.num_mixes // 20, "the mixes must preempt"
     assert num_forced > model.num_mixes, "the mixes must have forced runs"
 
